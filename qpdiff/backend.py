@@ -1,0 +1,269 @@
+"""The array library: chosen by the arrays or by name, and the few operations the array API standard lacks.
+
+A symmetric positive definite matrix M is factored as M = F Fᵀ. A *factor* is a tuple of arrays with the batch axis
+first; only the class that made it looks inside. Every matrix and every right-hand side carries one batch axis, of
+length B or, where it is shared by the batch, of length 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import array_api_compat
+import numpy as np
+
+_NAMESPACES = {
+    "numpy": "array_api_compat.numpy",
+    "cupy": "array_api_compat.cupy",
+    "torch": "array_api_compat.torch",
+    "jax": "jax.numpy",
+}
+_EXTRAS = {"cupy": "cuda12 (or cuda13)", "torch": "torch", "jax": "jax"}
+
+
+class Backend:
+    """Any library of the array API standard, with nothing but the standard.
+
+    The standard's ``cholesky`` may raise for a whole stack when one matrix fails, and it has no triangular solve, so
+    the factorisation is the eigendecomposition of the matrix scaled to unit diagonal: M = D V Λ Vᵀ D. It is slower than
+    Cholesky, never fails, and keeps the accuracy that badly scaled positive definite matrices have under Cholesky.
+
+    Parameters
+    ----------
+    xp : namespace
+        The array namespace.
+    device : device or None
+        Where new arrays go.
+    """
+
+    chunk_bytes = 64 * 2**20
+    """Working memory that one chunk of a batch may take; large batches are solved chunk by chunk."""
+
+    def __init__(self, xp, device=None):
+        self.xp = xp
+        self.device = device
+
+    def asarray(self, value, dtype=None):
+        return self.xp.asarray(value, dtype=dtype, device=self.device)
+
+    def full(self, shape, value, dtype):
+        return self.xp.full(shape, value, dtype=dtype, device=self.device)
+
+    def eye(self, n, dtype):
+        return self.xp.eye(n, dtype=dtype, device=self.device)
+
+    def arange(self, stop):
+        return self.xp.arange(stop, device=self.device)
+
+    def factor(self, M):
+        """F with M = F Fᵀ for each matrix of a stack, and whether each was positive definite, shape (B, 1)."""
+        xp = self.xp
+        diagonal = xp.linalg.diagonal(M)
+        positive = xp.all(xp.isfinite(M), axis=(-2, -1)) & xp.all(diagonal > 0, axis=-1)
+        one = xp.ones_like(diagonal)
+        scale = xp.sqrt(xp.where(positive[:, None], diagonal, one))
+        eye = self.eye(M.shape[-1], M.dtype)
+        unit = xp.where(positive[:, None, None], M / scale[:, :, None] / scale[:, None, :], eye)
+        values, vectors = xp.linalg.eigh(unit)
+        positive = positive & xp.all(values > 0, axis=-1)
+        values = xp.where(positive[:, None], values, one)
+        return (vectors / xp.sqrt(values)[:, None, :] / scale[:, :, None],), positive[:, None]
+
+    def solve(self, factor, r):
+        """M⁻¹ r for vectors r (B, n)."""
+        (inverse,) = factor
+        if inverse.shape[0] == 1:
+            return (r @ inverse[0, :, :]) @ inverse[0, :, :].mT
+        return (inverse @ (inverse.mT @ r[:, :, None]))[:, :, 0]
+
+    def whiten(self, factor, K):
+        """K F⁻ᵀ for row blocks K (B, k, n), so that K M⁻¹ Kᵀ is the product of the result with its transpose."""
+        return K @ factor[0]
+
+
+class NumPyBackend(Backend):
+    """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
+
+    chunk_bytes = 32 * 2**20
+
+    def asarray(self, value, dtype=None):
+        return np.asarray(value, dtype=dtype)
+
+    def factor(self, M):
+        try:
+            L = np.linalg.cholesky(M)
+        except np.linalg.LinAlgError:
+            L = np.stack([_cholesky_or_nan(matrix) for matrix in M])
+        diagonal = np.linalg.diagonal(L)
+        positive = np.isfinite(diagonal).all(axis=-1, keepdims=True)
+        if not positive.all():
+            L = np.where(positive[:, :, None], L, np.eye(M.shape[-1], dtype=M.dtype))
+        return (L,), positive
+
+    def solve(self, factor, r):
+        from scipy.linalg.lapack import get_lapack_funcs
+
+        (L,) = factor
+        (potrs,) = get_lapack_funcs(("potrs",), (L,))
+        if L.shape[0] == 1:
+            return potrs(L[0].T, r.T, lower=0)[0].T
+        out = np.empty_like(r)
+        for i in range(r.shape[0]):
+            out[i] = potrs(L[i].T, r[i], lower=0)[0]
+        return out
+
+    def whiten(self, factor, K):
+        from scipy.linalg.lapack import get_lapack_funcs
+
+        (L,) = factor
+        (trtrs,) = get_lapack_funcs(("trtrs",), (L,))
+        batch = max(L.shape[0], K.shape[0])
+        out = np.empty((batch, *K.shape[1:]), dtype=L.dtype)
+        for i in range(batch):
+            out[i] = trtrs(L[i % L.shape[0]].T, K[i % K.shape[0]].T, lower=0, trans=1)[0].T
+        return out
+
+
+def _cholesky_or_nan(M):
+    try:
+        return np.linalg.cholesky(M)
+    except np.linalg.LinAlgError:
+        return np.full_like(M, np.nan)
+
+
+class CuPyBackend(Backend):
+    """CuPy arrays: batched Cholesky and triangular solves of cuSOLVER and cuBLAS, failures flagged on the device."""
+
+    chunk_bytes = 2 * 2**30
+
+    def factor(self, M):
+        xp = self.xp
+        L = xp.linalg.cholesky(M)
+        # A failed matrix leaves unspecified numbers behind, so look at all of the factor's diagonal and at NaN.
+        diagonal = xp.linalg.diagonal(L)
+        positive = xp.all(xp.isfinite(diagonal) & (diagonal > 0), axis=-1) & xp.all(xp.isfinite(L), axis=(-2, -1))
+        eye = self.eye(M.shape[-1], M.dtype)
+        return (xp.where(positive[:, None, None], xp.tril(L), eye),), positive[:, None]
+
+    def solve(self, factor, r):
+        (L,) = factor
+        if L.shape[0] == 1:
+            return self._triangular(L, self._triangular(L, r.mT[None]), trans=1)[0].mT
+        return self._triangular(L, self._triangular(L, r[:, :, None]), trans=1)[:, :, 0]
+
+    def whiten(self, factor, K):
+        (L,) = factor
+        if L.shape[0] != K.shape[0]:  # cupyx does not broadcast the batch axis
+            batch = max(L.shape[0], K.shape[0])
+            L = self.xp.broadcast_to(L, (batch, *L.shape[1:]))
+            K = self.xp.broadcast_to(K, (batch, *K.shape[1:]))
+        return self._triangular(L, K.mT).mT
+
+    @staticmethod
+    def _triangular(L, R, trans=0):
+        from cupyx.scipy.linalg import solve_triangular
+
+        return solve_triangular(L, R, lower=True, trans=trans, check_finite=False)
+
+
+# ---- the choice
+
+
+def choose_backend(operands, name=None):
+    """The backend for the caller's operands, and the operands as its arrays.
+
+    Parameters
+    ----------
+    operands : dict
+        Arrays, lists or scalars by name; none is None.
+    name : str, optional
+        "numpy", "cupy", "torch" or "jax" to move the data there. By default the operands stay in their library; lists
+        and scalars go where the arrays are, and to NumPy where there is no array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an operand that is no array, for operands of several libraries or devices, for an unknown name.
+    ImportError
+        For a library that is not installed; the message names the extra to install.
+    """
+    if name is not None:
+        xp = _namespace(name)
+        backend = _CLASSES.get(name, Backend)(xp)
+        return backend, {key: _move(key, value, xp) for key, value in operands.items()}
+    arrays = {key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))}
+    namespaces, devices = {}, {}
+    for key, value in arrays.items():
+        try:
+            namespaces[key] = array_api_compat.array_namespace(value)
+        except TypeError as error:
+            raise TypeError(
+                f"{key} is a {type(value).__module__}.{type(value).__name__}; expected an array of a library that "
+                "follows the array API standard, a list or a number"
+            ) from error
+        devices[key] = array_api_compat.device(value)
+    first = next(iter(arrays), None)
+    for key in arrays:
+        if namespaces[key] is not namespaces[first]:
+            raise TypeError(
+                f"{key} is an array of {namespaces[key].__name__} but {first} one of {namespaces[first].__name__}; "
+                "convert one of them, or pass backend= to move all"
+            )
+        if devices[key] != devices[first]:
+            raise ValueError(f"{key} is on device {devices[key]} but {first} on {devices[first]}")
+    if first is None or array_api_compat.is_numpy_namespace(namespaces[first]):
+        backend = NumPyBackend(importlib.import_module(_NAMESPACES["numpy"]))
+    elif array_api_compat.is_cupy_namespace(namespaces[first]):
+        backend = CuPyBackend(namespaces[first], devices[first])
+    else:
+        backend = Backend(namespaces[first], devices[first])
+    return backend, {key: value if key in arrays else _from_host(key, value, backend) for key, value in operands.items()}
+
+
+def working_dtype(backend, arrays, operands, dtype=None):
+    """The floating point type to compute in: the caller's, else float32 if every floating array is, else float64."""
+    xp = backend.xp
+    floating = set()
+    for key, value in arrays.items():
+        if not xp.isdtype(value.dtype, ("real floating", "integral", "bool")):
+            raise TypeError(f"{key} has dtype {value.dtype}; expected real numbers")
+        if xp.isdtype(value.dtype, "real floating") and hasattr(operands[key], "dtype"):
+            if value.dtype not in (xp.float32, xp.float64) and dtype is None:
+                raise TypeError(f"{key} has dtype {value.dtype}; expected float32 or float64, or pass dtype= to convert")
+            floating.add(value.dtype)
+    if dtype is None:
+        return xp.float32 if floating == {xp.float32} else xp.float64
+    wanted = str(dtype).rsplit(".", 1)[-1].strip("'>")
+    if wanted not in ("float32", "float64"):
+        raise ValueError(f"dtype is {dtype!r}; expected 'float32' or 'float64'")
+    return getattr(xp, wanted)
+
+
+def _namespace(name):
+    if name not in _NAMESPACES:
+        raise ValueError(f"backend is {name!r}; expected one of {', '.join(map(repr, _NAMESPACES))} or None")
+    try:
+        return importlib.import_module(_NAMESPACES[name])
+    except ImportError as error:
+        raise ImportError(f"backend={name!r} needs a package that is missing: pip install 'qpdiff[{_EXTRAS[name]}]'") from error
+
+
+def _from_host(key, value, backend):
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{key} is not a regular array: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{key} has dtype {array.dtype}; expected real numbers")
+    return backend.asarray(array)
+
+
+def _move(key, value, xp):
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
+        return _from_host(key, value, Backend(xp))
+    if array_api_compat.is_array_api_obj(value) and array_api_compat.array_namespace(value) is xp:
+        return value
+    return xp.from_dlpack(value)
+
+
+_CLASSES = {"numpy": NumPyBackend, "cupy": CuPyBackend}

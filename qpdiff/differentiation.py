@@ -1,0 +1,317 @@
+"""The derivative of a solution: vjp and jvp, both one solve with the KKT matrix.
+
+With K the rows of all constraints, k their right-hand side and v their multipliers, the solution satisfies
+
+    Qx + q + Kᵀv = 0,    Kx − θ∘v = k − s − θ∘v   with θ = s/v at the inequalities and 0 at the equalities,
+
+so that data tangents move it by (dx, dv) with
+
+    [ Q   Kᵀ ] [dx]   [ −(dQ x + dq + dKᵀ v) ]
+    [ K  −θ  ] [dv] = [ dk − dK x            ].
+
+The matrix is symmetric: the vjp solves the same system with the cotangents (x̄, v̄) on the right for u, and reads off
+q̄ = −u_x, Q̄ = −½(u_x xᵀ + x u_xᵀ), k̄ = u_v, K̄ = −(v u_xᵀ + u_v xᵀ). It is also the matrix of the last interior-point
+step but for θ, so that step's factor solves it after a few rounds of refinement. The proximal terms of the factor keep
+the result finite where constraints are dependent or weakly active.
+
+References
+----------
+B. Amos, J. Z. Kolter, "OptNet: differentiable optimization as a layer in neural networks", ICML 2017, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import kkt
+from .problem import OPERANDS, Problem, product, product_transposed
+from .solution import Solution, Status
+
+
+class Gradients(NamedTuple):
+    """Gradients with respect to the operands, each of the caller's shape; None where an operand was not given."""
+
+    Q: Any = None
+    q: Any = None
+    G: Any = None
+    h: Any = None
+    A: Any = None
+    b: Any = None
+    lb: Any = None
+    ub: Any = None
+
+
+class Tangents(NamedTuple):
+    """Tangents of the solution, of the shapes of its x, y, z, z_lb and z_ub."""
+
+    x: Any
+    y: Any
+    z: Any
+    z_lb: Any
+    z_ub: Any
+
+
+def vjp(sol: Solution, x=None, y=None, z=None, z_lb=None, z_ub=None, *, unsolved: str = "nan") -> Gradients:
+    """Pull cotangents of a solution back to the operands of its problem.
+
+    Parameters
+    ----------
+    sol : Solution
+        Of `qpdiff.solve_qp`.
+    x, y, z, z_lb, z_ub : array, optional
+        Cotangents, each of a shape that broadcasts to that of the output of this name; None means zero.
+    unsolved : {"nan", "zero"}
+        What a problem that is not SOLVED contributes. The gradient of an operand that the batch shares sums over the
+        batch, so NaN there marks a batch with an unsolved problem.
+
+    Returns
+    -------
+    Gradients
+        Of the shapes in which the operands were given: summed over the batch axes that an operand lacks. The gradient
+        with respect to Q is symmetric. Where lb = ub fixes a variable, the gradient goes to the bound that holds it
+        against the cost.
+
+    Raises
+    ------
+    ValueError
+        For a cotangent whose shape does not fit, or an unknown `unsolved`.
+
+    References
+    ----------
+    B. Amos, J. Z. Kolter, "OptNet", ICML 2017, equations 6 to 8.
+
+    Examples
+    --------
+    The projection of a point onto x₁ + x₂ + x₃ = 1 moves with the point along the plane:
+
+    >>> import numpy as np
+    >>> import qpdiff
+    >>> sol = qpdiff.solve_qp(np.eye(3), -np.ones(3), A=np.ones((1, 3)), b=[1.0])
+    >>> grads = qpdiff.vjp(sol, x=np.array([1.0, 0.0, 0.0]))
+    >>> np.round(-grads.q, 6).tolist()
+    [0.666667, -0.333333, -0.333333]
+    """
+    problem = sol.linearization.problem
+    given = {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub}
+    cotangents = {name: _flat(problem, sol, name, value, "cotangent") for name, value in given.items()}
+    with np.errstate(all="ignore"):
+        return assemble_gradients(sol, *solve_kkt(sol, *_to_rows(sol, cotangents), unsolved=unsolved))
+
+
+def jvp(sol: Solution, Q=None, q=None, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "nan") -> Tangents:
+    """Push tangents of the operands forward to the solution.
+
+    Parameters
+    ----------
+    sol : Solution
+        Of `qpdiff.solve_qp`.
+    Q, q, G, h, A, b, lb, ub : array, optional
+        Tangents, each of a shape that broadcasts to that of its operand with the batch axes; None means zero. Only the
+        symmetric part of Q's counts. Where lb = ub fixes a variable, the tangent is that of the bound that holds it.
+    unsolved : {"nan", "zero"}
+        What a problem that is not SOLVED gets.
+
+    Returns
+    -------
+    Tangents
+
+    Raises
+    ------
+    ValueError
+        For a tangent of an operand that the problem does not have, or whose shape does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qpdiff
+    >>> sol = qpdiff.solve_qp(np.eye(2), np.zeros(2), A=np.ones((1, 2)), b=[1.0])
+    >>> np.round(qpdiff.jvp(sol, b=np.array([1.0])).x, 6).tolist()
+    [0.5, 0.5]
+    """
+    lin = sol.linearization
+    problem, xp = lin.problem, lin.problem.backend.xp
+    given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    tangents = {name: _flat(problem, sol, name, value, "tangent") for name, value in given.items() if value is not None}
+    x, v, blocks = lin.x, lin.v, problem.blocks
+    r_x, r_v = xp.zeros_like(x), xp.zeros_like(v)
+    if "Q" in tangents:
+        symmetric = (tangents["Q"] + tangents["Q"].mT) / 2
+        r_x = r_x - product(symmetric, x)
+    if "q" in tangents:
+        r_x = r_x - tangents["q"]
+    parts = {name: r_v[:, block] for name, block in blocks.items()}
+    for matrix, vector in (("A", "b"), ("G", "h")):
+        if matrix in tangents:
+            r_x = r_x - product_transposed(tangents[matrix], v[:, blocks[matrix]])
+            parts[matrix] = parts[matrix] - product(tangents[matrix], x)
+        if vector in tangents:
+            parts[matrix] = parts[matrix] + tangents[vector]
+    if "lb" in tangents or "ub" in tangents:
+        zero = xp.zeros_like(x)
+        lower, upper = tangents.get("lb", zero), tangents.get("ub", zero)
+        if problem.lb is not None and problem.ub is not None:
+            fixed, at_lower = _fixed(problem, v)
+            lower = xp.where(fixed & ~at_lower, upper, lower)
+        if problem.lb is not None:
+            parts["lb"] = parts["lb"] - lower
+        if problem.ub is not None:
+            parts["ub"] = parts["ub"] + upper
+    r_v = xp.concat(list(parts.values()), axis=-1)
+    with np.errstate(all="ignore"):
+        dx, dv = solve_kkt(sol, r_x, r_v, unsolved=unsolved)
+    zero = xp.zeros_like(x)
+    d_lb = dv[:, blocks["lb"]] if problem.lb is not None else zero
+    d_ub = dv[:, blocks["ub"]] if problem.ub is not None else zero
+    if problem.lb is not None and problem.ub is not None:
+        fixed, at_lower = _fixed(problem, v)
+        d_ub = xp.where(fixed, xp.where(at_lower, zero, -d_lb), d_ub)
+        d_lb = xp.where(fixed & ~at_lower, zero, d_lb)
+
+    def shaped(value):
+        return xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
+
+    return Tangents(shaped(dx), shaped(dv[:, blocks["A"]]), shaped(dv[:, blocks["G"]]), shaped(d_lb), shaped(d_ub))
+
+
+# ---- the linear system
+
+
+def solve_kkt(sol: Solution, r_x, r_v, *, unsolved: str = "nan"):
+    """Solve the KKT system at a solution for right-hand sides (B, n) and (B, rows)."""
+    if unsolved not in ("nan", "zero"):
+        raise ValueError(f"unsolved is {unsolved!r}; expected 'nan' or 'zero'")
+    lin = sol.linearization
+    problem, xp = lin.problem, lin.problem.backend.xp
+    if problem.batch == 0:
+        return r_x, r_v
+    solved = lin.status == int(Status.SOLVED)
+    r_x = xp.where(solved, r_x, xp.zeros_like(r_x))
+    r_v = xp.where(solved, r_v, xp.zeros_like(r_v))
+    parts = [_solve_piece(lin, piece, r_x, r_v) for piece in lin.pieces]
+    u_x = xp.concat([part[0] for part in parts], axis=0)
+    u_v = xp.concat([part[1] for part in parts], axis=0)
+    if len(parts) > 1:
+        order = xp.argsort(xp.concat([piece.index for piece in lin.pieces]))
+        u_x, u_v = xp.take(u_x, order, axis=0), xp.take(u_v, order, axis=0)
+    fill = float("nan") if unsolved == "nan" else 0.0
+    return xp.where(solved, u_x, xp.full_like(u_x, fill)), xp.where(solved, u_v, xp.full_like(u_v, fill))
+
+
+def _solve_piece(lin, piece, r_x, r_v):
+    """The system for the problems of one piece: with the solver's last factor, or with a fresh one where that fails."""
+    problem, xp = lin.problem, lin.problem.backend.xp
+    x, v, s, r_x, r_v = (kkt.take_all(xp, a, piece.index, problem.batch) for a in (lin.x, lin.v, lin.s, r_x, r_v))
+    part = problem if piece.index.shape[0] == problem.batch else problem.select(piece.index)
+    inequality, equality = part.inequality, part.equality
+    one = xp.ones_like(s)
+    theta = xp.where(inequality, s / xp.where(inequality, v, one), xp.where(equality, 0 * one, one * float("inf")))
+    metric = kkt.equilibrate(part)
+    heavy = equality | (inequality & (theta * metric.rows**2 < 1.0))
+    exact = kkt.System(theta, xp.zeros_like(x), xp.zeros_like(s))
+    size = xp.max(xp.abs(r_x), axis=-1)
+    if r_v.shape[-1]:
+        size = size + xp.max(xp.abs(r_v), axis=-1)
+    accuracy = 1e-9 if problem.dtype == xp.float64 else 1e-4
+    if piece.factor is not None:
+        form = piece.form.attach(part)
+        u_x, u_v = kkt.solve_nearby(form, exact, piece.factor, heavy, r_x, r_v, 3)
+        e_x, e_v = kkt.residual(part, exact, r_x, r_v, u_x, u_v)
+        left = xp.max(xp.abs(e_x), axis=-1)
+        if r_v.shape[-1]:  # light rows are solved exactly by construction and of another scale
+            left = left + xp.max(xp.where(heavy, xp.abs(e_v), 0 * e_v), axis=-1)
+        if bool(xp.all(left <= accuracy * size)):
+            return u_x, u_v
+    small = 1e-10 if problem.dtype == xp.float64 else 1e-6
+    system = kkt.System(theta, small / metric.variables**2 + 0 * x, small / metric.rows**2 + 0 * s)
+    form = kkt.PrimalForm(part)
+    factor, _ = form.factor(system)
+    return kkt.solve_nearby(form, exact, factor, heavy, r_x, r_v, 3)
+
+
+# ---- from rows to operands
+
+
+def _fixed(problem: Problem, v):
+    """Which variables are fixed by lb = ub, and at which of them lb holds the variable against the cost."""
+    return problem.equality[:, problem.blocks["lb"]], v[:, problem.blocks["lb"]] >= 0
+
+
+def _to_rows(sol: Solution, cotangents):
+    """Right-hand side of the adjoint system: the cotangents of x and of the multipliers of all rows."""
+    lin = sol.linearization
+    problem, xp = lin.problem, lin.problem.backend.xp
+    z_lb, z_ub = cotangents["z_lb"], cotangents["z_ub"]
+    if problem.lb is not None and problem.ub is not None:
+        fixed, at_lower = _fixed(problem, lin.v)
+        z_lb = xp.where(fixed & ~at_lower, -z_ub, z_lb)
+    parts = [cotangents["y"], cotangents["z"]]
+    parts += [z_lb] if problem.lb is not None else []
+    parts += [z_ub] if problem.ub is not None else []
+    return cotangents["x"], xp.concat(parts, axis=-1)
+
+
+def assemble_gradients(sol: Solution, u_x, u_v) -> Gradients:
+    """The gradients of the operands in terms of the adjoint solution."""
+    lin = sol.linearization
+    problem, xp = lin.problem, lin.problem.backend.xp
+    x, v, blocks = lin.x, lin.v, problem.blocks
+    out = {"q": _reduce(problem, "q", -u_x)}
+    cross = _outer(problem, "Q", u_x, x)
+    out["Q"] = -(cross + cross.mT) / 2
+    for matrix, vector in (("A", "b"), ("G", "h")):
+        if matrix in problem.operands:
+            block = blocks[matrix]
+            out[matrix] = -(_outer(problem, matrix, v[:, block], u_x) + _outer(problem, matrix, u_v[:, block], x))
+            out[vector] = _reduce(problem, vector, u_v[:, block])
+    lower = -u_v[:, blocks["lb"]] if problem.lb is not None else None
+    upper = u_v[:, blocks["ub"]] if problem.ub is not None else None
+    if lower is not None and upper is not None:
+        fixed, at_lower = _fixed(problem, v)
+        upper = xp.where(fixed, xp.where(at_lower, xp.zeros_like(upper), lower), upper)
+        lower = xp.where(fixed & ~at_lower, xp.zeros_like(lower), lower)
+    for name, value in (("lb", lower), ("ub", upper)):
+        if value is not None:
+            out[name] = _reduce(problem, name, value)
+    return Gradients(**out)
+
+
+def _outer(problem: Problem, name: str, a, b):
+    """Σ a bᵀ for the operand of this name: a problem each, or summed over the batch axes that it lacks."""
+    if getattr(problem, name).shape[0] == 1:
+        return problem.backend.xp.reshape(a.mT @ b, problem.shapes[name])
+    return _reduce(problem, name, a[:, :, None] * b[:, None, :])
+
+
+def _reduce(problem: Problem, name: str, gradient):
+    """Sum a gradient (B, core) over the batch axes that the operand lacks, in the caller's shape."""
+    xp = problem.backend.xp
+    shape = problem.shapes[name]
+    full = xp.reshape(gradient, problem.batch_shape + gradient.shape[1:])
+    leading = full.ndim - len(shape)
+    axes = tuple(range(leading)) + tuple(
+        leading + i for i, size in enumerate(shape) if size == 1 and full.shape[leading + i] != 1
+    )
+    return xp.reshape(xp.sum(full, axis=axes), shape) if axes else full
+
+
+def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
+    """A tangent or cotangent as an array with one batch axis, zeros where it is None."""
+    xp, backend = problem.backend.xp, problem.backend
+    if name in OPERANDS:
+        if name not in problem.operands:
+            raise ValueError(f"{kind} of {name} was given, but the problem has no {name}")
+        shape = problem.batch_shape + getattr(problem, name).shape[1:]
+    else:
+        shape = getattr(sol, name).shape
+    core = shape[len(problem.batch_shape) :]
+    if value is None:
+        return backend.full((problem.batch, *core), 0.0, problem.dtype)
+    value = backend.asarray(value, dtype=problem.dtype)
+    try:
+        value = xp.broadcast_to(value, shape)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{kind} of {name} has shape {tuple(value.shape)}; expected {tuple(shape)}") from error
+    return xp.reshape(value, (math.prod(problem.batch_shape), *core))

@@ -1,0 +1,311 @@
+"""The KKT system: assemble, factor, solve, refine.
+
+Every linear system of the solver and of the derivative of its solution has the matrix
+
+    [ Q + diag(ρ)       Kᵀ      ]
+    [     K       −diag(θ + δ)  ]
+
+with one row of K for each constraint, θ = s/z at an inequality and θ = 0 at an equality. The proximal terms ρ, δ > 0
+make it quasidefinite whatever Q and K are, so either diagonal block can be eliminated and what is left is positive
+definite:
+
+* `PrimalForm` eliminates the rows: n × n, Q + diag(ρ) + Kᵀ diag(1/(θ + δ)) K;
+* `DualForm` eliminates the variables: one row and column for each row of A and G,
+  K (Q + diag(ρ))⁻¹ Kᵀ + diag(θ + δ), where Q is factored once, or is diagonal and takes the bounds with it.
+
+Nothing is scaled in memory. Equilibration enters as the metric of the proximal terms (`Metric`): for the scaled
+variables x = D x̃ and the scaled rows E K D, terms ρ and δ of the same size for all are ρ/D² and δ/E² in the caller's
+units. Shared operands thus stay shared, and residuals are in the caller's units throughout.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .problem import Problem, product, product_transposed
+
+
+class System(NamedTuple):
+    """The diagonals of a KKT matrix, each (B, ·); rows that do not exist have infinite θ."""
+
+    theta: Any
+    rho: Any
+    delta: Any
+
+
+class Metric(NamedTuple):
+    """Equilibration: the scale D of the variables (B or 1, n) and E of the rows (B or 1, rows)."""
+
+    variables: Any
+    rows: Any
+
+
+# ---- the two reduced forms
+
+
+class PrimalForm:
+    """The KKT system reduced to the variables: n × n, for any Q and any rows."""
+
+    def __init__(self, problem: Problem | None):
+        self.problem = problem
+
+    def select(self, problem: Problem | None, index) -> PrimalForm:
+        """The same for part of the batch."""
+        return PrimalForm(problem)
+
+    def attach(self, problem: Problem | None) -> PrimalForm:
+        """The same with its problem, which a form that is kept for later does not hold."""
+        return PrimalForm(problem)
+
+    def factor(self, system: System):
+        """Factor the reduced matrix; also whether it was positive definite, (B, 1)."""
+        problem, xp = self.problem, self.problem.backend.xp
+        weights = 1.0 / (system.theta + system.delta)
+        blocks = problem.blocks
+        M = problem.Q
+        for K, name in ((problem.A, "A"), (problem.G, "G")):
+            if K is not None:
+                M = M + _gram(xp, K, weights[:, blocks[name]])
+        M = _add_diagonal(problem.backend, M, system.rho + _bound_weights(problem, weights))
+        factor, positive = problem.backend.factor(M)
+        return (factor, weights), positive
+
+    def solve(self, factor, r_x, r_v):
+        """Solve for right-hand sides of the variables (B, n) and of the rows (B, rows)."""
+        problem = self.problem
+        reduced, weights = factor
+        dx = problem.backend.solve(reduced, r_x + problem.adjoint(weights * r_v))
+        return dx, weights * (problem.constraints(dx) - r_v)
+
+
+class DualForm:
+    """The KKT system reduced to the rows of A and G, for Q that is safely invertible once bounds are added.
+
+    ρ does not change, so without bounds K (Q + diag(ρ))⁻¹ Kᵀ is computed once, and once for the whole batch where Q, A
+    and G are shared. With bounds Q must be diagonal.
+    """
+
+    def __init__(self, problem: Problem | None, constants):
+        self.problem = problem
+        self.constants = constants
+
+    @classmethod
+    def dense(cls, problem: Problem, rho) -> tuple[DualForm, Any]:
+        """For Q without bounds; also for which problems Q is well enough conditioned for this form, (B or 1,)."""
+        xp, backend = problem.backend.xp, problem.backend
+        Q = _add_diagonal(backend, problem.Q, xp.broadcast_to(rho, (problem.Q.shape[0], problem.n)))
+        factor, positive = backend.factor(Q)
+        blocks = [K for K in (problem.A, problem.G) if K is not None]
+        whitened = [backend.whiten(factor, K) for K in blocks]
+        S = _block_matrix(xp, [[V @ W.mT for W in whitened] for V in whitened])
+        # k Q⁻¹ kᵀ against its least possible value |k|² / max Q tells how near to singular Q is where rows can see it.
+        largest = xp.max(xp.linalg.diagonal(Q), axis=-1, keepdims=True)
+        squares = xp.concat([xp.broadcast_to(xp.sum(K * K, axis=-1), (S.shape[0], K.shape[-2])) for K in blocks], axis=-1)
+        limit = 1e-3 / xp.finfo(problem.dtype).eps ** 0.75
+        good = positive[:, 0] & xp.all(xp.linalg.diagonal(S) * largest <= limit * squares, axis=-1)
+        return cls(problem, (factor, S)), good
+
+    @classmethod
+    def diagonal(cls, problem: Problem, rho) -> tuple[DualForm, Any]:
+        """For a diagonal Q, with or without bounds; every variable must have a cost curvature or a bound."""
+        xp = problem.backend.xp
+        diagonal = xp.linalg.diagonal(problem.Q)
+        curved = diagonal > 0
+        for bound in (problem.lb, problem.ub):
+            if bound is not None:
+                curved = curved | xp.isfinite(bound)
+        return cls(problem, (diagonal + rho,)), xp.all(curved, axis=-1)
+
+    def select(self, problem: Problem | None, index) -> DualForm:
+        return DualForm(problem, take(self.problem.backend.xp, self.constants, index))
+
+    def attach(self, problem: Problem | None) -> DualForm:
+        return DualForm(problem, self.constants)
+
+    def factor(self, system: System):
+        problem, xp = self.problem, self.problem.backend.xp
+        theta = system.theta + system.delta
+        linear = theta[:, : problem.p + problem.m]
+        if len(self.constants) == 2:
+            hessian, S = self.constants
+            weights = theta[:, :0]
+        else:
+            weights = 1.0 / theta
+            hessian = self.constants[0] + _bound_weights(problem, weights)
+            blocks = [K for K in (problem.A, problem.G) if K is not None]
+            scaled = [K / xp.sqrt(hessian)[:, None, :] for K in blocks]
+            S = _block_matrix(xp, [[V @ W.mT for W in scaled] for V in scaled])
+            weights = weights[:, problem.p + problem.m :]
+        # Rows that do not exist get a diagonal that is huge but harmless to the factorisation.
+        linear = xp.where(xp.isfinite(linear), linear, xp.full_like(linear, xp.finfo(problem.dtype).max ** 0.5))
+        factor, positive = problem.backend.factor(_add_diagonal(problem.backend, S, linear))
+        return (factor, hessian, weights), positive
+
+    def solve(self, factor, r_x, r_v):
+        problem = self.problem
+        xp, backend = problem.backend.xp, problem.backend
+        reduced, hessian, weights = factor
+        p, linear = problem.p, problem.p + problem.m
+        bounds = r_v[:, linear:]
+        if weights.shape[-1]:
+            r_x = r_x + self._bounds_adjoint(weights * bounds)
+
+        def invert(r):
+            return backend.solve(hessian, r) if isinstance(hessian, tuple) else r / hessian
+
+        t = invert(r_x)
+        parts = [product(K, t) for K in (problem.A, problem.G) if K is not None]
+        dv = backend.solve(reduced, (parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)) - r_v[:, :linear])
+        back = [
+            product_transposed(K, part)
+            for K, part in ((problem.A, dv[:, :p]), (problem.G, dv[:, p:]))
+            if K is not None
+        ]
+        dx = invert(r_x - sum(back[1:], back[0]))
+        if weights.shape[-1]:
+            dv = xp.concat([dv, weights * (problem.constraints(dx)[:, linear:] - bounds)], axis=-1)
+        return dx, dv
+
+    def _bounds_adjoint(self, v):
+        problem = self.problem
+        if problem.lb is None:
+            return v
+        if problem.ub is None:
+            return -v
+        return v[:, problem.n :] - v[:, : problem.n]
+
+
+def choose_form(problem: Problem, rho):
+    """The form with fewer operations in a typical iteration, and for which problems it is safe (None: for all).
+
+    `rho` (B or 1, 1) is the dual form's proximal term; it depends on Q alone.
+    """
+    n, linear = problem.n, problem.p + problem.m
+    if linear == 0:
+        return PrimalForm(problem), None
+    iterations = 10
+    primal = n**3 / 3 + n**2 * linear
+    dual = linear**3 / 3 + (n**3 / 3 + n**2 * linear + n * linear**2) / iterations
+    bounded = problem.lb is not None or problem.ub is not None
+    if not bounded and dual < primal:
+        return DualForm.dense(problem, rho)
+    if bounded and linear**3 / 3 + n * linear**2 < primal and is_diagonal(problem):
+        return DualForm.diagonal(problem, rho)
+    return PrimalForm(problem), None
+
+
+def is_diagonal(problem: Problem) -> bool:
+    """Whether every Q of the batch is diagonal (transfers one truth value to the host)."""
+    xp = problem.backend.xp
+    off_diagonal = xp.count_nonzero(problem.Q, axis=(-2, -1)) - xp.count_nonzero(xp.linalg.diagonal(problem.Q), axis=-1)
+    return not bool(xp.any(off_diagonal > 0))
+
+
+# ---- solving with a factor
+
+
+def residual(problem: Problem, system: System, r_x, r_v, dx, dv):
+    """What a step (dx, dv) leaves of the right-hand side of the KKT system."""
+    xp = problem.backend.xp
+    e_x = r_x - problem.hessian(dx) - system.rho * dx - problem.adjoint(dv)
+    e_v = r_v - problem.constraints(dx) + (system.theta + system.delta) * dv
+    return e_x, xp.where(xp.isfinite(system.theta), e_v, xp.zeros_like(e_v))
+
+
+def solve(form, system: System, factor, r_x, r_v, refinements: int):
+    """Solve the KKT system with the factor of its reduced matrix and rounds of iterative refinement."""
+    dx, dv = form.solve(factor, r_x, r_v)
+    for _ in range(refinements):
+        cx, cv = form.solve(factor, *residual(form.problem, system, r_x, r_v, dx, dv))
+        dx, dv = dx + cx, dv + cv
+    return dx, dv
+
+
+def solve_nearby(form, system: System, factor, heavy, r_x, r_v, refinements: int):
+    """Solve a KKT system with the factor of another one, whose θ came from an earlier interior-point iterate.
+
+    Along the central path θ tends to 0 at the active rows (`heavy`) and to infinity at the others. At the active rows
+    two such θ differ little against K M⁻¹ Kᵀ; the other rows are eliminated with the θ of the system itself, after
+    which what differs is the weight 1/θ, which is small in both. The refinement contracts by about the larger of the
+    two differences a round.
+    """
+    problem, xp = form.problem, form.problem.backend.xp
+    weights = 1.0 / (system.theta + system.delta)
+    zero = xp.zeros_like(r_v)
+    dx, dv = xp.zeros_like(r_x), zero
+    e_x, e_v = r_x, r_v
+    for round_ in range(refinements + 1):
+        cx, cv = form.solve(factor, e_x + problem.adjoint(xp.where(heavy, zero, weights * e_v)), xp.where(heavy, e_v, zero))
+        cv = xp.where(heavy, cv, weights * (problem.constraints(cx) - e_v))
+        dx, dv = dx + cx, dv + cv
+        if round_ < refinements:
+            e_x, e_v = residual(problem, system, r_x, r_v, dx, dv)
+    return dx, dv
+
+
+# ---- equilibration
+
+
+def equilibrate(problem: Problem, passes: int = 4) -> Metric:
+    """Scales that bring the rows of [[Q, Kᵀ], [K, 0]] to about unit length (Ruiz, 2001, in the 2-norm).
+
+    A bound row is scaled as its variable. Scales are limited to [1e-4, 1e4], and to 1 for a row of zeros.
+    """
+    xp = problem.backend.xp
+    matrices = [K for K in (problem.A, problem.G) if K is not None]
+    Q2, K2 = problem.Q * problem.Q, [K * K for K in matrices]
+    batch = max(M.shape[0] for M in (Q2, *K2))
+    D2 = problem.backend.full((batch, problem.n), 1.0, problem.dtype)
+    E2 = [problem.backend.full((batch, K.shape[-2]), 1.0, problem.dtype) for K in matrices]
+
+    def rescaled(scale, length2):
+        usable = xp.isfinite(length2) & (length2 > 0)
+        one = xp.ones_like(length2)
+        return xp.clip(xp.where(usable, scale / xp.sqrt(xp.where(usable, length2, one)), one), 1e-8, 1e8)
+
+    for _ in range(passes):
+        columns = D2 * sum((product_transposed(K, e) for K, e in zip(K2, E2, strict=True)), product(Q2, D2))
+        rows = [e * product(K, D2) for K, e in zip(K2, E2, strict=True)]
+        D2 = rescaled(D2, columns)
+        E2 = [rescaled(e, r) for e, r in zip(E2, rows, strict=True)]
+    D = xp.sqrt(D2)
+    E = [xp.sqrt(e) for e in E2] + [1.0 / D for bound in (problem.lb, problem.ub) if bound is not None]
+    return Metric(D, xp.concat(E, axis=-1) if E else D[:, :0])
+
+
+# ---- small pieces
+
+
+def take_all(xp, array, index, batch: int):
+    """The entries at `index`, or the array itself where that is all of a batch in order (a chunk that is the batch)."""
+    return array if index.shape[0] == batch else xp.take(array, index, axis=0)
+
+
+def take(xp, tree, index):
+    """The problems at `index` of every array in nested tuples; arrays shared by the batch stay."""
+    if isinstance(tree, tuple):
+        return tuple(take(xp, leaf, index) for leaf in tree)
+    return tree if tree.shape[0] == 1 else xp.take(tree, index, axis=0)
+
+
+def _gram(xp, K, weights):
+    """Kᵀ diag(weights) K; a product of an array with its own transpose is a symmetric rank-k update to BLAS."""
+    S = K * xp.sqrt(weights)[:, :, None]
+    return S.mT @ S
+
+
+def _bound_weights(problem: Problem, weights):
+    parts = [weights[:, problem.blocks[name]] for name in ("lb", "ub") if getattr(problem, name) is not None]
+    return sum(parts[1:], parts[0]) if parts else 0.0
+
+
+def _add_diagonal(backend, M, diagonal):
+    return M + backend.eye(M.shape[-1], M.dtype) * diagonal[:, :, None]
+
+
+def _block_matrix(xp, blocks):
+    if len(blocks) == 1:
+        return blocks[0][0]
+    batch = max(M.shape[0] for row in blocks for M in row)
+    full = [[xp.broadcast_to(M, (batch, *M.shape[1:])) for M in row] for row in blocks]
+    return xp.concat([xp.concat(row, axis=-1) for row in full], axis=-2)

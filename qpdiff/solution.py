@@ -1,0 +1,74 @@
+"""What solve_qp returns: the solution of every problem of the batch and how it ended."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Status(enum.IntEnum):
+    """How a problem ended.
+
+    >>> Status(0).name
+    'SOLVED'
+    """
+
+    SOLVED = 0
+    """Primal residual, dual residual and duality gap are within the tolerance."""
+    MAX_ITERATIONS = 1
+    """The limit on iterations came first."""
+    PRIMAL_INFEASIBLE = 2
+    """No point satisfies the constraints: y, z, z_lb, z_ub are a Farkas certificate."""
+    DUAL_INFEASIBLE = 3
+    """The objective is unbounded below (or no multipliers exist): x is a direction of unbounded descent."""
+    STALLED = 4
+    """No further progress in this floating point type, or a number overflowed."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The solution of a batch of quadratic programs.
+
+    Arrays are of the caller's library; `batch` stands for the broadcast batch axes of the operands.
+
+    Attributes
+    ----------
+    x : array (*batch, n)
+        Variables.
+    y : array (*batch, p)
+        Multipliers of A x = b.
+    z : array (*batch, m)
+        Multipliers of G x ≤ h, nonnegative.
+    z_lb, z_ub : array (*batch, n)
+        Multipliers of the bounds, nonnegative, zero where a bound is infinite.
+    s : array (*batch, m)
+        Slack h − G x of the interior-point iterate, positive (infinite where h is).
+    status : integer array (*batch)
+        `Status` codes.
+    iterations : integer array (*batch)
+        Interior-point iterations.
+    objective : array (*batch)
+        ½ xᵀQx + qᵀx.
+    primal_residual : array (*batch)
+        Largest violation of a constraint, ‖(Ax − b, (Gx − h)₊, (lb − x)₊, (x − ub)₊)‖∞.
+    dual_residual : array (*batch)
+        ‖Qx + q + Aᵀy + Gᵀz − z_lb + z_ub‖∞.
+    duality_gap : array (*batch)
+        |xᵀQx + qᵀx + bᵀy + hᵀz − lbᵀz_lb + ubᵀz_ub|, infinite bounds left out.
+    """
+
+    x: Any
+    y: Any
+    z: Any
+    z_lb: Any
+    z_ub: Any
+    s: Any
+    status: Any
+    iterations: Any
+    objective: Any
+    primal_residual: Any
+    dual_residual: Any
+    duality_gap: Any
+    linearization: Any = field(default=None, repr=False, compare=False)
+    """What the derivative needs: the problem and the last factorisation (not part of the public interface)."""

@@ -1,0 +1,536 @@
+"""The solver: a proximal primal-dual interior-point method on a batch of quadratic programs.
+
+Each step is a predictor-corrector step of Mehrotra's on the KKT system with proximal terms around the iterate: ρ on the
+variables and δ on the multipliers, which shrink with the complementarity. The step is one function from named state to
+named state; `_run` alone decides how to iterate.
+
+References
+----------
+R. Schwan, Y. Jiang, D. Kuhn, C. N. Jones, "PIQP: a proximal interior-point quadratic programming solver", CDC 2023.
+J. Nocedal, S. J. Wright, "Numerical optimization", 2nd ed., 2006, section 16.6.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import kkt
+from .problem import Problem, make_problem
+from .solution import Solution, Status
+
+MAX_ITERATIONS = 200
+RUNNING = -1
+STEP_FRACTION = 0.99
+"""Share of the step to the boundary of s > 0, z > 0 that is taken."""
+PATIENCE = 30
+"""Iterations without progress after which a problem counts as stalled."""
+
+
+class Settings(NamedTuple):
+    """The numbers of the method for one floating point type."""
+
+    tol: float
+    rtol: float
+    max_iterations: int
+    rho: float
+    delta: float
+    smallest: float
+    """Lower limit of ρ and δ."""
+    certificate: float
+    """How large |b'y + h'z| must be against ‖Aᵀy + Gᵀz‖∞ to prove infeasibility (and likewise for unboundedness)."""
+    refinements: int
+    tiny: float
+
+
+class State(NamedTuple):
+    """The iterate of every problem; scalars have shape (B, 1)."""
+
+    x: Any
+    v: Any
+    """Multipliers of all rows."""
+    s: Any
+    """Slack of all rows, 0 where the row is no inequality."""
+    mu: Any
+    rho: Any
+    delta: Any
+    smallest: Any
+    r_x: Any
+    """−(Qx + q + Kᵀv)."""
+    r_v: Any
+    """k − Kx − s."""
+    objective: Any
+    primal: Any
+    dual: Any
+    gap: Any
+    best: Any
+    """Smallest largest residual so far."""
+    waiting: Any
+    """Iterations since `best` last improved."""
+    iterations: Any
+    status: Any
+
+
+def solve_qp(
+    Q,
+    q,
+    G=None,
+    h=None,
+    A=None,
+    b=None,
+    lb=None,
+    ub=None,
+    *,
+    backend=None,
+    dtype=None,
+    tol=None,
+    rtol=None,
+    max_iterations=MAX_ITERATIONS,
+    check=True,
+    verbose=False,
+):
+    """Solve a batch of convex quadratic programs.
+
+    ::
+
+        minimise    ½ xᵀQx + qᵀx
+        subject to  A x = b        multipliers y
+                    G x ≤ h        multipliers z ≥ 0
+                    lb ≤ x ≤ ub    multipliers z_lb, z_ub ≥ 0
+
+    Each operand is its core shape with any leading batch axes, and these broadcast together as in NumPy. An operand
+    without batch axes is shared by all problems and never copied.
+
+    Parameters
+    ----------
+    Q : array (..., n, n)
+        Symmetric positive semidefinite; zeros for a linear program.
+    q : array (..., n)
+    G, h : array (..., m, n), (..., m), optional
+        h may have +inf.
+    A, b : array (..., p, n), (..., p), optional
+    lb, ub : array (..., n), optional
+        May be infinite; lb = ub fixes a variable.
+    backend : {"numpy", "cupy", "torch", "jax"}, optional
+        Move the operands there first. By default they stay in their library; lists mean NumPy.
+    dtype : {"float32", "float64"}, optional
+        By default float32 if every floating point operand is, else float64.
+    tol : float, optional
+        Absolute tolerance; 1e-8 in float64, 1e-4 in float32.
+    rtol : float, optional
+        Relative tolerance; the same defaults. With r the primal residual, the dual residual and the duality gap (see
+        `Solution`), and scale the largest of the terms that each is a sum of (‖Kx‖∞, ‖k‖∞ for the primal residual;
+        ‖Qx‖∞, ‖q‖∞, ‖Kᵀv‖∞ for the dual; |xᵀQx|, |qᵀx|, |kᵀv| for the gap; K, k, v all constraints together), a
+        problem is SOLVED when all three r ≤ tol, or when all three r ≤ tol + rtol·scale and another step
+        would not, or did not, halve the largest of them. All are in the infinity norm, in the caller's units and
+        freshly computed.
+    max_iterations : int
+        Limit on the interior-point iterations.
+    check : bool
+        Look at the numbers in the operands (not finite, asymmetric Q, negative curvature, lb > ub) before solving.
+    verbose : bool
+        Print a line an iteration with the worst residuals of the problems that are still running.
+
+    Returns
+    -------
+    Solution
+
+    Raises
+    ------
+    TypeError, ValueError
+        For bad operands, naming the operand, what it has, what was expected and the problem of the batch.
+
+    Notes
+    -----
+    A proximal primal-dual interior-point method [1]_ with Mehrotra's predictor and corrector. A problem that cannot be
+    solved gets its `Status` and does not disturb the others of its batch.
+
+    References
+    ----------
+    .. [1] R. Schwan, Y. Jiang, D. Kuhn, C. N. Jones, "PIQP: a proximal interior-point quadratic programming solver",
+       CDC 2023.
+
+    Examples
+    --------
+    Two projections onto the simplex, of different points:
+
+    >>> import numpy as np
+    >>> points = np.array([[0.4, 0.4, 0.2], [2.0, 0.0, 0.0]])
+    >>> sol = solve_qp(np.eye(3), -points, A=np.ones((1, 3)), b=[1.0], lb=np.zeros(3))
+    >>> np.allclose(sol.x, [[0.4, 0.4, 0.2], [1.0, 0.0, 0.0]], atol=1e-6)
+    True
+    >>> sol.status.tolist()
+    [0, 0]
+    """
+    operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    problem = make_problem(operands, backend=backend, dtype=dtype, check=check)
+    settings = _settings(problem, tol, rtol, max_iterations)
+    with np.errstate(all="ignore"):
+        return _solve(problem, settings, verbose)
+
+
+def _settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
+    single = problem.dtype == problem.backend.xp.float32
+    default = 1e-4 if single else 1e-8
+    for name, value in (("tol", tol), ("rtol", rtol)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"{name} is {value!r}; expected a number ≥ 0")
+    if isinstance(max_iterations, bool) or not isinstance(max_iterations, (int, np.integer)) or max_iterations < 0:
+        raise ValueError(f"max_iterations is {max_iterations!r}; expected an integer ≥ 0")
+    return Settings(
+        tol=default if tol is None else float(tol),
+        rtol=default if rtol is None else float(rtol),
+        max_iterations=int(max_iterations),
+        rho=1e-4 if single else 1e-6,
+        delta=1e-3 if single else 1e-4,
+        smallest=1e-6 if single else 1e-10,
+        certificate=1e5 if single else 1e8,
+        refinements=2,
+        tiny=1e-30 if single else 1e-200,
+    )
+
+
+# ---- the loop: chunks of the batch, early stop, dropping of finished problems
+
+
+class Ended(NamedTuple):
+    """Problems of a chunk that ended together."""
+
+    index: Any
+    """Their positions in the whole batch."""
+    state: State | None
+    form: Any
+    """The reduced form that solved them, without its problem; None where the factor is not kept."""
+    factor: Any
+    """The last factor of the reduced KKT matrix, or None."""
+
+
+class Linearization(NamedTuple):
+    """What `qpdiff.differentiation` finds in a solution."""
+
+    problem: Problem
+    pieces: list[Ended]
+    x: Any
+    v: Any
+    s: Any
+    status: Any
+
+
+def _solve(problem: Problem, settings: Settings, verbose: bool) -> Solution:
+    xp, backend = problem.backend.xp, problem.backend
+    data = sum(value.size for value in problem.operands.values())
+    keep = problem.n**2 * problem.batch <= data  # a factor a problem, but not where the matrices are shared
+    pieces: list[Ended] = []
+    per_problem = 8 * (4 * problem.n**2 + 2 * (problem.m + problem.p) * (problem.n + problem.m + problem.p) + 16 * problem.rows)
+    size = max(1, backend.chunk_bytes // max(1, per_problem))
+    for piece, chunk in problem.chunks(size):
+        index = backend.arange(piece.stop)[piece.start :]
+        for form, where in _forms(chunk):
+            part = index if where is None else xp.take(index, where, axis=0)
+            pieces += _run(form, part, settings, keep, verbose)
+    return _collect(problem, pieces)
+
+
+def _forms(problem: Problem):
+    """Split a chunk by the reduced form that suits each of its problems."""
+    xp = problem.backend.xp
+    rho = 1e-10 if problem.dtype == xp.float64 else 1e-5
+    largest = xp.max(xp.abs(xp.linalg.diagonal(problem.Q)), axis=-1, keepdims=True)
+    form, safe = kkt.choose_form(problem, rho * largest + xp.finfo(problem.dtype).tiny)
+    if safe is None:
+        return [(form, None)]
+    count = int(xp.sum(xp.astype(safe, xp.int32)))  # one value to the host for each chunk
+    if count == safe.shape[0]:
+        return [(form, None)]
+    if count == 0:
+        return [(kkt.PrimalForm(problem), None)]
+    order = xp.argsort(xp.astype(~safe, xp.int8), stable=True)
+    parts = []
+    for make, where in ((form.select, order[:count]), (lambda part, _: kkt.PrimalForm(part), order[count:])):
+        parts.append((make(problem.select(where), where), where))
+    return parts
+
+
+def _run(form, index, settings: Settings, keep: bool, verbose: bool) -> list[Ended]:
+    """Iterate on one chunk until every problem has ended; problems that have ended are dropped by halves."""
+    problem = form.problem
+    xp = problem.backend.xp
+    metric = kkt.equilibrate(problem)
+    state, factor = initialize(form, metric, settings)
+    state = assess(problem, metric, settings, state)
+    pieces = []
+    while True:
+        running = state.status[:, 0] == RUNNING
+        count = int(xp.sum(xp.astype(running, xp.int32)))  # the one value an iteration that goes to the host
+        if verbose:
+            _report(state)
+        size = running.shape[0]
+        if 2 * count > size:
+            state, factor = step(form, metric, settings, state)
+            continue
+        order = xp.argsort(xp.astype(~running, xp.int8), stable=True) if count else None
+        done = order[count:] if count else None
+
+        def part(tree, where):
+            return tree if where is None else kkt.take(xp, tree, where)
+
+        kept = form.attach(None) if done is None else form.select(None, done)
+        ended = Ended(part(index, done), State(*part(tuple(state), done)), kept, part(factor, done))
+        pieces.append(ended if keep else ended._replace(form=None, factor=None))
+        if count == 0:
+            return pieces
+        rest = order[:count]
+        problem = problem.select(rest)
+        form = form.select(problem, rest)
+        metric = kkt.Metric(*part(tuple(metric), rest))
+        state = State(*part(tuple(state), rest))
+        index = part(index, rest)
+        state, factor = step(form, metric, settings, state)
+
+
+def _report(state: State) -> None:
+    running = state.status == RUNNING
+    worst = [float((value * running).max()) for value in (state.primal, state.dual, state.gap, state.mu)]
+    print(
+        f"{int(state.iterations.max()):4d}  running {int(running.sum()):6d}  primal {worst[0]:.1e}  dual {worst[1]:.1e}"
+        f"  gap {worst[2]:.1e}  mu {worst[3]:.1e}"
+    )
+
+
+# ---- the method
+
+
+def initialize(form, metric: kkt.Metric, settings: Settings):
+    """Starting point: the solution with θ = 1 in the scaled rows, moved onto s ∘ z = μ with s − z kept (PIQP)."""
+    problem = form.problem
+    xp, backend = problem.backend.xp, problem.backend
+    batch, dtype = problem.batch, problem.dtype
+    E = metric.rows
+    zero = backend.full((batch, problem.rows), 0.0, dtype)
+    one = backend.full((batch, 1), 1.0, dtype)
+    rho, delta = settings.rho * one, settings.delta * one
+    inequality, equality = problem.inequality, problem.equality
+    system = _system(problem, metric, xp.where(inequality, 1.0 / E**2 + zero, zero), rho, delta)
+    factor, _ = form.factor(system)
+    x, v = kkt.solve(form, system, factor, xp.broadcast_to(-problem.q, (batch, problem.n)), problem.k + zero, 1)
+    z = xp.where(inequality, v / E, zero)
+    shift_z, shift_s = _max(xp, -z), _max(xp, z)
+    mu = xp.clip(_mean(problem, (z + shift_z) * (shift_s - z)), settings.smallest, None)
+    z = (z + xp.sqrt(z * z + 4.0 * mu)) / 2.0
+    s = mu / z
+    x_finite = xp.all(xp.isfinite(x), axis=-1, keepdims=True)
+    x = xp.where(x_finite, x, xp.zeros_like(x))
+    v = xp.where(inequality, z * E, xp.where(equality, v, zero))
+    v = xp.where(xp.isfinite(v), v, xp.ones_like(v))
+    s = xp.where(inequality, s / E, zero)
+    s = xp.where(xp.isfinite(s), s, xp.ones_like(s))
+    infinite = backend.full((batch, 1), float("inf"), dtype)
+    state = State(
+        x=x, v=v, s=s, mu=_mean(problem, s * v), rho=rho, delta=delta, smallest=settings.smallest * one,
+        r_x=x, r_v=v, objective=one, primal=infinite, dual=infinite, gap=infinite, best=infinite,
+        waiting=backend.full((batch, 1), 0, xp.int32), iterations=backend.full((batch, 1), 0, xp.int32),
+        status=backend.full((batch, 1), RUNNING, xp.int32),
+    )  # fmt: skip
+    return state, factor
+
+
+def step(form, metric: kkt.Metric, settings: Settings, state: State):
+    """One predictor-corrector step for every running problem; also the factor it used."""
+    problem = form.problem
+    xp = problem.backend.xp
+    inequality = problem.inequality
+    zero = xp.zeros_like(state.s)
+    one = xp.ones_like(state.s)
+    s, z = xp.where(inequality, state.s, one), xp.where(inequality, state.v, one)
+    theta = xp.where(inequality, s / z, zero)
+    system = _system(problem, metric, theta, state.rho, state.delta)
+    factor, positive = form.factor(system)
+
+    def direction(complementarity):
+        """Newton step towards s ∘ z + complementarity = 0, all other residuals 0."""
+        r_v = state.r_v + xp.where(inequality, complementarity / z, zero)
+        dx, dv = kkt.solve(form, system, factor, state.r_x, r_v, settings.refinements)
+        ds = xp.where(inequality, -(complementarity + s * dv) / z, zero)
+        return dx, dv, ds
+
+    # Predictor: how far towards s ∘ z = 0 the step gets decides the centering (Nocedal & Wright, 16.62 to 16.66).
+    dx, dv, ds = direction(s * z)
+    dz = xp.where(inequality, dv, zero)
+    alpha_s, alpha_z = _step_length(xp, s, ds, 1.0), _step_length(xp, z, dz, 1.0)
+    reached = _mean(problem, (s + alpha_s * ds) * (z + alpha_z * dz))
+    sigma = xp.clip(reached / (state.mu + settings.tiny), 0.0, 1.0) ** 3
+    dx, dv, ds = direction(s * z + ds * dz - sigma * state.mu)
+    dz = xp.where(inequality, dv, zero)
+    alpha_s, alpha_z = _step_length(xp, s, ds, STEP_FRACTION), _step_length(xp, z, dz, STEP_FRACTION)
+
+    x = state.x + alpha_s * dx
+    v = state.v + alpha_z * dv
+    s = xp.where(inequality, xp.clip(s + alpha_s * ds, settings.tiny, None), zero)
+    v = xp.where(inequality, xp.clip(v, settings.tiny, None), v)
+    mu = _mean(problem, s * v)
+
+    # A step that cannot be computed is not taken; stronger proximal terms come instead.
+    sound = (
+        positive
+        & xp.all(xp.isfinite(x), axis=-1, keepdims=True)
+        & xp.all(xp.isfinite(v), axis=-1, keepdims=True)
+        & xp.all(xp.isfinite(s), axis=-1, keepdims=True)
+    )
+    moved = state._replace(x=x, v=v, s=s, mu=mu)
+    moved = assess(problem, metric, settings, _choose(xp, sound, moved, state)._replace(iterations=state.iterations + 1))
+
+    rate = xp.clip((state.mu - moved.mu) / (state.mu + settings.tiny), 0.0, None)
+    rate = xp.where(xp.any(inequality, axis=-1, keepdims=True), rate, 0.9 * xp.ones_like(rate))
+    rho = xp.maximum((1.0 - rate) * state.rho, moved.smallest)
+    delta = xp.maximum((1.0 - rate) * state.delta, moved.smallest)
+    rho = xp.where(sound, rho, 100.0 * state.rho)
+    delta = xp.where(sound, delta, 100.0 * state.delta)
+    # Terms that stay visible in the residuals when they have reached their limit get a lower limit.
+    smallest = xp.where(sound & (moved.waiting >= 5) & (rho <= moved.smallest), 1e-3 * settings.smallest, moved.smallest)
+    moved = moved._replace(rho=rho, delta=delta, smallest=smallest)
+    return _choose(xp, state.status == RUNNING, moved, state), factor
+
+
+def assess(problem: Problem, metric: kkt.Metric, settings: Settings, state: State) -> State:
+    """Compute the residuals afresh and decide how each problem stands."""
+    xp = problem.backend.xp
+    x, v, s = state.x, state.v, state.s
+    k, equality, inequality = problem.k, problem.equality, problem.inequality
+    zero = xp.zeros_like(v)
+    Qx, Kx, Kv = problem.hessian(x), problem.constraints(x), problem.adjoint(v)
+    Kx = xp.where(inequality | equality, Kx, zero)
+    r_x, r_v = -(Qx + problem.q + Kv), k - Kx - s
+    r_v = xp.where(inequality | equality, r_v, zero)
+    violation = xp.where(equality, xp.abs(r_v), xp.where(inequality, xp.clip(Kx - k, 0.0, None), zero))
+    xQx, qx, kv = (_sum(xp, a * b) for a, b in ((x, Qx), (problem.q, x), (k, v)))
+    primal, dual, gap = _max(xp, violation), _max(xp, xp.abs(r_x)), xp.abs(xQx + qx + kv)
+
+    # Not `<=` on a maximum alone: NaN must never pass.
+    worst = xp.maximum(xp.maximum(primal, dual), gap)
+    tol, rtol = settings.tol, settings.rtol
+    scales = (
+        xp.maximum(_max(xp, xp.abs(Kx)), _max(xp, xp.abs(k + zero))),
+        xp.maximum(xp.maximum(_max(xp, xp.abs(Qx)), _max(xp, xp.abs(problem.q + 0 * x))), _max(xp, xp.abs(Kv))),
+        xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(kv)),
+    )
+    near = (primal <= tol + rtol * scales[0]) & (dual <= tol + rtol * scales[1]) & (gap <= tol + rtol * scales[2])
+    improved = worst < 0.9 * state.best
+    best = xp.where(worst < state.best, worst, state.best)
+    waiting = xp.where(improved, xp.zeros_like(state.waiting), state.waiting + 1)
+    last = (waiting >= PATIENCE) | (state.iterations >= settings.max_iterations)
+    solved = (worst <= tol) | (near & ((worst > 0.5 * state.best) | last))
+
+    # Farkas: Kᵀv = 0, z ≥ 0, kᵀv < 0 leaves no x; Qx = 0, Kx ≤ 0 (= 0), qᵀx < 0 is a way down without end.
+    eps = xp.finfo(problem.dtype).eps ** 0.5
+    no_point = (-kv > settings.certificate * _max(xp, xp.abs(Kv))) & (-kv > eps * _sum(xp, xp.abs(k * v)))
+    no_point = no_point & (primal > tol)
+    ray = xp.maximum(_max(xp, xp.abs(Qx)), _max(xp, xp.where(equality, xp.abs(Kx), xp.clip(Kx, 0.0, None))))
+    no_bottom = (-qx > settings.certificate * ray) & (-qx > eps * _sum(xp, xp.abs(problem.q * x))) & (dual > tol)
+
+    def code(status):
+        return xp.full_like(state.status, int(status))
+
+    status = xp.where(state.iterations >= settings.max_iterations, code(Status.MAX_ITERATIONS), code(RUNNING))
+    status = xp.where(waiting >= PATIENCE, code(Status.STALLED), status)
+    status = xp.where(no_bottom, code(Status.DUAL_INFEASIBLE), status)
+    status = xp.where(no_point, code(Status.PRIMAL_INFEASIBLE), status)
+    status = xp.where(solved, code(Status.SOLVED), status)
+    return state._replace(
+        r_x=r_x, r_v=r_v, objective=0.5 * xQx + qx, primal=primal, dual=dual, gap=gap,
+        best=best, waiting=waiting, status=status,
+    )  # fmt: skip
+
+
+def _system(problem: Problem, metric: kkt.Metric, theta, rho, delta) -> kkt.System:
+    xp = problem.backend.xp
+    exists = problem.inequality | problem.equality
+    theta = xp.where(exists, theta, xp.full_like(theta, float("inf")))
+    return kkt.System(theta, rho / metric.variables**2, delta / metric.rows**2)
+
+
+def _choose(xp, condition, new: State, old: State) -> State:
+    return State(*(a if a is b else xp.where(condition, a, b) for a, b in zip(new, old, strict=True)))
+
+
+def _step_length(xp, value, direction, fraction):
+    """Largest step in [0, 1] that keeps value + step·direction ≥ (1 − fraction)·value, for positive values."""
+    return 1.0 / xp.maximum(_max(xp, -direction / value) / fraction, xp.ones_like(value[:, :1]) if value.shape[-1] else 1.0)
+
+
+def _max(xp, a):
+    """Largest entry a problem, at least 0, (B, 1)."""
+    if a.shape[-1] == 0:
+        return xp.zeros((a.shape[0], 1), dtype=a.dtype)
+    return xp.clip(xp.max(a, axis=-1, keepdims=True), 0.0, None)
+
+
+def _sum(xp, a):
+    return xp.sum(a, axis=-1, keepdims=True)
+
+
+def _mean(problem: Problem, products):
+    """Mean over the inequalities, (B, 1)."""
+    xp = problem.backend.xp
+    inequality = problem.inequality
+    count = _sum(xp, xp.astype(inequality, products.dtype))
+    return _sum(xp, xp.where(inequality, products, xp.zeros_like(products))) / xp.clip(count, 1.0, None)
+
+
+# ---- the result
+
+
+def _collect(problem: Problem, pieces: list[Ended]) -> Solution:
+    xp, backend = problem.backend.xp, problem.backend
+    names = ("x", "v", "s", "status", "iterations", "objective", "primal", "dual", "gap")
+    if not pieces:
+        kinds = {"status": xp.int32, "iterations": xp.int32}
+        widths = {"x": problem.n, "v": problem.rows, "s": problem.rows}
+        whole = {name: backend.full((0, widths.get(name, 1)), 0, kinds.get(name, problem.dtype)) for name in names}
+    else:
+        whole = {name: xp.concat([getattr(piece.state, name) for piece in pieces], axis=0) for name in names}
+        if len(pieces) > 1:
+            order = xp.argsort(xp.concat([piece.index for piece in pieces]))
+            whole = {name: xp.take(value, order, axis=0) for name, value in whole.items()}
+    x, v, s = whole["x"], whole["v"], whole["s"]
+    y, z, z_lb, z_ub = multipliers(problem, v)
+    if problem.m:
+        slack = s[:, problem.blocks["G"]]
+        slack = xp.where(problem.inequality[:, problem.blocks["G"]], slack, xp.full_like(slack, float("inf")))
+    else:
+        slack = s[:, :0]
+
+    def shaped(value):
+        return xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
+
+    def scalar(name):
+        return xp.reshape(whole[name], problem.batch_shape)
+
+    return Solution(
+        x=shaped(x),
+        y=shaped(y),
+        z=shaped(z),
+        z_lb=shaped(z_lb),
+        z_ub=shaped(z_ub),
+        s=shaped(slack),
+        status=scalar("status"),
+        iterations=scalar("iterations"),
+        objective=scalar("objective"),
+        primal_residual=scalar("primal"),
+        dual_residual=scalar("dual"),
+        duality_gap=scalar("gap"),
+        linearization=Linearization(problem, [piece._replace(state=None) for piece in pieces], x, v, s, whole["status"]),
+    )
+
+
+def multipliers(problem: Problem, v):
+    """The multipliers y, z, z_lb, z_ub in those of all rows; a fixed variable's goes to one bound by its sign."""
+    xp, blocks = problem.backend.xp, problem.blocks
+    zero = problem.backend.full((v.shape[0], problem.n), 0.0, problem.dtype)
+    z_lb = v[:, blocks["lb"]] if problem.lb is not None else zero
+    z_ub = v[:, blocks["ub"]] if problem.ub is not None else zero
+    if problem.lb is not None and problem.ub is not None:
+        fixed = problem.equality[:, blocks["lb"]]
+        z_ub = xp.where(fixed, xp.clip(-z_lb, 0.0, None), z_ub)
+        z_lb = xp.where(fixed, xp.clip(z_lb, 0.0, None), z_lb)
+    return v[:, blocks["A"]], v[:, blocks["G"]], z_lb, z_ub
