@@ -153,7 +153,7 @@ def jvp(sol: Solution, Q=None, q=None, G=None, h=None, A=None, b=None, lb=None, 
         zero = xp.zeros_like(x)
         lower, upper = tangents.get("lb", zero), tangents.get("ub", zero)
         if problem.lb is not None and problem.ub is not None:
-            fixed, at_lower = _fixed(problem, v)
+            fixed, at_lower = fixed_variables(problem, v)
             lower = xp.where(fixed & ~at_lower, upper, lower)
         if problem.lb is not None:
             parts["lb"] = parts["lb"] - lower
@@ -166,7 +166,7 @@ def jvp(sol: Solution, Q=None, q=None, G=None, h=None, A=None, b=None, lb=None, 
     d_lb = dv[:, blocks["lb"]] if problem.lb is not None else zero
     d_ub = dv[:, blocks["ub"]] if problem.ub is not None else zero
     if problem.lb is not None and problem.ub is not None:
-        fixed, at_lower = _fixed(problem, v)
+        fixed, at_lower = fixed_variables(problem, v)
         d_ub = xp.where(fixed, xp.where(at_lower, zero, -d_lb), d_ub)
         d_lb = xp.where(fixed & ~at_lower, zero, d_lb)
 
@@ -234,7 +234,7 @@ def _solve_piece(lin, piece, r_x, r_v):
 # ---- from rows to operands
 
 
-def _fixed(problem: Problem, v):
+def fixed_variables(problem: Problem, v):
     """Which variables are fixed by lb = ub, and at which of them lb holds the variable against the cost."""
     return problem.equality[:, problem.blocks["lb"]], v[:, problem.blocks["lb"]] >= 0
 
@@ -245,7 +245,7 @@ def _to_rows(sol: Solution, cotangents):
     problem, xp = lin.problem, lin.problem.backend.xp
     z_lb, z_ub = cotangents["z_lb"], cotangents["z_ub"]
     if problem.lb is not None and problem.ub is not None:
-        fixed, at_lower = _fixed(problem, lin.v)
+        fixed, at_lower = fixed_variables(problem, lin.v)
         z_lb = xp.where(fixed & ~at_lower, -z_ub, z_lb)
     parts = [cotangents["y"], cotangents["z"]]
     parts += [z_lb] if problem.lb is not None else []
@@ -269,7 +269,7 @@ def assemble_gradients(sol: Solution, u_x, u_v) -> Gradients:
     lower = -u_v[:, blocks["lb"]] if problem.lb is not None else None
     upper = u_v[:, blocks["ub"]] if problem.ub is not None else None
     if lower is not None and upper is not None:
-        fixed, at_lower = _fixed(problem, v)
+        fixed, at_lower = fixed_variables(problem, v)
         upper = xp.where(fixed, xp.where(at_lower, xp.zeros_like(upper), lower), upper)
         lower = xp.where(fixed & ~at_lower, xp.zeros_like(lower), lower)
     for name, value in (("lb", lower), ("ub", upper)):
