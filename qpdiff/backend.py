@@ -11,6 +11,7 @@ import importlib
 
 import array_api_compat
 import numpy as np
+from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
 _NAMESPACES = {
     "numpy": "array_api_compat.numpy",
@@ -69,12 +70,23 @@ class Backend:
         values = xp.where(positive[:, None], values, one)
         return (vectors / xp.sqrt(values)[:, None, :] / scale[:, :, None],), positive[:, None]
 
-    def solve(self, factor, r):
-        """M⁻¹ r for vectors r (B, n)."""
+    def forward(self, factor, r):
+        """F⁻¹ r for vectors r (B, n)."""
         (inverse,) = factor
         if inverse.shape[0] == 1:
-            return (r @ inverse[0, :, :]) @ inverse[0, :, :].mT
-        return (inverse @ (inverse.mT @ r[:, :, None]))[:, :, 0]
+            return r @ inverse[0, :, :]
+        return (inverse.mT @ r[:, :, None])[:, :, 0]
+
+    def backward(self, factor, r):
+        """F⁻ᵀ r for vectors r (B, n)."""
+        (inverse,) = factor
+        if inverse.shape[0] == 1:
+            return r @ inverse[0, :, :].mT
+        return (inverse @ r[:, :, None])[:, :, 0]
+
+    def solve(self, factor, r):
+        """M⁻¹ r for vectors r (B, n)."""
+        return self.backward(factor, self.forward(factor, r))
 
     def whiten(self, factor, K):
         """K F⁻ᵀ for row blocks K (B, k, n), so that K M⁻¹ Kᵀ is the product of the result with its transpose."""
@@ -84,7 +96,7 @@ class Backend:
 class NumPyBackend(Backend):
     """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
 
-    chunk_bytes = 32 * 2**20
+    chunk_bytes = 16 * 2**20
 
     def asarray(self, value, dtype=None):
         return np.asarray(value, dtype=dtype)
@@ -100,9 +112,13 @@ class NumPyBackend(Backend):
             L = np.where(positive[:, :, None], L, np.eye(M.shape[-1], dtype=M.dtype))
         return (L,), positive
 
-    def solve(self, factor, r):
-        from scipy.linalg.lapack import get_lapack_funcs
+    def forward(self, factor, r):
+        return self._triangular(factor, r, trans=1)
 
+    def backward(self, factor, r):
+        return self._triangular(factor, r, trans=0)
+
+    def solve(self, factor, r):
         (L,) = factor
         (potrs,) = get_lapack_funcs(("potrs",), (L,))
         if L.shape[0] == 1:
@@ -113,14 +129,25 @@ class NumPyBackend(Backend):
         return out
 
     def whiten(self, factor, K):
-        from scipy.linalg.lapack import get_lapack_funcs
-
         (L,) = factor
         (trtrs,) = get_lapack_funcs(("trtrs",), (L,))
         batch = max(L.shape[0], K.shape[0])
         out = np.empty((batch, *K.shape[1:]), dtype=L.dtype)
         for i in range(batch):
             out[i] = trtrs(L[i % L.shape[0]].T, K[i % K.shape[0]].T, lower=0, trans=1)[0].T
+        return out
+
+    @staticmethod
+    def _triangular(factor, r, trans):
+        """Lᵀ is what LAPACK sees of a row-major L without a copy; trans=1 solves with L, trans=0 with Lᵀ."""
+        (L,) = factor
+        if L.shape[0] == 1:
+            (trtrs,) = get_lapack_funcs(("trtrs",), (L,))
+            return trtrs(L[0].T, r.T, lower=0, trans=trans)[0].T
+        (trsv,) = get_blas_funcs(("trsv",), (L,))
+        out = np.empty_like(r)
+        for i in range(r.shape[0]):
+            out[i] = trsv(L[i].T, r[i], lower=0, trans=trans)
         return out
 
 
@@ -145,11 +172,16 @@ class CuPyBackend(Backend):
         eye = self.eye(M.shape[-1], M.dtype)
         return (xp.where(positive[:, None, None], xp.tril(L), eye),), positive[:, None]
 
-    def solve(self, factor, r):
-        (L,) = factor
+    def forward(self, factor, r):
+        return self._vectors(factor[0], r, trans=0)
+
+    def backward(self, factor, r):
+        return self._vectors(factor[0], r, trans=1)
+
+    def _vectors(self, L, r, trans):
         if L.shape[0] == 1:
-            return self._triangular(L, self._triangular(L, r.mT[None]), trans=1)[0].mT
-        return self._triangular(L, self._triangular(L, r[:, :, None]), trans=1)[:, :, 0]
+            return self._triangular(L, r.T[None], trans)[0].T
+        return self._triangular(L, r[:, :, None], trans)[:, :, 0]
 
     def whiten(self, factor, K):
         (L,) = factor

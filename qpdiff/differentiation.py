@@ -216,7 +216,7 @@ def _solve_piece(lin, piece, r_x, r_v):
         size = size + xp.max(xp.abs(r_v), axis=-1)
     accuracy = 1e-9 if problem.dtype == xp.float64 else 1e-4
     if piece.factor is not None:
-        form = piece.form.attach(part)
+        form = piece.form(part)
         u_x, u_v = kkt.solve_nearby(form, exact, piece.factor, heavy, r_x, r_v, 3)
         e_x, e_v = kkt.residual(part, exact, r_x, r_v, u_x, u_v)
         left = xp.max(xp.abs(e_x), axis=-1)

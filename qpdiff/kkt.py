@@ -46,15 +46,11 @@ class Metric(NamedTuple):
 class PrimalForm:
     """The KKT system reduced to the variables: n × n, for any Q and any rows."""
 
-    def __init__(self, problem: Problem | None):
+    def __init__(self, problem: Problem):
         self.problem = problem
 
-    def select(self, problem: Problem | None, index) -> PrimalForm:
+    def select(self, problem: Problem, index) -> PrimalForm:
         """The same for part of the batch."""
-        return PrimalForm(problem)
-
-    def attach(self, problem: Problem | None) -> PrimalForm:
-        """The same with its problem, which a form that is kept for later does not hold."""
         return PrimalForm(problem)
 
     def factor(self, system: System):
@@ -85,7 +81,7 @@ class DualForm:
     and G are shared. With bounds Q must be diagonal.
     """
 
-    def __init__(self, problem: Problem | None, constants):
+    def __init__(self, problem: Problem, constants=None):
         self.problem = problem
         self.constants = constants
 
@@ -96,14 +92,14 @@ class DualForm:
         Q = _add_diagonal(backend, problem.Q, xp.broadcast_to(rho, (problem.Q.shape[0], problem.n)))
         factor, positive = backend.factor(Q)
         blocks = [K for K in (problem.A, problem.G) if K is not None]
-        whitened = [backend.whiten(factor, K) for K in blocks]
+        whitened = tuple(backend.whiten(factor, K) for K in blocks)
         S = _block_matrix(xp, [[V @ W.mT for W in whitened] for V in whitened])
         # k Q⁻¹ kᵀ against its least possible value |k|² / max Q tells how near to singular Q is where rows can see it.
         largest = xp.max(xp.linalg.diagonal(Q), axis=-1, keepdims=True)
         squares = xp.concat([xp.broadcast_to(xp.sum(K * K, axis=-1), (S.shape[0], K.shape[-2])) for K in blocks], axis=-1)
         limit = 1e-3 / xp.finfo(problem.dtype).eps ** 0.75
         good = positive[:, 0] & xp.all(xp.linalg.diagonal(S) * largest <= limit * squares, axis=-1)
-        return cls(problem, (factor, S)), good
+        return cls(problem, (factor, whitened, S)), good
 
     @classmethod
     def diagonal(cls, problem: Problem, rho) -> tuple[DualForm, Any]:
@@ -116,52 +112,43 @@ class DualForm:
                 curved = curved | xp.isfinite(bound)
         return cls(problem, (diagonal + rho,)), xp.all(curved, axis=-1)
 
-    def select(self, problem: Problem | None, index) -> DualForm:
+    def select(self, problem: Problem, index) -> DualForm:
         return DualForm(problem, take(self.problem.backend.xp, self.constants, index))
-
-    def attach(self, problem: Problem | None) -> DualForm:
-        return DualForm(problem, self.constants)
 
     def factor(self, system: System):
         problem, xp = self.problem, self.problem.backend.xp
         theta = system.theta + system.delta
         linear = theta[:, : problem.p + problem.m]
-        if len(self.constants) == 2:
-            hessian, S = self.constants
+        if len(self.constants) == 3:
+            hessian, rows, S = self.constants
             weights = theta[:, :0]
         else:
             weights = 1.0 / theta
-            hessian = self.constants[0] + _bound_weights(problem, weights)
-            blocks = [K for K in (problem.A, problem.G) if K is not None]
-            scaled = [K / xp.sqrt(hessian)[:, None, :] for K in blocks]
-            S = _block_matrix(xp, [[V @ W.mT for W in scaled] for V in scaled])
+            hessian = xp.sqrt(self.constants[0] + _bound_weights(problem, weights))
+            rows = tuple(K / hessian[:, None, :] for K in (problem.A, problem.G) if K is not None)
+            S = _block_matrix(xp, [[V @ W.mT for W in rows] for V in rows])
             weights = weights[:, problem.p + problem.m :]
         # Rows that do not exist get a diagonal that is huge but harmless to the factorisation.
         linear = xp.where(xp.isfinite(linear), linear, xp.full_like(linear, xp.finfo(problem.dtype).max ** 0.5))
         factor, positive = problem.backend.factor(_add_diagonal(problem.backend, S, linear))
-        return (factor, hessian, weights), positive
+        return (factor, hessian, rows, weights), positive
 
     def solve(self, factor, r_x, r_v):
         problem = self.problem
         xp, backend = problem.backend.xp, problem.backend
-        reduced, hessian, weights = factor
-        p, linear = problem.p, problem.p + problem.m
+        reduced, hessian, rows, weights = factor
+        linear = problem.p + problem.m
         bounds = r_v[:, linear:]
         if weights.shape[-1]:
             r_x = r_x + self._bounds_adjoint(weights * bounds)
-
-        def invert(r):
-            return backend.solve(hessian, r) if isinstance(hessian, tuple) else r / hessian
-
-        t = invert(r_x)
-        parts = [product(K, t) for K in (problem.A, problem.G) if K is not None]
-        dv = backend.solve(reduced, (parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)) - r_v[:, :linear])
-        back = [
-            product_transposed(K, part)
-            for K, part in ((problem.A, dv[:, :p]), (problem.G, dv[:, p:]))
-            if K is not None
-        ]
-        dx = invert(r_x - sum(back[1:], back[0]))
+        dense = isinstance(hessian, tuple)
+        t = backend.forward(hessian, r_x) if dense else r_x / hessian
+        dv = backend.solve(reduced, _concat(xp, [product(V, t) for V in rows]) - r_v[:, :linear])
+        start = 0
+        for V in rows:
+            t = t - product_transposed(V, dv[:, start : start + V.shape[-2]])
+            start += V.shape[-2]
+        dx = backend.backward(hessian, t) if dense else t / hessian
         if weights.shape[-1]:
             dv = xp.concat([dv, weights * (problem.constraints(dx)[:, linear:] - bounds)], axis=-1)
         return dx, dv
@@ -292,6 +279,10 @@ def _gram(xp, K, weights):
     """Kᵀ diag(weights) K; a product of an array with its own transpose is a symmetric rank-k update to BLAS."""
     S = K * xp.sqrt(weights)[:, :, None]
     return S.mT @ S
+
+
+def _concat(xp, arrays):
+    return arrays[0] if len(arrays) == 1 else xp.concat(arrays, axis=-1)
 
 
 def _bound_weights(problem: Problem, weights):

@@ -186,7 +186,7 @@ def _settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
         delta=1e-3 if single else 1e-4,
         smallest=1e-6 if single else 1e-10,
         certificate=1e5 if single else 1e8,
-        refinements=2,
+        refinements=1,
         tiny=1e-30 if single else 1e-200,
     )
 
@@ -194,14 +194,28 @@ def _settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
 # ---- the loop: chunks of the batch, early stop, dropping of finished problems
 
 
+class Outcome(NamedTuple):
+    """What remains of the `State` of problems that have ended."""
+
+    x: Any
+    v: Any
+    s: Any
+    status: Any
+    iterations: Any
+    objective: Any
+    primal: Any
+    dual: Any
+    gap: Any
+
+
 class Ended(NamedTuple):
     """Problems of a chunk that ended together."""
 
     index: Any
     """Their positions in the whole batch."""
-    state: State | None
-    form: Any
-    """The reduced form that solved them, without its problem; None where the factor is not kept."""
+    outcome: Outcome | None
+    form: type | None
+    """The class of the reduced form that solved them; None where the factor is not kept."""
     factor: Any
     """The last factor of the reduced KKT matrix, or None."""
 
@@ -275,8 +289,8 @@ def _run(form, index, settings: Settings, keep: bool, verbose: bool) -> list[End
         def part(tree, where):
             return tree if where is None else kkt.take(xp, tree, where)
 
-        kept = form.attach(None) if done is None else form.select(None, done)
-        ended = Ended(part(index, done), State(*part(tuple(state), done)), kept, part(factor, done))
+        outcome = tuple(getattr(state, name) for name in Outcome._fields)
+        ended = Ended(part(index, done), Outcome(*part(outcome, done)), type(form), part(factor, done))
         pieces.append(ended if keep else ended._replace(form=None, factor=None))
         if count == 0:
             return pieces
@@ -347,20 +361,20 @@ def step(form, metric: kkt.Metric, settings: Settings, state: State):
     system = _system(problem, metric, theta, state.rho, state.delta)
     factor, positive = form.factor(system)
 
-    def direction(complementarity):
-        """Newton step towards s ∘ z + complementarity = 0, all other residuals 0."""
+    def direction(complementarity, refinements):
+        """Newton step that takes s ∘ z down by `complementarity` and all other residuals to 0."""
         r_v = state.r_v + xp.where(inequality, complementarity / z, zero)
-        dx, dv = kkt.solve(form, system, factor, state.r_x, r_v, settings.refinements)
+        dx, dv = kkt.solve(form, system, factor, state.r_x, r_v, refinements)
         ds = xp.where(inequality, -(complementarity + s * dv) / z, zero)
         return dx, dv, ds
 
     # Predictor: how far towards s ∘ z = 0 the step gets decides the centering (Nocedal & Wright, 16.62 to 16.66).
-    dx, dv, ds = direction(s * z)
+    dx, dv, ds = direction(s * z, 0)
     dz = xp.where(inequality, dv, zero)
     alpha_s, alpha_z = _step_length(xp, s, ds, 1.0), _step_length(xp, z, dz, 1.0)
     reached = _mean(problem, (s + alpha_s * ds) * (z + alpha_z * dz))
     sigma = xp.clip(reached / (state.mu + settings.tiny), 0.0, 1.0) ** 3
-    dx, dv, ds = direction(s * z + ds * dz - sigma * state.mu)
+    dx, dv, ds = direction(s * z + ds * dz - sigma * state.mu, settings.refinements)
     dz = xp.where(inequality, dv, zero)
     alpha_s, alpha_z = _step_length(xp, s, ds, STEP_FRACTION), _step_length(xp, z, dz, STEP_FRACTION)
 
@@ -482,13 +496,13 @@ def _mean(problem: Problem, products):
 
 def _collect(problem: Problem, pieces: list[Ended]) -> Solution:
     xp, backend = problem.backend.xp, problem.backend
-    names = ("x", "v", "s", "status", "iterations", "objective", "primal", "dual", "gap")
+    names = Outcome._fields
     if not pieces:
         kinds = {"status": xp.int32, "iterations": xp.int32}
         widths = {"x": problem.n, "v": problem.rows, "s": problem.rows}
         whole = {name: backend.full((0, widths.get(name, 1)), 0, kinds.get(name, problem.dtype)) for name in names}
     else:
-        whole = {name: xp.concat([getattr(piece.state, name) for piece in pieces], axis=0) for name in names}
+        whole = {name: xp.concat([getattr(piece.outcome, name) for piece in pieces], axis=0) for name in names}
         if len(pieces) > 1:
             order = xp.argsort(xp.concat([piece.index for piece in pieces]))
             whole = {name: xp.take(value, order, axis=0) for name, value in whole.items()}
@@ -519,14 +533,14 @@ def _collect(problem: Problem, pieces: list[Ended]) -> Solution:
         primal_residual=scalar("primal"),
         dual_residual=scalar("dual"),
         duality_gap=scalar("gap"),
-        linearization=Linearization(problem, [piece._replace(state=None) for piece in pieces], x, v, s, whole["status"]),
+        linearization=Linearization(problem, [piece._replace(outcome=None) for piece in pieces], x, v, s, whole["status"]),
     )
 
 
 def multipliers(problem: Problem, v):
     """The multipliers y, z, z_lb, z_ub in those of all rows; a fixed variable's goes to one bound by its sign."""
     xp, blocks = problem.backend.xp, problem.blocks
-    zero = problem.backend.full((v.shape[0], problem.n), 0.0, problem.dtype)
+    zero = xp.broadcast_to(problem.backend.full((1, problem.n), 0.0, problem.dtype), (v.shape[0], problem.n))
     z_lb = v[:, blocks["lb"]] if problem.lb is not None else zero
     z_ub = v[:, blocks["ub"]] if problem.ub is not None else zero
     if problem.lb is not None and problem.ub is not None:
