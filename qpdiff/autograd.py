@@ -25,9 +25,7 @@ except ImportError as error:
     raise ImportError("qpdiff.autograd needs HIPS autograd: pip install 'qpdiff[autograd]'") from error
 
 
-def solve_qp(
-    Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "raise", **options
-) -> Solution:
+def solve_qp(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "raise", **options) -> Solution:
     """Solve a batch of convex quadratic programs; `qpdiff.solve_qp` on NumPy for HIPS autograd.
 
     Parameters
@@ -92,7 +90,11 @@ def _raise_if_unsolved(sol: Solution) -> None:
     if len(bad):
         first = tuple(bad[0].tolist())
         status = Status(int(np.atleast_1d(sol.status)[first])).name
-        where = f"; the first is problem {first[0] if len(first) == 1 else first}: {status}" if sol.status.ndim else f": {status}"
+        where = (
+            f"; the first is problem {first[0] if len(first) == 1 else first}: {status}"
+            if sol.status.ndim
+            else f": {status}"
+        )
         raise RuntimeError(
             f"{len(bad)} of {sol.status.size} problems not solved{where}. Pass unsolved='nan' or 'zero' to go on without "
             "their gradients"
@@ -153,7 +155,7 @@ def _solution_vjp(argnums, solution, args, kwargs):
 
 
 def _kkt_solve_vjp(argnums, u, args, kwargs):
-    """u = K⁻¹ r moves with r, with the matrices, and with θ = (k − Kx)/v at the inequalities."""
+    """The vjp of u = K⁻¹ r, which moves with r, with the matrices, and with θ = (k − Kx)/v at the inequalities."""
     layer, _, solution, *operands = args
 
     def vjp(g):
@@ -167,9 +169,7 @@ def _kkt_solve_vjp(argnums, u, args, kwargs):
         k_bar = theta_bar / safe_v
         matrices = dict(zip(layer.names, operands, strict=True))
         theta = anp.where(inequality, (_right_hand_side(problem, matrices) - _rows(problem, matrices, x)) / safe_v, 0.0)
-        gradients = _gradients(
-            layer, q=0.0 * u_x, k=k_bar, Q=[(-t_x, u_x)], K=[(-u_v, t_x), (-t_v, u_x), (-k_bar, x)]
-        )
+        gradients = _gradients(layer, q=0.0 * u_x, k=k_bar, Q=[(-t_x, u_x)], K=[(-u_v, t_x), (-t_v, u_x), (-k_bar, x)])
         solution_bar = anp.concatenate([-_rows_adjoint(problem, matrices, k_bar), -k_bar * theta], axis=-1)
         by_argument = [None, t, solution_bar, *(gradients[name] for name in layer.names)]
         return [by_argument[i] for i in argnums]

@@ -223,7 +223,9 @@ def choose_backend(operands, name=None):
         xp = _namespace(name)
         backend = _CLASSES.get(name, Backend)(xp)
         return backend, {key: _move(key, value, xp) for key, value in operands.items()}
-    arrays = {key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))}
+    arrays = {
+        key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))
+    }
     namespaces, devices = {}, {}
     for key, value in arrays.items():
         try:
@@ -249,7 +251,9 @@ def choose_backend(operands, name=None):
         backend = CuPyBackend(namespaces[first], devices[first])
     else:
         backend = Backend(namespaces[first], devices[first])
-    return backend, {key: value if key in arrays else _from_host(key, value, backend) for key, value in operands.items()}
+    return backend, {
+        key: value if key in arrays else _from_host(key, value, backend) for key, value in operands.items()
+    }
 
 
 def working_dtype(backend, arrays, operands, dtype=None):
@@ -261,7 +265,9 @@ def working_dtype(backend, arrays, operands, dtype=None):
             raise TypeError(f"{key} has dtype {value.dtype}; expected real numbers")
         if xp.isdtype(value.dtype, "real floating") and hasattr(operands[key], "dtype"):
             if value.dtype not in (xp.float32, xp.float64) and dtype is None:
-                raise TypeError(f"{key} has dtype {value.dtype}; expected float32 or float64, or pass dtype= to convert")
+                raise TypeError(
+                    f"{key} has dtype {value.dtype}; expected float32 or float64, or pass dtype= to convert"
+                )
             floating.add(value.dtype)
     if dtype is None:
         return xp.float32 if floating == {xp.float32} else xp.float64
@@ -277,7 +283,9 @@ def _namespace(name):
     try:
         return importlib.import_module(_NAMESPACES[name])
     except ImportError as error:
-        raise ImportError(f"backend={name!r} needs a package that is missing: pip install 'qpdiff[{_EXTRAS[name]}]'") from error
+        raise ImportError(
+            f"backend={name!r} needs a package that is missing: pip install 'qpdiff[{_EXTRAS[name]}]'"
+        ) from error
 
 
 def _from_host(key, value, backend):

@@ -101,7 +101,9 @@ def vjp(sol: Solution, x=None, y=None, z=None, z_lb=None, z_ub=None, *, unsolved
         return assemble_gradients(sol, *solve_kkt(sol, *_to_rows(sol, cotangents), unsolved=unsolved))
 
 
-def jvp(sol: Solution, Q=None, q=None, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "nan") -> Tangents:
+def jvp(
+    sol: Solution, Q=None, q=None, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "nan"
+) -> Tangents:
     """Push tangents of the operands forward to the solution.
 
     Parameters

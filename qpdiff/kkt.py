@@ -96,7 +96,9 @@ class DualForm:
         S = _block_matrix(xp, [[V @ W.mT for W in whitened] for V in whitened])
         # k Q⁻¹ kᵀ against its least possible value |k|² / max Q tells how near to singular Q is where rows can see it.
         largest = xp.max(xp.linalg.diagonal(Q), axis=-1, keepdims=True)
-        squares = xp.concat([xp.broadcast_to(xp.sum(K * K, axis=-1), (S.shape[0], K.shape[-2])) for K in blocks], axis=-1)
+        squares = xp.concat(
+            [xp.broadcast_to(xp.sum(K * K, axis=-1), (S.shape[0], K.shape[-2])) for K in blocks], axis=-1
+        )
         limit = 1e-3 / xp.finfo(problem.dtype).eps ** 0.75
         good = positive[:, 0] & xp.all(xp.linalg.diagonal(S) * largest <= limit * squares, axis=-1)
         return cls(problem, (factor, whitened, S)), good
@@ -222,7 +224,9 @@ def solve_nearby(form, system: System, factor, heavy, r_x, r_v, refinements: int
     dx, dv = xp.zeros_like(r_x), zero
     e_x, e_v = r_x, r_v
     for round_ in range(refinements + 1):
-        cx, cv = form.solve(factor, e_x + problem.adjoint(xp.where(heavy, zero, weights * e_v)), xp.where(heavy, e_v, zero))
+        cx, cv = form.solve(
+            factor, e_x + problem.adjoint(xp.where(heavy, zero, weights * e_v)), xp.where(heavy, e_v, zero)
+        )
         cv = xp.where(heavy, cv, weights * (problem.constraints(cx) - e_v))
         dx, dv = dx + cx, dv + cv
         if round_ < refinements:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from .backend import Backend, choose_backend, working_dtype
 
 OPERANDS = {
@@ -230,9 +232,9 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
         if (operands[matrix] is None) != (operands[vector] is None):
             given, missing = (matrix, vector) if operands[vector] is None else (vector, matrix)
             raise ValueError(f"{given} was given without {missing}; they come together")
-    given = {name: value for name, value in operands.items() if value is not None}
-    chosen, arrays = choose_backend(given, backend)
-    dtype = working_dtype(chosen, arrays, given, dtype)
+    present = {name: value for name, value in operands.items() if value is not None}
+    chosen, arrays = choose_backend(present, backend)
+    dtype = working_dtype(chosen, arrays, present, dtype)
     arrays = {name: chosen.xp.astype(value, dtype, copy=False) for name, value in arrays.items()}
 
     _check_core_shapes(arrays)
@@ -265,22 +267,20 @@ def _check_core_shapes(arrays) -> None:
         core = OPERANDS[name]
         if value.ndim < len(core):
             raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; expected (..., {', '.join(core)}) with at least {len(core)} axes"
+                f"{name} has shape {tuple(value.shape)}; expected (..., {', '.join(core)}), at least {len(core)} axes"
             )
     n = arrays["Q"].shape[-1]
     if n == 0:
         raise ValueError(f"Q has shape {tuple(arrays['Q'].shape)}; a problem needs at least one variable")
     sizes = {"n": n}
-    for name in ("Q", "q", "G", "h", "A", "b", "lb", "ub"):
-        if name not in arrays:
-            continue
-        shape, core = tuple(arrays[name].shape), OPERANDS[name]
+    for name, value in arrays.items():
+        shape, core = tuple(value.shape), OPERANDS[name]
         for size, letter in zip(shape[len(shape) - len(core) :], core, strict=True):
             if sizes.setdefault(letter, size) != size:
                 source = {"n": "Q", "m": "G", "p": "A"}[letter]
                 raise ValueError(
-                    f"{name} has shape {shape}; expected (..., {', '.join(core)}) with {letter} = {sizes[letter]} from {source} "
-                    f"of shape {tuple(arrays[source].shape)}"
+                    f"{name} has shape {shape}; expected (..., {', '.join(core)}) with {letter} = {sizes[letter]} "
+                    f"from {source} of shape {tuple(arrays[source].shape)}"
                 )
 
 
@@ -306,11 +306,11 @@ def _check_values(problem: Problem) -> None:
     xp = problem.backend.xp
     bytes_per_problem = 8 * problem.n * (problem.n + 1)
     pieces = list(problem.chunks(max(1, problem.backend.chunk_bytes // bytes_per_problem)))
-    shared = replace(problem, batch_shape=(1,), **{k: v[:1, ...] for k, v in problem.operands.items()})
-    verdicts = []
-    for position, (_, piece) in enumerate(pieces):
-        for name, complaint, good in _findings(piece, shared if position else None):
-            verdicts.append((position, name, complaint, good))
+    verdicts = [
+        (position, name, complaint, good)
+        for position, (_, piece) in enumerate(pieces)
+        for name, complaint, good in _findings(piece, first=position == 0)
+    ]
     if bool(xp.all(xp.stack([xp.all(good) for *_, good in verdicts]))):
         return
     for position, name, complaint, good in verdicts:
@@ -319,22 +319,18 @@ def _check_values(problem: Problem) -> None:
         where = ""
         if good.shape[0] > 1 or (problem.batch_shape and getattr(problem, name).shape[0] > 1):
             flat = pieces[position][0].start + int(xp.argmin(xp.astype(good, xp.int8)))
-            index = []
-            for size in reversed(problem.batch_shape):
-                flat, remainder = divmod(flat, size)
-                index.append(remainder)
-            index = tuple(reversed(index))
+            index = tuple(int(i) for i in np.unravel_index(flat, problem.batch_shape))
             where = f" (problem {index[0] if len(index) == 1 else index} of the batch)"
         raise ValueError(f"{name} {complaint}{where}")
 
 
-def _findings(piece: Problem, skip_shared):
+def _findings(piece: Problem, *, first: bool):
     """(operand, complaint, good): for each rule a flag a problem, False where it is broken."""
     xp = piece.backend.xp
 
     def fresh(*names):
-        """Whether a rule over these operands has not been checked with an earlier piece already."""
-        return skip_shared is None or any(getattr(piece, name).shape[0] > 1 for name in names)
+        """Whether the first piece has not settled a rule over these operands for the whole batch."""
+        return first or any(getattr(piece, name).shape[0] > 1 for name in names)
 
     for name, value in piece.operands.items():
         if not fresh(name):
@@ -351,16 +347,12 @@ def _findings(piece: Problem, skip_shared):
         largest = xp.max(xp.abs(Q), axis=(-2, -1))
         tolerance = 1e-8 if piece.dtype == xp.float64 else 1e-4
         asymmetry = xp.max(xp.abs(Q - Q.mT), axis=(-2, -1))
-        # `not >` rather than `<=`: a NaN has its own complaint above
-        yield (
-            "Q",
-            "is not symmetric; pass (Q + Qᵀ)/2, which has the same objective",
-            ~(asymmetry > tolerance * largest),
-        )
-        yield (
-            "Q",
-            "has a negative diagonal entry, so it is not positive semidefinite and the problem not convex",
-            ~xp.any(xp.linalg.diagonal(Q) < -tolerance * largest[:, None], axis=-1),
-        )
+        # ¬(a > b) rather than a ≤ b: a NaN has its own complaint above.
+        symmetric = ~(asymmetry > tolerance * largest)
+        yield "Q", "is not symmetric; pass (Q + Qᵀ)/2, which has the same objective", symmetric
+        shift = tolerance * xp.where(largest > 0, largest, xp.ones_like(largest))
+        eye = piece.backend.eye(piece.n, piece.dtype)
+        _, positive = piece.backend.factor(Q + shift[:, None, None] * eye)
+        yield "Q", "is not positive semidefinite, so the problem is not convex", positive[:, 0]
     if piece.lb is not None and piece.ub is not None and fresh("lb", "ub"):
         yield "lb", "is greater than ub for a variable", ~xp.any(piece.lb > piece.ub, axis=-1)

@@ -236,7 +236,9 @@ def _solve(problem: Problem, settings: Settings, verbose: bool) -> Solution:
     data = sum(value.size for value in problem.operands.values())
     keep = problem.n**2 * problem.batch <= data  # a factor a problem, but not where the matrices are shared
     pieces: list[Ended] = []
-    per_problem = 8 * (4 * problem.n**2 + 2 * (problem.m + problem.p) * (problem.n + problem.m + problem.p) + 16 * problem.rows)
+    per_problem = 8 * (
+        4 * problem.n**2 + 2 * (problem.m + problem.p) * (problem.n + problem.m + problem.p) + 16 * problem.rows
+    )
     size = max(1, backend.chunk_bytes // max(1, per_problem))
     for piece, chunk in problem.chunks(size):
         index = backend.arange(piece.stop)[piece.start :]
@@ -283,7 +285,7 @@ def _run(form, index, settings: Settings, keep: bool, verbose: bool) -> list[End
         if 2 * count > size:
             state, factor = step(form, metric, settings, state)
             continue
-        order = xp.argsort(xp.astype(~running, xp.int8), stable=True) if count else None
+        order = xp.argsort(xp.astype(~running, xp.int8), stable=True)
         done = order[count:] if count else None
 
         def part(tree, where):
@@ -392,7 +394,9 @@ def step(form, metric: kkt.Metric, settings: Settings, state: State):
         & xp.all(xp.isfinite(s), axis=-1, keepdims=True)
     )
     moved = state._replace(x=x, v=v, s=s, mu=mu)
-    moved = assess(problem, metric, settings, _choose(xp, sound, moved, state)._replace(iterations=state.iterations + 1))
+    moved = assess(
+        problem, metric, settings, _choose(xp, sound, moved, state)._replace(iterations=state.iterations + 1)
+    )
 
     rate = xp.clip((state.mu - moved.mu) / (state.mu + settings.tiny), 0.0, None)
     rate = xp.where(xp.any(inequality, axis=-1, keepdims=True), rate, 0.9 * xp.ones_like(rate))
@@ -401,7 +405,8 @@ def step(form, metric: kkt.Metric, settings: Settings, state: State):
     rho = xp.where(sound, rho, 100.0 * state.rho)
     delta = xp.where(sound, delta, 100.0 * state.delta)
     # Terms that stay visible in the residuals when they have reached their limit get a lower limit.
-    smallest = xp.where(sound & (moved.waiting >= 5) & (rho <= moved.smallest), 1e-3 * settings.smallest, moved.smallest)
+    held = sound & (moved.waiting >= 5) & (rho <= moved.smallest)
+    smallest = xp.where(held, 1e-3 * settings.smallest, moved.smallest)
     moved = moved._replace(rho=rho, delta=delta, smallest=smallest)
     return _choose(xp, state.status == RUNNING, moved, state), factor
 
@@ -469,7 +474,7 @@ def _choose(xp, condition, new: State, old: State) -> State:
 
 def _step_length(xp, value, direction, fraction):
     """Largest step in [0, 1] that keeps value + step·direction ≥ (1 − fraction)·value, for positive values."""
-    return 1.0 / xp.maximum(_max(xp, -direction / value) / fraction, xp.ones_like(value[:, :1]) if value.shape[-1] else 1.0)
+    return 1.0 / xp.clip(_max(xp, -direction / value) / fraction, 1.0, None)
 
 
 def _max(xp, a):
@@ -533,7 +538,7 @@ def _collect(problem: Problem, pieces: list[Ended]) -> Solution:
         primal_residual=scalar("primal"),
         dual_residual=scalar("dual"),
         duality_gap=scalar("gap"),
-        linearization=Linearization(problem, [piece._replace(outcome=None) for piece in pieces], x, v, s, whole["status"]),
+        linearization=Linearization(problem, [p._replace(outcome=None) for p in pieces], x, v, s, whole["status"]),
     )
 
 

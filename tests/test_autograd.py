@@ -1,0 +1,94 @@
+"""The HIPS autograd adapter against autograd's own numerical checker, to second order."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("autograd")
+import autograd.numpy as anp
+from autograd import grad, jacobian
+from autograd.test_util import check_grads
+
+import qpdiff
+import qpdiff.autograd
+
+TIGHT = {"tol": 1e-12, "rtol": 1e-13}
+
+
+def problem(rng, parts):
+    n, batch = 4, 2
+    L = rng.normal(size=(batch, n, n))
+    operands = {"Q": L @ np.swapaxes(L, 1, 2) / n + np.eye(n), "q": 2 * rng.normal(size=(batch, n))}
+    if "A" in parts:
+        operands |= {"A": rng.normal(size=(1, n)), "b": 0.1 * rng.normal(size=(batch, 1))}
+    if "G" in parts:
+        operands |= {"G": rng.normal(size=(batch, 3, n)), "h": rng.uniform(0.5, 1.0, size=3)}
+    if "lb" in parts:
+        operands["lb"] = rng.uniform(-1.0, -0.5, size=(batch, n))
+    if "ub" in parts:
+        operands["ub"] = rng.uniform(0.5, 1.0, size=n)
+    return operands
+
+
+@pytest.mark.parametrize("parts", ["", "A", "G", "A G", "lb", "ub", "lb ub", "A lb ub", "A G lb ub"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_first_and_second_derivatives(parts, seed):
+    operands = problem(np.random.default_rng(seed), parts.split())
+    names = tuple(operands)
+
+    def loss(*values):
+        given = dict(zip(names, values, strict=True))
+        given["Q"] = (given["Q"] + anp.swapaxes(given["Q"], -1, -2)) / 2
+        sol = qpdiff.autograd.solve_qp(**given, **TIGHT)
+        return (
+            anp.sum(anp.sin(sol.x))
+            + anp.sum(sol.y**2)
+            + anp.sum(sol.z**2)
+            + 2 * anp.sum(sol.z_lb)
+            - anp.sum(sol.z_ub**2)
+        )
+
+    check_grads(loss, modes=["rev"], order=2)(*operands.values())
+
+
+def test_fixed_and_infinite_bounds():
+    lb, ub = np.array([0.3, -np.inf, -1.0]), np.array([0.3, 1.0, np.inf])
+
+    def loss(q, A):
+        sol = qpdiff.autograd.solve_qp(np.diag([1.0, 2.0, 3.0]), q, A=A, b=[0.5], lb=lb, ub=ub, **TIGHT)
+        return anp.sum(sol.x**3) + sol.z_lb[0] ** 2 + sol.z_ub[0] ** 2
+
+    check_grads(loss, modes=["rev"], order=2)(np.array([1.0, -2.0, 0.3]), np.array([[1.0, 1.0, -1.0]]))
+
+
+def test_jacobian_of_a_projection_onto_the_simplex():
+    def project(point):
+        return qpdiff.autograd.solve_qp(np.eye(3), -point, A=np.ones((1, 3)), b=[1.0], lb=np.zeros(3)).x
+
+    # Where all of the simplex's coordinates are positive the projection is onto its plane.
+    np.testing.assert_allclose(jacobian(project)(np.array([0.4, 0.5, 0.3])), np.eye(3) - 1 / 3, atol=1e-6)
+
+
+def test_matches_vjp():
+    operands = problem(np.random.default_rng(2), ["A", "G"])
+    cotangent = np.random.default_rng(3).normal(size=(2, 4))
+    by_hand = qpdiff.vjp(qpdiff.solve_qp(**operands), x=cotangent)
+    for name in operands:
+        fun = lambda value, name=name: anp.sum(  # noqa: E731
+            cotangent * qpdiff.autograd.solve_qp(**(operands | {name: value})).x
+        )
+        np.testing.assert_allclose(grad(fun)(operands[name]), getattr(by_hand, name), rtol=1e-9, atol=1e-12)
+
+
+def test_unsolved():
+    q, h = np.ones((3, 1)), np.array([[1.0, 1.0], [1.0, -2.0], [1.0, -2.0]])
+    G = np.array([[1.0], [-1.0]])
+
+    def loss(q, unsolved):
+        return anp.sum(qpdiff.autograd.solve_qp([[1.0]], q, G, h, unsolved=unsolved).x)
+
+    with pytest.raises(RuntimeError, match="2 of 3 problems not solved; the first is problem 1: PRIMAL_INFEASIBLE"):
+        loss(q, "raise")
+    assert np.isnan(grad(loss)(q, "nan")[1:]).all()
+    np.testing.assert_array_equal(grad(loss)(q, "zero")[1:], 0.0)
+    with pytest.raises(ValueError, match="unsolved"):
+        loss(q, "ignore")

@@ -1,0 +1,219 @@
+"""The derivative against central differences, against itself by duality, and where it must not break."""
+
+import numpy as np
+import pytest
+
+import qpdiff
+
+OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
+PARTS = [
+    "Q q",
+    "Q q A b",
+    "Q q G h",
+    "Q q G h A b",
+    "Q q lb",
+    "Q q ub",
+    "Q q lb ub",
+    "Q q A b lb",
+    "Q q G h A b lb ub",
+]
+TIGHT = {"tol": 1e-12, "rtol": 1e-13}
+
+
+def random_problem(rng, parts, *, batch=(3,), shared=(), diagonal=False, n=6, m=5, p=2):
+    """A strictly convex problem with the operands named, feasible at a point inside its bounds."""
+    parts = parts.split()
+
+    def draw(name, *core):
+        return rng.normal(size=core if name in shared else (*batch, *core))
+
+    point = draw("point", n)
+    operands = {"q": 2 * draw("q", n)}
+    if diagonal:
+        operands["Q"] = np.eye(n) * rng.uniform(0.5, 2.0, size=n if "Q" in shared else (*batch, 1, n))
+    else:
+        L = draw("Q", n, n)
+        operands["Q"] = L @ np.swapaxes(L, -1, -2) / n + 0.5 * np.eye(n)
+    if "A" in parts:
+        operands["A"] = draw("A", p, n)
+        operands["b"] = np.einsum("...ij,...j->...i", operands["A"], point)
+    if "G" in parts:
+        operands["G"] = draw("G", m, n)
+        operands["h"] = np.einsum("...ij,...j->...i", operands["G"], point) + 0.5
+    if "lb" in parts:
+        operands["lb"] = point - rng.uniform(0.1, 0.5, size=point.shape)
+    if "ub" in parts:
+        operands["ub"] = point + rng.uniform(0.1, 0.5, size=point.shape)
+    return operands
+
+
+def random_tangents(rng, operands):
+    tangents = {name: rng.normal(size=value.shape) for name, value in operands.items()}
+    tangents["Q"] = (tangents["Q"] + np.swapaxes(tangents["Q"], -1, -2)) / 2
+    for name in ("lb", "ub"):
+        if name in operands:
+            tangents[name] = np.where(np.isfinite(operands[name]), tangents[name], 0.0)
+    if "lb" in operands and "ub" in operands:
+        fixed = operands["lb"] == operands["ub"]
+        tangents["lb"] = np.where(fixed, tangents["ub"], tangents["lb"])
+    return tangents
+
+
+def strictly_complementary(sol, margin=1e-3):
+    """Whether every inequality is clearly active or clearly inactive, so that the solution is differentiable."""
+    lin = sol.linearization
+    inequality = np.broadcast_to(lin.problem.inequality, lin.v.shape)
+    return bool(np.all((np.maximum(lin.v, lin.s) > margin) | ~inequality))
+
+
+def check_derivative(rng, operands):
+    sol = qpdiff.solve_qp(**operands, **TIGHT)
+    assert np.all(sol.status == qpdiff.Status.SOLVED)
+    if not strictly_complementary(sol):
+        return False
+    cotangents = {name: rng.normal(size=getattr(sol, name).shape) for name in OUTPUTS}
+    tangents = random_tangents(rng, operands)
+    gradients = qpdiff.vjp(sol, **cotangents)
+    pushed = qpdiff.jvp(sol, **tangents)
+
+    step = 1e-5
+    plus, minus = (
+        qpdiff.solve_qp(**{name: value + sign * step * tangents[name] for name, value in operands.items()}, **TIGHT)
+        for sign in (1, -1)
+    )
+    difference = sum(
+        float(np.sum(cotangents[name] * (getattr(plus, name) - getattr(minus, name)))) / (2 * step) for name in OUTPUTS
+    )
+    pulled = sum(float(np.sum(getattr(gradients, name) * tangents[name])) for name in operands)
+    dual = sum(float(np.sum(cotangents[name] * getattr(pushed, name))) for name in OUTPUTS)
+    size = sum(float(np.linalg.norm(cotangents[name]) * np.linalg.norm(getattr(pushed, name))) for name in OUTPUTS)
+    assert abs(pulled - difference) <= 1e-6 * size
+    assert abs(dual - pulled) <= 1e-10 * size
+    for name, value in operands.items():
+        assert getattr(gradients, name).shape == value.shape
+    assert np.array_equal(gradients.Q, np.swapaxes(gradients.Q, -1, -2))
+    return True
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("shared", [(), ("Q",), ("Q", "G", "A"), ("q",)], ids=lambda s: "shared-" + "".join(s))
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_vjp_and_jvp_against_central_differences(parts, shared, diagonal):
+    rng = np.random.default_rng(sum(map(ord, parts)) + 7 * len(shared) + diagonal)
+    checked = [check_derivative(rng, random_problem(rng, parts, shared=shared, diagonal=diagonal)) for _ in range(4)]
+    assert any(checked)
+
+
+@pytest.mark.parametrize(("n", "m", "p"), [(1, 1, 0), (1, 2, 1), (3, 12, 1), (30, 10, 5)])
+def test_sizes(n, m, p):
+    rng = np.random.default_rng(n + m)
+    parts = "Q q G h" + (" A b" if p and p < n else "")
+    assert any(check_derivative(rng, random_problem(rng, parts, n=n, m=m, p=p)) for _ in range(6))
+
+
+def test_fixed_variables_and_infinite_bounds():
+    rng = np.random.default_rng(5)
+    checked = []
+    for _ in range(5):
+        operands = random_problem(rng, "Q q A b lb ub")
+        operands["lb"][:, 0] = -np.inf
+        operands["ub"][:, 1] = np.inf
+        operands["lb"][:, 2] = operands["ub"][:, 2] = 0.5 * (operands["lb"] + operands["ub"])[:, 2]
+        operands["b"] = np.einsum(
+            "bij,bj->bi", operands["A"], np.clip(np.zeros((3, 6)), operands["lb"] + 1e-2, operands["ub"] - 1e-2)
+        )
+        operands["A"][:, :, 2] = 0.0
+        operands["b"] = np.einsum(
+            "bij,bj->bi", operands["A"], np.clip(np.zeros((3, 6)), operands["lb"] + 1e-2, operands["ub"] - 1e-2)
+        )
+        checked.append(check_derivative(rng, operands))
+    assert any(checked)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3), (2, 1, 2)])
+def test_batch_axes(batch):
+    rng = np.random.default_rng(len(batch))
+    assert any(check_derivative(rng, random_problem(rng, "Q q G h A b", batch=batch)) for _ in range(4))
+
+
+def test_operands_broadcast_over_different_axes():
+    rng = np.random.default_rng(8)
+    operands = random_problem(rng, "Q q G h", batch=(2, 3))
+    operands["Q"] = operands["Q"][:, :1]
+    operands["G"] = operands["G"][:1]
+    operands["h"] = np.abs(operands["h"][0, 0]) + 0.2  # the origin is feasible
+    assert check_derivative(rng, operands)
+
+
+def test_gradient_of_a_shared_operand_is_the_sum_over_the_batch():
+    rng = np.random.default_rng(3)
+    operands = random_problem(rng, "Q q G h A b", batch=(), n=5)
+    repeated = {name: np.repeat(value[None], 4, axis=0) for name, value in operands.items()}
+    repeated["q"] = shifted = repeated["q"] + rng.normal(size=(4, 5))
+    cotangent = rng.normal(size=(4, 5))
+    shared = qpdiff.vjp(qpdiff.solve_qp(**(operands | {"q": shifted}), **TIGHT), x=cotangent)
+    separate = qpdiff.vjp(qpdiff.solve_qp(**repeated, **TIGHT), x=cotangent)
+    for name in ("Q", "G", "h", "A", "b"):
+        np.testing.assert_allclose(getattr(shared, name), getattr(separate, name).sum(0), rtol=1e-6, atol=1e-8)
+
+
+def test_empty_batch():
+    sol = qpdiff.solve_qp(np.eye(2), np.zeros((0, 2)), lb=np.zeros(2))
+    gradients = qpdiff.vjp(sol, x=np.zeros((0, 2)))
+    assert gradients.q.shape == (0, 2)
+    np.testing.assert_array_equal(gradients.Q, np.zeros((2, 2)))
+
+
+def test_unsolved_problems_give_nan_or_zero_and_leave_the_others_alone():
+    q = np.ones((3, 2))
+    h = np.array([[1.0, 1.0], [1.0, -2.0], [1.0, 1.0]])  # x₁ ≤ 1 and −x₁ ≤ −2 for the second
+    G = np.array([[1.0, 0.0], [-1.0, 0.0]])
+    sol = qpdiff.solve_qp(np.eye(2), q, G, h)
+    assert sol.status.tolist() == [qpdiff.Status.SOLVED, qpdiff.Status.PRIMAL_INFEASIBLE, qpdiff.Status.SOLVED]
+    marked = qpdiff.vjp(sol, x=np.ones((3, 2)))
+    zeroed = qpdiff.vjp(sol, x=np.ones((3, 2)), unsolved="zero")
+    assert np.isnan(marked.q[1]).all()
+    assert np.isnan(marked.G).any()
+    assert (zeroed.q[1] == 0).all()
+    assert np.isfinite(zeroed.G).all()
+    np.testing.assert_array_equal(marked.q[[0, 2]], zeroed.q[[0, 2]])
+    with pytest.raises(ValueError, match="unsolved"):
+        qpdiff.vjp(sol, x=np.ones((3, 2)), unsolved="raise")
+
+
+@pytest.mark.parametrize(
+    "operands",
+    [
+        {"A": [[1.0, 1.0], [1.0, 1.0]], "b": [1.0, 1.0]},  # the same equality twice
+        {"G": [[1.0, 0.0], [1.0, 0.0]], "h": [-2.0, -2.0]},  # the same active inequality twice
+        {"G": [[1.0, 0.0]], "h": [-1.0]},  # weakly active: −1 is also the unconstrained minimiser
+        {"Q": np.zeros((2, 2)), "lb": [0.0, 0.0]},  # a linear program at a vertex
+        {"Q": np.ones((2, 2)), "lb": [-5.0, -5.0]},  # singular Q, a line of solutions
+    ],
+)
+def test_gradients_of_degenerate_problems_are_finite(operands):
+    sol = qpdiff.solve_qp(**({"Q": np.eye(2), "q": np.ones(2)} | operands))
+    assert sol.status == qpdiff.Status.SOLVED
+    gradients = qpdiff.vjp(sol, x=np.array([1.0, -0.5]))
+    assert all(np.isfinite(value).all() for value in gradients if value is not None)
+
+
+def test_wrong_cotangents_and_tangents_are_named():
+    sol = qpdiff.solve_qp(np.eye(2), np.ones(2))
+    with pytest.raises(ValueError, match=r"cotangent of x has shape \(3,\)"):
+        qpdiff.vjp(sol, x=np.ones(3))
+    with pytest.raises(ValueError, match="no G"):
+        qpdiff.jvp(sol, G=np.ones((1, 2)))
+
+
+def test_the_last_factorisation_is_reused(monkeypatch):
+    rng = np.random.default_rng(0)
+    sol = qpdiff.solve_qp(**random_problem(rng, "Q q G h A b", n=30))
+    backend = sol.linearization.problem.backend
+
+    def refuse(matrix):
+        raise AssertionError("factored again")
+
+    monkeypatch.setattr(type(backend), "factor", lambda self, matrix: refuse(matrix))
+    gradients = qpdiff.vjp(sol, x=np.ones((3, 30)))
+    assert np.isfinite(gradients.Q).all()
