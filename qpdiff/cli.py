@@ -1,0 +1,298 @@
+"""The command line: solve the problems of a file, check their gradients, tell what is installed.
+
+A file is a NumPy ``.npz`` with the arrays Q, q and any of G, h, A, b, lb, ub, with or without batch axes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import qpdiff
+
+from .problem import OPERANDS
+
+app = typer.Typer(help=qpdiff.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console, errors = Console(), Console(stderr=True)
+
+ROWS_SHOWN = 20
+BLOCK = 256
+"""Problems solved between two moves of the progress bar."""
+FIELDS = (
+    "x", "y", "z", "z_lb", "z_ub", "s", "status", "iterations", "objective",
+    "primal_residual", "dual_residual", "duality_gap",
+)  # fmt: skip
+FileArgument = Annotated[Path, typer.Argument(help="a .npz file with Q, q and any of G, h, A, b, lb, ub")]
+BackendOption = Annotated[str | None, typer.Option(help="numpy, cupy, torch or jax")]
+
+
+@app.command()
+def solve(
+    file: FileArgument,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="write the solution to this .npz file")] = None,
+    backend: BackendOption = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64")] = None,
+    tol: Annotated[float | None, typer.Option(help="absolute tolerance")] = None,
+    rtol: Annotated[float | None, typer.Option(help="relative tolerance")] = None,
+    max_iterations: Annotated[int | None, typer.Option(help="limit on the iterations")] = None,
+) -> None:
+    """Solve the problems of FILE; exit code 1 if one is not solved, 2 for bad input."""
+    options = {"backend": backend, "dtype": dtype, "tol": tol, "rtol": rtol, "max_iterations": max_iterations}
+    options = {name: value for name, value in options.items() if value is not None}
+    with bad_input_exits(file):
+        result = solve_in_blocks(load(file), options)
+        if output is not None:
+            np.savez(output, **result)
+    console.print(problem_table(result) if result["status"].size <= ROWS_SHOWN else summary_table(result))
+    if np.any(result["status"] != qpdiff.Status.SOLVED):
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    file: FileArgument,
+    backend: BackendOption = None,
+    step: Annotated[float, typer.Option(help="step of the differences")] = 1e-5,
+    directions: Annotated[int, typer.Option(help="random directions for each operand", min=1)] = 5,
+    threshold: Annotated[float, typer.Option(help="largest relative error that passes")] = 1e-4,
+    seed: int = 0,
+) -> None:
+    """Compare the gradients of the problems of FILE with central differences; exit code 1 where they differ."""
+    rng = np.random.default_rng(seed)
+    tight = {"backend": backend, "tol": 1e-12, "rtol": 1e-12}
+    with bad_input_exits(file):
+        operands = load(file)
+        sol = qpdiff.solve_qp(**operands, **tight)
+    status = np.atleast_1d(to_numpy(sol.status))
+    if np.any(status != qpdiff.Status.SOLVED):
+        errors.print(f"{file}: {np.sum(status != qpdiff.Status.SOLVED)} of {status.size} problems are not solved")
+        raise typer.Exit(1)
+    cotangent = rng.normal(size=sol.x.shape)
+    gradients = qpdiff.vjp(sol, x=cotangent)
+
+    def loss(changed):
+        return float(np.sum(cotangent * to_numpy(qpdiff.solve_qp(**(operands | changed), **tight).x)))
+
+    table = Table("operand", "largest relative error", "verdict", title=f"gradients of sum(c·x), {file.name}")
+    here, failed = loss({}), False
+    with progress_bar("differences", len(operands) * directions) as advance:
+        for name, value in operands.items():
+            worst, kinks = 0.0, 0
+            for _ in range(directions):
+                tangent = direction(rng, name, value, operands)
+                changed = [{name: value + sign * step * tangent} for sign in (1, -1)]
+                if name in ("lb", "ub"):  # a fixed variable stays fixed: both of its bounds move
+                    changed = [{**c, **move_partner(name, sign * step * tangent, operands)} for c, sign in zip(changed, (1, -1), strict=True)]
+                above, below = (loss(c) for c in changed)
+                right, left, central = (above - here) / step, (here - below) / step, (above - below) / (2 * step)
+                pulled = float(np.sum(to_numpy(getattr(gradients, name)) * tangent))
+                if name in ("lb", "ub") and "lb" in operands and "ub" in operands:
+                    other = "ub" if name == "lb" else "lb"
+                    fixed = np.broadcast_to(operands["lb"] == operands["ub"], tangent.shape)
+                    pulled += float(np.sum(to_numpy(getattr(gradients, other)) * np.where(fixed, tangent, 0.0)))
+                size = max(abs(central), abs(pulled), 1e-3 * float(np.linalg.norm(cotangent)))
+                advance()
+                if abs(right - left) > 0.01 * size:
+                    kinks += 1
+                else:
+                    worst = max(worst, abs(central - pulled) / size)
+            failed |= worst > threshold
+            verdict = "[red]differs[/red]" if worst > threshold else "[green]agrees[/green]"
+            if kinks == directions:
+                verdict = "not differentiable here"
+            elif kinks:
+                verdict += f" ({kinks} of {directions} directions cross a kink: a constraint is weakly active)"
+            table.add_row(name, f"{worst:.1e}", verdict)
+    console.print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info() -> None:
+    """Tell what is installed, which backends run, and the threads and GPU they have."""
+    table = Table("what", "version", "note", title="qpdiff")
+    table.add_row("qpdiff", qpdiff.__version__, "")
+    table.add_row("Python", platform.python_version(), platform.platform())
+    table.add_row("processors", str(os.cpu_count()), blas_threads())
+    operands = {"Q": np.eye(2), "q": np.ones(2), "lb": np.zeros(2)}
+    for name, package in (("numpy", "numpy"), ("cupy", "cupy"), ("torch", "torch"), ("jax", "jax")):
+        table.add_row(f"backend {name}", version(package), runs(name, operands) if importlib_has(package) else "not installed")
+    for package in ("scipy", "array-api-compat", "autograd", "dask", "numba"):
+        table.add_row(package, version(package), "")
+    console.print(table)
+
+
+# ---- files and numbers
+
+
+def load(file: Path) -> dict[str, np.ndarray]:
+    """The operands in a file, other arrays ignored."""
+    with np.load(file, allow_pickle=False) as data:
+        operands = {name: data[name] for name in OPERANDS if name in data.files}
+    for name in ("Q", "q"):
+        if name not in operands:
+            raise ValueError(f"has no array {name}")
+    return operands
+
+
+def to_numpy(value) -> np.ndarray:
+    """An array of any library on the host."""
+    if hasattr(value, "get"):
+        return value.get()
+    return np.asarray(value.cpu() if hasattr(value, "cpu") else value)
+
+
+def solve_in_blocks(operands: dict[str, np.ndarray], options: dict) -> dict[str, np.ndarray]:
+    """Solve along the first batch axis in blocks, with a progress bar where there are many."""
+    leading = {name: value.shape[: value.ndim - len(OPERANDS[name])] for name, value in operands.items()}
+    batch = np.broadcast_shapes(*leading.values())
+    if not batch or int(np.prod(batch)) <= BLOCK:
+        sol = qpdiff.solve_qp(**operands, **options)
+        return {name: to_numpy(getattr(sol, name)) for name in FIELDS}
+    rows = max(1, BLOCK // int(np.prod(batch[1:])))
+    batched = {name for name, shape in leading.items() if len(shape) == len(batch) and shape[0] != 1}
+    parts = []
+    with progress_bar("problems", int(np.prod(batch))) as advance:
+        for start in range(0, batch[0], rows):
+            block = {k: v[start : start + rows] if k in batched else v for k, v in operands.items()}
+            sol = qpdiff.solve_qp(**block, **options)
+            parts.append({name: to_numpy(getattr(sol, name)) for name in FIELDS})
+            advance(parts[-1]["status"].size)
+    return {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
+
+
+def direction(rng: np.random.Generator, name: str, value: np.ndarray, operands) -> np.ndarray:
+    """A random tangent of an operand: symmetric for Q, zero at infinite bounds."""
+    tangent = rng.normal(size=value.shape)
+    if name == "Q":
+        return (tangent + np.swapaxes(tangent, -1, -2)) / 2
+    return np.where(np.isfinite(value), tangent, 0.0)
+
+
+def move_partner(name: str, change: np.ndarray, operands) -> dict[str, np.ndarray]:
+    """The other bound, moved by the same where the two fix a variable."""
+    other = "ub" if name == "lb" else "lb"
+    if other not in operands:
+        return {}
+    fixed = operands["lb"] == operands["ub"]
+    return {other: operands[other] + np.where(fixed, change, 0.0)} if np.any(fixed) else {}
+
+
+# ---- what is printed
+
+
+def problem_table(result: dict[str, np.ndarray]) -> Table:
+    """A row a problem."""
+    table = Table("problem", "status", "iterations", "objective", "primal residual", "dual residual", "duality gap")
+    for index in np.ndindex(result["status"].shape):
+        status = qpdiff.Status(int(result["status"][index]))
+        color = "green" if status is qpdiff.Status.SOLVED else "red"
+        table.add_row(
+            ", ".join(map(str, index)) or "0",
+            f"[{color}]{status.name}[/{color}]",
+            str(result["iterations"][index]),
+            f"{result['objective'][index]:.8g}",
+            *(f"{result[name][index]:.1e}" for name in ("primal_residual", "dual_residual", "duality_gap")),
+        )
+    return table
+
+
+def summary_table(result: dict[str, np.ndarray]) -> Table:
+    """A row a status, with the first few problems that have it where it is not SOLVED."""
+    table = Table(
+        "status", "problems", "iterations (min, median, max)", "worst primal", "worst dual", "worst gap", "first"
+    )
+    for status in qpdiff.Status:
+        chosen = result["status"] == status
+        if not np.any(chosen):
+            continue
+        iterations = result["iterations"][chosen]
+        first = "" if status is qpdiff.Status.SOLVED else "; ".join(
+            ", ".join(map(str, index)) for index in np.argwhere(chosen)[:3].tolist()
+        )
+        table.add_row(
+            status.name,
+            str(int(np.sum(chosen))),
+            f"{iterations.min()}, {np.median(iterations):g}, {iterations.max()}",
+            *(f"{result[name][chosen].max():.1e}" for name in ("primal_residual", "dual_residual", "duality_gap")),
+            first,
+        )
+    return table
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator:
+    """A bar on standard error where that is a terminal; the value is the function that moves it."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count=1: progress.advance(task, count)
+
+
+@contextmanager
+def bad_input_exits(file: Path) -> Iterator[None]:
+    """Turn an error in what the user gave into one line and exit code 2."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        errors.print(f"{file}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+# ---- what is installed
+
+
+def importlib_has(package: str) -> bool:
+    """Whether a package can be imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def version(package: str) -> str:
+    """The version of an installed distribution; CuPy's has a name for each CUDA."""
+    names = ("cupy-cuda13x", "cupy-cuda12x", "cupy") if package == "cupy" else (package,)
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "-"
+
+
+def runs(name: str, operands) -> str:
+    """Whether a small problem can be solved with this backend, and where."""
+    try:
+        sol = qpdiff.solve_qp(**operands, backend=name)
+        np.testing.assert_allclose(to_numpy(sol.x), 0.0, atol=1e-3)
+    except Exception as error:  # whatever a broken installation or a missing driver raises is the answer
+        return f"does not run: {type(error).__name__}: {error}".splitlines()[0]
+    if name == "cupy":
+        import cupy
+
+        return f"runs on {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}"
+    return "runs"
+
+
+def blas_threads() -> str:
+    """The threads of the linear algebra libraries, where threadpoolctl can tell."""
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return "threads unknown (pip install threadpoolctl)"
+    pools = [f"{pool['internal_api']}: {pool['num_threads']} threads" for pool in threadpool_info()]
+    return ", ".join(pools)
