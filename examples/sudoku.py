@@ -54,7 +54,7 @@ def all_grids() -> np.ndarray:
 
 
 def make_boards(rng: np.random.Generator, grids: np.ndarray, every_grid: np.ndarray, count: int) -> Boards:
-    """Distinct puzzles with exactly one solution, made by blanking cells of grids in random order while it stays one."""
+    """Distinct puzzles with exactly one solution: cells of a grid are blanked in random order while it stays one."""
     puzzles = {}
     while len(puzzles) < count:
         grid = grids[rng.integers(len(grids))]
@@ -111,7 +111,7 @@ class OptNet:
         return anp.mean((x - boards.solutions) ** 2)
 
     def _by_hand(self, boards: Boards):
-        """The same where autograd cannot go: solve_qp and vjp on another library's arrays, the chain rule on NumPy's."""
+        """The same where autograd cannot go: solve_qp and vjp on the other library's arrays, then the chain rule."""
         A, w = self.parameters
         sol = qpdiff.solve_qp(Q, -boards.puzzles, A=A, b=A @ np.exp(w), lb=LOWER, backend=self.backend)
         error = to_numpy(sol.x) - boards.solutions

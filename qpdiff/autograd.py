@@ -96,8 +96,8 @@ def _raise_if_unsolved(sol: Solution) -> None:
             else f": {status}"
         )
         raise RuntimeError(
-            f"{len(bad)} of {sol.status.size} problems not solved{where}. Pass unsolved='nan' or 'zero' to go on without "
-            "their gradients"
+            f"{len(bad)} of {sol.status.size} problems not solved{where}. Pass unsolved='nan' or 'zero' to go "
+            "on without their gradients"
         )
 
 

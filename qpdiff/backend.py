@@ -270,7 +270,7 @@ def working_dtype(backend, arrays, operands, dtype=None):
                 )
             floating.add(value.dtype)
     if dtype is None:
-        return xp.float32 if floating == {xp.float32} else xp.float64
+        return xp.float32 if floating and all(kind == xp.float32 for kind in floating) else xp.float64
     wanted = str(dtype).rsplit(".", 1)[-1].strip("'>")
     if wanted not in ("float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}; expected 'float32' or 'float64'")

@@ -54,7 +54,7 @@ def solve(
     with bad_input_exits(file):
         result = solve_in_blocks(load(file), options)
         if output is not None:
-            np.savez(output, **result)
+            np.savez(output, allow_pickle=False, **result)
     console.print(problem_table(result) if result["status"].size <= ROWS_SHOWN else summary_table(result))
     if np.any(result["status"] != qpdiff.Status.SOLVED):
         raise typer.Exit(1)
@@ -94,7 +94,10 @@ def check(
                 tangent = direction(rng, name, value, operands)
                 changed = [{name: value + sign * step * tangent} for sign in (1, -1)]
                 if name in ("lb", "ub"):  # a fixed variable stays fixed: both of its bounds move
-                    changed = [{**c, **move_partner(name, sign * step * tangent, operands)} for c, sign in zip(changed, (1, -1), strict=True)]
+                    changed = [
+                        {**c, **move_partner(name, sign * step * tangent, operands)}
+                        for c, sign in zip(changed, (1, -1), strict=True)
+                    ]
                 above, below = (loss(c) for c in changed)
                 right, left, central = (above - here) / step, (here - below) / step, (above - below) / (2 * step)
                 pulled = float(np.sum(to_numpy(getattr(gradients, name)) * tangent))
@@ -129,7 +132,9 @@ def info() -> None:
     table.add_row("processors", str(os.cpu_count()), blas_threads())
     operands = {"Q": np.eye(2), "q": np.ones(2), "lb": np.zeros(2)}
     for name, package in (("numpy", "numpy"), ("cupy", "cupy"), ("torch", "torch"), ("jax", "jax")):
-        table.add_row(f"backend {name}", version(package), runs(name, operands) if importlib_has(package) else "not installed")
+        table.add_row(
+            f"backend {name}", version(package), runs(name, operands) if importlib_has(package) else "not installed"
+        )
     for package in ("scipy", "array-api-compat", "autograd", "dask", "numba"):
         table.add_row(package, version(package), "")
     console.print(table)
@@ -196,7 +201,9 @@ def move_partner(name: str, change: np.ndarray, operands) -> dict[str, np.ndarra
 
 def problem_table(result: dict[str, np.ndarray]) -> Table:
     """A row a problem."""
-    table = Table("problem", "status", "iterations", "objective", "primal residual", "dual residual", "duality gap")
+    table = Table("problem", title="primal and dual residual, duality gap")
+    for heading in ("status", "iterations", "objective", "primal", "dual", "gap"):
+        table.add_column(heading, no_wrap=True)
     for index in np.ndindex(result["status"].shape):
         status = qpdiff.Status(int(result["status"][index]))
         color = "green" if status is qpdiff.Status.SOLVED else "red"
@@ -220,8 +227,10 @@ def summary_table(result: dict[str, np.ndarray]) -> Table:
         if not np.any(chosen):
             continue
         iterations = result["iterations"][chosen]
-        first = "" if status is qpdiff.Status.SOLVED else "; ".join(
-            ", ".join(map(str, index)) for index in np.argwhere(chosen)[:3].tolist()
+        first = (
+            ""
+            if status is qpdiff.Status.SOLVED
+            else "; ".join(", ".join(map(str, index)) for index in np.argwhere(chosen)[:3].tolist())
         )
         table.add_row(
             status.name,

@@ -100,7 +100,11 @@ class DualForm:
             [xp.broadcast_to(xp.sum(K * K, axis=-1), (S.shape[0], K.shape[-2])) for K in blocks], axis=-1
         )
         limit = 1e-3 / xp.finfo(problem.dtype).eps ** 0.75
-        good = positive[:, 0] & xp.all(xp.linalg.diagonal(S) * largest <= limit * squares, axis=-1)
+        good = (
+            positive[:, 0]
+            & (largest[:, 0] > rho[:, 0] * 2)
+            & xp.all(xp.linalg.diagonal(S) * largest <= limit * squares, axis=-1)
+        )
         return cls(problem, (factor, whitened, S)), good
 
     @classmethod

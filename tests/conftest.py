@@ -1,0 +1,68 @@
+"""The `xp` fixture: one test, every array library that is installed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+
+class NumPyLibrary:
+    """NumPy itself."""
+
+    name = "numpy"
+
+    def asarray(self, value):
+        return np.asarray(value)
+
+    def to_numpy(self, value):
+        return np.asarray(value)
+
+
+class StrictLibrary:
+    """array-api-strict on a device that is not the CPU, as a stand-in for a GPU: nothing moves to the host unasked."""
+
+    name = "array-api-strict"
+
+    def __init__(self, strict):
+        self.strict = strict
+        self.device = strict.Device("device1")
+
+    def asarray(self, value):
+        return self.strict.asarray(np.asarray(value), device=self.device)
+
+    def to_numpy(self, value):
+        return np.asarray(self.strict.asarray(value, device=self.strict.Device("CPU_DEVICE")))
+
+
+class CuPyLibrary:
+    """CuPy, where there is a GPU."""
+
+    name = "cupy"
+
+    def __init__(self, cupy):
+        self.cupy = cupy
+
+    def asarray(self, value):
+        return self.cupy.asarray(value)
+
+    def to_numpy(self, value):
+        return value.get()
+
+
+@pytest.fixture(params=["numpy", "array-api-strict", "cupy"])
+def xp(request):
+    """An array library with `asarray` (from NumPy, onto its device) and `to_numpy`."""
+    if request.param == "numpy":
+        yield NumPyLibrary()
+    elif request.param == "cupy":
+        cupy = pytest.importorskip("cupy")
+        if not cupy.cuda.is_available():
+            pytest.skip("no GPU")
+        yield CuPyLibrary(cupy)
+    else:
+        strict = pytest.importorskip("array_api_strict")
+        strict.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False)
+        try:
+            yield StrictLibrary(strict)
+        finally:
+            strict.reset_array_api_strict_flags()

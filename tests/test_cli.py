@@ -1,0 +1,115 @@
+"""The command line, run in process."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("typer")
+from problems import random_problem
+from typer.testing import CliRunner
+
+import qpdiff
+from qpdiff.cli import app
+
+
+@pytest.fixture
+def run():
+    def invoke(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+    return invoke
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(operands, name="problem.npz"):
+        np.savez(tmp_path / name, **operands)
+        return tmp_path / name
+
+    return write
+
+
+def test_solve_prints_a_row_a_problem_and_writes_the_solution(run, save, tmp_path):
+    operands = random_problem(np.random.default_rng(0), "A G lb ub")
+    result = run("solve", save(operands | {"r": np.zeros(1)}), "-o", tmp_path / "out.npz")
+    assert result.exit_code == 0
+    assert result.output.count("SOLVED") == 4
+    sol = qpdiff.solve_qp(**operands)
+    with np.load(tmp_path / "out.npz") as out:
+        for name in ("x", "y", "z", "z_lb", "z_ub", "s", "status", "objective"):
+            np.testing.assert_array_equal(out[name], getattr(sol, name))
+
+
+def test_an_unsolved_problem_is_exit_code_1(run, save):
+    result = run(
+        "solve", save({"Q": np.eye(1), "q": np.zeros(1), "G": np.array([[1.0], [-1.0]]), "h": np.array([0.0, -1.0])})
+    )
+    assert result.exit_code == 1
+    assert "PRIMAL_INFEASIBLE" in result.output
+
+
+@pytest.mark.parametrize("batch", [(600,), (3, 200)])
+def test_a_large_batch_is_solved_in_blocks(run, save, tmp_path, batch):
+    operands = random_problem(np.random.default_rng(1), "A G", batch=batch, shared=("Q", "A"), n=4, m=3, p=1)
+    operands["G"] = operands["G"][:1]
+    operands["h"] = np.ones(3) + np.abs(operands["h"])
+    result = run("solve", save(operands), "-o", tmp_path / "out.npz", "--tol", "1e-9")
+    assert result.exit_code == 0, result.output
+    assert "600" in result.output
+    with np.load(tmp_path / "out.npz") as out:
+        np.testing.assert_allclose(out["x"], qpdiff.solve_qp(**operands, tol=1e-9).x, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("operands", "message"),
+    [({"q": np.ones(2)}, "has no array Q"), ({"Q": np.eye(2), "q": np.ones(3)}, "q has shape (3,)")],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, save, operands, message):
+    result = run("solve", save(operands))
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_files_that_cannot_be_read(run, tmp_path):
+    (tmp_path / "text.npz").write_text("no archive")
+    for name in ("absent.npz", "text.npz"):
+        result = run("solve", tmp_path / name)
+        assert result.exit_code == 2
+        assert name in result.output
+
+
+def test_check_agrees(run, save):
+    operands = random_problem(np.random.default_rng(2), "A G lb ub")
+    result = run("check", save(operands), "--directions", 2)
+    assert result.exit_code == 0, result.output
+    assert "differs" not in result.output
+
+
+def test_check_tells_wrong_gradients(run, save, monkeypatch):
+    right = qpdiff.vjp
+    monkeypatch.setattr(qpdiff, "vjp", lambda *a, **k: right(*a, **k)._replace(q=-right(*a, **k).q))
+    result = run("check", save(random_problem(np.random.default_rng(2), "A G")), "--directions", 2)
+    assert result.exit_code == 1
+    assert "differs" in result.output
+
+
+def test_check_tells_a_kink(run, save):
+    # The minimiser −q lies on the bound x ≥ 0: one way it moves, the other way it stays.
+    result = run("check", save({"Q": np.eye(1), "q": np.zeros(1), "lb": np.zeros(1)}))
+    assert result.exit_code == 0
+    assert "not differentiable here" in result.output
+
+
+def test_info(run):
+    result = run("info")
+    assert result.exit_code == 0
+    assert "backend numpy" in result.output
+    assert qpdiff.__version__ in result.output
+
+
+def test_python_m_qpdiff():
+    done = subprocess.run([sys.executable, "-m", "qpdiff", "--help"], capture_output=True, text=True, check=True)
+    assert "solve" in done.stdout
