@@ -521,10 +521,13 @@ def _collect(problem: Problem, pieces: list[Ended]) -> Solution:
         widths = {"x": problem.n, "v": problem.rows, "s": problem.rows}
         whole = {name: backend.full((0, widths.get(name, 1)), 0, kinds.get(name, problem.dtype)) for name in names}
     else:
-        whole = {name: xp.concat([getattr(piece.outcome, name) for piece in pieces], axis=0) for name in names}
-        if len(pieces) > 1:
-            order = xp.argsort(xp.concat([piece.index for piece in pieces]))
-            whole = {name: xp.take(value, order, axis=0) for name, value in whole.items()}
+        columns = [[getattr(piece.outcome, name) for piece in pieces] for name in names]
+        pieces[:] = [piece._replace(outcome=None) for piece in pieces]  # each column is free once it is joined
+        order = xp.argsort(xp.concat([piece.index for piece in pieces])) if len(pieces) > 1 else None
+        whole = {}
+        for name in reversed(names):
+            joined = xp.concat(columns.pop(), axis=0)
+            whole[name] = joined if order is None else xp.take(joined, order, axis=0)
     x, v, s = whole["x"], whole["v"], whole["s"]
     y, z, z_lb, z_ub = multipliers(problem, v)
     if problem.m:
@@ -552,7 +555,7 @@ def _collect(problem: Problem, pieces: list[Ended]) -> Solution:
         primal_residual=scalar("primal"),
         dual_residual=scalar("dual"),
         duality_gap=scalar("gap"),
-        linearization=Linearization(problem, [p._replace(outcome=None) for p in pieces], x, v, s, whole["status"]),
+        linearization=Linearization(problem, pieces, x, v, s, whole["status"]),
     )
 
 
