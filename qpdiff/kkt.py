@@ -109,14 +109,14 @@ class DualForm:
 
     @classmethod
     def diagonal(cls, problem: Problem, rho) -> tuple[DualForm, Any]:
-        """For a diagonal Q, with or without bounds; every variable must have a cost curvature or a bound."""
+        """For a diagonal Q with bounds; also for which problems every variable has enough curvature, (B or 1,).
+
+        Without, the weight of a variable that is away from its bounds tends to ρ, and its inverse drowns the rest.
+        """
         xp = problem.backend.xp
         diagonal = xp.linalg.diagonal(problem.Q)
-        curved = diagonal > 0
-        for bound in (problem.lb, problem.ub):
-            if bound is not None:
-                curved = curved | xp.isfinite(bound)
-        return cls(problem, (diagonal + rho,)), xp.all(curved, axis=-1)
+        scaled = diagonal * equilibrate(problem).variables ** 2
+        return cls(problem, (diagonal + rho,)), xp.all(scaled > 1e-6, axis=-1)
 
     def select(self, problem: Problem, index) -> DualForm:
         return DualForm(problem, take(self.problem.backend.xp, self.constants, index))

@@ -74,6 +74,12 @@ class Problem:
         """The operands that were given, by name."""
         return {name: value for name in OPERANDS if (value := getattr(self, name)) is not None}
 
+    def astype(self, dtype) -> Problem:
+        """The same problems in another floating point type."""
+        if dtype == self.dtype:
+            return self
+        return replace(self, dtype=dtype, **{k: self.backend.xp.astype(v, dtype) for k, v in self.operands.items()})
+
     # ---- parts of the batch
 
     def select(self, index) -> Problem:
