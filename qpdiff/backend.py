@@ -222,7 +222,7 @@ def choose_backend(operands, name=None):
     if name is not None:
         xp = _namespace(name)
         backend = _CLASSES.get(name, Backend)(xp)
-        return backend, {key: _move(key, value, xp) for key, value in operands.items()}
+        return backend, {key: _move(key, value, xp, name) for key, value in operands.items()}
     arrays = {
         key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))
     }
@@ -239,15 +239,19 @@ def choose_backend(operands, name=None):
     first = next(iter(arrays), None)
     for key in arrays:
         if namespaces[key] is not namespaces[first]:
+            library, other = (namespaces[k].__name__.removeprefix("array_api_compat.") for k in (key, first))
             raise TypeError(
-                f"{key} is an array of {namespaces[key].__name__} but {first} one of {namespaces[first].__name__}; "
-                "convert one of them, or pass backend= to move all"
+                f"{key} is an array of {library} but {first} one of {other}; convert one of them, or pass backend= to "
+                "move all"
             )
         if devices[key] != devices[first]:
-            raise ValueError(f"{key} is on device {devices[key]} but {first} on {devices[first]}")
+            raise ValueError(
+                f"{key} is on device {devices[key]} but {first} on {devices[first]}; move all to one device"
+            )
     if first is None or array_api_compat.is_numpy_namespace(namespaces[first]):
         backend = NumPyBackend(importlib.import_module(_NAMESPACES["numpy"]))
-    elif array_api_compat.is_cupy_namespace(namespaces[first]):
+        return backend, {key: _from_host(key, value, backend) for key, value in operands.items()}
+    if array_api_compat.is_cupy_namespace(namespaces[first]):
         backend = CuPyBackend(namespaces[first], devices[first])
     else:
         backend = Backend(namespaces[first], devices[first])
@@ -262,23 +266,28 @@ def working_dtype(backend, arrays, operands, dtype=None):
     floating = set()
     for key, value in arrays.items():
         if not xp.isdtype(value.dtype, ("real floating", "integral", "bool")):
-            raise TypeError(f"{key} has dtype {value.dtype}; expected real numbers")
+            raise TypeError(f"{key} has dtype {_name(value.dtype)}; expected real numbers")
         if xp.isdtype(value.dtype, "real floating") and hasattr(operands[key], "dtype"):
             if value.dtype not in (xp.float32, xp.float64) and dtype is None:
                 raise TypeError(
-                    f"{key} has dtype {value.dtype}; expected float32 or float64, or pass dtype= to convert"
+                    f"{key} has dtype {_name(value.dtype)}; expected float32 or float64, or pass dtype= to convert"
                 )
             floating.add(value.dtype)
     if dtype is None:
         return xp.float32 if floating and all(kind == xp.float32 for kind in floating) else xp.float64
-    wanted = str(dtype).rsplit(".", 1)[-1].strip("'>")
+    wanted = _name(dtype)
     if wanted not in ("float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}; expected 'float32' or 'float64'")
     return getattr(xp, wanted)
 
 
+def _name(dtype):
+    """What a floating point type is called, without its library: torch.float32, <class 'numpy.float32'>, ..."""
+    return str(dtype).rsplit(".", 1)[-1].strip("'>")
+
+
 def _namespace(name):
-    if name not in _NAMESPACES:
+    if not isinstance(name, str) or name not in _NAMESPACES:
         raise ValueError(f"backend is {name!r}; expected one of {', '.join(map(repr, _NAMESPACES))} or None")
     try:
         return importlib.import_module(_NAMESPACES[name])
@@ -289,21 +298,28 @@ def _namespace(name):
 
 
 def _from_host(key, value, backend):
+    """A list, a number or a NumPy array of any kind as a plain array of the backend; a copy only where it must be."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{key} is a masked array; expected one without a mask, so fill the masked entries first")
     try:
         array = np.asarray(value)
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, and lists of arrays of another device
         raise ValueError(f"{key} is not a regular array: {error}") from error
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{key} has dtype {array.dtype}; expected real numbers")
-    return backend.asarray(array)
+    return backend.asarray(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
-def _move(key, value, xp):
+def _move(key, value, xp, name):
     if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
         return _from_host(key, value, Backend(xp))
     if array_api_compat.is_array_api_obj(value) and array_api_compat.array_namespace(value) is xp:
         return value
-    return xp.from_dlpack(value)
+    try:
+        return xp.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        kind = f"{type(value).__module__}.{type(value).__name__}"
+        raise TypeError(f"{key} is a {kind}, which does not move to backend={name!r}: {error}") from error
 
 
 _CLASSES = {"numpy": NumPyBackend, "cupy": CuPyBackend}

@@ -9,10 +9,10 @@ and not two inequalities), an inequality, or nothing at all (an infinite bound).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -121,7 +121,7 @@ class Problem:
         parts, equality, inequality = [], [], []
         fixed = None
         if self.lb is not None and self.ub is not None:
-            fixed = self.lb == self.ub
+            fixed = (self.lb == self.ub) & xp.isfinite(self.lb)
         if self.A is not None:
             parts.append(self.b)
             equality.append(xp.ones_like(self.b, dtype=xp.bool))
@@ -129,13 +129,17 @@ class Problem:
         for sign, bound, takes_fixed in ((1, self.h, False), (-1, self.lb, True), (1, self.ub, False)):
             if bound is None:
                 continue
-            finite = xp.isfinite(bound)
-            parts.append(xp.where(finite, sign * bound, xp.zeros_like(bound)))
+            # Where the caller had the numbers unchecked, NaN and infinity on the wrong side are a row that no point
+            # satisfies: they must not pass for a bound that is not there.
+            exists = bound != sign * xp.inf
+            impossible = xp.full_like(bound, xp.nan)
+            k = xp.where(xp.isfinite(bound), sign * bound, xp.where(exists, impossible, xp.zeros_like(bound)))
+            parts.append(k)
             if fixed is None or bound is self.h:
-                inequality.append(finite)
-                equality.append(xp.zeros_like(finite))
+                inequality.append(exists)
+                equality.append(xp.zeros_like(exists))
             else:
-                inequality.append(finite & ~fixed)
+                inequality.append(exists & ~fixed)
                 equality.append(fixed if takes_fixed else xp.zeros_like(fixed))
         if not parts:
             none = backend.full((1, 0), False, xp.bool)
@@ -241,7 +245,8 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
     present = {name: value for name, value in operands.items() if value is not None}
     chosen, arrays = choose_backend(present, backend)
     dtype = working_dtype(chosen, arrays, present, dtype)
-    arrays = {name: chosen.xp.astype(value, dtype, copy=False) for name, value in arrays.items()}
+    with np.errstate(over="ignore"):  # what overflows in the working type is refused as infinite
+        arrays = {name: chosen.xp.astype(value, dtype, copy=False) for name, value in arrays.items()}
 
     _check_core_shapes(arrays)
     batch_shape = _broadcast_batch(arrays)
@@ -264,7 +269,8 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
         **flat,
     )
     if check and batch > 0:
-        _check_values(problem)
+        with np.errstate(all="ignore"):
+            _check_values(problem)
     return problem
 
 
@@ -273,11 +279,15 @@ def _check_core_shapes(arrays) -> None:
         core = OPERANDS[name]
         if value.ndim < len(core):
             raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; expected (..., {', '.join(core)}), at least {len(core)} axes"
+                f"{name} has shape {tuple(value.shape)}; expected (..., {', '.join(core)}), at least "
+                f"{'one axis' if len(core) == 1 else 'two axes'}"
             )
-    n = arrays["Q"].shape[-1]
+    shape = tuple(arrays["Q"].shape)
+    n = shape[-1]
+    if shape[-2] != n:
+        raise ValueError(f"Q has shape {shape}; expected (..., n, n), square")
     if n == 0:
-        raise ValueError(f"Q has shape {tuple(arrays['Q'].shape)}; a problem needs at least one variable")
+        raise ValueError(f"Q has shape {shape}; a problem needs at least one variable")
     sizes = {"n": n}
     for name, value in arrays.items():
         shape, core = tuple(value.shape), OPERANDS[name]
@@ -307,58 +317,128 @@ def _broadcast_batch(arrays) -> tuple[int, ...]:
     return batch_shape
 
 
+# ---- the numbers
+
+
+class Rule(NamedTuple):
+    """Something that must hold for the numbers of some operands."""
+
+    operands: tuple[str, ...]
+    """The operands it looks at, the one to name first."""
+    complaint: str
+    broken: Callable[[Problem], Any]
+    """The entries that break it, True in an array (B, ...)."""
+    evidence: Callable[[Problem, tuple[int, ...]], str]
+    """What is wrong with an entry of one problem, in words."""
+
+
 def _check_values(problem: Problem) -> None:
     """Look at the numbers: one transfer to the host for the whole batch, more only to describe an error."""
     xp = problem.backend.xp
     bytes_per_problem = 8 * problem.n * (problem.n + 1)
     pieces = list(problem.chunks(max(1, problem.backend.chunk_bytes // bytes_per_problem)))
-    verdicts = [
-        (position, name, complaint, good)
-        for position, (_, piece) in enumerate(pieces)
-        for name, complaint, good in _findings(piece, first=position == 0)
-    ]
+    rules = _rules(problem)
+    verdicts = []
+    for position, (where, piece) in enumerate(pieces):
+        for rule in rules:
+            # The first piece settles a rule over shared operands for the whole batch.
+            if position == 0 or _depends_on_batch(problem, rule):
+                broken = rule.broken(piece)
+                verdicts.append((rule, where, piece, ~xp.any(xp.reshape(broken, (broken.shape[0], -1)), axis=-1)))
     if bool(xp.all(xp.stack([xp.all(good) for *_, good in verdicts]))):
         return
-    for position, name, complaint, good in verdicts:
-        if bool(xp.all(good)):
-            continue
-        where = ""
-        if good.shape[0] > 1 or (problem.batch_shape and getattr(problem, name).shape[0] > 1):
-            flat = pieces[position][0].start + int(xp.argmin(xp.astype(good, xp.int8)))
-            index = tuple(int(i) for i in np.unravel_index(flat, problem.batch_shape))
-            where = f" (problem {index[0] if len(index) == 1 else index} of the batch)"
-        raise ValueError(f"{name} {complaint}{where}")
+    rule, where, piece, good = next(verdict for verdict in verdicts if not bool(xp.all(verdict[-1])))
+    first = int(xp.argmin(xp.astype(good, xp.int8)))
+    one = piece.select(slice(first, first + 1))
+    index = ""
+    if problem.batch_shape and _depends_on_batch(problem, rule):
+        axes = [int(i) for i in np.unravel_index(where.start + first, problem.batch_shape)]
+        index = f" (problem {axes[0] if len(axes) == 1 else tuple(axes)} of the batch)"
+    entry = _first(xp, rule.broken(one)[0, ...])
+    raise ValueError(f"{rule.operands[0]} {rule.complaint}: {rule.evidence(one, entry)}{index}")
 
 
-def _findings(piece: Problem, *, first: bool):
-    """(operand, complaint, good): for each rule a flag a problem, False where it is broken."""
-    xp = piece.backend.xp
+def _depends_on_batch(problem: Problem, rule: Rule) -> bool:
+    return any(getattr(problem, name).shape[0] > 1 for name in rule.operands)
 
-    def fresh(*names):
-        """Whether the first piece has not settled a rule over these operands for the whole batch."""
-        return first or any(getattr(piece, name).shape[0] > 1 for name in names)
 
-    for name, value in piece.operands.items():
-        if not fresh(name):
-            continue
-        axes = tuple(range(1, value.ndim))
+def _rules(problem: Problem) -> list[Rule]:
+    """The rules for the operands of a problem, in the order in which they are to be reported."""
+    rules = []
+    # In float32 the infinite entry may have been finite where it came from.
+    single = " in float32" if problem.dtype == problem.backend.xp.float32 else ""
+    for name in problem.operands:
         if name == "lb":
-            yield name, "has NaN or +inf; a lower bound is finite or -inf", xp.all(value < xp.inf, axis=axes)
+            complaint = f"has NaN or +inf{single}; a lower bound is finite or -inf"
         elif name in ("ub", "h"):
-            yield name, f"has NaN or -inf; {name} is finite or +inf", xp.all(value > -xp.inf, axis=axes)
+            complaint = f"has NaN or -inf{single}; {name} is finite or +inf"
         else:
-            yield name, "has NaN or infinite entries; all must be finite", xp.all(xp.isfinite(value), axis=axes)
-    if fresh("Q"):
-        Q = piece.Q
-        largest = xp.max(xp.abs(Q), axis=(-2, -1))
-        tolerance = 1e-8 if piece.dtype == xp.float64 else 1e-4
-        asymmetry = xp.max(xp.abs(Q - Q.mT), axis=(-2, -1))
-        # ¬(a > b) rather than a ≤ b: a NaN has its own complaint above.
-        symmetric = ~(asymmetry > tolerance * largest)
-        yield "Q", "is not symmetric; pass (Q + Qᵀ)/2, which has the same objective", symmetric
-        shift = tolerance * xp.where(largest > 0, largest, xp.ones_like(largest))
-        eye = piece.backend.eye(piece.n, piece.dtype)
-        _, positive = piece.backend.factor(Q + shift[:, None, None] * eye)
-        yield "Q", "is not positive semidefinite, so the problem is not convex", positive[:, 0]
-    if piece.lb is not None and piece.ub is not None and fresh("lb", "ub"):
-        yield "lb", "is greater than ub for a variable", ~xp.any(piece.lb > piece.ub, axis=-1)
+            complaint = f"has NaN or infinite entries{single}; all must be finite"
+        rules.append(Rule((name,), complaint, partial(_out_of_range, name), partial(_entry, name)))
+    complaint = "is not symmetric; pass (Q + Qᵀ)/2, which has the same objective"
+    rules.append(Rule(("Q",), complaint, _asymmetric, _two_sides))
+    complaint = "is not positive semidefinite, so the problem is not convex"
+    rules.append(Rule(("Q",), complaint, _indefinite, _smallest_eigenvalue))
+    if problem.lb is not None and problem.ub is not None:
+        rules.append(Rule(("lb", "ub"), "is greater than ub for a variable", _crossed, _both_bounds))
+    return rules
+
+
+def _out_of_range(name: str, problem: Problem):
+    xp, value = problem.backend.xp, getattr(problem, name)
+    if name == "lb":
+        return ~(value < xp.inf)
+    if name in ("ub", "h"):
+        return ~(value > -xp.inf)
+    return ~xp.isfinite(value)
+
+
+def _largest(problem: Problem):
+    """The largest entry of Q, (B, 1, 1), and what is rounding relative to it; denormal numbers round by more."""
+    xp = problem.backend.xp
+    largest = xp.max(xp.abs(problem.Q), axis=(-2, -1), keepdims=True)
+    smallest = float(xp.finfo(problem.dtype).smallest_normal)
+    return xp.clip(largest, smallest, None), 1e-8 if problem.dtype == xp.float64 else 1e-4
+
+
+def _asymmetric(problem: Problem):
+    largest, tolerance = _largest(problem)
+    return problem.backend.xp.abs(problem.Q - problem.Q.mT) > tolerance * largest
+
+
+def _indefinite(problem: Problem):
+    """Whether Q has an eigenvalue that is negative beyond rounding, (B, 1): where the shifted Q has no factor."""
+    # Divided by its largest entry, because the shift would overflow with huge and vanish with denormal numbers.
+    largest, tolerance = _largest(problem)
+    shift = tolerance * problem.backend.eye(problem.n, problem.dtype)
+    _, positive = problem.backend.factor(problem.Q / largest + shift)
+    return ~positive
+
+
+def _crossed(problem: Problem):
+    return problem.lb > problem.ub
+
+
+def _first(xp, entries) -> tuple[int, ...]:
+    """Position of the first True."""
+    flat = int(xp.argmax(xp.astype(xp.reshape(entries, (-1,)), xp.int8)))
+    return tuple(int(i) for i in np.unravel_index(flat, entries.shape))
+
+
+def _entry(name: str, problem: Problem, entry) -> str:
+    return f"{name}[{', '.join(map(str, entry))}] = {float(getattr(problem, name)[(0, *entry)])}"
+
+
+def _two_sides(problem: Problem, entry) -> str:
+    return f"{_entry('Q', problem, entry)}, {_entry('Q', problem, entry[::-1])}"
+
+
+def _both_bounds(problem: Problem, entry) -> str:
+    return f"{_entry('lb', problem, entry)}, {_entry('ub', problem, entry)}"
+
+
+def _smallest_eigenvalue(problem: Problem, entry) -> str:
+    largest, _ = _largest(problem)
+    xp = problem.backend.xp
+    unit = float(xp.min(xp.linalg.eigvalsh(problem.Q / largest)))
+    return f"its smallest eigenvalue is {unit * float(largest[0, 0, 0]):.3g}"
