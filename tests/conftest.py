@@ -1,9 +1,17 @@
-"""The `xp` fixture: one test, every array library that is installed."""
+"""The `xp` fixture: one test, every array library that is installed. Hypothesis profiles."""
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# How many examples test_fuzz.py draws in all; HYPOTHESIS_PROFILE=more looks for rarer failures.
+settings.register_profile("ci", max_examples=5000, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("more", max_examples=200_000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 class NumPyLibrary:
