@@ -161,8 +161,11 @@ def test_derivative_where_it_exists(kind, n):
     tangents = random_tangents(rng, problem.base)
     left, right = one_sided_differences(problem.base, tangents)
     size = np.maximum(1.0, np.max(np.abs(left), -1))
-    smooth = np.max(np.abs(right - left), -1) <= 1e-3 * size
-    assert np.mean(smooth) >= 0.8
+    far_left, far_right = one_sided_differences(problem.base, tangents, step=1e-4)  # no kink near enough to blur it
+    smooth = (np.max(np.abs(right - left), -1) <= 1e-3 * size) & (
+        np.max(np.abs(far_right - far_left), -1) <= 0.1 * size
+    )
+    assert np.mean(smooth) >= 0.75
     expected = (left + right) / 2
 
     sol, _ = solve(problem.operands, **TIGHT)
@@ -287,5 +290,5 @@ def test_gradients_of_the_optimal_value_are_multipliers(kind, n):
         for sign, name in ((-1, "b"), (-1, "h"), (1, "lb"), (-1, "ub"))
     )
     y, z = y[:, : sol.y.shape[-1]], z[:, : sol.z.shape[-1]]
-    assert np.max(np.abs(gradients.q)) <= 1e-5
+    assert np.max(np.abs(gradients.q)) <= 1e-4  # rounding over ρ where x is not unique
     assert max(kkt_residuals(operands, x, y, z, z_lb, z_ub)) <= 1e-5

@@ -52,15 +52,17 @@ def in_units(rng, operands, orders):
 # ---- what must hold
 
 
-def check(operands, expected, *, must_end=True):
-    """Solve and check what comes back; `must_end` asks for the expected status and not only for nothing wrong."""
+def check(operands, expected, *, surely=True):
+    """Solve and check what comes back; `surely` asks for the expected status and not only for none that is wrong."""
     sol = qpdiff.solve_qp(**operands)
     dtype = str(sol.x.dtype)
     tol = 1e-8 if dtype == "float64" else 1e-4
     point = [getattr(sol, name) for name in OUTPUTS]
     status = np.asarray(sol.status)
 
-    allowed = {expected} if must_end else {expected, Status.STALLED, Status.MAX_ITERATIONS}
+    allowed = {expected}
+    if not surely:  # SOLVED too: the test below is relative to the largest terms, and may have a point that meets it
+        allowed |= {Status.SOLVED, Status.STALLED, Status.MAX_ITERATIONS}
     if expected == Status.PRIMAL_INFEASIBLE:
         allowed.add(Status.DUAL_INFEASIBLE)  # where it is both, which the ray below then shows
     assert set(status.ravel().tolist()) <= allowed, status
@@ -151,7 +153,7 @@ def without_a_bottom(draw):
 @given(solvable(), units, seeds)
 def test_solvable(operands, orders, seed):
     operands = in_units(np.random.default_rng(seed), operands, orders)
-    check(operands, Status.SOLVED, must_end=not any(orders))
+    check(operands, Status.SOLVED, surely=not any(orders))
 
 
 @share(0.25)
@@ -164,17 +166,17 @@ def test_degenerate(operands):
 @given(without_a_point(), units, seeds)
 def test_infeasible(operands, orders, seed):
     operands = in_units(np.random.default_rng(seed), operands, orders)
-    check(operands, Status.PRIMAL_INFEASIBLE, must_end=not any(orders))
+    check(operands, Status.PRIMAL_INFEASIBLE, surely=not any(orders))
 
 
 @share(0.15)
 @given(without_a_bottom(), units, seeds)
 def test_unbounded(operands, orders, seed):
     operands = in_units(np.random.default_rng(seed), operands, orders)
-    check(operands, Status.DUAL_INFEASIBLE, must_end=not any(orders))
+    check(operands, Status.DUAL_INFEASIBLE, surely=not any(orders))
 
 
 @share(0.1)
 @given(solvable() | degenerate(DEGENERATE))
 def test_single_precision(operands):
-    check(single(operands), Status.SOLVED, must_end=False)
+    check(single(operands), Status.SOLVED, surely=False)
