@@ -87,23 +87,26 @@ class DualForm:
 
     @classmethod
     def dense(cls, problem: Problem, rho) -> tuple[DualForm, Any]:
-        """For Q without bounds; also for which problems Q is well enough conditioned for this form, (B or 1,)."""
+        """For Q without bounds; also for which problems Q is well enough conditioned for this form, (B,)."""
         xp, backend = problem.backend.xp, problem.backend
         Q = _add_diagonal(backend, problem.Q, xp.broadcast_to(rho, (problem.Q.shape[0], problem.n)))
         factor, positive = backend.factor(Q)
         blocks = [K for K in (problem.A, problem.G) if K is not None]
         whitened = tuple(backend.whiten(factor, K) for K in blocks)
         S = _block_matrix(xp, [[V @ W.mT for W in whitened] for V in whitened])
-        # k Q⁻¹ kᵀ against its least possible value |k|² / max Q tells how near to singular Q is where rows can see it.
+        # k Q⁻¹ kᵀ against its least possible value |k|² / max Q tells how near to singular Q is where k can see it: the
+        # rows and q, which every right-hand side of the solver is made of.
         largest = xp.max(xp.linalg.diagonal(Q), axis=-1, keepdims=True)
         squares = xp.concat(
             [xp.broadcast_to(xp.sum(K * K, axis=-1), (S.shape[0], K.shape[-2])) for K in blocks], axis=-1
         )
         limit = 1e-3 / xp.finfo(problem.dtype).eps ** 0.75
+        t = backend.forward(factor, xp.broadcast_to(problem.q, (problem.batch, problem.n)))
         good = (
             positive[:, 0]
             & (largest[:, 0] > rho[:, 0] * 2)
             & xp.all(xp.linalg.diagonal(S) * largest <= limit * squares, axis=-1)
+            & (xp.vecdot(t, t) * largest[:, 0] <= limit * xp.vecdot(problem.q, problem.q))
         )
         return cls(problem, (factor, whitened, S)), good
 

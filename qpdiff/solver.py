@@ -26,6 +26,8 @@ STEP_FRACTION = 0.99
 """Share of the step to the boundary of s > 0, z > 0 that is taken."""
 PATIENCE = 30
 """Iterations without progress after which a problem counts as stalled."""
+LUCK = 1e-4
+"""Share of the rounding error of the duality gap that counts towards the gap."""
 
 
 class Settings(NamedTuple):
@@ -43,8 +45,6 @@ class Settings(NamedTuple):
     where the iteration ends without a solution."""
     refinements: int
     tiny: float
-    luck: float = 0.01
-    """Share of the rounding error of the duality gap that counts towards the gap."""
 
 
 class State(NamedTuple):
@@ -58,8 +58,6 @@ class State(NamedTuple):
     mu: Any
     rho: Any
     delta: Any
-    smallest: Any
-    """Lower limit of ρ and δ."""
     r_x: Any
     """−(Qx + q + Kᵀv)."""
     r_v: Any
@@ -420,16 +418,16 @@ def initialize(part: Part, settings: Settings):
     inequality = problem.inequality
     rho, delta = settings.rho * one, settings.delta * one
     system = _system(part, xp.where(inequality, 1.0 / E**2 + zero, zero), rho, delta)
-    factor, _ = part.form.factor(system)
+    factor, positive = part.form.factor(system)
     x, v = kkt.solve(part.form, system, factor, xp.broadcast_to(-problem.q, (batch, problem.n)), problem.k + zero, 1)
-    x = xp.where(xp.all(xp.isfinite(x), axis=-1, keepdims=True), x, xp.zeros_like(x))
-    v = xp.where(xp.isfinite(v), v, xp.ones_like(v))
+    sound = positive & xp.all(xp.isfinite(x), axis=-1, keepdims=True) & xp.all(xp.isfinite(v), axis=-1, keepdims=True)
+    x, v = xp.where(sound, x, xp.zeros_like(x)), xp.where(sound, v, xp.zeros_like(v))
     z = xp.where(inequality, v / E, zero)
     mu = xp.clip(_mean(problem, (z + _max(xp, -z)) * (_max(xp, z) - z)), settings.smallest, None)
     infinite = backend.full((batch, 1), float("inf"), exact)
     count = backend.full((batch, 1), 0, xp.int32)
     state = State(
-        x=x, v=v, s=v, mu=mu, rho=rho, delta=delta, smallest=settings.smallest * one, r_x=x, r_v=v,
+        x=x, v=v, s=v, mu=mu, rho=rho, delta=delta, r_x=x, r_v=v,
         Qx=backend.full((batch, problem.n), 0.0, exact), Kx=backend.full((batch, problem.rows), 0.0, exact),
         objective=infinite, primal=infinite, dual=infinite, gap=infinite, near=infinite < 0,
         worst=infinite, best=infinite, proof=backend.full((batch, 1), 0.0, exact),
@@ -507,7 +505,10 @@ def step(part: Part, settings: Settings, state: State):
     alpha_s, alpha_z = _step_length(xp, s, ds, 1.0), _step_length(xp, z, dz, 1.0)
     reached = _mean(problem, (s + alpha_s * ds) * (z + alpha_z * dz))
     sigma = xp.clip(reached / (state.mu + settings.tiny), 0.0, 1.0) ** 3
-    dx, dv, ds = direction(s * z + ds * dz - sigma * state.mu, settings.refinements)
+    # Far below the tolerance smaller complementarity only spoils the matrix.
+    count = _sum(xp, xp.where(inequality, one, zero))
+    target = xp.maximum(sigma * state.mu, 1e-5 * settings.tol / xp.maximum(count, xp.ones_like(count)))
+    dx, dv, ds = direction(s * z + ds * dz - target, settings.refinements)
     dz = xp.where(inequality, dv, zero)
     alpha_s, alpha_z = _step_length(xp, s, ds, STEP_FRACTION), _step_length(xp, z, dz, STEP_FRACTION)
 
@@ -529,14 +530,12 @@ def step(part: Part, settings: Settings, state: State):
 
     rate = _positive(xp, (state.mu - moved.mu) / (state.mu + settings.tiny))
     rate = xp.where(xp.any(inequality, axis=-1, keepdims=True), rate, xp.full_like(rate, 0.9))
-    rho = xp.maximum((1.0 - rate) * state.rho, moved.smallest)
-    delta = xp.maximum((1.0 - rate) * state.delta, moved.smallest)
+    smallest = xp.full_like(rate, settings.smallest)
+    rho = xp.maximum((1.0 - rate) * state.rho, smallest)
+    delta = xp.maximum((1.0 - rate) * state.delta, smallest)
     rho = xp.where(sound, rho, 100.0 * state.rho)
     delta = xp.where(sound, delta, 100.0 * state.delta)
-    # Terms that stay visible in the residuals when they have reached their limit get a lower limit.
-    held = sound & (moved.waiting >= 5) & (rho <= moved.smallest)
-    smallest = xp.where(held, xp.full_like(rho, 1e-3 * settings.smallest), moved.smallest)
-    moved = moved._replace(rho=rho, delta=delta, smallest=smallest)
+    moved = moved._replace(rho=rho, delta=delta)
     # From a point within the tolerance one more step is worth it only if it halves the residuals; else it was the last.
     settled = state.near & ~(moved.worst <= 0.5 * state.worst)
     moved = _choose(xp, settled, state._replace(status=xp.full_like(state.status, int(Status.SOLVED))), moved)
@@ -555,24 +554,26 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     r_x, r_v = -(Qx + problem.q + Kv), k - Kx - s
     r_v = xp.where(inequality | equality, r_v, zero)
     violation = xp.where(equality, xp.abs(r_v), xp.where(inequality, _positive(xp, Kx - k), zero))
-    terms = x * Qx, problem.q * x, k * v
-    xQx, qx, kv = (_sum(xp, term) for term in terms)
-    primal, dual, gap = _max(xp, violation), _max(xp, xp.abs(r_x)), xp.abs(xQx + qx + kv)
+    xQx, qx = _dot(xp, x, Qx), _dot(xp, x, problem.q)
+    blocks = (problem.blocks[name] for name in ("G", "A", "ub", "lb"))
+    kv = [_dot(xp, k[:, rows], v[:, rows]) for rows in blocks if rows.stop > rows.start]
+    primal, dual, gap = _max(xp, violation), _max(xp, xp.abs(r_x)), xp.abs(sum(kv, xQx + qx))
 
-    # Not `<=` on a maximum alone: NaN must never pass.
+    # Not `<=` on a maximum alone: NaN must never pass, nor an infinity that is compared with its own size.
     worst = xp.maximum(xp.maximum(primal, dual), gap)
     tol, rtol = settings.tol, settings.rtol
     scales = (
         xp.maximum(_max(xp, xp.abs(Kx)), _max(xp, xp.abs(k + zero))),
         xp.maximum(xp.maximum(_max(xp, xp.abs(Qx)), _max(xp, xp.abs(problem.q + 0 * x))), _max(xp, xp.abs(Kv))),
-        xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(kv)),
+        xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(sum(kv, 0 * qx))),
     )
-    # A sum of terms that cancel can be 0 by luck: what its rounding hides must not be far beyond the tolerance either.
-    noise = xp.finfo(problem.dtype).eps * sum(_sum(xp, xp.abs(term)) for term in terms)
+    # The terms of the gap may cancel to 0 by luck: what their rounding hides must not be far beyond the tolerance.
+    terms = _dot(xp, xp.abs(x), xp.abs(Qx) + xp.abs(problem.q)) + _dot(xp, xp.abs(v), xp.abs(k))
     near = (
         (primal <= tol + rtol * scales[0])
         & (dual <= tol + rtol * scales[1])
-        & (gap + settings.luck * noise <= tol + rtol * scales[2])
+        & (gap + LUCK * xp.finfo(problem.dtype).eps * terms <= tol + rtol * scales[2])
+        & (worst < float("inf"))
     )
     best = xp.where(worst < state.best, worst, state.best)
 
@@ -601,7 +602,8 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
 
     status = xp.where(limit, code(Status.MAX_ITERATIONS), code(RUNNING))
     status = xp.where(waiting >= PATIENCE, code(Status.STALLED), status)
-    status = xp.where(no_bottom > enough, code(Status.DUAL_INFEASIBLE), status)
+    feasible = last | (primal <= tol + 1e-6 * _max(xp, xp.abs(k + zero)))
+    status = xp.where((no_bottom > enough) & feasible, code(Status.DUAL_INFEASIBLE), status)
     status = xp.where(no_point > enough, code(Status.PRIMAL_INFEASIBLE), status)
     status = xp.where(solved, code(Status.SOLVED), status)
     x = xp.where(status == int(Status.DUAL_INFEASIBLE), ray / fall, x)
@@ -659,6 +661,10 @@ def _positive(xp, a):
 
 def _sum(xp, a):
     return xp.sum(a, axis=-1, keepdims=True)
+
+
+def _dot(xp, a, b):
+    return xp.vecdot(a, b, axis=-1)[:, None]
 
 
 def _mean(problem: Problem, products):
@@ -721,11 +727,11 @@ def _collect(problem: Problem, pieces: list[Ended]) -> Solution:
 def multipliers(problem: Problem, v):
     """The multipliers y, z, z_lb, z_ub in those of all rows; a fixed variable's goes to one bound by its sign."""
     xp, blocks = problem.backend.xp, problem.blocks
-    zero = xp.broadcast_to(problem.backend.full((1, problem.n), 0.0, problem.dtype), (v.shape[0], problem.n))
+    zero = problem.backend.full((v.shape[0], problem.n), 0.0, problem.dtype)
     z_lb = v[:, blocks["lb"]] if problem.lb is not None else zero
     z_ub = v[:, blocks["ub"]] if problem.ub is not None else zero
     if problem.lb is not None and problem.ub is not None:
         fixed = problem.equality[:, blocks["lb"]]
-        z_ub = xp.where(fixed, xp.clip(-z_lb, 0.0, None), z_ub)
-        z_lb = xp.where(fixed, xp.clip(z_lb, 0.0, None), z_lb)
+        z_ub = xp.where(fixed, _positive(xp, -z_lb), z_ub)
+        z_lb = xp.where(fixed, _positive(xp, z_lb), z_lb)
     return v[:, blocks["A"]], v[:, blocks["G"]], z_lb, z_ub
