@@ -203,7 +203,7 @@ def solve_kkt(sol: Solution, r_x, r_v, *, unsolved: str = "nan"):
 
 
 def _solve_piece(lin, piece, r_x, r_v):
-    """The system for the problems of one piece: with the solver's last factor, or with a fresh one where that fails."""
+    """The system for the problems of one piece: with the solver's last factor, with a fresh one where that fails."""
     problem, xp = lin.problem, lin.problem.backend.xp
     x, v, s, r_x, r_v = (kkt.take_all(xp, a, piece.index, problem.batch) for a in (lin.x, lin.v, lin.s, r_x, r_v))
     part = problem if piece.index.shape[0] == problem.batch else problem.select(piece.index)
@@ -211,26 +211,62 @@ def _solve_piece(lin, piece, r_x, r_v):
     one = xp.ones_like(s)
     theta = xp.where(inequality, s / xp.where(inequality, v, one), xp.where(equality, 0 * one, one * float("inf")))
     metric = kkt.equilibrate(part)
-    heavy = equality | (inequality & (theta * metric.rows**2 < 1.0))
+    if piece.factor is None:
+        return _solve_afresh(part, metric, theta, r_x, r_v)
     exact = kkt.System(theta, xp.zeros_like(x), xp.zeros_like(s))
-    size = xp.max(xp.abs(r_x), axis=-1)
-    if r_v.shape[-1]:
-        size = size + xp.max(xp.abs(r_v), axis=-1)
-    accuracy = 1e-9 if problem.dtype == xp.float64 else 1e-4
-    if piece.factor is not None:
-        form = piece.form(part)
-        u_x, u_v = kkt.solve_nearby(form, exact, piece.factor, heavy, r_x, r_v, 3)
-        e_x, e_v = kkt.residual(part, exact, r_x, r_v, u_x, u_v)
-        left = xp.max(xp.abs(e_x), axis=-1)
-        if r_v.shape[-1]:  # light rows are solved exactly by construction and of another scale
-            left = left + xp.max(xp.where(heavy, xp.abs(e_v), 0 * e_v), axis=-1)
-        if bool(xp.all(left <= accuracy * size)):
-            return u_x, u_v
-    small = 1e-10 if problem.dtype == xp.float64 else 1e-6
-    system = kkt.System(theta, small / metric.variables**2 + 0 * x, small / metric.rows**2 + 0 * s)
-    form = kkt.PrimalForm(part)
-    factor, _ = form.factor(system)
-    return kkt.solve_nearby(form, exact, factor, heavy, r_x, r_v, 3)
+    form = piece.form(part)
+    u_x, u_v, left, moved = kkt.solve_nearby(
+        form, exact, piece.factor, metric, _heavy(part, metric, theta), r_x, r_v, 3
+    )
+    accuracy = xp.finfo(problem.dtype).eps ** 0.5
+    good = ((left <= 0.1 * accuracy) & (moved <= 100 * accuracy))[:, 0]
+    count = int(xp.sum(xp.astype(good, xp.int32)))
+    if count == good.shape[0]:
+        return u_x, u_v
+    order = xp.argsort(xp.astype(~good, xp.int8), stable=True)
+    bad = order[count:]
+    metric = kkt.Metric(*kkt.take(xp, tuple(metric), bad))
+    again = _solve_afresh(part.select(bad), metric, *(xp.take(a, bad, axis=0) for a in (theta, r_x, r_v)))
+    back = xp.argsort(order)
+    return tuple(
+        xp.take(xp.concat([xp.take(old, order[:count], axis=0), new], axis=0), back, axis=0)
+        for old, new in zip((u_x, u_v), again, strict=True)
+    )
+
+
+def _heavy(problem: Problem, metric: kkt.Metric, theta):
+    return problem.equality | (problem.inequality & (theta * metric.rows**2 < 1.0))
+
+
+def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
+    """The system for problems whose active rows are dependent or whose Q is singular there, which takes care.
+
+    Where active rows are dependent, their multipliers share what is asked of them in proportion to 1/θ, and no
+    inequality stands against an equality. What follows has to hold for the factor too, whose smallest weights must stay
+    well above rounding: so the smallest θ are scaled up together, and equalities get a smaller one. The refinement
+    takes the result back to the system itself.
+    """
+    xp = problem.backend.xp
+    single = problem.dtype == xp.float32
+    smallest, largest, equal, rho = (1e-4, 1e-2, 1e-5, 1e-5) if single else (1e-7, 1e-4, 1e-11, 1e-9)
+    heavy = _heavy(problem, metric, theta)
+    scaled = theta * metric.rows**2
+    raised = problem.inequality & (scaled < largest)
+    zero = xp.zeros_like(scaled)
+    candidates = xp.concat([xp.where(raised, scaled, zero), xp.zeros_like(r_x[:, :1])], axis=-1)
+    top = xp.max(candidates, axis=-1, keepdims=True)
+    level = xp.clip(scaled * (largest / xp.where(top > 0, top, xp.ones_like(top))), smallest, largest)
+    diagonal = xp.where(problem.equality, zero + equal, xp.where(raised, level, scaled)) / metric.rows**2
+    form = kkt.PrimalForm(problem)
+    rho = xp.full_like(r_x[:, :1], rho)
+    for _ in range(4):
+        factor, positive = form.factor(kkt.System(diagonal, rho / metric.variables**2, zero))
+        if bool(xp.all(positive)):
+            break
+        rho = xp.where(positive, rho, 100.0 * rho)
+    exact = kkt.System(theta, xp.zeros_like(r_x), zero)
+    u_x, u_v, *_ = kkt.solve_nearby(form, exact, factor, metric, heavy, r_x, r_v, 6)
+    return u_x, u_v
 
 
 # ---- from rows to operands

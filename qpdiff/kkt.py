@@ -86,32 +86,32 @@ class DualForm:
         self.constants = constants
 
     @classmethod
-    def dense(cls, problem: Problem, rho) -> tuple[DualForm, Any]:
+    def dense(cls, problem: Problem) -> tuple[DualForm, Any]:
         """For Q without bounds; also for which problems Q is well enough conditioned for this form, (B,)."""
         xp, backend = problem.backend.xp, problem.backend
-        Q = _add_diagonal(backend, problem.Q, xp.broadcast_to(rho, (problem.Q.shape[0], problem.n)))
-        factor, positive = backend.factor(Q)
+        diagonal = xp.linalg.diagonal(problem.Q)
+        factor, positive = backend.factor(_add_diagonal(backend, problem.Q, _own_terms(problem, diagonal)))
         blocks = [K for K in (problem.A, problem.G) if K is not None]
         whitened = tuple(backend.whiten(factor, K) for K in blocks)
         S = _block_matrix(xp, [[V @ W.mT for W in whitened] for V in whitened])
-        # k Q⁻¹ kᵀ against its least possible value |k|² / max Q tells how near to singular Q is where k can see it: the
-        # rows and q, which every right-hand side of the solver is made of.
-        largest = xp.max(xp.linalg.diagonal(Q), axis=-1, keepdims=True)
+        # k Q⁻¹ kᵀ against what the diagonal of Q alone would make it tells how near to singular Q is where k can see it:
+        # the rows and q, which every right-hand side of the solver is made of.
+        weights = 1.0 / xp.where(diagonal > 0, diagonal, xp.ones_like(diagonal))
         squares = xp.concat(
-            [xp.broadcast_to(xp.sum(K * K, axis=-1), (S.shape[0], K.shape[-2])) for K in blocks], axis=-1
+            [xp.broadcast_to(product(K * K, weights), (S.shape[0], K.shape[-2])) for K in blocks], axis=-1
         )
         limit = 1e-3 / xp.finfo(problem.dtype).eps ** 0.75
         t = backend.forward(factor, xp.broadcast_to(problem.q, (problem.batch, problem.n)))
         good = (
             positive[:, 0]
-            & (largest[:, 0] > rho[:, 0] * 2)
-            & xp.all(xp.linalg.diagonal(S) * largest <= limit * squares, axis=-1)
-            & (xp.vecdot(t, t) * largest[:, 0] <= limit * xp.vecdot(problem.q, problem.q))
+            & xp.all(diagonal > 0, axis=-1)
+            & xp.all(xp.linalg.diagonal(S) <= limit * squares, axis=-1)
+            & (xp.vecdot(t, t) <= limit * xp.vecdot(problem.q * problem.q, weights))
         )
         return cls(problem, (factor, whitened, S)), good
 
     @classmethod
-    def diagonal(cls, problem: Problem, rho) -> tuple[DualForm, Any]:
+    def diagonal(cls, problem: Problem) -> tuple[DualForm, Any]:
         """For a diagonal Q with bounds; also for which problems every variable has enough curvature, (B or 1,).
 
         Without, the weight of a variable that is away from its bounds tends to ρ, and its inverse drowns the rest.
@@ -119,7 +119,7 @@ class DualForm:
         xp = problem.backend.xp
         diagonal = xp.linalg.diagonal(problem.Q)
         scaled = diagonal * equilibrate(problem).variables ** 2
-        return cls(problem, (diagonal + rho,)), xp.all(scaled > 1e-6, axis=-1)
+        return cls(problem, (diagonal + _own_terms(problem, diagonal),)), xp.all(scaled > 1e-6, axis=-1)
 
     def select(self, problem: Problem, index) -> DualForm:
         return DualForm(problem, take(self.problem.backend.xp, self.constants, index))
@@ -171,11 +171,8 @@ class DualForm:
         return v[:, problem.n :] - v[:, : problem.n]
 
 
-def choose_form(problem: Problem, rho):
-    """The form with fewer operations in a typical iteration, and for which problems it is safe (None: for all).
-
-    `rho` (B or 1, 1) is the dual form's proximal term; it depends on Q alone.
-    """
+def choose_form(problem: Problem):
+    """The form with fewer operations in a typical iteration, and for which problems it is safe (None: for all)."""
     n, linear = problem.n, problem.p + problem.m
     if linear == 0:
         return PrimalForm(problem), None
@@ -184,9 +181,9 @@ def choose_form(problem: Problem, rho):
     dual = linear**3 / 3 + (n**3 / 3 + n**2 * linear + n * linear**2) / iterations
     bounded = problem.lb is not None or problem.ub is not None
     if not bounded and dual < primal:
-        return DualForm.dense(problem, rho)
+        return DualForm.dense(problem)
     if bounded and linear**3 / 3 + n * linear**2 < primal and is_diagonal(problem):
-        return DualForm.diagonal(problem, rho)
+        return DualForm.diagonal(problem)
     return PrimalForm(problem), None
 
 
@@ -217,28 +214,45 @@ def solve(form, system: System, factor, r_x, r_v, refinements: int):
     return dx, dv
 
 
-def solve_nearby(form, system: System, factor, heavy, r_x, r_v, refinements: int):
-    """Solve a KKT system with the factor of another one, whose θ came from an earlier interior-point iterate.
+def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, refinements: int):
+    """Solve a KKT system with the factor of another one; also how far that got.
 
-    Along the central path θ tends to 0 at the active rows (`heavy`) and to infinity at the others. At the active rows
-    two such θ differ little against K M⁻¹ Kᵀ; the other rows are eliminated with the θ of the system itself, after
-    which what differs is the weight 1/θ, which is small in both. The refinement contracts by about the larger of the
-    two differences a round.
+    The factor's θ may come from an earlier interior-point iterate. Along the central path θ tends to 0 at the active
+    rows (`heavy`) and to infinity at the others. At the active rows two such θ differ little against K M⁻¹ Kᵀ; the
+    other rows are eliminated with the θ of the system itself, after which what differs is the weight 1/θ, which is
+    small in both. The refinement contracts by about the larger of the two differences a round, unless the active rows
+    are dependent or what the matrix cannot reach is asked of it.
+
+    Returns
+    -------
+    dx, dv
+    left, moved : (B, 1)
+        The residual against the right-hand side, and the last correction against the solution, in the scaled problem.
     """
     problem, xp = form.problem, form.problem.backend.xp
     weights = 1.0 / (system.theta + system.delta)
     zero = xp.zeros_like(r_v)
+    D, E = metric
+
+    def size(a_x, a_v, x_scale, v_scale):
+        parts = [xp.abs(x_scale * a_x), xp.abs(v_scale * xp.where(heavy, a_v, zero))]
+        return xp.max(xp.concat(parts, axis=-1), axis=-1, keepdims=True)
+
     dx, dv = xp.zeros_like(r_x), zero
     e_x, e_v = r_x, r_v
-    for round_ in range(refinements + 1):
-        cx, cv = form.solve(
-            factor, e_x + problem.adjoint(xp.where(heavy, zero, weights * e_v)), xp.where(heavy, e_v, zero)
-        )
+    asked = None
+    for _ in range(refinements + 1):
+        b_x, b_v = e_x + problem.adjoint(xp.where(heavy, zero, weights * e_v)), xp.where(heavy, e_v, zero)
+        asked = size(b_x, b_v, D, E) if asked is None else asked
+        cx, cv = form.solve(factor, b_x, b_v)
         cv = xp.where(heavy, cv, weights * (problem.constraints(cx) - e_v))
         dx, dv = dx + cx, dv + cv
-        if round_ < refinements:
-            e_x, e_v = residual(problem, system, r_x, r_v, dx, dv)
-    return dx, dv
+        e_x, e_v = residual(problem, system, r_x, r_v, dx, dv)
+    one = xp.ones_like(asked)
+    whole = size(dx, dv, 1.0 / D, 1.0 / E)
+    left = size(e_x, e_v, D, E) / xp.where(asked > 0, asked, one)
+    moved = size(cx, cv, 1.0 / D, 1.0 / E) / xp.where(whole > 0, whole, one)
+    return dx, dv, left, moved
 
 
 # ---- equilibration
@@ -247,7 +261,7 @@ def solve_nearby(form, system: System, factor, heavy, r_x, r_v, refinements: int
 def equilibrate(problem: Problem, passes: int = 4) -> Metric:
     """Scales that bring the rows of [[Q, Kᵀ], [K, 0]] to about unit length (Ruiz, 2001, in the 2-norm).
 
-    A bound row is scaled as its variable. Scales are limited to [1e-4, 1e4], and to 1 for a row of zeros.
+    A bound row is scaled as its variable. Scales are limited to [1e-6, 1e6], and to 1 for a row of zeros.
     """
     xp = problem.backend.xp
     matrices = [K for K in (problem.A, problem.G) if K is not None]
@@ -299,6 +313,12 @@ def _concat(xp, arrays):
 def _bound_weights(problem: Problem, weights):
     parts = [weights[:, problem.blocks[name]] for name in ("lb", "ub") if getattr(problem, name) is not None]
     return sum(parts[1:], parts[0]) if parts else 0.0
+
+
+def _own_terms(problem: Problem, diagonal):
+    """The dual form's proximal terms on the variables: so small a share of Q that they need not follow the solver's."""
+    xp = problem.backend.xp
+    return (1e-10 if problem.dtype == xp.float64 else 1e-5) * diagonal + xp.finfo(problem.dtype).smallest_normal
 
 
 def _add_diagonal(backend, M, diagonal):

@@ -342,9 +342,7 @@ def _chunk_size(problem: Problem) -> int:
 def _forms(problem: Problem):
     """Split a chunk by the reduced form that suits each of its problems."""
     xp = problem.backend.xp
-    rho = 1e-10 if problem.dtype == xp.float64 else 1e-5
-    largest = xp.max(xp.abs(xp.linalg.diagonal(problem.Q)), axis=-1, keepdims=True)
-    form, safe = kkt.choose_form(problem, rho * largest + xp.finfo(problem.dtype).smallest_normal)
+    form, safe = kkt.choose_form(problem)
     if safe is None:
         return [(form, None)]
     count = int(xp.sum(xp.astype(safe, xp.int32)))  # one value to the host for each chunk

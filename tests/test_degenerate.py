@@ -282,7 +282,7 @@ def test_a_vertex_held_by_more_rows_than_needed_does_not_follow_the_cost(kind, n
 def test_gradients_of_the_optimal_value_are_multipliers(kind, n):
     """Envelope theorem: the value falls with h by z, and moves with q by x, so not at all through the change of x."""
     operands = kind(generator(kind, n), (100,), n).operands
-    sol, (x, *_) = solve(operands, **TIGHT)
+    sol, (x, *_) = solve(operands)
     gradients = qpdiff.vjp(sol, x=apply(operands["Q"], x) + operands["q"])
     zero = np.zeros_like(x)
     y, z, z_lb, z_ub = (
