@@ -248,7 +248,7 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
     """
     xp = problem.backend.xp
     single = problem.dtype == xp.float32
-    smallest, largest, equal, rho = (1e-4, 1e-2, 1e-5, 1e-5) if single else (1e-7, 1e-4, 1e-11, 1e-9)
+    smallest, largest, equal, rho = (1e-4, 1e-2, 1e-5, 1e-5) if single else (1e-6, 1e-3, 1e-10, 1e-9)
     heavy = _heavy(problem, metric, theta)
     scaled = theta * metric.rows**2
     raised = problem.inequality & (scaled < largest)
@@ -265,7 +265,7 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
             break
         rho = xp.where(positive, rho, 100.0 * rho)
     exact = kkt.System(theta, xp.zeros_like(r_x), zero)
-    u_x, u_v, *_ = kkt.solve_nearby(form, exact, factor, metric, heavy, r_x, r_v, 6)
+    u_x, u_v, *_ = kkt.solve_nearby(form, exact, factor, metric, heavy, r_x, r_v, 12)
     return u_x, u_v
 
 

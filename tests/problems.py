@@ -77,10 +77,10 @@ def complete(operands):
     return absent | operands
 
 
-def kkt_residuals(operands, x, y, z, z_lb, z_ub):
+def kkt_residuals(operands, x, y, z, z_lb, z_ub, *, signs=True):
     """Primal residual, dual residual and duality gap from their definitions, the largest of the batch.
 
-    Signs of multipliers count as part of the dual residual.
+    `signs`: those of the multipliers count as part of the dual residual.
     """
     d = complete(operands)
     below, above = np.isfinite(d["lb"]), np.isfinite(d["ub"])
@@ -98,10 +98,20 @@ def kkt_residuals(operands, x, y, z, z_lb, z_ub):
         ]  # fmt: skip
     gap = np.abs(sum(np.sum(term, axis=-1) for term in terms))
     largest = [max((float(np.max(part, initial=0.0)) for part in primal), default=0.0)]
-    largest.append(
-        max(float(np.max(np.abs(dual), initial=0.0)), *(float(np.max(-v, initial=0.0)) for v in (z, z_lb, z_ub)))
-    )
+    wrong = [float(np.max(-v, initial=0.0)) for v in (z, z_lb, z_ub)] if signs else []
+    largest.append(max(float(np.max(np.abs(dual), initial=0.0)), *wrong, 0.0))
     return *largest, float(np.max(gap, initial=0.0))
+
+
+def gap_rounding(operands, x, y, z):
+    """Bound on the rounding error of the duality gap of problems without bounds, the largest of the batch.
+
+    Higham, "Accuracy and stability of numerical algorithms", 2nd ed., section 3.1: n ε times the sum of all terms.
+    """
+    d = {name: np.abs(value) for name, value in complete(operands).items()}
+    x, y, z = np.abs(x), np.abs(y), np.abs(z)
+    terms = [x * apply(d["Q"], x), d["q"] * x, d["h"] * z, d["b"] * y]
+    return x.shape[-1] * np.finfo(float).eps * float(np.max(sum(np.sum(term, axis=-1) for term in terms)))
 
 
 def stacked(operands):
