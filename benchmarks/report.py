@@ -1,0 +1,37 @@
+"""What every benchmark prints: the machine it ran on, and a table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import qpdiff
+
+
+def machine(*packages: str) -> str:
+    """The processor, how busy it is, the limits on threads, and the versions of the packages that are installed."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = names[0] if names else platform.processor() or platform.machine()
+    limits = [f"{k}={os.environ[k]}" for k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if k in os.environ]
+    versions = [f"qpdiff {qpdiff.__version__}"]
+    for package in ("numpy", *packages):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return (
+        f"{model}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, "
+        f"{' '.join(limits) or 'threads not limited'}; Python {platform.python_version()}, {', '.join(versions)}"
+    )
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, its columns aligned so that it reads well on a terminal too; all but the first to the right."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (headings, *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (aligned[0], rule, *aligned[1:]))
