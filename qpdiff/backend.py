@@ -70,6 +70,13 @@ class Backend:
         values = xp.where(positive[:, None], values, one)
         return (vectors / xp.sqrt(values)[:, None, :] / scale[:, :, None],), positive[:, None]
 
+    def pivots(self, factor):
+        """What is left of diagonal entries once other variables are eliminated: all others, or those before in order.
+
+        About 0 for one of them where M is singular.
+        """
+        return 1.0 / self.xp.sum(factor[0] ** 2, axis=-1)
+
     def forward(self, factor, r):
         """F⁻¹ r for vectors r (B, n)."""
         (inverse,) = factor
@@ -111,6 +118,9 @@ class NumPyBackend(Backend):
         if not positive.all():
             L = np.where(positive[:, :, None], L, np.eye(M.shape[-1], dtype=M.dtype))
         return (L,), positive
+
+    def pivots(self, factor):
+        return np.linalg.diagonal(factor[0]) ** 2
 
     def forward(self, factor, r):
         return self._triangular(factor, r, trans=1)
@@ -171,6 +181,9 @@ class CuPyBackend(Backend):
         positive = xp.all(xp.isfinite(diagonal) & (diagonal > 0), axis=-1) & xp.all(xp.isfinite(L), axis=(-2, -1))
         eye = self.eye(M.shape[-1], M.dtype)
         return (xp.where(positive[:, None, None], xp.tril(L), eye),), positive[:, None]
+
+    def pivots(self, factor):
+        return self.xp.linalg.diagonal(factor[0]) ** 2
 
     def forward(self, factor, r):
         return self._vectors(factor[0], r, trans=0)

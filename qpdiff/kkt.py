@@ -87,28 +87,16 @@ class DualForm:
 
     @classmethod
     def dense(cls, problem: Problem) -> tuple[DualForm, Any]:
-        """For Q without bounds; also for which problems Q is well enough conditioned for this form, (B,)."""
+        """For Q without bounds; also for which problems Q is well enough conditioned for this form, (B or 1,)."""
         xp, backend = problem.backend.xp, problem.backend
         diagonal = xp.linalg.diagonal(problem.Q)
         factor, positive = backend.factor(_add_diagonal(backend, problem.Q, _own_terms(problem, diagonal)))
         blocks = [K for K in (problem.A, problem.G) if K is not None]
         whitened = tuple(backend.whiten(factor, K) for K in blocks)
         S = _block_matrix(xp, [[V @ W.mT for W in whitened] for V in whitened])
-        # k Q⁻¹ kᵀ against what the diagonal of Q alone would make it tells how near to singular Q is where k can see it:
-        # the rows and q, which every right-hand side of the solver is made of.
-        weights = 1.0 / xp.where(diagonal > 0, diagonal, xp.ones_like(diagonal))
-        squares = xp.concat(
-            [xp.broadcast_to(product(K * K, weights), (S.shape[0], K.shape[-2])) for K in blocks], axis=-1
-        )
-        limit = 1e-3 / xp.finfo(problem.dtype).eps ** 0.75
-        t = backend.forward(factor, xp.broadcast_to(problem.q, (problem.batch, problem.n)))
-        good = (
-            positive[:, 0]
-            & xp.all(diagonal > 0, axis=-1)
-            & xp.all(xp.linalg.diagonal(S) <= limit * squares, axis=-1)
-            & (xp.vecdot(t, t) <= limit * xp.vecdot(problem.q * problem.q, weights))
-        )
-        return cls(problem, (factor, whitened, S)), good
+        enough = 1e-6 if problem.dtype == xp.float64 else 1e-2
+        good = (positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal))
+        return cls(problem, (factor, whitened, S)), xp.all(good, axis=-1)
 
     @classmethod
     def diagonal(cls, problem: Problem) -> tuple[DualForm, Any]:
@@ -238,20 +226,28 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
         parts = [xp.abs(x_scale * a_x), xp.abs(v_scale * xp.where(heavy, a_v, zero))]
         return xp.max(xp.concat(parts, axis=-1), axis=-1, keepdims=True)
 
-    dx, dv = xp.zeros_like(r_x), zero
-    e_x, e_v = r_x, r_v
-    asked = None
-    for _ in range(refinements + 1):
+    def correction(e_x, e_v):
         b_x, b_v = e_x + problem.adjoint(xp.where(heavy, zero, weights * e_v)), xp.where(heavy, e_v, zero)
-        asked = size(b_x, b_v, D, E) if asked is None else asked
         cx, cv = form.solve(factor, b_x, b_v)
-        cv = xp.where(heavy, cv, weights * (problem.constraints(cx) - e_v))
-        dx, dv = dx + cx, dv + cv
-        e_x, e_v = residual(problem, system, r_x, r_v, dx, dv)
-    one = xp.ones_like(asked)
+        return cx, xp.where(heavy, cv, weights * (problem.constraints(cx) - e_v)), size(b_x, b_v, D, E)
+
+    dx, dv, asked = correction(r_x, r_v)
+    e_x, e_v = residual(problem, system, r_x, r_v, dx, dv)
+    left = size(e_x, e_v, D, E)
+    moved = xp.zeros_like(left)
+    for _ in range(refinements):
+        cx, cv, _ = correction(e_x, e_v)
+        new = (dx + cx, dv + cv, *residual(problem, system, r_x, r_v, dx + cx, dv + cv))
+        after = size(*new[2:], D, E)
+        # A factor too far off makes it worse from round to round; the best is kept.
+        better = after < left
+        moved = xp.where(better, size(cx, cv, 1.0 / D, 1.0 / E), moved)
+        dx, dv, e_x, e_v, left = (
+            xp.where(better, a, b) for a, b in zip((*new, after), (dx, dv, e_x, e_v, left), strict=True)
+        )
     whole = size(dx, dv, 1.0 / D, 1.0 / E)
-    left = size(e_x, e_v, D, E) / xp.where(asked > 0, asked, one)
-    moved = size(cx, cv, 1.0 / D, 1.0 / E) / xp.where(whole > 0, whole, one)
+    one = xp.ones_like(left)
+    left, moved = left / xp.where(asked > 0, asked, one), moved / xp.where(whole > 0, whole, one)
     return dx, dv, left, moved
 
 
@@ -261,7 +257,7 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
 def equilibrate(problem: Problem, passes: int = 4) -> Metric:
     """Scales that bring the rows of [[Q, Kᵀ], [K, 0]] to about unit length (Ruiz, 2001, in the 2-norm).
 
-    A bound row is scaled as its variable. Scales are limited to [1e-6, 1e6], and to 1 for a row of zeros.
+    A bound row is scaled as its variable, and a variable that is in no row and not in Q by its bounds. Scales are limited to [1e-6, 1e6], and to 1 for a row of zeros.
     """
     xp = problem.backend.xp
     matrices = [K for K in (problem.A, problem.G) if K is not None]
@@ -275,14 +271,23 @@ def equilibrate(problem: Problem, passes: int = 4) -> Metric:
         one = xp.ones_like(length2)
         return xp.clip(xp.where(usable, scale / xp.sqrt(xp.where(usable, length2, one)), one), 1e-8, 1e8)
 
+    occupied = D2 < 0
     for _ in range(passes):
         columns = D2 * sum((product_transposed(K, e) for K, e in zip(K2, E2, strict=True)), product(Q2, D2))
         rows = [e * product(K, D2) for K, e in zip(K2, E2, strict=True)]
+        occupied = columns > 0
         D2 = rescaled(D2, columns)
         E2 = [rescaled(e, r) for e, r in zip(E2, rows, strict=True)]
+    if problem.lb is not None and problem.ub is not None:
+        span = problem.ub - problem.lb
+        known = ~occupied & xp.isfinite(span) & (span > 0)
+        D2 = xp.where(known, xp.clip(span, 1e-6, 1e6) ** 2, D2)
     D = xp.sqrt(D2)
     E = [xp.sqrt(e) for e in E2] + [1.0 / D for bound in (problem.lb, problem.ub) if bound is not None]
-    return Metric(D, xp.concat(E, axis=-1) if E else D[:, :0])
+    if not E:
+        return Metric(D, D[:, :0])
+    batch = max(e.shape[0] for e in E)
+    return Metric(D, xp.concat([xp.broadcast_to(e, (batch, e.shape[-1])) for e in E], axis=-1))
 
 
 # ---- small pieces

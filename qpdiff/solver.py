@@ -223,9 +223,9 @@ def _settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
         tol=default if tol is None else float(tol),
         rtol=default if rtol is None else float(rtol),
         max_iterations=int(max_iterations),
-        rho=1e-4 if single else 1e-6,
+        rho=3e-4 if single else 1e-6,
         delta=1e-3 if single else 1e-4,
-        smallest=1e-6 if single else 1e-10,
+        smallest=3e-4 if single else 1e-10,
         certificate=1e5 if single else 1e8,
         refinements=1,
         tiny=1e-30 if single else 1e-200,
@@ -360,8 +360,10 @@ def _forms(problem: Problem):
 def _run(part: Part, index, near: Point | None, settings: Settings, keep: bool, verbose: bool) -> list[Ended]:
     """Iterate on one part until every problem has ended; problems that have ended are dropped by halves."""
     xp = part.problem.backend.xp
-    cold, factor = initialize(part, settings)
-    state = cold if near is None else start_near(part, settings, near, cold)
+    state, factor = initialize(part, settings)
+    cold = None
+    if near is not None:
+        cold, state = state, start_near(part, settings, near, state)
     pieces = []
     while True:
         running = state.status[:, 0] == RUNNING
@@ -377,9 +379,10 @@ def _run(part: Part, index, near: Point | None, settings: Settings, keep: bool, 
             if count == 0:
                 return pieces
             part, index = part.select(rest), _rows_at(xp, index, rest)
-            state, cold = State(*_rows_at(xp, tuple(state), rest)), State(*_rows_at(xp, tuple(cold), rest))
+            state = State(*_rows_at(xp, tuple(state), rest))
+            cold = cold and State(*_rows_at(xp, tuple(cold), rest))
         state, factor = step(part, settings, state)
-        if near is not None:
+        if cold is not None:
             state = _restart(xp, settings, state, cold)
 
 
@@ -600,7 +603,7 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
 
     status = xp.where(limit, code(Status.MAX_ITERATIONS), code(RUNNING))
     status = xp.where(waiting >= PATIENCE, code(Status.STALLED), status)
-    feasible = last | (primal <= tol + 1e-6 * _max(xp, xp.abs(k + zero)))
+    feasible = last | (_max(xp, E * violation) <= 1e-4 * xp.maximum(_max(xp, xp.abs(E * k)), xp.ones_like(primal)))
     status = xp.where((no_bottom > enough) & feasible, code(Status.DUAL_INFEASIBLE), status)
     status = xp.where(no_point > enough, code(Status.PRIMAL_INFEASIBLE), status)
     status = xp.where(solved, code(Status.SOLVED), status)
@@ -725,7 +728,7 @@ def _collect(problem: Problem, pieces: list[Ended]) -> Solution:
 def multipliers(problem: Problem, v):
     """The multipliers y, z, z_lb, z_ub in those of all rows; a fixed variable's goes to one bound by its sign."""
     xp, blocks = problem.backend.xp, problem.blocks
-    zero = problem.backend.full((v.shape[0], problem.n), 0.0, problem.dtype)
+    zero = xp.broadcast_to(problem.backend.full((1, problem.n), 0.0, problem.dtype), (v.shape[0], problem.n))
     z_lb = v[:, blocks["lb"]] if problem.lb is not None else zero
     z_ub = v[:, blocks["ub"]] if problem.ub is not None else zero
     if problem.lb is not None and problem.ub is not None:
