@@ -95,7 +95,7 @@ class DualForm:
         whitened = tuple(backend.whiten(factor, K) for K in blocks)
         S = _block_matrix(xp, [[V @ W.mT for W in whitened] for V in whitened])
         enough = 1e-6 if problem.dtype == xp.float64 else 1e-2
-        good = (positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal))
+        good = positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal)
         return cls(problem, (factor, whitened, S)), xp.all(good, axis=-1)
 
     @classmethod
@@ -202,8 +202,8 @@ def solve(form, system: System, factor, r_x, r_v, refinements: int):
     return dx, dv
 
 
-def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, refinements: int):
-    """Solve a KKT system with the factor of another one; also how far that got.
+def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, *, refinements: int, accuracy: float):
+    """Solve a KKT system with the factor of another one; also whether that converged.
 
     The factor's θ may come from an earlier interior-point iterate. Along the central path θ tends to 0 at the active
     rows (`heavy`) and to infinity at the others. At the active rows two such θ differ little against K M⁻¹ Kᵀ; the
@@ -231,23 +231,26 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
         cx, cv = form.solve(factor, b_x, b_v)
         return cx, xp.where(heavy, cv, weights * (problem.constraints(cx) - e_v)), size(b_x, b_v, D, E)
 
+    def ratio(a, b):
+        return a / xp.where(b > 0, b, xp.ones_like(b))
+
     dx, dv, asked = correction(r_x, r_v)
     e_x, e_v = residual(problem, system, r_x, r_v, dx, dv)
-    left = size(e_x, e_v, D, E)
-    moved = xp.zeros_like(left)
+    left = ratio(size(e_x, e_v, D, E), asked)
+    moved = xp.ones_like(left)
+    accuracy = xp.finfo(problem.dtype).eps ** 0.75
     for _ in range(refinements):
+        if bool(xp.all((left <= accuracy) & (moved <= 1e3 * accuracy))):
+            break
         cx, cv, _ = correction(e_x, e_v)
         new = (dx + cx, dv + cv, *residual(problem, system, r_x, r_v, dx + cx, dv + cv))
-        after = size(*new[2:], D, E)
+        after = ratio(size(*new[2:], D, E), asked)
         # A factor too far off makes it worse from round to round; the best is kept.
         better = after < left
-        moved = xp.where(better, size(cx, cv, 1.0 / D, 1.0 / E), moved)
+        moved = ratio(size(cx, cv, 1.0 / D, 1.0 / E), size(dx, dv, 1.0 / D, 1.0 / E))
         dx, dv, e_x, e_v, left = (
             xp.where(better, a, b) for a, b in zip((*new, after), (dx, dv, e_x, e_v, left), strict=True)
         )
-    whole = size(dx, dv, 1.0 / D, 1.0 / E)
-    one = xp.ones_like(left)
-    left, moved = left / xp.where(asked > 0, asked, one), moved / xp.where(whole > 0, whole, one)
     return dx, dv, left, moved
 
 
@@ -257,7 +260,8 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
 def equilibrate(problem: Problem, passes: int = 4) -> Metric:
     """Scales that bring the rows of [[Q, Kᵀ], [K, 0]] to about unit length (Ruiz, 2001, in the 2-norm).
 
-    A bound row is scaled as its variable, and a variable that is in no row and not in Q by its bounds. Scales are limited to [1e-6, 1e6], and to 1 for a row of zeros.
+    A bound row is scaled as its variable, and a variable that is in no row and not in Q by its bounds. Scales are
+    limited to [1e-6, 1e6], and to 1 for a row of zeros.
     """
     xp = problem.backend.xp
     matrices = [K for K in (problem.A, problem.G) if K is not None]

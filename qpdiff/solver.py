@@ -12,6 +12,7 @@ J. Nocedal, S. J. Wright, "Numerical optimization", 2nd ed., 2006, section 16.6.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ class Settings(NamedTuple):
 
 
 class State(NamedTuple):
-    """The iterate of every problem; scalars have shape (B, 1). Residuals and what follows from them have `exact` type."""
+    """The iterate of every problem; scalars have shape (B, 1). Residuals have the type of `Part.exact`."""
 
     x: Any
     v: Any
@@ -334,9 +335,11 @@ def _warm_point(problem: Problem, sol: Solution | None) -> Point | None:
 
 def _chunk_size(problem: Problem) -> int:
     """How many problems to iterate on at once, so that their matrices stay in cache or memory."""
-    rows = problem.m + problem.p
-    per_problem = 8 * (4 * problem.n**2 + 2 * rows * (problem.n + rows) + 16 * problem.rows)
-    return max(1, problem.backend.chunk_bytes // max(1, per_problem))
+    n, linear = problem.n, problem.m + problem.p
+    reduced = min(n, linear) if linear else n
+    own = sum(math.prod(value.shape[1:]) for value in problem.operands.values() if value.shape[0] != 1)
+    per_problem = 8 * (own + 4 * reduced**2 + linear * n + 16 * (n + problem.rows))
+    return max(1, problem.backend.chunk_bytes // per_problem)
 
 
 def _forms(problem: Problem):
