@@ -202,8 +202,8 @@ def solve(form, system: System, factor, r_x, r_v, refinements: int):
     return dx, dv
 
 
-def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, *, refinements: int, accuracy: float):
-    """Solve a KKT system with the factor of another one; also whether that converged.
+def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, refinements: int):
+    """Solve a KKT system with the factor of another one; also how far that got.
 
     The factor's θ may come from an earlier interior-point iterate. Along the central path θ tends to 0 at the active
     rows (`heavy`) and to infinity at the others. At the active rows two such θ differ little against K M⁻¹ Kᵀ; the
