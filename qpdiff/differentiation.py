@@ -22,6 +22,7 @@ B. Amos, J. Z. Kolter, "OptNet: differentiable optimization as a layer in neural
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ import numpy as np
 from . import kkt
 from .problem import OPERANDS, Problem, product, product_transposed
 from .solution import Solution, Status
+from .solver import relax
 
 
 class Gradients(NamedTuple):
@@ -54,7 +56,9 @@ class Tangents(NamedTuple):
     z_ub: Any
 
 
-def vjp(sol: Solution, x=None, y=None, z=None, z_lb=None, z_ub=None, *, unsolved: str = "nan") -> Gradients:
+def vjp(
+    sol: Solution, x=None, y=None, z=None, z_lb=None, z_ub=None, *, smoothing=None, unsolved: str = "nan"
+) -> Gradients:
     """Pull cotangents of a solution back to the operands of its problem.
 
     Parameters
@@ -63,6 +67,11 @@ def vjp(sol: Solution, x=None, y=None, z=None, z_lb=None, z_ub=None, *, unsolved
         Of `qpdiff.solve_qp`.
     x, y, z, z_lb, z_ub : array, optional
         Cotangents, each of a shape that broadcasts to that of the output of this name; None means zero.
+    smoothing : float, optional
+        κ > 0: differentiate the solution of the relaxed conditions s ∘ z = κ instead of s ∘ z = 0 [2]_, which also
+        moves with data that the solution itself does not depend on, such as an inequality that is nearly active. The
+        relaxed point is found by a few Newton steps from the solution. It differs from the solution by about κ/z in the
+        active slacks and by κ/s in the other multipliers.
     unsolved : {"nan", "zero"}
         What a problem that is not SOLVED contributes. The gradient of an operand that the batch shares sums over the
         batch, so NaN there marks a batch with an unsolved problem.
@@ -79,9 +88,16 @@ def vjp(sol: Solution, x=None, y=None, z=None, z_lb=None, z_ub=None, *, unsolved
     ValueError
         For a cotangent whose shape does not fit, or an unknown `unsolved`.
 
+    Notes
+    -----
+    Where active constraints are dependent, what moves one of them alone is shared among them in the proportions of the
+    central path; where a constraint is weakly active, the result lies between the derivatives of the two sides.
+
     References
     ----------
-    B. Amos, J. Z. Kolter, "OptNet", ICML 2017, equations 6 to 8.
+    .. [1] B. Amos, J. Z. Kolter, "OptNet", ICML 2017, equations 6 to 8.
+    .. [2] K. Tracy, Z. Manchester, "On the differentiability of the primal-dual interior-point method",
+       arXiv:2406.11749.
 
     Examples
     --------
@@ -93,7 +109,16 @@ def vjp(sol: Solution, x=None, y=None, z=None, z_lb=None, z_ub=None, *, unsolved
     >>> grads = qpdiff.vjp(sol, x=np.array([1.0, 0.0, 0.0]))
     >>> np.round(-grads.q, 6).tolist()
     [0.666667, -0.333333, -0.333333]
+
+    With x ≥ 0 far from active, a bound has no influence but through smoothing:
+
+    >>> sol = qpdiff.solve_qp(np.eye(1), [-1.0], lb=[0.0])
+    >>> abs(qpdiff.vjp(sol, x=[1.0]).lb.item()) < 1e-6
+    True
+    >>> qpdiff.vjp(sol, x=[1.0], smoothing=0.1).lb.round(3).tolist()
+    [0.077]
     """
+    sol = _smoothed(sol, smoothing)
     problem = sol.linearization.problem
     given = {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub}
     cotangents = {name: _flat(problem, sol, name, value, "cotangent") for name, value in given.items()}
@@ -102,7 +127,18 @@ def vjp(sol: Solution, x=None, y=None, z=None, z_lb=None, z_ub=None, *, unsolved
 
 
 def jvp(
-    sol: Solution, Q=None, q=None, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "nan"
+    sol: Solution,
+    Q=None,
+    q=None,
+    G=None,
+    h=None,
+    A=None,
+    b=None,
+    lb=None,
+    ub=None,
+    *,
+    smoothing=None,
+    unsolved: str = "nan",
 ) -> Tangents:
     """Push tangents of the operands forward to the solution.
 
@@ -113,6 +149,8 @@ def jvp(
     Q, q, G, h, A, b, lb, ub : array, optional
         Tangents, each of a shape that broadcasts to that of its operand with the batch axes; None means zero. Only the
         symmetric part of Q's counts. Where lb = ub fixes a variable, the tangent is that of the bound that holds it.
+    smoothing : float, optional
+        κ > 0: differentiate the solution of the relaxed conditions s ∘ z = κ, see `vjp`.
     unsolved : {"nan", "zero"}
         What a problem that is not SOLVED gets.
 
@@ -133,6 +171,7 @@ def jvp(
     >>> np.round(qpdiff.jvp(sol, b=np.array([1.0])).x, 6).tolist()
     [0.5, 0.5]
     """
+    sol = _smoothed(sol, smoothing)
     lin = sol.linearization
     problem, xp = lin.problem, lin.problem.backend.xp
     given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
@@ -176,6 +215,18 @@ def jvp(
         return xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
 
     return Tangents(shaped(dx), shaped(dv[:, blocks["A"]]), shaped(dv[:, blocks["G"]]), shaped(d_lb), shaped(d_ub))
+
+
+# ---- the point at which to differentiate
+
+
+def _smoothed(sol: Solution, smoothing) -> Solution:
+    if smoothing is None:
+        return sol
+    if not isinstance(smoothing, (int, float, np.number)) or not 0 < smoothing < float("inf"):
+        raise ValueError(f"smoothing is {smoothing!r}; expected a number > 0, or None for the derivative itself")
+    with np.errstate(all="ignore"):
+        return replace(sol, linearization=relax(sol.linearization, float(smoothing)))
 
 
 # ---- the linear system

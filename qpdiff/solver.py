@@ -25,6 +25,8 @@ MAX_ITERATIONS = 200
 RUNNING = -1
 STEP_FRACTION = 0.99
 """Share of the step to the boundary of s > 0, z > 0 that is taken."""
+CENTERING_LIMIT = 50
+"""Newton steps towards a point of the central path."""
 PATIENCE = 30
 """Iterations without progress after which a problem counts as stalled."""
 LUCK = 1e-4
@@ -283,8 +285,7 @@ class Linearization(NamedTuple):
 
 def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bool) -> Solution:
     xp, backend = problem.backend.xp, problem.backend
-    data = sum(value.size for value in problem.operands.values())
-    keep = problem.n**2 * problem.batch <= data  # a factor a problem, but not where the matrices are shared
+    keep = _keeps_factor(problem)
     pieces: list[Ended] = []
     for piece, chunk in problem.chunks(_chunk_size(problem)):
         index = backend.arange(piece.stop)[piece.start :]
@@ -331,6 +332,11 @@ def _warm_point(problem: Problem, sol: Solution | None) -> Point | None:
     usable = (ended != int(Status.PRIMAL_INFEASIBLE)) & (ended != int(Status.DUAL_INFEASIBLE))
     finite = [xp.all(xp.isfinite(a), axis=-1, keepdims=True) for a in (parts["x"], v)]
     return Point(parts["x"], v, usable & finite[0] & finite[1])
+
+
+def _keeps_factor(problem: Problem) -> bool:
+    """Whether a factor a problem is in proportion to the data: not where the matrices are shared."""
+    return problem.n**2 * problem.batch <= sum(value.size for value in problem.operands.values())
 
 
 def _chunk_size(problem: Problem) -> int:
@@ -437,7 +443,8 @@ def initialize(part: Part, settings: Settings):
         worst=infinite, best=infinite, proof=backend.full((batch, 1), 0.0, exact),
         waiting=count, iterations=count, limit=count + settings.max_iterations, status=count + RUNNING,
     )  # fmt: skip
-    state = _onto_path(part, state, z, mu)
+    v, s = _onto_path(part, v, z, mu)
+    state = state._replace(v=v, s=s, mu=_mean(problem, s * v))
     return assess(part, settings, state, state._replace(x=0 * x, v=0 * v)), factor
 
 
@@ -458,22 +465,22 @@ def start_near(part: Part, settings: Settings, near: Point, cold: State) -> Stat
     difference = xp.where(inequality, v / E - slack, zero)
     mu = xp.minimum(error * xp.maximum(_max(xp, xp.abs(difference)), xp.ones_like(error)), cold.mu)
     mu = xp.clip(mu, settings.tol, None)
-    state = cold._replace(x=x, v=v, mu=mu)
-    state = assess(part, settings, _onto_path(part, state, difference, mu), state)
+    v, s = _onto_path(part, v, difference, mu)
+    state = cold._replace(x=x, v=v, s=s, mu=_mean(problem, s * v))
+    state = assess(part, settings, state, state)
     return _choose(xp, near.usable & (state.status == RUNNING), state, cold)
 
 
-def _onto_path(part: Part, state: State, difference, mu) -> State:
-    """Move s and z onto s ∘ z = μ, keeping their difference z − s in the scaled rows."""
+def _onto_path(part: Part, v, difference, mu):
+    """Multipliers and slacks on s ∘ z = μ with the difference z − s in the scaled rows kept; other multipliers stay."""
     problem, E = part.problem, part.metric.rows
     xp = problem.backend.xp
     large = (xp.abs(difference) + xp.sqrt(difference * difference + 4.0 * mu)) / 2.0
     small = mu / large
-    zero = xp.zeros_like(state.v)
+    zero = xp.zeros_like(v)
     s = xp.where(problem.inequality, xp.where(difference > 0, small, large) / E, zero)
-    z = xp.where(problem.inequality, xp.where(difference > 0, large, small) * E, zero)
-    v = xp.where(problem.equality, state.v, z)
-    return state._replace(s=s, v=v, mu=_mean(problem, s * v))
+    z = xp.where(difference > 0, large, small) * E
+    return xp.where(problem.inequality, z, xp.where(problem.equality, v, zero)), s
 
 
 def newton(part: Part, s, z, r_x, r_v, rho, delta):
@@ -546,6 +553,16 @@ def step(part: Part, settings: Settings, state: State):
     return _choose(xp, state.status == RUNNING, moved, state), factor
 
 
+def residuals(problem: Problem, x, v, s):
+    """Qx, Kx, Kᵀv, and what Qx + q + Kᵀv = 0 and Kx + s = k leave, with the sign of a right-hand side."""
+    xp, exists = problem.backend.xp, problem.inequality | problem.equality
+    zero = xp.zeros_like(v)
+    Qx, Kx, Kv = problem.hessian(x), problem.constraints(x), problem.adjoint(v)
+    Kx = xp.where(exists, Kx, zero)
+    r_v = xp.where(exists, problem.k - Kx - s, zero)
+    return Qx, Kx, Kv, -(Qx + problem.q + Kv), r_v
+
+
 def assess(part: Part, settings: Settings, state: State, previous: State) -> State:
     """Compute the residuals afresh and decide how each problem stands; a certificate takes the place of x or v."""
     problem, (D, E) = part.exact, part.metric
@@ -553,10 +570,7 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     x, v, s = (xp.astype(a, problem.dtype, copy=False) for a in (state.x, state.v, state.s))
     k, equality, inequality = problem.k, problem.equality, problem.inequality
     zero = xp.zeros_like(v)
-    Qx, Kx, Kv = problem.hessian(x), problem.constraints(x), problem.adjoint(v)
-    Kx = xp.where(inequality | equality, Kx, zero)
-    r_x, r_v = -(Qx + problem.q + Kv), k - Kx - s
-    r_v = xp.where(inequality | equality, r_v, zero)
+    Qx, Kx, Kv, r_x, r_v = residuals(problem, x, v, s)
     violation = xp.where(equality, xp.abs(r_v), xp.where(inequality, _positive(xp, Kx - k), zero))
     xQx, qx = _dot(xp, x, Qx), _dot(xp, x, problem.q)
     blocks = (problem.blocks[name] for name in ("G", "A", "ub", "lb"))
@@ -632,6 +646,65 @@ def _certify(xp, terms, residual, size):
     fall = -_sum(xp, terms)
     sure = fall > 1e-8 * _sum(xp, xp.abs(terms))
     return xp.where(sure, fall / (residual * xp.maximum(size, xp.ones_like(size))), xp.zeros_like(fall)), fall
+
+
+# ---- the central path
+
+
+def relax(lin: Linearization, kappa: float) -> Linearization:
+    """The points where s ∘ z = κ instead of 0, found from solutions by Newton's method, with their factors.
+
+    A problem whose point is not found counts as STALLED.
+    """
+    problem = lin.problem
+    xp, backend = problem.backend.xp, problem.backend
+    settings = _settings(problem, None, None, CENTERING_LIMIT)
+    pieces, points = [], []
+    for piece, chunk in problem.chunks(_chunk_size(problem)):
+        index = backend.arange(piece.stop)[piece.start :]
+        for form, where in _forms(chunk):
+            at = _rows_at(xp, index, where)
+            point, factor = _center(make_part(form), settings, kappa, *kkt.take(xp, (lin.x, lin.v, lin.s), at))
+            pieces.append(
+                Ended(at, None, type(form), factor) if _keeps_factor(problem) else Ended(at, None, None, None)
+            )
+            points.append(point)
+    if not points:
+        return lin
+    order = xp.argsort(xp.concat([piece.index for piece in pieces]))
+    x, v, s, found = (xp.take(xp.concat(column, axis=0), order, axis=0) for column in zip(*points, strict=True))
+    lost = ~found & (lin.status == int(Status.SOLVED))
+    return Linearization(
+        problem, pieces, x, v, s, xp.where(lost, xp.full_like(lin.status, int(Status.STALLED)), lin.status)
+    )
+
+
+def _center(part: Part, settings: Settings, kappa: float, x, v, s):
+    """Newton's method for the KKT conditions with s ∘ z = κ: the point, whether it was found, and its factor."""
+    problem, (D, E) = part.problem, part.metric
+    xp, inequality = problem.backend.xp, problem.inequality
+    zero, one = xp.zeros_like(s), xp.ones_like(s)
+    v, s = _onto_path(part, v, xp.where(inequality, v / E - E * s, zero), kappa)
+    smallest = xp.full_like(x[:, :1], settings.smallest)
+    accuracy = xp.finfo(problem.dtype).eps ** 0.5
+    for _ in range(settings.max_iterations):
+        *_, r_x, r_v = residuals(part.exact, *(xp.astype(a, part.exact.dtype, copy=False) for a in (x, v, s)))
+        r_x, r_v = (xp.astype(a, problem.dtype, copy=False) for a in (r_x, r_v))
+        s_, z_ = xp.where(inequality, s, one), xp.where(inequality, v, one)
+        factor, _, direction = newton(part, s_, z_, r_x, r_v, smallest, smallest)
+        excess = xp.where(inequality, s * v - kappa, zero)
+        found = (
+            (_max(xp, xp.abs(D * r_x)) <= accuracy * (1.0 + _max(xp, xp.abs(D * problem.q))))
+            & (_max(xp, xp.abs(E * r_v)) <= accuracy * (1.0 + _max(xp, xp.abs(E * problem.k))))
+            & (_max(xp, xp.abs(excess)) <= accuracy * kappa)
+        )
+        if bool(xp.all(found)):
+            break
+        dx, dv, ds = direction(excess, settings.refinements)
+        dz = xp.where(inequality, dv, zero)
+        alpha = xp.minimum(_step_length(xp, s_, ds, STEP_FRACTION), _step_length(xp, z_, dz, STEP_FRACTION))
+        x, v, s = x + alpha * dx, v + alpha * dv, s + alpha * ds
+    return (x, v, s, found), factor
 
 
 def _system(part: Part, theta, rho, delta) -> kkt.System:
