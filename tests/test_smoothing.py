@@ -46,7 +46,8 @@ def relaxed(d, kappa):
         M = np.block([[H, A.T], [A, np.zeros((len(b), len(b)))]])
         step, y = np.split(np.linalg.solve(M, np.concat([-gradient, b - A @ x])), [n])
         t = 1.0
-        while value(x + t * step) > value(x) + 1e-4 * t * gradient @ step and t > 1e-10:
+        near = np.all(np.abs(K @ step) < 1e-3 * s)  # quadratic convergence, and differences of values are rounding
+        while not near and value(x + t * step) > value(x) + 1e-4 * t * gradient @ step and t > 1e-10:
             t /= 2
         x = x + t * step
         if np.max(np.abs(step)) < 1e-13:
