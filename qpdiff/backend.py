@@ -11,7 +11,7 @@ import importlib
 
 import array_api_compat
 import numpy as np
-from scipy.linalg import get_blas_funcs, get_lapack_funcs
+from scipy.linalg import get_lapack_funcs
 
 _NAMESPACES = {
     "numpy": "array_api_compat.numpy",
@@ -77,33 +77,26 @@ class Backend:
         """
         return 1.0 / self.xp.sum(factor[0] ** 2, axis=-1)
 
-    def forward(self, factor, r):
-        """F⁻¹ r for vectors r (B, n)."""
-        (inverse,) = factor
-        if inverse.shape[0] == 1:
-            return r @ inverse[0, :, :]
-        return (inverse.mT @ r[:, :, None])[:, :, 0]
-
-    def backward(self, factor, r):
-        """F⁻ᵀ r for vectors r (B, n)."""
-        (inverse,) = factor
-        if inverse.shape[0] == 1:
-            return r @ inverse[0, :, :].mT
-        return (inverse @ r[:, :, None])[:, :, 0]
-
     def solve(self, factor, r):
         """M⁻¹ r for vectors r (B, n)."""
-        return self.backward(factor, self.forward(factor, r))
+        (inverse,) = factor
+        if inverse.shape[0] == 1:
+            return r @ inverse[0, :, :] @ inverse[0, :, :].mT
+        return (inverse @ (inverse.mT @ r[:, :, None]))[:, :, 0]
 
-    def whiten(self, factor, K):
-        """K F⁻ᵀ for row blocks K (B, k, n), so that K M⁻¹ Kᵀ is the product of the result with its transpose."""
-        return K @ factor[0]
+    def inverse(self, factor):
+        """F⁻¹."""
+        return factor[0].mT
+
+    def add_diagonal(self, M, diagonal):
+        """M + diag(d) for matrices (B or 1, n, n) and vectors d (B, n)."""
+        return M + self.eye(M.shape[-1], M.dtype) * diagonal[:, :, None]
 
 
 class NumPyBackend(Backend):
     """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
 
-    chunk_bytes = 16 * 2**20
+    chunk_bytes = 32 * 2**20
 
     def asarray(self, value, dtype=None):
         return np.asarray(value, dtype=dtype)
@@ -122,12 +115,6 @@ class NumPyBackend(Backend):
     def pivots(self, factor):
         return np.linalg.diagonal(factor[0]) ** 2
 
-    def forward(self, factor, r):
-        return self._triangular(factor, r, trans=1)
-
-    def backward(self, factor, r):
-        return self._triangular(factor, r, trans=0)
-
     def solve(self, factor, r):
         (L,) = factor
         (potrs,) = get_lapack_funcs(("potrs",), (L,))
@@ -138,26 +125,19 @@ class NumPyBackend(Backend):
             out[i] = potrs(L[i].T, r[i], lower=0)[0]
         return out
 
-    def whiten(self, factor, K):
+    def inverse(self, factor):
         (L,) = factor
-        (trtrs,) = get_lapack_funcs(("trtrs",), (L,))
-        batch = max(L.shape[0], K.shape[0])
-        out = np.empty((batch, *K.shape[1:]), dtype=L.dtype)
-        for i in range(batch):
-            out[i] = trtrs(L[i % L.shape[0]].T, K[i % K.shape[0]].T, lower=0, trans=1)[0].T
+        (trtri,) = get_lapack_funcs(("trtri",), (L,))
+        out = np.empty_like(L)
+        for i in range(L.shape[0]):
+            out[i] = trtri(L[i].T, lower=0)[0].T  # Lᵀ is what LAPACK sees of a row-major L without a copy
         return out
 
-    @staticmethod
-    def _triangular(factor, r, trans):
-        """Lᵀ is what LAPACK sees of a row-major L without a copy; trans=1 solves with L, trans=0 with Lᵀ."""
-        (L,) = factor
-        if L.shape[0] == 1:
-            (trtrs,) = get_lapack_funcs(("trtrs",), (L,))
-            return trtrs(L[0].T, r.T, lower=0, trans=trans)[0].T
-        (trsv,) = get_blas_funcs(("trsv",), (L,))
-        out = np.empty_like(r)
-        for i in range(r.shape[0]):
-            out[i] = trsv(L[i].T, r[i], lower=0, trans=trans)
+    def add_diagonal(self, M, diagonal):
+        n = M.shape[-1]
+        out = np.empty((max(len(M), len(diagonal)), n, n), dtype=M.dtype)
+        out[...] = M
+        out.reshape(len(out), n * n)[:, :: n + 1] += diagonal
         return out
 
 
@@ -185,27 +165,19 @@ class CuPyBackend(Backend):
     def pivots(self, factor):
         return self.xp.linalg.diagonal(factor[0]) ** 2
 
-    def forward(self, factor, r):
-        return self._vectors(factor[0], r, trans=0)
-
-    def backward(self, factor, r):
-        return self._vectors(factor[0], r, trans=1)
-
-    def _vectors(self, L, r, trans):
-        if L.shape[0] == 1:
-            return self._triangular(L, r.T[None], trans)[0].T
-        return self._triangular(L, r[:, :, None], trans)[:, :, 0]
-
-    def whiten(self, factor, K):
+    def solve(self, factor, r):
         (L,) = factor
-        if L.shape[0] != K.shape[0]:  # cupyx does not broadcast the batch axis
-            batch = max(L.shape[0], K.shape[0])
-            L = self.xp.broadcast_to(L, (batch, *L.shape[1:]))
-            K = self.xp.broadcast_to(K, (batch, *K.shape[1:]))
-        return self._triangular(L, K.mT).mT
+        R = r.T[None] if L.shape[0] == 1 else r[:, :, None]
+        out = self._triangular(L, self._triangular(L, R, trans=0), trans=1)
+        return out[0].T if L.shape[0] == 1 else out[:, :, 0]
+
+    def inverse(self, factor):
+        (L,) = factor
+        eye = self.eye(L.shape[-1], L.dtype)
+        return self._triangular(L, self.xp.broadcast_to(eye, L.shape).copy(), trans=0)
 
     @staticmethod
-    def _triangular(L, R, trans=0):
+    def _triangular(L, R, trans):
         from cupyx.scipy.linalg import solve_triangular
 
         return solve_triangular(L, R, lower=True, trans=trans, check_finite=False)

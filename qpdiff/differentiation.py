@@ -261,7 +261,7 @@ def _solve_piece(lin, piece, r_x, r_v):
     inequality, equality = part.inequality, part.equality
     one = xp.ones_like(s)
     theta = xp.where(inequality, s / xp.where(inequality, v, one), xp.where(equality, 0 * one, one * float("inf")))
-    metric = kkt.equilibrate(part)
+    metric = piece.metric
     if piece.factor is None:
         return _solve_afresh(part, metric, theta, r_x, r_v)
     exact = kkt.System(theta, xp.zeros_like(x), xp.zeros_like(s))
@@ -348,12 +348,13 @@ def assemble_gradients(sol: Solution, u_x, u_v) -> Gradients:
     problem, xp = lin.problem, lin.problem.backend.xp
     x, v, blocks = lin.x, lin.v, problem.blocks
     out = {"q": _reduce(problem, "q", -u_x)}
-    cross = _outer(problem, "Q", u_x, x)
-    out["Q"] = -(cross + cross.mT) / 2
+    cross = _outer(problem, "Q", u_x[:, :, None], x[:, :, None], -0.5)
+    out["Q"] = cross + cross.mT  # symmetric to the last bit
     for matrix, vector in (("A", "b"), ("G", "h")):
         if matrix in problem.operands:
             block = blocks[matrix]
-            out[matrix] = -(_outer(problem, matrix, v[:, block], u_x) + _outer(problem, matrix, u_v[:, block], x))
+            left = xp.stack([v[:, block], u_v[:, block]], axis=-1)
+            out[matrix] = _outer(problem, matrix, left, xp.stack([u_x, x], axis=-1), -1.0)
             out[vector] = _reduce(problem, vector, u_v[:, block])
     lower = -u_v[:, blocks["lb"]] if problem.lb is not None else None
     upper = u_v[:, blocks["ub"]] if problem.ub is not None else None
@@ -367,11 +368,14 @@ def assemble_gradients(sol: Solution, u_x, u_v) -> Gradients:
     return Gradients(**out)
 
 
-def _outer(problem: Problem, name: str, a, b):
-    """Σ a bᵀ for the operand of this name: a problem each, or summed over the batch axes that it lacks."""
+def _outer(problem: Problem, name: str, a, b, factor: float):
+    """factor·Σ abᵀ over the last axis, for the operand of this name: a problem each, or summed over the batch."""
+    a = factor * a
     if getattr(problem, name).shape[0] == 1:
-        return problem.backend.xp.reshape(a.mT @ b, problem.shapes[name])
-    return _reduce(problem, name, a[:, :, None] * b[:, None, :])
+        xp = problem.backend.xp
+        rows, columns = (xp.reshape(xp.permute_dims(c, (1, 0, 2)), (c.shape[1], -1)) for c in (a, b))
+        return xp.reshape(rows @ columns.mT, problem.shapes[name])
+    return _reduce(problem, name, a @ b.mT)
 
 
 def _reduce(problem: Problem, name: str, gradient):

@@ -62,7 +62,7 @@ class PrimalForm:
         for K, name in ((problem.A, "A"), (problem.G, "G")):
             if K is not None:
                 M = M + _gram(xp, K, weights[:, blocks[name]])
-        M = _add_diagonal(problem.backend, M, system.rho + _bound_weights(problem, weights))
+        M = problem.backend.add_diagonal(M, system.rho + _bound_weights(problem, weights))
         factor, positive = problem.backend.factor(M)
         return (factor, weights), positive
 
@@ -90,13 +90,14 @@ class DualForm:
         """For Q without bounds; also for which problems Q is well enough conditioned for this form, (B or 1,)."""
         xp, backend = problem.backend.xp, problem.backend
         diagonal = xp.linalg.diagonal(problem.Q)
-        factor, positive = backend.factor(_add_diagonal(backend, problem.Q, _own_terms(problem, diagonal)))
+        factor, positive = backend.factor(backend.add_diagonal(problem.Q, _own_terms(problem, diagonal)))
         blocks = [K for K in (problem.A, problem.G) if K is not None]
-        whitened = tuple(backend.whiten(factor, K) for K in blocks)
+        inverse = backend.inverse(factor)
+        whitened = tuple(K @ inverse.mT for K in blocks)
         S = _block_matrix(xp, [[V @ W.mT for W in whitened] for V in whitened])
         enough = 1e-6 if problem.dtype == xp.float64 else 1e-2
         good = positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal)
-        return cls(problem, (factor, whitened, S)), xp.all(good, axis=-1)
+        return cls(problem, (inverse, whitened, S)), xp.all(good, axis=-1)
 
     @classmethod
     def diagonal(cls, problem: Problem) -> tuple[DualForm, Any]:
@@ -127,7 +128,7 @@ class DualForm:
             weights = weights[:, problem.p + problem.m :]
         # Rows that do not exist get a diagonal that is huge but harmless to the factorisation.
         linear = xp.where(xp.isfinite(linear), linear, xp.full_like(linear, xp.finfo(problem.dtype).max ** 0.5))
-        factor, positive = problem.backend.factor(_add_diagonal(problem.backend, S, linear))
+        factor, positive = problem.backend.factor(problem.backend.add_diagonal(S, linear))
         return (factor, hessian, rows, weights), positive
 
     def solve(self, factor, r_x, r_v):
@@ -138,14 +139,14 @@ class DualForm:
         bounds = r_v[:, linear:]
         if weights.shape[-1]:
             r_x = r_x + self._bounds_adjoint(weights * bounds)
-        dense = isinstance(hessian, tuple)
-        t = backend.forward(hessian, r_x) if dense else r_x / hessian
+        dense = hessian.ndim == 3  # F⁻¹ of Q = F Fᵀ, else the square root of a diagonal Q with the bounds' weights
+        t = product(hessian, r_x) if dense else r_x / hessian
         dv = backend.solve(reduced, _concat(xp, [product(V, t) for V in rows]) - r_v[:, :linear])
         start = 0
         for V in rows:
             t = t - product_transposed(V, dv[:, start : start + V.shape[-2]])
             start += V.shape[-2]
-        dx = backend.backward(hessian, t) if dense else t / hessian
+        dx = product_transposed(hessian, t) if dense else t / hessian
         if weights.shape[-1]:
             dv = xp.concat([dv, weights * (problem.constraints(dx)[:, linear:] - bounds)], axis=-1)
         return dx, dv
@@ -328,10 +329,6 @@ def _own_terms(problem: Problem, diagonal):
     """The dual form's proximal terms on the variables: so small a share of Q that they need not follow the solver's."""
     xp = problem.backend.xp
     return (1e-10 if problem.dtype == xp.float64 else 1e-5) * diagonal + xp.finfo(problem.dtype).smallest_normal
-
-
-def _add_diagonal(backend, M, diagonal):
-    return M + backend.eye(M.shape[-1], M.dtype) * diagonal[:, :, None]
 
 
 def _block_matrix(xp, blocks):

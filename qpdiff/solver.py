@@ -46,7 +46,6 @@ class Settings(NamedTuple):
     certificate: float
     """How large |kᵀv| must be against ‖Kᵀv‖∞ to prove infeasibility (likewise for unboundedness); 1% of it is enough
     where the iteration ends without a solution."""
-    refinements: int
     tiny: float
 
 
@@ -77,6 +76,8 @@ class State(NamedTuple):
     """Largest of the three residuals."""
     best: Any
     """Smallest `worst` so far."""
+    inexact: Any
+    """Whether the last step was not accurate enough to go without refinement."""
     proof: Any
     """How near to a certificate of infeasibility or unboundedness the iterates have come."""
     waiting: Any
@@ -230,7 +231,6 @@ def _settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
         delta=1e-3 if single else 1e-4,
         smallest=3e-4 if single else 1e-10,
         certificate=1e5 if single else 1e8,
-        refinements=1,
         tiny=1e-30 if single else 1e-200,
     )
 
@@ -270,6 +270,7 @@ class Ended(NamedTuple):
     """The class of the reduced form that solved them; None where the factor is not kept."""
     factor: Any
     """The last factor of the reduced KKT matrix, or None."""
+    metric: kkt.Metric
 
 
 class Linearization(NamedTuple):
@@ -287,9 +288,9 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bo
     xp, backend = problem.backend.xp, problem.backend
     keep = _keeps_factor(problem)
     pieces: list[Ended] = []
-    for piece, chunk in problem.chunks(_chunk_size(problem)):
-        index = backend.arange(piece.stop)[piece.start :]
-        for form, where in _forms(chunk):
+    for chunk, members in problem.chunks(_chunk_size(problem)):
+        index = backend.arange(chunk.stop)[chunk.start :]
+        for form, where in _forms(members):
             part = index if where is None else xp.take(index, where, axis=0)
             start = None if near is None else Point(*kkt.take(xp, tuple(near), part))
             pieces += _run(make_part(form), part, start, settings, keep, verbose)
@@ -376,7 +377,9 @@ def _run(part: Part, index, near: Point | None, settings: Settings, keep: bool, 
     pieces = []
     while True:
         running = state.status[:, 0] == RUNNING
-        count = int(xp.sum(xp.astype(running, xp.int32)))  # the one value an iteration that goes to the host
+        inexact = xp.any(running & state.inexact[:, 0])
+        # How many are running and whether a step needs refinement: the one value an iteration that goes to the host.
+        count, refine = divmod(int(2 * xp.sum(xp.astype(running, xp.int32)) + xp.astype(inexact, xp.int32)), 2)
         if verbose:
             _report(state)
         if 2 * count <= running.shape[0]:
@@ -384,13 +387,14 @@ def _run(part: Part, index, near: Point | None, settings: Settings, keep: bool, 
             done, rest = (order[count:], order[:count]) if count else (None, None)
             outcome = Outcome(*(_rows_at(xp, getattr(state, name), done) for name in Outcome._fields))
             form, factor = (type(part.form), _rows_at(xp, factor, done)) if keep else (None, None)
-            pieces.append(Ended(_rows_at(xp, index, done), outcome, form, factor))
+            metric = kkt.Metric(*_rows_at(xp, tuple(part.metric), done))
+            pieces.append(Ended(_rows_at(xp, index, done), outcome, form, factor, metric))
             if count == 0:
                 return pieces
             part, index = part.select(rest), _rows_at(xp, index, rest)
             state = State(*_rows_at(xp, tuple(state), rest))
             cold = cold and State(*_rows_at(xp, tuple(cold), rest))
-        state, factor = step(part, settings, state)
+        state, factor = step(part, settings, state, refinements=refine)
         if cold is not None:
             state = _restart(xp, settings, state, cold)
 
@@ -440,7 +444,7 @@ def initialize(part: Part, settings: Settings):
         x=x, v=v, s=v, mu=mu, rho=rho, delta=delta, r_x=x, r_v=v,
         Qx=backend.full((batch, problem.n), 0.0, exact), Kx=backend.full((batch, problem.rows), 0.0, exact),
         objective=infinite, primal=infinite, dual=infinite, gap=infinite, near=infinite < 0,
-        worst=infinite, best=infinite, proof=backend.full((batch, 1), 0.0, exact),
+        worst=infinite, best=infinite, inexact=infinite > 0, proof=backend.full((batch, 1), 0.0, exact),
         waiting=count, iterations=count, limit=count + settings.max_iterations, status=count + RUNNING,
     )  # fmt: skip
     v, s = _onto_path(part, v, z, mu)
@@ -463,7 +467,7 @@ def start_near(part: Part, settings: Settings, near: Point, cold: State) -> Stat
     amiss = xp.where(equality, xp.abs(slack), xp.where(inequality, _positive(xp, -slack), zero))
     error = xp.maximum(_max(xp, amiss), _max(xp, xp.abs(D * (problem.hessian(x) + problem.q + problem.adjoint(v)))))
     difference = xp.where(inequality, v / E - slack, zero)
-    mu = xp.minimum(error * xp.maximum(_max(xp, xp.abs(difference)), xp.ones_like(error)), cold.mu)
+    mu = xp.minimum(0.1 * error, cold.mu)
     mu = xp.clip(mu, settings.tol, None)
     v, s = _onto_path(part, v, difference, mu)
     state = cold._replace(x=x, v=v, s=s, mu=_mean(problem, s * v))
@@ -502,7 +506,7 @@ def newton(part: Part, s, z, r_x, r_v, rho, delta):
     return factor, positive, direction
 
 
-def step(part: Part, settings: Settings, state: State):
+def step(part: Part, settings: Settings, state: State, refinements: int):
     """One predictor-corrector step for every running problem; also the factor it used."""
     problem = part.problem
     xp, inequality = problem.backend.xp, problem.inequality
@@ -519,7 +523,7 @@ def step(part: Part, settings: Settings, state: State):
     # Far below the tolerance smaller complementarity only spoils the matrix.
     count = _sum(xp, xp.where(inequality, one, zero))
     target = xp.maximum(sigma * state.mu, 1e-5 * settings.tol / xp.maximum(count, xp.ones_like(count)))
-    dx, dv, ds = direction(s * z + ds * dz - target, settings.refinements)
+    dx, dv, ds = direction(s * z + ds * dz - target, refinements)
     dz = xp.where(inequality, dv, zero)
     alpha_s, alpha_z = _step_length(xp, s, ds, STEP_FRACTION), _step_length(xp, z, dz, STEP_FRACTION)
 
@@ -539,6 +543,18 @@ def step(part: Part, settings: Settings, state: State):
     moved = _choose(xp, sound, state._replace(x=x, v=v, s=s, mu=mu), state)
     moved = assess(part, settings, moved._replace(iterations=state.iterations + 1), state)
 
+    # What the linear solve has left of its system shows in the products before and after the step.
+    D, E = part.metric
+    Q_dx, Kt_dv = moved.Qx - state.Qx, state.r_x - moved.r_x - (moved.Qx - state.Qx)
+    left_x = state.r_x - Q_dx / alpha_s - Kt_dv / alpha_z - state.rho / D**2 * dx
+    left_v = moved.r_v - (1.0 - alpha_s) * state.r_v + alpha_s * state.delta / E**2 * dv
+    tol = xp.full_like(state.dual, settings.tol)
+    inexact = (
+        ~(_max(xp, xp.abs(left_x)) <= 0.01 * xp.maximum(state.dual, tol))
+        | ~(_max(xp, xp.abs(left_v)) <= 0.01 * xp.maximum(_max(xp, xp.abs(state.r_v)), tol))
+        | ~sound
+    )
+
     rate = _positive(xp, (state.mu - moved.mu) / (state.mu + settings.tiny))
     rate = xp.where(xp.any(inequality, axis=-1, keepdims=True), rate, xp.full_like(rate, 0.9))
     smallest = xp.full_like(rate, settings.smallest)
@@ -546,7 +562,7 @@ def step(part: Part, settings: Settings, state: State):
     delta = xp.maximum((1.0 - rate) * state.delta, smallest)
     rho = xp.where(sound, rho, 100.0 * state.rho)
     delta = xp.where(sound, delta, 100.0 * state.delta)
-    moved = moved._replace(rho=rho, delta=delta)
+    moved = moved._replace(rho=rho, delta=delta, inexact=inexact)
     # From a point within the tolerance one more step is worth it only if it halves the residuals; else it was the last.
     settled = state.near & ~(moved.worst <= 0.5 * state.worst)
     moved = _choose(xp, settled, state._replace(status=xp.full_like(state.status, int(Status.SOLVED))), moved)
@@ -660,14 +676,14 @@ def relax(lin: Linearization, kappa: float) -> Linearization:
     xp, backend = problem.backend.xp, problem.backend
     settings = _settings(problem, None, None, CENTERING_LIMIT)
     pieces, points = [], []
-    for piece, chunk in problem.chunks(_chunk_size(problem)):
-        index = backend.arange(piece.stop)[piece.start :]
-        for form, where in _forms(chunk):
+    for chunk, members in problem.chunks(_chunk_size(problem)):
+        index = backend.arange(chunk.stop)[chunk.start :]
+        for form, where in _forms(members):
             at = _rows_at(xp, index, where)
-            point, factor = _center(make_part(form), settings, kappa, *kkt.take(xp, (lin.x, lin.v, lin.s), at))
-            pieces.append(
-                Ended(at, None, type(form), factor) if _keeps_factor(problem) else Ended(at, None, None, None)
-            )
+            part = make_part(form)
+            point, factor = _center(part, settings, kappa, *kkt.take(xp, (lin.x, lin.v, lin.s), at))
+            kept = (type(form), factor) if _keeps_factor(problem) else (None, None)
+            pieces.append(Ended(at, None, *kept, part.metric))
             points.append(point)
     if not points:
         return lin
@@ -700,7 +716,7 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
         )
         if bool(xp.all(found)):
             break
-        dx, dv, ds = direction(excess, settings.refinements)
+        dx, dv, ds = direction(excess, 1)
         dz = xp.where(inequality, dv, zero)
         alpha = xp.minimum(_step_length(xp, s_, ds, STEP_FRACTION), _step_length(xp, z_, dz, STEP_FRACTION))
         x, v, s = x + alpha * dx, v + alpha * dv, s + alpha * ds
