@@ -7,7 +7,10 @@ length B or, where it is shared by the batch, of length 1.
 
 from __future__ import annotations
 
+import contextvars
 import importlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import array_api_compat
 import numpy as np
@@ -38,7 +41,9 @@ class Backend:
     """
 
     chunk_bytes = 64 * 2**20
-    """Working memory that one chunk of a batch may take; large batches are solved chunk by chunk."""
+    """Working memory that the chunks in work may take together; large batches are solved chunk by chunk."""
+    workers = 1
+    """Chunks that are worked on at the same time."""
 
     def __init__(self, xp, device=None):
         self.xp = xp
@@ -55,6 +60,10 @@ class Backend:
 
     def arange(self, stop):
         return self.xp.arange(stop, device=self.device)
+
+    def map(self, function, items: list, workers: int) -> list:
+        """The function's value for each chunk of a batch, in order."""
+        return [function(item) for item in items]
 
     def factor(self, M):
         """F with M = F Fᵀ for each matrix of a stack, and whether each was positive definite, shape (B, 1)."""
@@ -96,10 +105,20 @@ class Backend:
 class NumPyBackend(Backend):
     """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
 
-    chunk_bytes = 32 * 2**20
+    chunk_bytes = 48 * 2**20
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def asarray(self, value, dtype=None):
         return np.asarray(value, dtype=dtype)
+
+    def map(self, function, items: list, workers: int) -> list:
+        """NumPy's loops release the interpreter lock, so that a thread a processor works on a chunk each."""
+        if len(items) < 2 or workers < 2:
+            return super().map(function, items, workers)
+        with ThreadPoolExecutor(workers) as pool:
+            # A copy of the context for each: it holds the caller's np.errstate.
+            futures = [pool.submit(contextvars.copy_context().run, function, item) for item in items]
+            return [future.result() for future in futures]
 
     def factor(self, M):
         try:

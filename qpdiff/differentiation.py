@@ -243,7 +243,7 @@ def solve_kkt(sol: Solution, r_x, r_v, *, unsolved: str = "nan"):
     solved = lin.status == int(Status.SOLVED)
     r_x = xp.where(solved, r_x, xp.zeros_like(r_x))
     r_v = xp.where(solved, r_v, xp.zeros_like(r_v))
-    parts = [_solve_piece(lin, piece, r_x, r_v) for piece in lin.pieces]
+    parts = problem.backend.map(lambda piece: _solve_piece(lin, piece, r_x, r_v), lin.pieces, problem.workers)
     u_x = xp.concat([part[0] for part in parts], axis=0)
     u_v = xp.concat([part[1] for part in parts], axis=0)
     if len(parts) > 1:
@@ -373,7 +373,9 @@ def _outer(problem: Problem, name: str, a, b, factor: float):
     a = factor * a
     if getattr(problem, name).shape[0] == 1:
         xp = problem.backend.xp
-        rows, columns = (xp.reshape(xp.permute_dims(c, (1, 0, 2)), (c.shape[1], -1)) for c in (a, b))
+        rows, columns = (
+            xp.reshape(xp.permute_dims(c, (1, 0, 2)), (c.shape[1], c.shape[0] * c.shape[2])) for c in (a, b)
+        )
         return xp.reshape(rows @ columns.mT, problem.shapes[name])
     return _reduce(problem, name, a @ b.mT)
 

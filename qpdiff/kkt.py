@@ -194,13 +194,14 @@ def residual(problem: Problem, system: System, r_x, r_v, dx, dv):
     return e_x, xp.where(xp.isfinite(system.theta), e_v, xp.zeros_like(e_v))
 
 
-def solve(form, system: System, factor, r_x, r_v, refinements: int):
-    """Solve the KKT system with the factor of its reduced matrix and rounds of iterative refinement."""
+def solve(form, system: System, factor, r_x, r_v, refine=None):
+    """Solve the KKT system with the factor of its reduced matrix, and refine the problems of the mask `refine` once."""
     dx, dv = form.solve(factor, r_x, r_v)
-    for _ in range(refinements):
-        cx, cv = form.solve(factor, *residual(form.problem, system, r_x, r_v, dx, dv))
-        dx, dv = dx + cx, dv + cv
-    return dx, dv
+    if refine is None:
+        return dx, dv
+    cx, cv = form.solve(factor, *residual(form.problem, system, r_x, r_v, dx, dv))
+    xp = form.problem.backend.xp
+    return xp.where(refine, dx + cx, dx), xp.where(refine, dv + cv, dv)
 
 
 def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, refinements: int):

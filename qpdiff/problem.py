@@ -9,7 +9,7 @@ and not two inequalities), an inequality, or nothing at all (an infinite bound).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -92,11 +92,28 @@ class Problem:
             parts = {k: self.backend.xp.take(v, index, axis=0) for k, v in self.operands.items() if v.shape[0] != 1}
         return replace(self, batch_shape=(size,), **parts)
 
-    def chunks(self, size: int) -> Iterator[tuple[slice, Problem]]:
-        """The batch in consecutive pieces of at most `size` problems."""
-        for start in range(0, self.batch, size):
-            piece = slice(start, min(start + size, self.batch))
-            yield piece, self.select(piece)
+    @property
+    def bytes_per_problem(self) -> int:
+        """About what iterating on one problem takes: its own matrices, the reduced KKT matrix, the whitened rows."""
+        n, linear = self.n, self.m + self.p
+        reduced = min(n, linear) if linear else n
+        own = sum(math.prod(value.shape[1:]) for value in self.operands.values() if value.shape[0] != 1)
+        return 8 * (own + 4 * reduced**2 + linear * n + 16 * (n + self.rows))
+
+    @property
+    def workers(self) -> int:
+        """How many chunks to work on at a time; where arrays are small, threads only wait for the interpreter."""
+        return self.backend.workers if self.bytes_per_problem >= 2**17 else 1
+
+    def chunks(self) -> list[slice]:
+        """The batch in pieces that fit the working memory, as many for each worker."""
+        limit, data = self.backend.chunk_bytes, 8 * sum(value.size for value in self.operands.values())
+        memory = min(limit, max(limit // 3, 4 * data))  # in proportion to the data, where that is worth the while
+        count = -(-self.batch * self.bytes_per_problem * self.workers // memory)
+        if count > 1:
+            count = -(-count // self.workers) * self.workers
+        size = max(1, -(-self.batch // max(1, count)))
+        return [slice(start, min(start + size, self.batch)) for start in range(0, self.batch, size)]
 
     # ---- the constraint rows
 
@@ -335,16 +352,19 @@ class Rule(NamedTuple):
 def _check_values(problem: Problem) -> None:
     """Look at the numbers: one transfer to the host for the whole batch, more only to describe an error."""
     xp = problem.backend.xp
-    bytes_per_problem = 8 * problem.n * (problem.n + 1)
-    pieces = list(problem.chunks(max(1, problem.backend.chunk_bytes // bytes_per_problem)))
     rules = _rules(problem)
-    verdicts = []
-    for position, (where, piece) in enumerate(pieces):
+
+    def look(chunk: slice):
+        piece, found = problem.select(chunk), []
         for rule in rules:
             # The first piece settles a rule over shared operands for the whole batch.
-            if position == 0 or _depends_on_batch(problem, rule):
+            if chunk.start == 0 or _depends_on_batch(problem, rule):
                 broken = rule.broken(piece)
-                verdicts.append((rule, where, piece, ~xp.any(xp.reshape(broken, (broken.shape[0], -1)), axis=-1)))
+                found.append((rule, chunk, piece, ~xp.any(xp.reshape(broken, (broken.shape[0], -1)), axis=-1)))
+        return found
+
+    parts = problem.backend.map(look, problem.chunks(), problem.workers)
+    verdicts = [verdict for part in parts for verdict in part]
     if bool(xp.all(xp.stack([xp.all(good) for *_, good in verdicts]))):
         return
     rule, where, piece, good = next(verdict for verdict in verdicts if not bool(xp.all(verdict[-1])))

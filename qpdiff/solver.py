@@ -12,7 +12,6 @@ J. Nocedal, S. J. Wright, "Numerical optimization", 2nd ed., 2006, section 16.6.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -287,13 +286,18 @@ class Linearization(NamedTuple):
 def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bool) -> Solution:
     xp, backend = problem.backend.xp, problem.backend
     keep = _keeps_factor(problem)
-    pieces: list[Ended] = []
-    for chunk, members in problem.chunks(_chunk_size(problem)):
+
+    def solve_chunk(chunk: slice) -> list[Ended]:
         index = backend.arange(chunk.stop)[chunk.start :]
-        for form, where in _forms(members):
-            part = index if where is None else xp.take(index, where, axis=0)
-            start = None if near is None else Point(*kkt.take(xp, tuple(near), part))
-            pieces += _run(make_part(form), part, start, settings, keep, verbose)
+        parts = [(make_part(form), _rows_at(xp, index, where)) for form, where in _forms(problem.select(chunk))]
+        pieces = []
+        while parts:
+            pieces += _run(parts, near, settings, keep, verbose)
+        return pieces
+
+    solved = backend.map(solve_chunk, problem.chunks(), 1 if verbose else problem.workers)
+    pieces = [piece for part in solved for piece in part]
+    del solved  # lest it keep the outcomes, which are joined one by one
     return _collect(problem, pieces)
 
 
@@ -340,15 +344,6 @@ def _keeps_factor(problem: Problem) -> bool:
     return problem.n**2 * problem.batch <= sum(value.size for value in problem.operands.values())
 
 
-def _chunk_size(problem: Problem) -> int:
-    """How many problems to iterate on at once, so that their matrices stay in cache or memory."""
-    n, linear = problem.n, problem.m + problem.p
-    reduced = min(n, linear) if linear else n
-    own = sum(math.prod(value.shape[1:]) for value in problem.operands.values() if value.shape[0] != 1)
-    per_problem = 8 * (own + 4 * reduced**2 + linear * n + 16 * (n + problem.rows))
-    return max(1, problem.backend.chunk_bytes // per_problem)
-
-
 def _forms(problem: Problem):
     """Split a chunk by the reduced form that suits each of its problems."""
     xp = problem.backend.xp
@@ -367,13 +362,18 @@ def _forms(problem: Problem):
     return parts
 
 
-def _run(part: Part, index, near: Point | None, settings: Settings, keep: bool, verbose: bool) -> list[Ended]:
-    """Iterate on one part until every problem has ended; problems that have ended are dropped by halves."""
+def _run(parts, near: Point | None, settings: Settings, keep: bool, verbose: bool) -> list[Ended]:
+    """Iterate on one part until every problem has ended; problems that have ended are dropped by halves.
+
+    The part is taken off the list, lest the caller keep what dropping has freed.
+    """
+    part, index = parts.pop()
     xp = part.problem.backend.xp
     state, factor = initialize(part, settings)
     cold = None
     if near is not None:
-        cold, state = state, start_near(part, settings, near, state)
+        start = Point(*kkt.take(xp, tuple(near), index))
+        cold, state = state, start_near(part, settings, start, state)
     pieces = []
     while True:
         running = state.status[:, 0] == RUNNING
@@ -394,7 +394,7 @@ def _run(part: Part, index, near: Point | None, settings: Settings, keep: bool, 
             part, index = part.select(rest), _rows_at(xp, index, rest)
             state = State(*_rows_at(xp, tuple(state), rest))
             cold = cold and State(*_rows_at(xp, tuple(cold), rest))
-        state, factor = step(part, settings, state, refinements=refine)
+        state, factor = step(part, settings, state, refine=bool(refine))
         if cold is not None:
             state = _restart(xp, settings, state, cold)
 
@@ -433,7 +433,9 @@ def initialize(part: Part, settings: Settings):
     rho, delta = settings.rho * one, settings.delta * one
     system = _system(part, xp.where(inequality, 1.0 / E**2 + zero, zero), rho, delta)
     factor, positive = part.form.factor(system)
-    x, v = kkt.solve(part.form, system, factor, xp.broadcast_to(-problem.q, (batch, problem.n)), problem.k + zero, 1)
+    x, v = kkt.solve(
+        part.form, system, factor, xp.broadcast_to(-problem.q, (batch, problem.n)), problem.k + zero, one > 0
+    )
     sound = positive & xp.all(xp.isfinite(x), axis=-1, keepdims=True) & xp.all(xp.isfinite(v), axis=-1, keepdims=True)
     x, v = xp.where(sound, x, xp.zeros_like(x)), xp.where(sound, v, xp.zeros_like(v))
     z = xp.where(inequality, v / E, zero)
@@ -498,16 +500,19 @@ def newton(part: Part, s, z, r_x, r_v, rho, delta):
     system = _system(part, xp.where(inequality, s / z, zero), rho, delta)
     factor, positive = part.form.factor(system)
 
-    def direction(complementarity, refinements):
+    def direction(complementarity, refine=None):
         shifted = r_v + xp.where(inequality, complementarity / z, zero)
-        dx, dv = kkt.solve(part.form, system, factor, r_x, shifted, refinements)
+        dx, dv = kkt.solve(part.form, system, factor, r_x, shifted, refine)
         return dx, dv, xp.where(inequality, -(complementarity + s * dv) / z, zero)
 
     return factor, positive, direction
 
 
-def step(part: Part, settings: Settings, state: State, refinements: int):
-    """One predictor-corrector step for every running problem; also the factor it used."""
+def step(part: Part, settings: Settings, state: State, *, refine: bool):
+    """One predictor-corrector step for every running problem; also the factor it used.
+
+    `refine` is whether any problem is inexact; only those that are get refined, so that no problem depends on another.
+    """
     problem = part.problem
     xp, inequality = problem.backend.xp, problem.inequality
     zero, one = xp.zeros_like(state.s), xp.ones_like(state.s)
@@ -515,7 +520,7 @@ def step(part: Part, settings: Settings, state: State, refinements: int):
     factor, positive, direction = newton(part, s, z, state.r_x, state.r_v, state.rho, state.delta)
 
     # Predictor: how far towards s ∘ z = 0 the step gets decides the centering (Nocedal & Wright, 16.62 to 16.66).
-    dx, dv, ds = direction(s * z, 0)
+    dx, dv, ds = direction(s * z)
     dz = xp.where(inequality, dv, zero)
     alpha_s, alpha_z = _step_length(xp, s, ds, 1.0), _step_length(xp, z, dz, 1.0)
     reached = _mean(problem, (s + alpha_s * ds) * (z + alpha_z * dz))
@@ -523,7 +528,7 @@ def step(part: Part, settings: Settings, state: State, refinements: int):
     # Far below the tolerance smaller complementarity only spoils the matrix.
     count = _sum(xp, xp.where(inequality, one, zero))
     target = xp.maximum(sigma * state.mu, 1e-5 * settings.tol / xp.maximum(count, xp.ones_like(count)))
-    dx, dv, ds = direction(s * z + ds * dz - target, refinements)
+    dx, dv, ds = direction(s * z + ds * dz - target, state.inexact if refine else None)
     dz = xp.where(inequality, dv, zero)
     alpha_s, alpha_z = _step_length(xp, s, ds, STEP_FRACTION), _step_length(xp, z, dz, STEP_FRACTION)
 
@@ -550,8 +555,8 @@ def step(part: Part, settings: Settings, state: State, refinements: int):
     left_v = moved.r_v - (1.0 - alpha_s) * state.r_v + alpha_s * state.delta / E**2 * dv
     tol = xp.full_like(state.dual, settings.tol)
     inexact = (
-        ~(_max(xp, xp.abs(left_x)) <= 0.01 * xp.maximum(state.dual, tol))
-        | ~(_max(xp, xp.abs(left_v)) <= 0.01 * xp.maximum(_max(xp, xp.abs(state.r_v)), tol))
+        ~(_max(xp, xp.abs(left_x)) <= xp.maximum(1e-6 * state.dual, 0.01 * tol))
+        | ~(_max(xp, xp.abs(left_v)) <= xp.maximum(1e-6 * _max(xp, xp.abs(state.r_v)), 0.01 * tol))
         | ~sound
     )
 
@@ -618,6 +623,8 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     slope = Kx - previous.Kx
     climb = xp.where(equality, xp.abs(slope), _positive(xp, slope))
     uphill = xp.maximum(_max(xp, xp.abs(D * (Qx - previous.Qx))), _max(xp, E * climb))
+    hidden = xp.maximum(_max(xp, xp.abs(D * Qx)), _max(xp, xp.abs(E * Kx)))  # by the rounding of these differences
+    uphill = xp.maximum(uphill, xp.finfo(problem.dtype).eps * hidden)
     no_bottom, fall = _certify(xp, problem.q * ray, uphill, _max(xp, xp.abs(D * problem.q)))
     no_point, gain = _certify(xp, k * farkas, _max(xp, xp.abs(D * problem.adjoint(farkas))), _max(xp, xp.abs(E * k)))
     no_bottom = xp.where(dual > tol, no_bottom, 0 * dual)
@@ -676,9 +683,9 @@ def relax(lin: Linearization, kappa: float) -> Linearization:
     xp, backend = problem.backend.xp, problem.backend
     settings = _settings(problem, None, None, CENTERING_LIMIT)
     pieces, points = [], []
-    for chunk, members in problem.chunks(_chunk_size(problem)):
+    for chunk in problem.chunks():
         index = backend.arange(chunk.stop)[chunk.start :]
-        for form, where in _forms(members):
+        for form, where in _forms(problem.select(chunk)):
             at = _rows_at(xp, index, where)
             part = make_part(form)
             point, factor = _center(part, settings, kappa, *kkt.take(xp, (lin.x, lin.v, lin.s), at))
@@ -716,7 +723,7 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
         )
         if bool(xp.all(found)):
             break
-        dx, dv, ds = direction(excess, 1)
+        dx, dv, ds = direction(excess, smallest > 0)
         dz = xp.where(inequality, dv, zero)
         alpha = xp.minimum(_step_length(xp, s_, ds, STEP_FRACTION), _step_length(xp, z_, dz, STEP_FRACTION))
         x, v, s = x + alpha * dx, v + alpha * dv, s + alpha * ds
