@@ -254,14 +254,12 @@ def choose_backend(operands, name=None):
             )
     if first is None or array_api_compat.is_numpy_namespace(namespaces[first]):
         backend = NumPyBackend(importlib.import_module(_NAMESPACES["numpy"]))
-        return backend, {key: _from_host(key, value, backend) for key, value in operands.items()}
+        return backend, {key: from_host(key, value, backend) for key, value in operands.items()}
     if array_api_compat.is_cupy_namespace(namespaces[first]):
         backend = CuPyBackend(namespaces[first], devices[first])
     else:
         backend = Backend(namespaces[first], devices[first])
-    return backend, {
-        key: value if key in arrays else _from_host(key, value, backend) for key, value in operands.items()
-    }
+    return backend, {key: value if key in arrays else from_host(key, value, backend) for key, value in operands.items()}
 
 
 def working_dtype(backend, arrays, operands, dtype=None):
@@ -301,7 +299,7 @@ def _namespace(name):
         ) from error
 
 
-def _from_host(key, value, backend):
+def from_host(key, value, backend):
     """A list, a number or a NumPy array of any kind as a plain array of the backend; a copy only where it must be."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{key} is a masked array; expected one without a mask, so fill the masked entries first")
@@ -316,7 +314,7 @@ def _from_host(key, value, backend):
 
 def _move(key, value, xp, name):
     if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
-        return _from_host(key, value, Backend(xp))
+        return from_host(key, value, Backend(xp))
     if array_api_compat.is_array_api_obj(value) and array_api_compat.array_namespace(value) is xp:
         return value
     try:

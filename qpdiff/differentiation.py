@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import kkt
+from .backend import from_host
 from .problem import OPERANDS, Problem, product, product_transposed
 from .solution import Solution, Status
 from .solver import relax
@@ -404,9 +405,14 @@ def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
     core = shape[len(problem.batch_shape) :]
     if value is None:
         return backend.full((problem.batch, *core), 0.0, problem.dtype)
+    label = f"{kind} of {name}"
+    if isinstance(value, np.ndarray) or not hasattr(value, "dtype"):
+        value = from_host(label, value, backend)
+    if xp.isdtype(value.dtype, "complex floating"):
+        raise TypeError(f"{label} has dtype {value.dtype}; expected real numbers")
     value = backend.asarray(value, dtype=problem.dtype)
     try:
         value = xp.broadcast_to(value, shape)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{kind} of {name} has shape {tuple(value.shape)}; expected {tuple(shape)}") from error
+        raise ValueError(f"{label} has shape {tuple(value.shape)}; expected {tuple(shape)}") from error
     return xp.reshape(value, (math.prod(problem.batch_shape), *core))

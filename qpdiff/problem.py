@@ -29,6 +29,8 @@ OPERANDS = {
     "ub": ("n",),
 }
 """The operands of a quadratic program and their core shapes."""
+INFINITE = 1e20
+"""A bound this far out is none, as in other solvers, whose users write 1e20 or 1e30 for infinity."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Problem:
                 continue
             # Where the caller had the numbers unchecked, NaN and infinity on the wrong side are a row that no point
             # satisfies: they must not pass for a bound that is not there.
-            exists = bound != sign * xp.inf
+            exists = ~(sign * bound >= INFINITE)
             impossible = xp.full_like(bound, xp.nan)
             k = xp.where(xp.isfinite(bound), sign * bound, xp.where(exists, impossible, xp.zeros_like(bound)))
             parts.append(k)

@@ -151,7 +151,7 @@ def solve_qp(
         h may have +inf.
     A, b : array (..., p, n), (..., p), optional
     lb, ub : array (..., n), optional
-        May be infinite; lb = ub fixes a variable.
+        May be infinite, and are where they are 1e20 or more away from 0, as h is; lb = ub fixes a variable.
     backend : {"numpy", "cupy", "torch", "jax"}, optional
         Move the operands there first. By default they stay in their library; lists mean NumPy.
     dtype : {"float32", "float64"}, optional
@@ -218,7 +218,8 @@ def _settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
     single = problem.dtype == problem.backend.xp.float32
     default = 1e-4 if single else 1e-8
     for name, value in (("tol", tol), ("rtol", rtol)):
-        if value is not None and not 0 <= value < float("inf"):
+        number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value < float("inf")):
             raise ValueError(f"{name} is {value!r}; expected a number ≥ 0")
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, (int, np.integer)) or max_iterations < 0:
         raise ValueError(f"max_iterations is {max_iterations!r}; expected an integer ≥ 0")

@@ -52,7 +52,7 @@ def in_units(rng, operands, orders):
 # ---- what must hold
 
 
-def check(operands, expected, *, surely=True):
+def check(operands, expected, *, surely=True, stalls=False):
     """Solve and check what comes back; `surely` asks for the expected status and not only for none that is wrong."""
     sol = qpdiff.solve_qp(**operands)
     dtype = str(sol.x.dtype)
@@ -63,6 +63,8 @@ def check(operands, expected, *, surely=True):
     allowed = {expected}
     if not surely:  # SOLVED too: the test below is relative to the largest terms, and may have a point that meets it
         allowed |= {Status.SOLVED, Status.STALLED, Status.MAX_ITERATIONS}
+    if stalls:
+        allowed.add(Status.STALLED)
     if expected == Status.PRIMAL_INFEASIBLE:
         allowed.add(Status.DUAL_INFEASIBLE)  # where it is both, which the ray below then shows
     assert set(status.ravel().tolist()) <= allowed, status
@@ -167,14 +169,14 @@ def test_degenerate(operands):
 @given(without_a_point(), units, seeds)
 def test_infeasible(operands, orders, seed):
     operands = in_units(np.random.default_rng(seed), operands, orders)
-    check(operands, Status.PRIMAL_INFEASIBLE, surely=not any(orders))
+    check(operands, Status.PRIMAL_INFEASIBLE, surely=not any(orders), stalls=True)  # how often: test_certificates
 
 
 @share(0.15)
 @given(without_a_bottom(), units, seeds)
 def test_unbounded(operands, orders, seed):
     operands = in_units(np.random.default_rng(seed), operands, orders)
-    check(operands, Status.DUAL_INFEASIBLE, surely=not any(orders))
+    check(operands, Status.DUAL_INFEASIBLE, surely=not any(orders), stalls=True)
 
 
 @share(0.1)

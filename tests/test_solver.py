@@ -145,6 +145,19 @@ def test_infinite_right_hand_sides_are_no_constraints(xp):
     assert np.all(np.isinf(sol["s"][:, 0]))
 
 
+def test_huge_bounds_are_none(xp):
+    operands = random_problem(np.random.default_rng(12), "A G lb ub")
+    for name, value in (("h", 1e20), ("lb", -1e30), ("ub", 1e25)):
+        operands[name][..., 0] = value
+    infinite = {
+        name: np.where(np.abs(value) >= 1e20, np.sign(value) * np.inf, value) for name, value in operands.items()
+    }
+    sol = solve(operands, xp)
+    assert np.all(sol["status"] == Status.SOLVED)
+    np.testing.assert_allclose(sol["x"], solve(infinite)["x"], atol=1e-10)
+    assert np.all(sol["z_ub"][:, 0] == 0)
+
+
 @pytest.mark.parametrize("parts", ["A G", "lb ub", "A G lb ub"])
 @pytest.mark.parametrize("shared", [(), ("Q", "G", "A")])
 @pytest.mark.parametrize("cost", ["pd", "diagonal"])
