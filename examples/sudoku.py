@@ -240,9 +240,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Train both networks for each seed, report, plot, and fail if OptNet has not learned the rules."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=35)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--train", type=int, default=1500, help="training boards")
-    parser.add_argument("--test", type=int, default=400, help="test boards")
+    parser.add_argument("--test", type=int, default=300, help="test boards")
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--backend", default="numpy", choices=["numpy", "cupy"], help="where the layer is solved")
     parser.add_argument("--output", default="sudoku.png", help="the plot")

@@ -245,13 +245,14 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
         if bool(xp.all((left <= accuracy) & (moved <= 1e3 * accuracy))):
             break
         cx, cv, _ = correction(e_x, e_v)
-        new = (dx + cx, dv + cv, *residual(problem, system, r_x, r_v, dx + cx, dv + cv))
-        after = ratio(size(*new[2:], D, E), asked)
+        d_x, d_v = residual(problem, system, r_x, r_v, dx + cx, dv + cv)
+        after = ratio(size(d_x, d_v, D, E), asked)
         # A factor too far off makes it worse from round to round; the best is kept.
         better = after < left
         moved = ratio(size(cx, cv, 1.0 / D, 1.0 / E), size(dx, dv, 1.0 / D, 1.0 / E))
         dx, dv, e_x, e_v, left = (
-            xp.where(better, a, b) for a, b in zip((*new, after), (dx, dv, e_x, e_v, left), strict=True)
+            xp.where(better, new, old)
+            for new, old in ((dx + cx, dx), (dv + cv, dv), (d_x, e_x), (d_v, e_v), (after, left))
         )
     return dx, dv, left, moved
 

@@ -35,13 +35,16 @@ class Solution:
     Attributes
     ----------
     x : array (*batch, n)
-        Variables.
+        Variables. Where DUAL_INFEASIBLE a ray instead, scaled to qᵀx = −1: Qx = 0, Ax = 0, Gx ≤ 0, and x ≥ 0 (≤ 0)
+        where there is a lower (upper) bound, to within about 1e-8 in the scaled problem.
     y : array (*batch, p)
         Multipliers of A x = b.
     z : array (*batch, m)
         Multipliers of G x ≤ h, nonnegative.
     z_lb, z_ub : array (*batch, n)
-        Multipliers of the bounds, nonnegative, zero where a bound is infinite.
+        Multipliers of the bounds, nonnegative, zero where a bound is infinite. Where PRIMAL_INFEASIBLE all multipliers
+        are a Farkas certificate instead, scaled to bᵀy + hᵀz − lbᵀz_lb + ubᵀz_ub = −1: Aᵀy + Gᵀz − z_lb + z_ub = 0 to
+        within about 1e-8 in the scaled problem, so that the constraints add up to 0 ≤ −1.
     s : array (*batch, m)
         Slack h − G x of the interior-point iterate, positive (infinite where h is).
     status : integer array (*batch)
@@ -55,7 +58,8 @@ class Solution:
     dual_residual : array (*batch)
         ‖Qx + q + Aᵀy + Gᵀz − z_lb + z_ub‖∞.
     duality_gap : array (*batch)
-        |xᵀQx + qᵀx + bᵀy + hᵀz − lbᵀz_lb + ubᵀz_ub|, infinite bounds left out.
+        |xᵀQx + qᵀx + bᵀy + hᵀz − lbᵀz_lb + ubᵀz_ub|, infinite bounds left out. Of a problem that is not SOLVED the
+        residuals and the objective are those of the last iterate, also where a certificate has taken its place.
     """
 
     x: Any

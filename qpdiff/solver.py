@@ -526,10 +526,7 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool):
     alpha_s, alpha_z = _step_length(xp, s, ds, 1.0), _step_length(xp, z, dz, 1.0)
     reached = _mean(problem, (s + alpha_s * ds) * (z + alpha_z * dz))
     sigma = xp.clip(reached / (state.mu + settings.tiny), 0.0, 1.0) ** 3
-    # Far below the tolerance smaller complementarity only spoils the matrix.
-    count = _sum(xp, xp.where(inequality, one, zero))
-    target = xp.maximum(sigma * state.mu, 1e-5 * settings.tol / xp.maximum(count, xp.ones_like(count)))
-    dx, dv, ds = direction(s * z + ds * dz - target, state.inexact if refine else None)
+    dx, dv, ds = direction(s * z + ds * dz - sigma * state.mu, state.inexact if refine else None)
     dz = xp.where(inequality, dv, zero)
     alpha_s, alpha_z = _step_length(xp, s, ds, STEP_FRACTION), _step_length(xp, z, dz, STEP_FRACTION)
 
@@ -690,8 +687,8 @@ def relax(lin: Linearization, kappa: float) -> Linearization:
             at = _rows_at(xp, index, where)
             part = make_part(form)
             point, factor = _center(part, settings, kappa, *kkt.take(xp, (lin.x, lin.v, lin.s), at))
-            kept = (type(form), factor) if _keeps_factor(problem) else (None, None)
-            pieces.append(Ended(at, None, *kept, part.metric))
+            made_by, factor = (type(form), factor) if _keeps_factor(problem) else (None, None)
+            pieces.append(Ended(at, None, made_by, factor, part.metric))
             points.append(point)
     if not points:
         return lin
