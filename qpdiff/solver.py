@@ -471,11 +471,13 @@ def start_near(part: Part, settings: Settings, near: Point, cold: State) -> Stat
     error = xp.maximum(_max(xp, amiss), _max(xp, xp.abs(D * (problem.hessian(x) + problem.q + problem.adjoint(v)))))
     difference = xp.where(inequality, v / E - slack, zero)
     mu = xp.minimum(0.1 * error, cold.mu)
-    mu = xp.clip(mu, settings.tol, None)
+    mu = xp.clip(mu, max(settings.tol, settings.smallest), None)
     v, s = _onto_path(part, v, difference, mu)
     state = cold._replace(x=x, v=v, s=s, mu=_mean(problem, s * v))
     state = assess(part, settings, state, state)
-    return _choose(xp, near.usable & (state.status == RUNNING), state, cold)
+    usable = near.usable & ((state.status == RUNNING) | (state.status == int(Status.SOLVED)))
+    # Also from a solution one step is taken: the derivative needs its factor.
+    return _choose(xp, usable, state._replace(status=xp.full_like(state.status, RUNNING)), cold)
 
 
 def _onto_path(part: Part, v, difference, mu):
