@@ -262,13 +262,12 @@ def _solve_piece(lin, piece, r_x, r_v):
     inequality, equality = part.inequality, part.equality
     one = xp.ones_like(s)
     theta = xp.where(inequality, s / xp.where(inequality, v, one), xp.where(equality, 0 * one, one * float("inf")))
-    metric = piece.metric
     if piece.factor is None:
-        return _solve_afresh(part, metric, theta, r_x, r_v)
+        return _solve_afresh(part, piece.metric, theta, r_x, r_v)
     exact = kkt.System(theta, xp.zeros_like(x), xp.zeros_like(s))
     form = piece.form(part)
     u_x, u_v, left, moved = kkt.solve_nearby(
-        form, exact, piece.factor, metric, _heavy(part, metric, theta), r_x, r_v, 3
+        form, exact, piece.factor, piece.metric, _heavy(part, piece.metric, theta), r_x, r_v, 3
     )
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
     good = ((left <= 0.1 * accuracy) & (moved <= 100 * accuracy))[:, 0]
@@ -277,7 +276,7 @@ def _solve_piece(lin, piece, r_x, r_v):
         return u_x, u_v
     order = xp.argsort(xp.astype(~good, xp.int8), stable=True)
     bad = order[count:]
-    metric = kkt.Metric(*kkt.take(xp, tuple(metric), bad))
+    metric = kkt.Metric(*kkt.take(xp, tuple(piece.metric), bad))
     again = _solve_afresh(part.select(bad), metric, *(xp.take(a, bad, axis=0) for a in (theta, r_x, r_v)))
     back = xp.argsort(order)
     return tuple(

@@ -550,7 +550,8 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool):
 
     # What the linear solve has left of its system shows in the products before and after the step.
     D, E = part.metric
-    Q_dx, Kt_dv = moved.Qx - state.Qx, state.r_x - moved.r_x - (moved.Qx - state.Qx)
+    Q_dx = moved.Qx - state.Qx
+    Kt_dv = state.r_x - moved.r_x - Q_dx
     left_x = state.r_x - Q_dx / alpha_s - Kt_dv / alpha_z - state.rho / D**2 * dx
     left_v = moved.r_v - (1.0 - alpha_s) * state.r_v + alpha_s * state.delta / E**2 * dv
     tol = xp.full_like(state.dual, settings.tol)
