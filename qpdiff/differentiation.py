@@ -29,6 +29,7 @@ import numpy as np
 
 from . import kkt
 from .backend import from_host
+from .engine import compiled_engine
 from .problem import OPERANDS, Problem, product, product_transposed
 from .solution import Solution, Status
 from .solver import relax
@@ -244,14 +245,23 @@ def solve_kkt(sol: Solution, r_x, r_v, *, unsolved: str = "nan"):
     solved = lin.status == int(Status.SOLVED)
     r_x = xp.where(solved, r_x, xp.zeros_like(r_x))
     r_v = xp.where(solved, r_v, xp.zeros_like(r_v))
-    parts = problem.backend.map(lambda piece: _solve_piece(lin, piece, r_x, r_v), lin.pieces, problem.workers)
-    u_x = xp.concat([part[0] for part in parts], axis=0)
-    u_v = xp.concat([part[1] for part in parts], axis=0)
-    if len(parts) > 1:
-        order = xp.argsort(xp.concat([piece.index for piece in lin.pieces]))
-        u_x, u_v = xp.take(u_x, order, axis=0), xp.take(u_v, order, axis=0)
+    if isinstance(lin.factors, list):
+        u_x, u_v = _solve_pieces(lin, r_x, r_v)
+    else:
+        u_x, u_v = compiled_engine()[0].solve_kkt(problem, lin.factors, lin.v, lin.s, solved[:, 0], r_x, r_v)
     fill = float("nan") if unsolved == "nan" else 0.0
     return xp.where(solved, u_x, xp.full_like(u_x, fill)), xp.where(solved, u_v, xp.full_like(u_v, fill))
+
+
+def _solve_pieces(lin, r_x, r_v):
+    problem, xp = lin.problem, lin.problem.backend.xp
+    parts = problem.backend.map(lambda piece: _solve_piece(lin, piece, r_x, r_v), lin.factors, problem.workers)
+    u_x = xp.concat([part[0] for part in parts], axis=0)
+    u_v = xp.concat([part[1] for part in parts], axis=0)
+    if len(parts) == 1:
+        return u_x, u_v
+    order = xp.argsort(xp.concat([piece.index for piece in lin.factors]))
+    return xp.take(u_x, order, axis=0), xp.take(u_v, order, axis=0)
 
 
 def _solve_piece(lin, piece, r_x, r_v):

@@ -160,20 +160,26 @@ class DualForm:
         return v[:, problem.n :] - v[:, : problem.n]
 
 
-def choose_form(problem: Problem):
-    """The form with fewer operations in a typical iteration, and for which problems it is safe (None: for all)."""
+def preferred_form(problem: Problem):
+    """What makes the form with fewer operations in a typical iteration."""
     n, linear = problem.n, problem.p + problem.m
     if linear == 0:
-        return PrimalForm(problem), None
+        return PrimalForm
     iterations = 10
     primal = n**3 / 3 + n**2 * linear
     dual = linear**3 / 3 + (n**3 / 3 + n**2 * linear + n * linear**2) / iterations
     bounded = problem.lb is not None or problem.ub is not None
     if not bounded and dual < primal:
-        return DualForm.dense(problem)
+        return DualForm.dense
     if bounded and linear**3 / 3 + n * linear**2 < primal and is_diagonal(problem):
-        return DualForm.diagonal(problem)
-    return PrimalForm(problem), None
+        return DualForm.diagonal
+    return PrimalForm
+
+
+def choose_form(problem: Problem):
+    """The preferred form, and for which problems it is safe (None: for all)."""
+    form = preferred_form(problem)
+    return (PrimalForm(problem), None) if form is PrimalForm else form(problem)
 
 
 def is_diagonal(problem: Problem) -> bool:
@@ -260,7 +266,10 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
 # ---- equilibration
 
 
-def equilibrate(problem: Problem, passes: int = 4) -> Metric:
+METRIC_PASSES = 4
+
+
+def equilibrate(problem: Problem) -> Metric:
     """Scales that bring the rows of [[Q, Kᵀ], [K, 0]] to about unit length (Ruiz, 2001, in the 2-norm).
 
     A bound row is scaled as its variable, and a variable that is in no row and not in Q by its bounds. Scales are
@@ -279,7 +288,7 @@ def equilibrate(problem: Problem, passes: int = 4) -> Metric:
         return xp.clip(xp.where(usable, scale / xp.sqrt(xp.where(usable, length2, one)), one), 1e-8, 1e8)
 
     occupied = D2 < 0
-    for _ in range(passes):
+    for _ in range(METRIC_PASSES):
         columns = D2 * sum((product_transposed(K, e) for K, e in zip(K2, E2, strict=True)), product(Q2, D2))
         rows = [e * product(K, D2) for K, e in zip(K2, E2, strict=True)]
         occupied = columns > 0

@@ -152,7 +152,8 @@ class Problem:
             # satisfies: they must not pass for a bound that is not there.
             exists = ~(sign * bound >= INFINITE)
             impossible = xp.full_like(bound, xp.nan)
-            k = xp.where(xp.isfinite(bound), sign * bound, xp.where(exists, impossible, xp.zeros_like(bound)))
+            k = xp.where(xp.isfinite(bound), sign * bound, impossible)
+            k = xp.where(exists, k, xp.zeros_like(bound))
             parts.append(k)
             if fixed is None or bound is self.h:
                 inequality.append(exists)

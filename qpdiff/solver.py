@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import kkt
+from .engine import choose_engine
 from .problem import Problem, make_problem
 from .solution import Solution, Status
 
@@ -129,6 +130,8 @@ def solve_qp(
     warm_start=None,
     check=True,
     verbose=False,
+    engine="auto",
+    progress=None,
 ):
     """Solve a batch of convex quadratic programs.
 
@@ -174,7 +177,12 @@ def solve_qp(
     check : bool
         Look at the numbers in the operands (not finite, asymmetric Q, negative curvature, lb > ub) before solving.
     verbose : bool
-        Print a line an iteration with the worst residuals of the problems that are still running.
+        Print a line an iteration with the worst residuals of the problems that are still running (array engine).
+    engine : {"auto", "array", "compiled"}
+        "array" is the solver in the operations of the array library; "compiled" is the same method for NumPy arrays in
+        compiled code, one problem after the other, and needs the extra ``cpu``. "auto" takes it where it can.
+    progress : callable, optional
+        Called as ``progress(done, batch)`` from this thread, whenever a part of the batch has been solved.
 
     Returns
     -------
@@ -210,8 +218,16 @@ def solve_qp(
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem(operands, backend=backend, dtype=dtype, check=check)
     settings = _settings(problem, tol, rtol, max_iterations)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
+    compiled = choose_engine(engine, problem, verbose)
     with np.errstate(all="ignore"):
-        return _solve(problem, settings, _warm_point(problem, warm_start), verbose)
+        near = _warm_point(problem, warm_start)
+        if compiled is None:
+            outcome, factors = _solve(problem, settings, near, verbose, progress)
+        else:
+            outcome, factors = compiled.solve(problem, settings, near, progress)
+        return _solution(problem, outcome, factors)
 
 
 def _settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
@@ -277,14 +293,15 @@ class Linearization(NamedTuple):
     """What `qpdiff.differentiation` finds in a solution."""
 
     problem: Problem
-    pieces: list[Ended]
+    factors: Any
+    """A list of `Ended`, or what the compiled engine has kept."""
     x: Any
     v: Any
     s: Any
     status: Any
 
 
-def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bool) -> Solution:
+def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bool, progress):
     xp, backend = problem.backend.xp, problem.backend
     keep = _keeps_factor(problem)
 
@@ -296,10 +313,14 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bo
             pieces += _run(parts, near, settings, keep, verbose)
         return pieces
 
-    solved = backend.map(solve_chunk, problem.chunks(), 1 if verbose else problem.workers)
-    pieces = [piece for part in solved for piece in part]
-    del solved  # lest it keep the outcomes, which are joined one by one
-    return _collect(problem, pieces)
+    chunks = problem.chunks()
+    pieces, done = [], 0
+    for chunk, solved in zip(chunks, backend.map(solve_chunk, chunks, 1 if verbose else problem.workers), strict=True):
+        pieces += solved
+        done += chunk.stop - chunk.start
+        if progress is not None:
+            progress(done, problem.batch)
+    return _join(problem, pieces), pieces
 
 
 def _warm_point(problem: Problem, sol: Solution | None) -> Point | None:
@@ -779,22 +800,27 @@ def _mean(problem: Problem, products):
 # ---- the result
 
 
-def _collect(problem: Problem, pieces: list[Ended]) -> Solution:
+def _join(problem: Problem, pieces: list[Ended]) -> Outcome:
+    """The outcomes of the pieces in the order of the batch; the pieces lose theirs."""
     xp, backend = problem.backend.xp, problem.backend
     names = Outcome._fields
     if not pieces:
         kinds = {"status": xp.int32, "iterations": xp.int32}
         widths = {"x": problem.n, "v": problem.rows, "s": problem.rows}
-        whole = {name: backend.full((0, widths.get(name, 1)), 0, kinds.get(name, problem.dtype)) for name in names}
-    else:
-        columns = [[getattr(piece.outcome, name) for piece in pieces] for name in names]
-        pieces[:] = [piece._replace(outcome=None) for piece in pieces]  # each column is free once it is joined
-        order = xp.argsort(xp.concat([piece.index for piece in pieces])) if len(pieces) > 1 else None
-        whole = {}
-        for name in reversed(names):
-            joined = xp.concat(columns.pop(), axis=0)
-            whole[name] = joined if order is None else xp.take(joined, order, axis=0)
-    x, v, s = whole["x"], whole["v"], whole["s"]
+        return Outcome(*(backend.full((0, widths.get(k, 1)), 0, kinds.get(k, problem.dtype)) for k in names))
+    columns = [[getattr(piece.outcome, name) for piece in pieces] for name in names]
+    pieces[:] = [piece._replace(outcome=None) for piece in pieces]  # each column is free once it is joined
+    order = xp.argsort(xp.concat([piece.index for piece in pieces])) if len(pieces) > 1 else None
+    whole = {}
+    for name in reversed(names):
+        joined = xp.concat(columns.pop(), axis=0)
+        whole[name] = joined if order is None else xp.take(joined, order, axis=0)
+    return Outcome(**whole)
+
+
+def _solution(problem: Problem, outcome: Outcome, factors) -> Solution:
+    xp = problem.backend.xp
+    x, v, s = outcome.x, outcome.v, outcome.s
     y, z, z_lb, z_ub = multipliers(problem, v)
     if problem.m:
         slack = s[:, problem.blocks["G"]]
@@ -806,7 +832,7 @@ def _collect(problem: Problem, pieces: list[Ended]) -> Solution:
         return xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
 
     def scalar(name):
-        return xp.reshape(whole[name], problem.batch_shape)
+        return xp.reshape(getattr(outcome, name), problem.batch_shape)
 
     return Solution(
         x=shaped(x),
@@ -821,7 +847,7 @@ def _collect(problem: Problem, pieces: list[Ended]) -> Solution:
         primal_residual=scalar("primal"),
         dual_residual=scalar("dual"),
         duality_gap=scalar("gap"),
-        linearization=Linearization(problem, pieces, x, v, s, whole["status"]),
+        linearization=Linearization(problem, factors, x, v, s, outcome.status),
     )
 
 

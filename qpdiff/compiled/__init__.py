@@ -1,0 +1,154 @@
+"""The compiled engine: the method of `qpdiff.solver` and its derivative for NumPy arrays, by Numba.
+
+The batch is cut into a few ranges of problems for each processor. A thread a processor takes one after the other, and
+BLAS gets one thread while several are at work.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import kkt
+from ..problem import OPERANDS, Problem
+from ..solver import Outcome, Point, Settings
+from . import method
+from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Work, make_iterate, make_work
+from .threads import work_on
+
+KEPT_BYTES = 2**26
+"""Factors are kept for the derivative where they take no more than this, or than the data."""
+
+
+class Factors(NamedTuple):
+    """What `solve_kkt` needs of the last iteration of every problem."""
+
+    form: int
+    """The reduced form that was to be taken."""
+    store: Reduced
+    metric: tuple
+    forms: Any
+    """The one that was."""
+    factored: Any
+
+
+def solve(problem: Problem, settings: Settings, near: Point | None, progress) -> tuple[Outcome, Factors]:
+    """The outcome of every problem of a batch, and what the derivative needs."""
+    n, rows, count, dtype = problem.n, problem.rows, problem.batch, np.dtype(problem.dtype)
+    form = _form(problem)
+    shared = all(len(distinct(problem, name)) == 1 for name in ("Q", "G", "A", "lb", "ub") if name in problem.operands)
+    store = _store(problem, form, shared)
+    metric = tuple(np.empty((1 if shared else count, size), dtype) for size in (n, rows))
+    outcome = Outcome(
+        *(np.empty((count, size), dtype) for size in (n, rows, rows)),
+        *(np.empty((count, 1), np.int32) for _ in range(2)),
+        *(np.empty((count, 1)) for _ in range(4)),
+    )
+    forms, factored = np.empty(count, np.int64), np.empty(count, np.bool_)
+    points = (np.empty((1, n), dtype), np.empty((1, rows), dtype), np.zeros(1, np.bool_))
+    if near is not None:
+        points = near.x, near.v, near.usable[:, 0]
+
+    def solve_range(where: slice, prepared: bool) -> None:
+        method.solve_batch(
+            _operands(problem, where, dtype), _operands(problem, where, np.dtype(np.float64)), settings, form, prepared,
+            near is not None, tuple(_frozen(_part(a, where)) for a in points), _room(problem, store, form, where),
+            tuple(_part(a, where) for a in metric), Outcome(*(a[where] for a in outcome)), forms[where],
+            factored[where], *(make_iterate(n, rows, dtype) for _ in range(2)), _work(problem),
+        )  # fmt: skip
+
+    prepared = shared and count > 1
+    if prepared:
+        solve_range(slice(0, 1), False)
+        forms[1:] = forms[0]
+    work_on(problem, int(prepared), lambda where: solve_range(where, prepared), progress)
+    return outcome, Factors(form, store, metric, forms, factored)
+
+
+def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v):
+    """Solve the KKT system at the solutions; 0 for problems that are not solved."""
+    u_x, u_v = np.zeros_like(r_x), np.zeros_like(r_v)
+
+    def solve_range(where: slice) -> None:
+        method.solve_kkt_batch(
+            _operands(problem, where, np.dtype(problem.dtype)), _room(problem, factors.store, factors.form, where),
+            tuple(_part(a, where) for a in factors.metric), factors.forms[where], factors.factored[where],
+            *(_frozen(a[where]) for a in (v, s, solved, r_x, r_v)), u_x[where], u_v[where], _work(problem),
+        )  # fmt: skip
+
+    work_on(problem, 0, solve_range, None)
+    return u_x, u_v
+
+
+# ---- the arrays that the compiled functions take
+
+
+def distinct(problem: Problem, name: str):
+    """An operand without the copies that broadcasting only pretends to have made."""
+    value = getattr(problem, name)
+    return value[:1] if value.strides[0] == 0 else value
+
+
+def _operands(problem: Problem, where: slice, dtype) -> Batch:
+    parts = {}
+    for name, core in OPERANDS.items():
+        if name in problem.operands:
+            parts[name] = _frozen(_part(distinct(problem, name), where).astype(dtype, copy=False))
+        else:
+            shape = tuple(problem.n if letter == "n" and len(core) == 2 else 0 for letter in core)
+            parts[name] = _frozen(np.empty((1, *shape), dtype))
+    return Batch(**parts)
+
+
+def _work(problem: Problem) -> Work:
+    return make_work(problem.n, problem.m + problem.p, problem.rows, np.dtype(problem.dtype))
+
+
+def _part(array, where: slice):
+    return array if array.shape[0] == 1 else array[where]
+
+
+def _frozen(array):
+    """A contiguous array that counts as read-only, as the caller's may be: one type for the compiled functions."""
+    array = np.ascontiguousarray(array).view()
+    array.flags.writeable = False
+    return array
+
+
+def _form(problem: Problem) -> int:
+    kind = kkt.preferred_form(problem)
+    return {kkt.PrimalForm: PRIMAL, kkt.DualForm.dense: DENSE_DUAL, kkt.DualForm.diagonal: DIAGONAL_DUAL}[kind]
+
+
+def _core_shapes(problem: Problem, form: int) -> Reduced:
+    """Shapes of what one problem keeps of its reduced form."""
+    n, linear = problem.n, problem.m + problem.p
+    if form == PRIMAL:
+        return Reduced((0, 0), (0, 0), (0, 0), (0,), (n, n), (problem.rows,))
+    if form == DENSE_DUAL:
+        return Reduced((n, n), (linear, n), (linear, linear), (0,), (linear, linear), (0,))
+    return Reduced((1, n), (linear, n), (0, 0), (n,), (linear, linear), (problem.rows,))
+
+
+def _store(problem: Problem, form: int, shared: bool) -> Reduced:
+    """Room for what is kept of every problem, or once for all that share it; empty where nothing is kept."""
+    shapes, dtype = _core_shapes(problem, form), np.dtype(problem.dtype)
+    constant = {PRIMAL: (), DENSE_DUAL: ("hessian", "rows", "S"), DIAGONAL_DUAL: ("diagonal",)}[form]
+    kept = {"L", "weights", *constant} - {"S"}
+    if shared:
+        kept -= set(constant)
+    size = sum(np.prod(getattr(shapes, name)) for name in kept) * dtype.itemsize * problem.batch
+    data = sum(distinct(problem, name).nbytes for name in problem.operands)
+    if size > max(KEPT_BYTES, data):
+        kept = set()
+    counts = {name: problem.batch if name in kept else int(shared and name in constant) for name in Reduced._fields}
+    return Reduced(*(np.empty((counts[k], *shape), dtype) for k, shape in shapes._asdict().items()))
+
+
+def _room(problem: Problem, store: Reduced, form: int, where: slice) -> Reduced:
+    """The part of the store for a range of problems, and room for one problem in place of what is not kept."""
+    shapes = _core_shapes(problem, form)
+    return Reduced(
+        *(_part(a, where) if a.shape[0] else np.empty((1, *shape), a.dtype) for a, shape in zip(store, shapes, strict=True))
+    )

@@ -1,0 +1,199 @@
+"""BLAS and LAPACK for compiled code, on matrices that lie row by row in memory.
+
+The functions are the ones SciPy is linked with, which its Cython modules export. They are bound by a name of ours that is
+registered with the linker whenever this module is imported: that way compiled code that comes from Numba's cache on disk
+finds them in a later process, where they have another address.
+
+BLAS takes matrices that lie column by column, so to it every matrix here is its transpose.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import get_cython_function_address, intrinsic
+
+INTEGER, SCALAR, MATRIX, OUTCOME = "integer", "scalar", "matrix", "outcome"
+jit = njit(
+    nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}, _nrt=False, no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+)  # fmt: skip
+"""For functions that compiled code calls.
+
+Sums may be reordered, which vectorises them; NaN and infinity keep their meaning. Nothing is allocated and no references
+are counted, which would cost more than the arithmetic on small arrays.
+"""
+
+inline = njit(_nrt=False, inline="always")
+"""For functions that return an array, which without counting references must be part of their caller."""
+
+_SMALL = 24
+"""Up to this size loops are faster than LAPACK."""
+_SYRK = 96
+"""Up to this size a product of matrices takes less time than the half of it that a symmetric result needs."""
+_PREFIX = {types.float64: "d", types.float32: "s"}
+
+
+def _fortran(library: str, name: str, *kinds: str):
+    """A function of BLAS or LAPACK, for the floating point type of the first array that it is called with.
+
+    Each kind says what an argument of the Fortran function is: an integer or a scalar passed by value here, a matrix or
+    vector whose first entry is meant, the outcome (no argument here but the value), or a letter that is always the same.
+    """
+    for prefix in _PREFIX.values():
+        address = get_cython_function_address(f"scipy.linalg.cython_{library}", prefix + name)
+        binding.add_symbol(f"qpdiff_{prefix}{name}", address)
+    taken = [kind for kind in kinds if kind in (INTEGER, SCALAR, MATRIX)]
+
+    @intrinsic
+    def call(typing_context, args):
+        real = next(arg.dtype for arg, kind in zip(args, taken, strict=True) if kind == MATRIX)
+        result = types.intc if OUTCOME in kinds else types.void
+
+        def generate(context, builder, signature, arguments):
+            values = iter(zip(cgutils.unpack_tuple(builder, arguments[0]), args, strict=True))
+            pointers, outcome = [], None
+            for kind in kinds:
+                if kind == OUTCOME:
+                    outcome = cgutils.alloca_once(builder, ir.IntType(32))
+                    pointers.append(outcome)
+                elif kind not in taken:
+                    letter = ir.Constant(ir.IntType(8), ord(kind))
+                    pointers.append(cgutils.alloca_once_value(builder, letter))
+                else:
+                    value, kind_of = next(values)
+                    if kind == MATRIX:
+                        array = context.make_array(kind_of)(context, builder, value)
+                        pointers.append(array.data)
+                    else:
+                        wanted = types.intc if kind == INTEGER else real
+                        pointers.append(
+                            cgutils.alloca_once_value(builder, context.cast(builder, value, kind_of, wanted))
+                        )
+            byte = ir.IntType(8).as_pointer()
+            pointers = [builder.bitcast(pointer, byte) for pointer in pointers]
+            function_type = ir.FunctionType(ir.VoidType(), [byte] * len(pointers))
+            symbol = f"qpdiff_{_PREFIX[real]}{name}"
+            builder.call(cgutils.get_or_insert_function(builder.module, function_type, symbol), pointers)
+            return builder.load(outcome) if outcome is not None else context.get_dummy_value()
+
+        return result(args), generate
+
+    return call
+
+
+_gemm_nt = _fortran(
+    "blas", "gemm", "T", "N", INTEGER, INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER
+)
+_gemm_nn = _fortran(
+    "blas", "gemm", "N", "N", INTEGER, INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER
+)
+_gemm_tn = _fortran(
+    "blas", "gemm", "N", "T", INTEGER, INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER
+)
+_syrk_n = _fortran("blas", "syrk", "U", "T", INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER)
+_syrk_t = _fortran("blas", "syrk", "U", "N", INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER)
+_potrf = _fortran("lapack", "potrf", "U", INTEGER, MATRIX, INTEGER, OUTCOME)
+
+
+# ---- on row-major matrices, or parts of them whose rows are contiguous
+
+
+@jit
+def _ld(M):
+    """Distance between rows, at least 1 as BLAS wants it for an empty matrix."""
+    return max(1, M.strides[0] // M.itemsize)
+
+
+@jit
+def multiply(alpha, A, B, beta, C):
+    """C ← α A B + β C."""
+    _gemm_nn((B.shape[1], A.shape[0], A.shape[1], alpha, B, _ld(B), A, _ld(A), beta, C, _ld(C)))
+
+
+@jit
+def multiply_nt(alpha, A, B, beta, C):
+    """C ← α A Bᵀ + β C."""
+    _gemm_nt((B.shape[0], A.shape[0], A.shape[1], alpha, B, _ld(B), A, _ld(A), beta, C, _ld(C)))
+
+
+@jit
+def add_gram(A, C):
+    """C ← C + AᵀA, in the lower triangle at least."""
+    n = C.shape[0]
+    if n <= _SYRK:
+        _gemm_tn((n, n, A.shape[0], 1.0, A, _ld(A), A, _ld(A), 1.0, C, _ld(C)))
+    else:
+        _syrk_t((n, A.shape[0], 1.0, A, _ld(A), 1.0, C, _ld(C)))
+
+
+@jit
+def row_gram(A, C):
+    """C ← A Aᵀ, in the lower triangle at least."""
+    if C.shape[0] <= _SYRK:
+        multiply_nt(1.0, A, A, 0.0, C)
+    else:
+        _syrk_n((C.shape[0], A.shape[1], 1.0, A, _ld(A), 0.0, C, _ld(C)))
+
+
+@jit
+def cholesky(M):
+    """The lower factor of M = L Lᵀ in place of M's lower triangle, and whether M was positive definite."""
+    n = M.shape[0]
+    if n > _SMALL:
+        return _potrf((n, M, _ld(M))) == 0
+    for i in range(n):
+        for j in range(i):
+            left = M[i, j]
+            for k in range(j):
+                left -= M[i, k] * M[j, k]
+            M[i, j] = left / M[j, j]
+        left = M[i, i]
+        for k in range(i):
+            left -= M[i, k] * M[i, k]
+        if not left > 0.0:
+            return False
+        M[i, i] = np.sqrt(left)
+    return np.isfinite(M[n - 1, n - 1])
+
+
+@jit
+def solve_cholesky(L, r):
+    """r ← (L Lᵀ)⁻¹ r."""
+    n = L.shape[0]
+    for i in range(n):
+        left = r[i]
+        for k in range(i):
+            left -= L[i, k] * r[k]
+        r[i] = left / L[i, i]
+    for i in range(n - 1, -1, -1):
+        value = r[i] / L[i, i]
+        r[i] = value
+        for k in range(i):
+            r[k] -= L[i, k] * value
+
+
+@jit
+def invert_lower(L, out, work):
+    """out ← L⁻¹ with zeros above the diagonal; blocks on the diagonal by substitution, then joined in pairs."""
+    n = L.shape[0]
+    out[:, :] = 0.0
+    for start in range(0, n, _SMALL):
+        stop = min(start + _SMALL, n)
+        for i in range(start, stop):
+            inverse = 1.0 / L[i, i]
+            for k in range(start, i):
+                factor = -L[i, k] * inverse
+                for j in range(start, k + 1):
+                    out[i, j] += factor * out[k, j]
+            out[i, i] = inverse
+    size = _SMALL
+    while size < n:
+        for start in range(0, n - size, 2 * size):
+            middle, stop = start + size, min(start + 2 * size, n)
+            corner = work[: stop - middle, :size]
+            multiply(1.0, L[middle:stop, start:middle], out[start:middle, start:middle], 0.0, corner)
+            multiply(-1.0, out[middle:stop, middle:stop], corner, 0.0, out[middle:stop, start:middle])
+        size *= 2

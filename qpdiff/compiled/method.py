@@ -1,0 +1,1169 @@
+"""The method of `qpdiff.solver` for one problem at a time, in compiled code.
+
+Every function here does for one problem what the function of the same name in `qpdiff.solver` or `qpdiff.kkt` does for
+a batch, where the mathematics is explained; a test holds the two against each other iteration by iteration. One problem
+is carried from its start to its end before the next, so that its matrices stay in the cache, and what is the same for
+the predictor and the corrector is computed once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from ..kkt import METRIC_PASSES
+from ..problem import INFINITE
+from ..solution import Status
+from ..solver import LUCK, PATIENCE, RUNNING, STEP_FRACTION
+from .lapack import add_gram, cholesky, inline, invert_lower, jit, multiply_nt, row_gram, solve_cholesky
+
+SOLVED, MAX_ITERATIONS = int(Status.SOLVED), int(Status.MAX_ITERATIONS)
+PRIMAL_INFEASIBLE, DUAL_INFEASIBLE = int(Status.PRIMAL_INFEASIBLE), int(Status.DUAL_INFEASIBLE)
+STALLED = int(Status.STALLED)
+ABSENT, EQUALITY, INEQUALITY = 0, 1, 2
+PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = 0, 1, 2
+"""The reduced forms: `kkt.PrimalForm`, and `kkt.DualForm` with a dense and with a diagonal Q."""
+EPS = float(np.finfo(np.float64).eps)
+
+class Batch(NamedTuple):
+    """Operands of a batch; the first axis is the batch, of length 1 where an operand is shared or absent."""
+
+    Q: Any
+    q: Any
+    G: Any
+    h: Any
+    A: Any
+    b: Any
+    lb: Any
+    ub: Any
+
+
+class One(NamedTuple):
+    """One problem: K are the rows of A and G."""
+
+    Q: Any
+    q: Any
+    K: Any
+    k: Any
+    kind: Any
+    """Of each row: ABSENT, EQUALITY or INEQUALITY."""
+    equalities: int
+    """Rows of A."""
+    lower: int
+    """Number of rows of lower bounds, and of upper bounds: 0 or n."""
+    upper: int
+    D: Any
+    E: Any
+    Q64: Any
+    """Q, q, K and k in float64, in which residuals are computed."""
+    q64: Any
+    K64: Any
+    k64: Any
+
+
+class Reduced(NamedTuple):
+    """The reduced KKT matrix of one problem: what does not change, and the factor."""
+
+    hessian: Any
+    """F⁻¹ of Q = F Fᵀ."""
+    rows: Any
+    """K F⁻ᵀ."""
+    S: Any
+    """K Q⁻¹ Kᵀ."""
+    diagonal: Any
+    """Of a diagonal Q; then the square root of what bounds add to it."""
+    L: Any
+    weights: Any
+
+
+class Iterate(NamedTuple):
+    x: Any
+    v: Any
+    s: Any
+    r_x: Any
+    r_v: Any
+    Qx: Any
+    Kx: Any
+
+
+class Verdict(NamedTuple):
+    """How the problem stands at an iterate."""
+
+    status: int
+    objective: float
+    primal: float
+    dual: float
+    gap: float
+    near: bool
+    worst: float
+    best: float
+    proof: float
+    waiting: int
+
+
+class Work(NamedTuple):
+    """Room for what is computed on the way, allocated once for many problems."""
+
+    x: Any
+    v: Any
+    ray: Any
+    farkas: Any
+    Kv: Any
+    k: Any
+    k64: Any
+    kind: Any
+    stacked: Any
+    """The rows of A and G."""
+    stacked64: Any
+    right_x: Any
+    right_v: Any
+    theta_exact: Any
+    heavy: Any
+    theta: Any
+    rho: Any
+    delta: Any
+    b_x: Any
+    shifted: Any
+    complementarity: Any
+    weights: Any
+    t: Any
+    Vt: Any
+    dx: Any
+    dv: Any
+    ds: Any
+    cx: Any
+    cv: Any
+    e_x: Any
+    e_v: Any
+    columns: Any
+    scaled: Any
+    """(A and G) rows times variables."""
+    square: Any
+    """Variables times variables."""
+    inverse: Any
+
+
+# ---- vectors and products
+
+
+@jit
+def copy(a, out):
+    for i in range(a.shape[0]):
+        out[i] = a[i]
+
+
+@jit
+def copy_matrix(M, out):
+    for i in range(M.shape[0]):
+        for j in range(M.shape[1]):
+            out[i, j] = M[i, j]
+
+
+@jit
+def product(M, x, out):
+    """out ← M x."""
+    for i in range(M.shape[0]):
+        total = out.dtype.type(0.0)
+        for j in range(M.shape[1]):
+            total += M[i, j] * x[j]
+        out[i] = total
+
+
+@jit
+def add_product_transposed(sign, M, v, out):
+    """out ← out ± Mᵀ v."""
+    for i in range(M.shape[0]):
+        factor = sign * v[i]
+        for j in range(M.shape[1]):
+            out[j] += M[i, j] * factor
+
+
+@jit
+def product_lower(L, x, out):
+    """out ← L x for a lower triangular L."""
+    for i in range(L.shape[0]):
+        total = out.dtype.type(0.0)
+        for j in range(i + 1):
+            total += L[i, j] * x[j]
+        out[i] = total
+
+
+@jit
+def product_lower_transposed(L, x, out):
+    """out ← Lᵀ x for a lower triangular L."""
+    out[:] = 0.0
+    for i in range(L.shape[0]):
+        value = x[i]
+        for j in range(i + 1):
+            out[j] += L[i, j] * value
+
+
+@jit
+def constraints(K, lower, upper, x, out):
+    """The left-hand side of every row."""
+    product(K, x, out)
+    row = K.shape[0]
+    for i in range(lower):
+        out[row + i] = -x[i]
+    row += lower
+    for i in range(upper):
+        out[row + i] = x[i]
+
+
+@jit
+def adjoint(K, lower, upper, v, out):
+    """The multipliers of all rows mapped to the variables."""
+    out[:] = 0.0
+    add_product_transposed(1.0, K, v, out)
+    row = K.shape[0]
+    for i in range(lower):
+        out[i] -= v[row + i]
+    row += lower
+    for i in range(upper):
+        out[i] += v[row + i]
+
+
+@jit
+def larger(a, b):
+    """The larger of two numbers, NaN if one of them is."""
+    return a if a > b or a != a else b
+
+
+@jit
+def positive(a):
+    """The positive part; NaN stays."""
+    return 0.0 if a < 0.0 else a
+
+
+# ---- the reduced KKT system
+
+
+@jit
+def equilibrate(one, lb, ub, work):
+    """Fill the metric of a problem, `kkt.equilibrate`; its bounds only matter for variables that are in no row."""
+    Q, K, D, E = one.Q, one.K, one.D, one.E
+    n, linear = Q.shape[0], K.shape[0]
+    columns = work.columns
+    D[:] = 1.0
+    E[:] = 1.0
+    for _ in range(METRIC_PASSES):
+        for i in range(n):
+            total = 0.0
+            for j in range(n):
+                total += Q[i, j] * Q[i, j] * D[j]
+            columns[i] = total
+        for i in range(linear):
+            total, scale = 0.0, E[i]
+            for j in range(n):
+                square = K[i, j] * K[i, j]
+                columns[j] += square * scale
+                total += square * D[j]
+            E[i] = rescaled(scale, scale * total)
+        for j in range(n):
+            columns[j] *= D[j]
+            D[j] = rescaled(D[j], columns[j])
+    for j in range(min(lb.shape[0], ub.shape[0])):
+        span = ub[j] - lb[j]
+        if not columns[j] > 0.0 and np.isfinite(span) and span > 0.0:
+            D[j] = min(max(span, 1e-6), 1e6) ** 2
+    for i in range(linear):
+        E[i] = np.sqrt(E[i])
+    row = linear
+    for j in range(n):
+        D[j] = np.sqrt(D[j])
+        if one.lower:
+            E[row + j] = 1.0 / D[j]
+        if one.upper:
+            E[row + one.lower + j] = 1.0 / D[j]
+
+
+@jit
+def rescaled(scale, length2):
+    if np.isfinite(length2) and length2 > 0.0:
+        return min(max(scale / np.sqrt(length2), 1e-8), 1e8)
+    return 1.0
+
+
+@jit
+def own_terms(diagonal, single):
+    """`kkt.own_terms`."""
+    if single:
+        return 1e-5 * diagonal + 1.1754943508222875e-38
+    return 1e-10 * diagonal + 2.2250738585072014e-308
+
+
+@jit
+def prepare_dense(one, reduced, work, single):
+    """What the dual form keeps of a dense Q without bounds; whether Q is conditioned well enough for it."""
+    Q, M = one.Q, work.square
+    n = Q.shape[0]
+    copy_matrix(Q, M)
+    for i in range(n):
+        M[i, i] += own_terms(Q[i, i], single)
+    if not cholesky(M):
+        return False
+    enough = 1e-2 if single else 1e-6
+    for i in range(n):
+        if not (Q[i, i] > 0.0 and M[i, i] * M[i, i] > enough * Q[i, i]):
+            return False
+    invert_lower(M, reduced.hessian, work.inverse)
+    multiply_nt(1.0, one.K, reduced.hessian, 0.0, reduced.rows)
+    row_gram(reduced.rows, reduced.S)
+    return True
+
+
+@jit
+def prepare_diagonal(one, reduced, single):
+    """The same for a diagonal Q, with or without bounds."""
+    for i in range(one.Q.shape[0]):
+        entry = one.Q[i, i]
+        if not entry * one.D[i] ** 2 > 1e-6:
+            return False
+        reduced.diagonal[i] = entry + own_terms(entry, single)
+    return True
+
+
+@jit
+def bound_weights(one, weights, i):
+    """What the weights of the bounds add to the diagonal at a variable."""
+    row = one.K.shape[0]
+    total = 0.0
+    if one.lower:
+        total += weights[row + i]
+    if one.upper:
+        total += weights[row + one.lower + i]
+    return total
+
+
+@jit
+def whiten_diagonal(one, reduced):
+    """The square root of a diagonal Q with what bounds add to it, and the rows divided by it."""
+    root = reduced.hessian[0]
+    for j in range(root.shape[0]):
+        root[j] = np.sqrt(reduced.diagonal[j] + bound_weights(one, reduced.weights, j))
+    for i in range(one.K.shape[0]):
+        for j in range(root.shape[0]):
+            reduced.rows[i, j] = one.K[i, j] / root[j]
+
+
+@jit
+def factor(form, one, reduced, theta, rho, delta, work):
+    """Factor the reduced KKT matrix in `reduced`; whether it was positive definite."""
+    n, linear, rows = one.K.shape[1], one.K.shape[0], theta.shape[0]
+    L, weights = reduced.L, reduced.weights
+    if form != DENSE_DUAL:
+        for i in range(rows):
+            weights[i] = 1.0 / (theta[i] + delta[i])
+    if form == PRIMAL:
+        copy_matrix(one.Q, L)
+        for i in range(linear):
+            root = np.sqrt(weights[i])
+            for j in range(n):
+                work.scaled[i, j] = root * one.K[i, j]
+        if linear:
+            add_gram(work.scaled, L)
+        for i in range(n):
+            L[i, i] += rho[i] + bound_weights(one, weights, i)
+        return cholesky(L)
+    if form == DENSE_DUAL:
+        copy_matrix(reduced.S, L)
+    else:
+        whiten_diagonal(one, reduced)
+        row_gram(reduced.rows, L)
+    huge = np.sqrt(np.finfo(L.dtype).max)
+    for i in range(linear):
+        entry = theta[i] + delta[i]
+        # Rows that do not exist get a diagonal that is huge but harmless to the factorisation.
+        L[i, i] += entry if np.isfinite(entry) else huge
+    return cholesky(L)
+
+
+@jit
+def eliminate(form, one, reduced, r_x, work):
+    """What a solve needs of the right-hand side of the variables alone, in `work`: done once for many solves."""
+    if form == DENSE_DUAL:
+        product_lower(reduced.hessian, r_x, work.t)
+        product(reduced.rows, work.t, work.Vt)
+
+
+@jit
+def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
+    """`solve` as far as the multipliers need it, which with a dense dual form is without dx."""
+    K, lower, upper = one.K, one.lower, one.upper
+    n, linear, rows = K.shape[1], K.shape[0], r_v.shape[0]
+    weights, t = reduced.weights, work.t
+    if form == DENSE_DUAL:
+        for i in range(linear):
+            dv[i] = work.Vt[i] - r_v[i]
+        solve_cholesky(reduced.L, dv)
+        return
+    if form == PRIMAL:
+        for i in range(rows):
+            dv[i] = weights[i] * r_v[i]
+        adjoint(K, lower, upper, dv, dx)
+        for i in range(n):
+            dx[i] += r_x[i]
+        solve_cholesky(reduced.L, dx)
+        constraints(K, lower, upper, dx, dv)
+        for i in range(rows):
+            dv[i] = weights[i] * (dv[i] - r_v[i])
+        return
+    root = reduced.hessian[0]
+    for j in range(n):
+        value = r_x[j]
+        if lower:
+            value -= weights[linear + j] * r_v[linear + j]
+        if upper:
+            value += weights[linear + lower + j] * r_v[linear + lower + j]
+        t[j] = value / root[j]
+    product(reduced.rows, t, dv)
+    for i in range(linear):
+        dv[i] -= r_v[i]
+    solve_cholesky(reduced.L, dv)
+    add_product_transposed(-1.0, reduced.rows, dv, t)
+    for j in range(n):
+        dx[j] = t[j] / root[j]
+        if lower:
+            dv[linear + j] = weights[linear + j] * (-dx[j] - r_v[linear + j])
+        if upper:
+            dv[linear + lower + j] = weights[linear + lower + j] * (dx[j] - r_v[linear + lower + j])
+
+
+@jit
+def solve(form, one, reduced, r_x, r_v, dx, dv, work):
+    """Solve for right-hand sides of the variables and of the rows, after `eliminate`."""
+    solve_rows(form, one, reduced, r_x, r_v, dx, dv, work)
+    if form == DENSE_DUAL:
+        copy(work.t, work.columns)
+        add_product_transposed(-1.0, reduced.rows, dv, work.columns)
+        product_lower_transposed(reduced.hessian, work.columns, dx)
+
+
+@jit
+def residual(one, theta, rho, delta, r_x, r_v, dx, dv, e_x, e_v, work):
+    """What a step leaves of the right-hand side of the KKT system, in (e_x, e_v)."""
+    product(one.Q, dx, e_x)
+    adjoint(one.K, one.lower, one.upper, dv, work.columns)
+    for i in range(dx.shape[0]):
+        e_x[i] = r_x[i] - e_x[i] - rho[i] * dx[i] - work.columns[i]
+    constraints(one.K, one.lower, one.upper, dx, e_v)
+    for i in range(dv.shape[0]):
+        if np.isfinite(theta[i]):
+            e_v[i] = r_v[i] - e_v[i] + (theta[i] + delta[i]) * dv[i]
+        else:
+            e_v[i] = 0.0
+
+
+@jit
+def solve_refined(form, one, reduced, r_x, r_v, dx, dv, work):
+    """`solve`, and one round of refinement."""
+    solve(form, one, reduced, r_x, r_v, dx, dv, work)
+    residual(one, work.theta, work.rho, work.delta, r_x, r_v, dx, dv, work.e_x, work.e_v, work)
+    eliminate(form, one, reduced, work.e_x, work)
+    solve(form, one, reduced, work.e_x, work.e_v, work.cx, work.cv, work)
+    for i in range(dx.shape[0]):
+        dx[i] += work.cx[i]
+    for i in range(dv.shape[0]):
+        dv[i] += work.cv[i]
+
+
+# ---- the iteration
+
+
+@jit
+def onto_path(one, v, difference, mu, s):
+    """Multipliers and slacks on s ∘ z = μ with the difference z − s in the scaled rows kept."""
+    for i in range(v.shape[0]):
+        if one.kind[i] == INEQUALITY:
+            d = difference[i]
+            large = (abs(d) + np.sqrt(d * d + 4.0 * mu)) / 2.0
+            small = mu / large
+            s[i] = (small if d > 0.0 else large) / one.E[i]
+            v[i] = (large if d > 0.0 else small) * one.E[i]
+        else:
+            s[i] = 0.0
+            if one.kind[i] == ABSENT:
+                v[i] = 0.0
+
+
+@jit
+def mean(one, s, v):
+    """Mean complementarity of the inequalities."""
+    total, count = 0.0, 0
+    for i in range(s.shape[0]):
+        if one.kind[i] == INEQUALITY:
+            total += s[i] * v[i]
+            count += 1
+    return total / max(count, 1)
+
+
+@jit
+def initialize(form, one, reduced, settings, now, work):
+    """The ordinary starting point in `now`; its mean complementarity, and whether the matrix could be factored."""
+    n, rows = now.x.shape[0], now.v.shape[0]
+    D, E = one.D, one.E
+    for i in range(n):
+        work.rho[i] = settings.rho / D[i] ** 2
+        work.t[i] = 0.0
+        now.r_x[i] = -one.q[i]
+    for i in range(rows):
+        work.delta[i] = settings.delta / E[i] ** 2
+        kind = one.kind[i]
+        work.theta[i] = 1.0 / E[i] ** 2 if kind == INEQUALITY else (0.0 if kind == EQUALITY else np.inf)
+        now.r_v[i] = one.k[i]
+    factored = factor(form, one, reduced, work.theta, work.rho, work.delta, work)
+    if factored:
+        eliminate(form, one, reduced, now.r_x, work)
+        solve_refined(form, one, reduced, now.r_x, now.r_v, now.x, now.v, work)
+    if not (factored and all_finite(now.x) and all_finite(now.v)):
+        now.x[:] = 0.0
+        now.v[:] = 0.0
+    difference = work.shifted
+    most, least = 0.0, 0.0
+    for i in range(rows):
+        difference[i] = now.v[i] / E[i] if one.kind[i] == INEQUALITY else 0.0
+        most, least = larger(difference[i], most), larger(-difference[i], least)
+    total, count = 0.0, 0
+    for i in range(rows):
+        if one.kind[i] == INEQUALITY:
+            total += (difference[i] + least) * (most - difference[i])
+            count += 1
+    mu = max(total / max(count, 1), settings.smallest)
+    onto_path(one, now.v, difference, mu, now.s)
+    return mean(one, now.s, now.v), factored
+
+
+@jit
+def start_near(one, settings, cold_mu, now, work):
+    """Move another problem's solution in `now` onto a point of s ∘ z = μ; its mean complementarity."""
+    n, rows = now.x.shape[0], now.v.shape[0]
+    D, E = one.D, one.E
+    slack, difference, error = work.dv, work.shifted, 0.0
+    constraints(one.K, one.lower, one.upper, now.x, slack)
+    product(one.Q, now.x, work.dx)
+    adjoint(one.K, one.lower, one.upper, now.v, work.columns)
+    for i in range(rows):
+        value = E[i] * (one.k[i] - slack[i])
+        if one.kind[i] == EQUALITY:
+            error = larger(abs(value), error)
+        elif one.kind[i] == INEQUALITY:
+            error = larger(-value, error)
+        difference[i] = now.v[i] / E[i] - value if one.kind[i] == INEQUALITY else 0.0
+    for i in range(n):
+        error = larger(abs(D[i] * (work.dx[i] + one.q[i] + work.columns[i])), error)
+    mu = 0.1 * error if 0.1 * error < cold_mu else cold_mu
+    mu = max(mu, settings.tol, settings.smallest)
+    onto_path(one, now.v, difference, mu, now.s)
+    return mean(one, now.s, now.v)
+
+
+@jit
+def all_finite(a):
+    finite = True
+    for i in range(a.shape[0]):
+        finite &= np.isfinite(a[i])
+    return finite
+
+
+@jit
+def assess(one, settings, now, before, past, iterations, limit, work):
+    """Compute the residuals of `now` afresh and decide how the problem stands; a certificate takes the place of x or v.
+
+    `before` and `past` are the iterate before and its verdict.
+    """
+    n, rows, linear = now.x.shape[0], now.v.shape[0], one.K.shape[0]
+    x, v, Kv = work.x, work.v, work.Kv
+    copy(now.x, x)
+    copy(now.v, v)
+    product(one.Q64, x, now.Qx)
+    constraints(one.K64, one.lower, one.upper, x, now.Kx)
+    adjoint(one.K64, one.lower, one.upper, v, Kv)
+
+    dual = size_Qx = size_q = size_Kv = xQx = qx = terms = 0.0
+    for i in range(n):
+        Qx, q = now.Qx[i], one.q64[i]
+        r_x = -(Qx + q + Kv[i])
+        now.r_x[i] = r_x
+        dual = larger(abs(r_x), dual)
+        size_Qx, size_q, size_Kv = larger(abs(Qx), size_Qx), larger(abs(q), size_q), larger(abs(Kv[i]), size_Kv)
+        xQx += x[i] * Qx
+        qx += q * x[i]
+        terms += abs(x[i]) * (abs(Qx) + abs(q))
+    primal = size_Kx = size_k = scaled_violation = scaled_k = 0.0
+    for i in range(rows):
+        k, E = one.k64[i], one.E[i]
+        size_k, scaled_k = larger(abs(k), size_k), larger(abs(E * k), scaled_k)
+        terms += abs(v[i]) * abs(k)
+        if one.kind[i] == ABSENT:
+            now.Kx[i] = 0.0
+            now.r_v[i] = 0.0
+            continue
+        Kx = now.Kx[i]
+        r_v = k - Kx - now.s[i]
+        now.r_v[i] = r_v
+        violation = abs(r_v) if one.kind[i] == EQUALITY else positive(Kx - k)
+        size_Kx = larger(abs(Kx), size_Kx)
+        primal, scaled_violation = larger(violation, primal), larger(E * violation, scaled_violation)
+    kv = gap = 0.0
+    # By blocks, each summed by itself, the last first: terms that cancel do so in the same way everywhere.
+    starts = (one.equalities, 0, linear + one.lower, linear)
+    stops = (linear, one.equalities, rows, linear + one.lower)
+    gap = xQx + qx
+    for block in range(4):
+        part = 0.0
+        for i in range(starts[block], stops[block]):
+            part += one.k64[i] * v[i]
+        gap += part
+        kv += part
+    gap = abs(gap)
+
+    worst = larger(primal, larger(dual, gap))
+    tol, rtol = settings.tol, settings.rtol
+    near = (
+        primal <= tol + rtol * larger(size_Kx, size_k)
+        and dual <= tol + rtol * larger(size_Qx, larger(size_q, size_Kv))
+        and gap + LUCK * EPS * terms <= tol + rtol * larger(abs(xQx), larger(abs(qx), abs(kv)))
+        and worst < np.inf
+    )
+    best = worst if worst < past.best else past.best
+
+    no_bottom = fall = no_point = gain = 0.0
+    if dual > tol:
+        no_bottom, fall = unbounded(one, now, before, x, work)
+    if primal > tol:
+        no_point, gain = infeasible(one, before, v, scaled_k, work)
+    proof = larger(no_point, no_bottom)
+
+    improved = worst < 0.9 * past.best or proof > 1.1 * past.proof
+    waiting = 0 if improved else past.waiting + 1
+    at_limit = iterations >= limit
+    last = waiting >= PATIENCE or at_limit
+    enough = settings.certificate * (0.01 if last else 1.0)
+    status = MAX_ITERATIONS if at_limit else RUNNING
+    if waiting >= PATIENCE:
+        status = STALLED
+    if no_bottom > enough and (last or scaled_violation <= 1e-4 * larger(scaled_k, 1.0)):
+        status = DUAL_INFEASIBLE
+    if no_point > enough:
+        status = PRIMAL_INFEASIBLE
+    if near and (worst <= 0.1 * tol or last):
+        status = SOLVED
+    if status == DUAL_INFEASIBLE:
+        for i in range(n):
+            now.x[i] = work.ray[i] / fall
+    if status == PRIMAL_INFEASIBLE:
+        for i in range(rows):
+            now.v[i] = work.farkas[i] / gain
+    proof = larger(proof, past.proof)
+    return Verdict(status, 0.5 * xQx + qx, primal, dual, gap, near, worst, best, proof, waiting)
+
+
+@jit
+def unbounded(one, now, before, x, work):
+    """How near the last step in x is to a direction of unbounded descent, and how far it goes down."""
+    ray, eps = work.ray, EPS
+    total = size = uphill = hidden = cost = 0.0
+    for i in range(x.shape[0]):
+        ray[i] = x[i] - before.x[i]
+        term = one.q64[i] * ray[i]
+        total += term
+        size += abs(term)
+        D = one.D[i]
+        uphill = larger(abs(D * (now.Qx[i] - before.Qx[i])), uphill)
+        hidden = larger(abs(D * now.Qx[i]), hidden)
+        cost = larger(abs(D * one.q64[i]), cost)
+    if not -total > 1e-8 * size:
+        return 0.0, -total
+    for i in range(now.Kx.shape[0]):
+        slope, E = now.Kx[i] - before.Kx[i], one.E[i]
+        climb = abs(slope) if one.kind[i] == EQUALITY else positive(slope)
+        uphill = larger(E * climb, uphill)
+        hidden = larger(abs(E * now.Kx[i]), hidden)
+    uphill = larger(uphill, eps * hidden)
+    return -total / (uphill * larger(cost, 1.0)), -total
+
+
+@jit
+def infeasible(one, before, v, size_k, work):
+    """How near the last step in the multipliers is to a Farkas certificate, and how much it gains."""
+    farkas = work.farkas
+    total = size = 0.0
+    for i in range(v.shape[0]):
+        step = v[i] - before.v[i]
+        farkas[i] = positive(step) if one.kind[i] == INEQUALITY else step
+        term = one.k64[i] * farkas[i]
+        total += term
+        size += abs(term)
+    if not -total > 1e-8 * size:
+        return 0.0, -total
+    adjoint(one.K64, one.lower, one.upper, farkas, work.Kv)
+    left = 0.0
+    for i in range(work.Kv.shape[0]):
+        left = larger(abs(one.D[i] * work.Kv[i]), left)
+    return -total / (left * larger(size_k, 1.0)), -total
+
+
+@jit
+def step_lengths(one, now, ds, dv, fraction):
+    """Largest steps in [0, 1] that keep s and z ≥ (1 − fraction) times what they are."""
+    of_s = of_z = 0.0
+    for i in range(ds.shape[0]):
+        if one.kind[i] == INEQUALITY:
+            of_s = larger(-ds[i] / now.s[i], of_s)
+            of_z = larger(-dv[i] / now.v[i], of_z)
+    return 1.0 / larger(of_s / fraction, 1.0), 1.0 / larger(of_z / fraction, 1.0)
+
+
+@jit
+def step(form, one, reduced, settings, mu, rho, delta, refine, before, now, work):
+    """One predictor-corrector step from `before` to `now`.
+
+    Returns whether it could be computed, whether the matrix could be factored, its lengths, and μ after it.
+    """
+    n, rows = before.x.shape[0], before.v.shape[0]
+    dx, dv, ds, shifted = work.dx, work.dv, work.ds, work.shifted
+    for i in range(n):
+        work.rho[i] = rho / one.D[i] ** 2
+    for i in range(rows):
+        work.delta[i] = delta / one.E[i] ** 2
+        kind = one.kind[i]
+        shifted[i] = before.r_v[i]
+        if kind == INEQUALITY:
+            work.theta[i] = before.s[i] / before.v[i]
+            shifted[i] += before.s[i]
+        else:
+            work.theta[i] = 0.0 if kind == EQUALITY else np.inf
+    if not factor(form, one, reduced, work.theta, work.rho, work.delta, work):
+        return False, False, 1.0, 1.0, mu
+
+    eliminate(form, one, reduced, before.r_x, work)
+    solve_rows(form, one, reduced, before.r_x, shifted, dx, dv, work)
+    for i in range(rows):
+        s, z = before.s[i], before.v[i]
+        ds[i] = -(s * z + s * dv[i]) / z if one.kind[i] == INEQUALITY else 0.0
+    alpha_s, alpha_z = step_lengths(one, before, ds, dv, 1.0)
+    total, count = 0.0, 0
+    for i in range(rows):
+        if one.kind[i] == INEQUALITY:
+            total += (before.s[i] + alpha_s * ds[i]) * (before.v[i] + alpha_z * dv[i])
+            count += 1
+    ratio = total / max(count, 1) / (mu + settings.tiny)
+    sigma = (0.0 if ratio < 0.0 else (1.0 if ratio > 1.0 else ratio)) ** 3
+    complementarity = work.complementarity
+    for i in range(rows):
+        shifted[i] = before.r_v[i]
+        if one.kind[i] == INEQUALITY:
+            complementarity[i] = before.s[i] * before.v[i] + ds[i] * dv[i] - sigma * mu
+            shifted[i] += complementarity[i] / before.v[i]
+    if refine:
+        solve_refined(form, one, reduced, before.r_x, shifted, dx, dv, work)
+    else:
+        solve(form, one, reduced, before.r_x, shifted, dx, dv, work)
+    for i in range(rows):
+        if one.kind[i] == INEQUALITY:
+            ds[i] = -(complementarity[i] + before.s[i] * dv[i]) / before.v[i]
+    alpha_s, alpha_z = step_lengths(one, before, ds, dv, STEP_FRACTION)
+
+    for i in range(n):
+        now.x[i] = before.x[i] + alpha_s * dx[i]
+    for i in range(rows):
+        kind = one.kind[i]
+        if kind == INEQUALITY:
+            now.s[i] = larger(before.s[i] + alpha_s * ds[i], settings.tiny)
+            now.v[i] = larger(before.v[i] + alpha_z * dv[i], settings.tiny)
+        else:
+            now.s[i] = 0.0
+            now.v[i] = before.v[i] + alpha_z * dv[i] if kind == EQUALITY else 0.0
+    if not (all_finite(now.x) and all_finite(now.v) and all_finite(now.s)):
+        return False, True, alpha_s, alpha_z, mu
+    return True, True, alpha_s, alpha_z, mean(one, now.s, now.v)
+
+
+@jit
+def needs_refinement(one, settings, rho, delta, alpha_s, alpha_z, before, now, past, work):
+    """Whether the linear solve has left too much of its system; it shows in the products before and after the step."""
+    left = allowed = 0.0
+    for i in range(now.x.shape[0]):
+        Q_dx = now.Qx[i] - before.Qx[i]
+        Kt_dv = before.r_x[i] - now.r_x[i] - Q_dx
+        value = before.r_x[i] - Q_dx / alpha_s - Kt_dv / alpha_z - rho / one.D[i] ** 2 * work.dx[i]
+        left = larger(abs(value), left)
+    if not left <= max(1e-6 * past.dual, 0.01 * settings.tol):
+        return True
+    left = 0.0
+    for i in range(now.v.shape[0]):
+        r_v = before.r_v[i]
+        allowed = larger(abs(r_v), allowed)
+        value = now.r_v[i] - (1.0 - alpha_s) * r_v + alpha_s * delta / one.E[i] ** 2 * work.dv[i]
+        left = larger(abs(value), left)
+    return not left <= max(1e-6 * allowed, 0.01 * settings.tol)
+
+
+@jit
+def begin(form, one, reduced, settings, now, before, work):
+    """The ordinary start in `now`: its μ, how it stands, and whether the matrix could be factored."""
+    mu, sound = initialize(form, one, reduced, settings, now, work)
+    before.x[:] = 0.0
+    before.v[:] = 0.0
+    before.Qx[:] = 0.0
+    before.Kx[:] = 0.0
+    nothing = Verdict(RUNNING, np.inf, np.inf, np.inf, np.inf, False, np.inf, np.inf, 0.0, 0)
+    return mu, assess(one, settings, now, before, nothing, np.int64(0), settings.max_iterations, work), sound
+
+
+@jit
+def with_status(verdict, status):
+    return Verdict(
+        status, verdict.objective, verdict.primal, verdict.dual, verdict.gap, verdict.near, verdict.worst,
+        verdict.best, verdict.proof, verdict.waiting,
+    )  # fmt: skip
+
+
+@jit
+def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, before, work):
+    """Carry one problem to its end: the iterate there, how it stands, its iterations, whether its factor is of use."""
+    iterations, limit = np.int64(0), settings.max_iterations
+    inequalities = False
+    for i in range(one.kind.shape[0]):
+        inequalities |= one.kind[i] == INEQUALITY
+    mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
+    if warm and usable:
+        copy(near_x, before.x)
+        copy(near_v, before.v)
+        near_mu = start_near(one, settings, mu, before, work)
+        near_verdict = assess(one, settings, before, before, verdict, iterations, limit, work)
+        if near_verdict.status in (RUNNING, SOLVED):
+            # Also from a solution one step is taken: the derivative needs its factor.
+            now, before, mu, verdict = before, now, near_mu, with_status(near_verdict, RUNNING)
+    while True:
+        rho, delta, refine = settings.rho, settings.delta, np.bool_(False)
+        while verdict.status == RUNNING:
+            now, before, past = before, now, verdict
+            sound, factored, alpha_s, alpha_z, new_mu = step(
+                form, one, reduced, settings, mu, rho, delta, refine, before, now, work
+            )
+            if not sound:
+                # A step that cannot be computed is not taken; stronger proximal terms come instead.
+                copy(before.x, now.x)
+                copy(before.v, now.v)
+                copy(before.s, now.s)
+            iterations += 1
+            verdict = assess(one, settings, now, before, past, iterations, limit, work)
+            if past.near and not verdict.worst <= 0.5 * past.worst:
+                # From a point within the tolerance one more step is worth it only if it halves the residuals.
+                now, before, verdict = before, now, with_status(past, SOLVED)
+                iterations -= 1
+                break
+            if verdict.status != RUNNING:
+                break
+            if sound:
+                refine = needs_refinement(one, settings, rho, delta, alpha_s, alpha_z, before, now, past, work)
+                rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else 0.9
+                rho = max((1.0 - rate) * rho, settings.smallest)
+                delta = max((1.0 - rate) * delta, settings.smallest)
+                mu = new_mu
+            else:
+                refine = True
+                rho, delta = 100.0 * rho, 100.0 * delta
+        if not warm or verdict.status == SOLVED or iterations == 0:
+            return now, verdict, iterations, factored
+        # Begin again from the ordinary start, once, where a start near another solution has led nowhere.
+        warm, limit = False, iterations + settings.max_iterations
+        mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
+
+
+# ---- a batch
+
+
+def make_work(n, linear, rows, dtype) -> Work:
+    """Room for problems of this size."""
+    return Work(
+        x=np.empty(n), v=np.empty(rows), ray=np.empty(n), farkas=np.empty(rows), Kv=np.empty(n),
+        k=np.empty(rows, dtype), k64=np.empty(rows), kind=np.empty(rows, np.int8),
+        stacked=np.empty((linear, n), dtype), stacked64=np.empty((linear, n)),
+        right_x=np.empty(n, dtype), right_v=np.empty(rows, dtype), theta_exact=np.empty(rows, dtype),
+        heavy=np.empty(rows, np.bool_),
+        theta=np.empty(rows, dtype), rho=np.empty(n, dtype), delta=np.empty(rows, dtype), b_x=np.empty(n, dtype),
+        shifted=np.empty(rows, dtype), complementarity=np.empty(rows, dtype), weights=np.empty(rows, dtype),
+        t=np.empty(n, dtype), Vt=np.empty(linear, dtype),
+        dx=np.empty(n, dtype), dv=np.empty(rows, dtype), ds=np.empty(rows, dtype),
+        cx=np.empty(n, dtype), cv=np.empty(rows, dtype), e_x=np.empty(n, dtype), e_v=np.empty(rows, dtype),
+        columns=np.empty(n, dtype), scaled=np.empty((linear, n), dtype),
+        square=np.empty((n, n), dtype), inverse=np.empty((n, n), dtype),
+    )  # fmt: skip
+
+
+def make_iterate(n, rows, dtype) -> Iterate:
+    return Iterate(
+        np.empty(n, dtype), np.empty(rows, dtype), np.empty(rows, dtype), np.empty(n, dtype), np.empty(rows, dtype),
+        np.zeros(n), np.zeros(rows),
+    )  # fmt: skip
+
+
+@inline
+def at(operand, i):
+    """The entry of problem i, or the one that is shared."""
+    return operand[i if operand.shape[0] > 1 else 0]
+
+
+@jit
+def fill_rows(b, h, lb, ub, k, kind):
+    """The right-hand side of every row, and what it is."""
+    row = 0
+    for i in range(b.shape[0]):
+        k[row], kind[row] = b[i], EQUALITY
+        row += 1
+    for i in range(h.shape[0]):
+        k[row], kind[row] = limit(h[i])
+        row += 1
+    both = lb.shape[0] > 0 and ub.shape[0] > 0
+    for i in range(lb.shape[0]):
+        k[row], kind[row] = limit(-lb[i])
+        if both and lb[i] == ub[i] and np.isfinite(lb[i]):
+            kind[row] = EQUALITY
+        row += 1
+    for i in range(ub.shape[0]):
+        k[row], kind[row] = limit(ub[i])
+        if both and lb[i] == ub[i] and np.isfinite(lb[i]):
+            kind[row] = ABSENT
+        row += 1
+
+
+@jit
+def limit(value):
+    """An upper limit as a row; one that no number satisfies, if it came unchecked, must not pass for none."""
+    if value >= INFINITE:
+        return 0.0, ABSENT
+    return value if np.isfinite(value) else np.nan, INEQUALITY
+
+
+@inline
+def stack(A, G, room):
+    """The rows of A and G as one matrix, in `room` where there are both."""
+    p, m = A.shape[0], G.shape[0]
+    if p == 0:
+        return G
+    if m == 0:
+        return A
+    copy_matrix(A, room[:p])
+    copy_matrix(G, room[p:])
+    return room
+
+
+@njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
+def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, metric, outcome, forms, factored, first, second, work):
+    """Solve problems one after the other.
+
+    Parameters
+    ----------
+    batch, exact : Batch
+        The operands, and the same in float64.
+    settings : Settings
+    preferred : int
+        The reduced form to take where it is safe.
+    prepared : bool
+        Whether `store` and `metric` have what does not change, for matrices that are shared.
+    warm : bool
+    near : tuple of x, v, usable
+        Where to start if `warm`.
+    store : Reduced
+        What each problem keeps of its reduced form, or room for one of them where the first axis is 1.
+    metric : tuple of D, E
+    outcome : Outcome
+    forms : int array
+        The form that each problem has been solved with.
+    factored : boolean array
+        Whether its factor in `store` is of use.
+    """
+    count = outcome.x.shape[0]
+    k, k64, kind = work.k, work.k64, work.kind
+    single = batch.q.itemsize == 4
+    for i in range(count):
+        lb, ub = at(batch.lb, i), at(batch.ub, i)
+        fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
+        copy(k, k64)
+        one = One(
+            at(batch.Q, i), at(batch.q, i), stack(at(batch.A, i), at(batch.G, i), work.stacked), k, kind,
+            batch.b.shape[1], lb.shape[0], ub.shape[0], at(metric[0], i), at(metric[1], i),
+            at(exact.Q, i), at(exact.q, i), stack(at(exact.A, i), at(exact.G, i), work.stacked64), k64,
+        )  # fmt: skip
+        L = at(store.L, i)
+        reduced = Reduced(
+            at(store.hessian, i), at(store.rows, i), at(store.S, i), at(store.diagonal, i), L, at(store.weights, i)
+        )
+        form = preferred
+        if prepared:
+            form = forms[i]
+        else:
+            equilibrate(one, lb, ub, work)
+            if form == DENSE_DUAL and not prepare_dense(one, reduced, work, single):
+                form = PRIMAL
+            if form == DIAGONAL_DUAL and not prepare_diagonal(one, reduced, single):
+                form = PRIMAL
+        if form != preferred:
+            reduced = Reduced(reduced.hessian, reduced.rows, reduced.S, reduced.diagonal, work.square, work.weights)
+        now, verdict, iterations, useful = iterate(
+            form, one, reduced, settings, warm, at(near[0], i), at(near[1], i), at(near[2], i), first, second, work
+        )
+        copy(now.x, outcome.x[i])
+        copy(now.v, outcome.v[i])
+        copy(now.s, outcome.s[i])
+        outcome.status[i, 0] = verdict.status
+        outcome.iterations[i, 0] = iterations
+        outcome.objective[i, 0] = verdict.objective
+        outcome.primal[i, 0], outcome.dual[i, 0], outcome.gap[i, 0] = verdict.primal, verdict.dual, verdict.gap
+        forms[i] = form
+        factored[i] = useful and form == preferred
+
+
+# ---- the derivative
+
+
+@jit
+def size(heavy, x_scale, v_scale, a_x, a_v):
+    """The largest entry of a scaled vector, rows that are not heavy left out."""
+    top = 0.0
+    for i in range(a_x.shape[0]):
+        top = larger(abs(a_x[i] * x_scale[i]), top)
+    for i in range(a_v.shape[0]):
+        if heavy[i]:
+            top = larger(abs(a_v[i] * v_scale[i]), top)
+    return top
+
+
+@jit
+def ratio(a, b):
+    return a / (b if b > 0.0 else 1.0)
+
+
+@jit
+def correction(form, one, reduced, heavy, weights, e_x, e_v, c_x, c_v, work):
+    """Solve with the light rows eliminated by their own weights; the size of what was asked."""
+    rows = e_v.shape[0]
+    b_x, b_v = work.b_x, work.shifted
+    for i in range(rows):
+        b_v[i] = 0.0 if heavy[i] else weights[i] * e_v[i]
+    adjoint(one.K, one.lower, one.upper, b_v, b_x)
+    for i in range(e_x.shape[0]):
+        b_x[i] += e_x[i]
+    for i in range(rows):
+        b_v[i] = e_v[i] if heavy[i] else 0.0
+    asked = size(heavy, one.D, one.E, b_x, b_v)
+    eliminate(form, one, reduced, b_x, work)
+    solve(form, one, reduced, b_x, b_v, c_x, c_v, work)
+    light = work.complementarity
+    constraints(one.K, one.lower, one.upper, c_x, light)
+    for i in range(rows):
+        if not heavy[i]:
+            c_v[i] = weights[i] * (light[i] - e_v[i])
+    return asked
+
+
+@jit
+def solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, refinements, work):
+    """Solve a KKT system with the factor of another one, `kkt.solve_nearby`; the residual and the last correction."""
+    n, rows = u_x.shape[0], u_v.shape[0]
+    weights, zero_x, zero_v = work.ds, work.rho, work.delta
+    D_inverse, E_inverse = work.x, work.v
+    zero_x[:] = 0.0
+    zero_v[:] = 0.0
+    for i in range(n):
+        D_inverse[i] = 1.0 / one.D[i]
+    for i in range(rows):
+        weights[i] = 1.0 / theta[i]
+        E_inverse[i] = 1.0 / one.E[i]
+    accuracy = np.finfo(u_x.dtype).eps ** 0.75
+    asked = correction(form, one, reduced, heavy, weights, r_x, r_v, u_x, u_v, work)
+    residual(one, theta, zero_x, zero_v, r_x, r_v, u_x, u_v, work.e_x, work.e_v, work)
+    left, moved = ratio(size(heavy, one.D, one.E, work.e_x, work.e_v), asked), 1.0
+    c_x, c_v, d_x, d_v = work.cx, work.cv, work.dx, work.dv
+    for _ in range(refinements):
+        if left <= accuracy and moved <= 1e3 * accuracy:
+            break
+        correction(form, one, reduced, heavy, weights, work.e_x, work.e_v, c_x, c_v, work)
+        moved = ratio(size(heavy, D_inverse, E_inverse, c_x, c_v), size(heavy, D_inverse, E_inverse, u_x, u_v))
+        for i in range(n):
+            c_x[i] += u_x[i]
+        for i in range(rows):
+            c_v[i] += u_v[i]
+        residual(one, theta, zero_x, zero_v, r_x, r_v, c_x, c_v, d_x, d_v, work)
+        after = ratio(size(heavy, one.D, one.E, d_x, d_v), asked)
+        if after < left:
+            # A factor too far off makes it worse from round to round; the best is kept.
+            copy(c_x, u_x)
+            copy(c_v, u_v)
+            copy(d_x, work.e_x)
+            copy(d_v, work.e_v)
+            left = after
+    return left, moved
+
+
+@jit
+def solve_afresh(one, reduced, theta, heavy, r_x, r_v, u_x, u_v, work):
+    """`differentiation._solve_afresh`: with a factor made for the purpose, where the last one does not do."""
+    n, rows = u_x.shape[0], u_v.shape[0]
+    single = u_x.itemsize == 4
+    smallest, largest = (1e-4, 1e-2) if single else (1e-6, 1e-3)
+    equal, start = (1e-5, 1e-5) if single else (1e-10, 1e-9)
+    top = 0.0
+    for i in range(rows):
+        scaled = theta[i] * one.E[i] ** 2
+        if one.kind[i] == INEQUALITY and scaled < largest:
+            top = larger(scaled, top)
+    lift = largest / (top if top > 0.0 else 1.0)
+    form, diagonal, rho = np.int64(PRIMAL), work.theta, start
+    for i in range(rows):
+        scaled = theta[i] * one.E[i] ** 2
+        if one.kind[i] == EQUALITY:
+            scaled = equal
+        elif one.kind[i] == INEQUALITY and scaled < largest:
+            scaled = min(max(scaled * lift, smallest), largest)
+        diagonal[i] = scaled / one.E[i] ** 2
+        work.delta[i] = 0.0
+    for _ in range(4):
+        for i in range(n):
+            work.rho[i] = rho / one.D[i] ** 2
+        if factor(form, one, reduced, diagonal, work.rho, work.delta, work):
+            break
+        rho *= 100.0
+    solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, np.int64(12), work)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
+def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_v, u_x, u_v, work):
+    """Solve the KKT system at the solutions of a batch, one problem after the other.
+
+    `batch`, `store`, `metric`, `forms` and `factored` are those of `solve_batch`; problems that are not solved are left out.
+    """
+    n, rows = u_x.shape[1], u_v.shape[1]
+    k, kind = work.k, work.kind
+    b_x, b_v, theta, heavy, rounds = work.right_x, work.right_v, work.theta_exact, work.heavy, np.int64(3)
+    accuracy = np.sqrt(np.finfo(u_x.dtype).eps)
+    for i in range(u_x.shape[0]):
+        if not solved[i]:
+            continue
+        lb, ub = at(batch.lb, i), at(batch.ub, i)
+        fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
+        copy(r_x[i], b_x)
+        copy(r_v[i], b_v)
+        Q, q, K = at(batch.Q, i), at(batch.q, i), stack(at(batch.A, i), at(batch.G, i), work.stacked)
+        D, E = at(metric[0], i), at(metric[1], i)
+        one = One(Q, q, K, k, kind, batch.b.shape[1], lb.shape[0], ub.shape[0], D, E, Q, q, K, k)
+        for j in range(rows):
+            theta[j] = s[i, j] / v[i, j] if kind[j] == INEQUALITY else (0.0 if kind[j] == EQUALITY else np.inf)
+            heavy[j] = kind[j] == EQUALITY or (kind[j] == INEQUALITY and theta[j] * E[j] ** 2 < 1.0)
+        good = False
+        reduced = Reduced(
+            at(store.hessian, i), at(store.rows, i), at(store.S, i), at(store.diagonal, i), at(store.L, i),
+            at(store.weights, i),
+        )  # fmt: skip
+        if factored[i]:
+            if forms[i] == DIAGONAL_DUAL:
+                whiten_diagonal(one, reduced)
+            left, moved = solve_nearby(forms[i], one, reduced, theta, heavy, b_x, b_v, u_x[i], u_v[i], rounds, work)
+            good = left <= 0.1 * accuracy and moved <= 100.0 * accuracy
+        if not good:
+            fresh = Reduced(reduced.hessian, reduced.rows, reduced.S, reduced.diagonal, work.square, work.weights)
+            solve_afresh(one, fresh, theta, heavy, b_x, b_v, u_x[i], u_v[i], work)
