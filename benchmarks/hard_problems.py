@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from peers import one_by_one
+from peers.one_by_one import Answer
 from report import machine, table
 
 import qpdiff
@@ -39,15 +41,6 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from problems import complete, kkt_residuals
 
 OPERANDS = ("Q", "q", "G", "h", "A", "b", "lb", "ub")
-
-
-class Answer(NamedTuple):
-    """What a solver says of a problem."""
-
-    claimed: bool
-    """Whether it says that it solved the problem."""
-    point: tuple
-    """x, y, z, z_lb, z_ub."""
 
 
 class Trial(NamedTuple):
@@ -70,9 +63,6 @@ class Trial(NamedTuple):
         return self.claimed and max(self.residuals) > 1000 * self.tol
 
 
-# ---- the solvers: each gives a function that sets up and solves, which is timed, and one that reads what it returns
-
-
 def with_qpdiff(d, tol):
     def run():
         return qpdiff.solve_qp(**d, tol=tol, rtol=0.0)
@@ -83,106 +73,7 @@ def with_qpdiff(d, tol):
     return run, read
 
 
-def with_piqp(d, tol):
-    import piqp
-
-    Q, A, G = (np.asfortranarray(d[name]) for name in "QAG")
-    solver = piqp.DenseSolver()
-    settings = solver.settings
-    settings.eps_abs, settings.eps_rel = tol, 0.0
-    settings.check_duality_gap, settings.eps_duality_gap_abs, settings.eps_duality_gap_rel = True, tol, 0.0
-
-    def run():
-        solver.setup(Q, d["q"], A, d["b"], G, np.full(len(d["h"]), -np.inf), d["h"], d["lb"], d["ub"])
-        return solver.solve()
-
-    def read(status):
-        r = solver.result
-        return Answer(status == piqp.PIQP_SOLVED, (r.x, r.y, r.z_u, r.z_bl, r.z_bu))
-
-    return run, read
-
-
-def with_clarabel(d, tol):
-    import clarabel
-    from scipy.sparse import csc_matrix
-
-    K, k, finite = rows(d)
-    p = len(d["b"])
-    Q, K = csc_matrix(np.triu(d["Q"])), csc_matrix(K)
-    cones = [clarabel.ZeroConeT(p), clarabel.NonnegativeConeT(len(k) - p)]
-    settings = clarabel.DefaultSettings()
-    settings.verbose = False
-    settings.tol_feas, settings.tol_gap_abs, settings.tol_gap_rel = tol, tol, 0.0
-
-    def run():
-        return clarabel.DefaultSolver(Q, d["q"], K, k, cones, settings).solve()
-
-    def read(sol):
-        return Answer(sol.status == clarabel.SolverStatus.Solved, (np.array(sol.x), *split(d, finite, sol.z)))
-
-    return run, read
-
-
-def with_daqp(d, tol):
-    import daqp
-
-    n, m = len(d["q"]), len(d["h"])
-    rows = np.concatenate([d["G"], d["A"]])
-    upper = np.concatenate([d["ub"], d["h"], d["b"]])  # the bounds on x come first
-    lower = np.concatenate([d["lb"], np.full(m, -np.inf), d["b"]])
-    sense = np.where(lower == upper, 5, 0).astype(np.intc)
-
-    def run():
-        return daqp.solve(d["Q"], d["q"], rows, upper, lower, sense, primal_tol=tol, dual_tol=tol)
-
-    def read(result):
-        x, _, flag, info = result
-        v_x, z, y = np.split(info["lam"], [n, n + m])
-        return Answer(flag == 1, (x, y, z, np.maximum(-v_x, 0.0), np.maximum(v_x, 0.0)))
-
-    return run, read
-
-
-def with_quadprog(d, tol):
-    import quadprog
-
-    K, k, finite = rows(d)
-    p = len(d["b"])
-    columns = np.ascontiguousarray(-K.T)
-
-    def run():
-        return quadprog.solve_qp(d["Q"], -d["q"], columns, -k, p)
-
-    def read(result):
-        x, *_, multipliers, _ = result
-        return Answer(True, (x, *split(d, finite, multipliers)))
-
-    return run, read
-
-
-SOLVERS: dict[str, Callable] = {
-    "qpdiff": with_qpdiff,
-    "piqp": with_piqp,
-    "clarabel": with_clarabel,
-    "daqp": with_daqp,
-    "quadprog": with_quadprog,
-}
-
-
-def rows(d):
-    """All finite constraints as K x ≤ k, of which the first p are equalities, and where they stand among all."""
-    eye = np.eye(len(d["q"]))
-    K, k = np.concatenate([d["A"], d["G"], -eye, eye]), np.concatenate([d["b"], d["h"], -d["lb"], d["ub"]])
-    finite = np.isfinite(k)
-    return K[finite], k[finite], finite
-
-
-def split(d, finite, multipliers):
-    """y, z, z_lb and z_ub from the multipliers of `rows`."""
-    v = np.zeros(len(finite))
-    v[finite] = multipliers
-    return np.split(v, np.cumsum([len(d["b"]), len(d["h"]), len(d["q"])]))
+SOLVERS: dict[str, Callable] = {"qpdiff": with_qpdiff} | one_by_one.SOLVERS
 
 
 # ---- running them

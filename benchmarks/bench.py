@@ -1,0 +1,137 @@
+"""qpdiff side by side with other solvers: times, accuracy, targets, growth.
+
+Each solver runs in a process and an environment of its own, which is made once. The report goes to the terminal and,
+with pictures beside it, to the file that --output names. With --backend cupy or torch-cuda qpdiff runs on a GPU, next
+to qpth; without a GPU the exit code is 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from environments import ROOT, interpreter
+from gpu import Gpu, find_gpu
+from measure import Limits, Result, measure
+from page import Run, write
+from plots import plot
+from remote import Failed, Remote
+from report import machine
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rows import QUICK_ROWS, ROWS, Growth, Row, growths, parse
+from solvers import ON_CPU, on_gpu
+from verdicts import Table
+
+GROWTH_REPEATS = 3
+BUSY = 0.5
+"""A load from which on a thread may wait for another that does not run."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(row.name for row in ROWS)
+    parser.add_argument("--backend", choices=["cpu", "cupy", "torch-cuda"], default="cpu", help="where qpdiff runs")
+    parser.add_argument("--rows", type=parse, nargs="+", help=f"B,N,M,P or a name; by default {names}")
+    parser.add_argument("--peers", nargs="+", choices=[s.name for s in ON_CPU], help="solvers beside qpdiff, else all")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds of the rows (default: 7)")
+    parser.add_argument("--growth", action=argparse.BooleanOptionalAction, default=True, help="the curves")
+    parser.add_argument("--quick", action="store_true", help="small rows and two rounds, to see that it runs")
+    parser.add_argument("--time-limit", type=float, default=20, help="seconds for a pass, and for all passes in a row")
+    parser.add_argument("--first-limit", type=float, default=120, help="seconds for a first pass, which may compile")
+    parser.add_argument("--environments", type=Path, default=ROOT / ".tox" / "bench-environments")
+    parser.add_argument("--output", type=Path, help="default: docs/benchmarks[-BACKEND].md, build/... with --quick")
+    options = parser.parse_args()
+    if options.quick:
+        options.repeats = min(options.repeats, 2)
+    options.rows = options.rows or (QUICK_ROWS if options.quick else ROWS)
+    suffix = "" if options.backend == "cpu" else f"-{options.backend}"
+    folder = ROOT / ("build" if options.quick else "docs")
+    options.output = options.output or folder / f"benchmarks{suffix}.md"
+    return options
+
+
+def main() -> int:
+    options = parse_arguments()
+    gpu = None if options.backend == "cpu" else find_gpu()
+    if options.backend != "cpu" and gpu is None:
+        print(f"--backend {options.backend}: this machine has no GPU that CUDA can use", file=sys.stderr)
+        return 2
+    solvers = on_gpu(options.backend, gpu.cuda) if gpu else ON_CPU
+    if os.getloadavg()[0] > BUSY:
+        print("Something else is running here: the times of solvers with threads will be wrong.", file=sys.stderr)
+    if options.peers:
+        solvers = [solver for solver in solvers if solver.name in {"qpdiff", *options.peers}]
+
+    options.environments.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            team = []
+            for solver in progress.track(solvers, description="environments"):
+                python = interpreter(solver.environment, options.environments)
+                team.append(Remote(solver, python, options.environments / f"{solver.name}.log".replace(" ", "-")))
+            try:
+                run = run_all(options, team, folder, progress, gpu)
+            except Failed as failure:
+                print(f"qpdiff: {failure}", file=sys.stderr)
+                return 2 if gpu else 1
+            finally:
+                for remote in team:
+                    remote.stop()
+    report = write(run)
+    print(report, end="")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(report)
+    return 0
+
+
+def run_all(options, team: list[Remote], folder: Path, progress: Progress, gpu: Gpu | None) -> Run:
+    """Everything that is asked for."""
+    where = f"{machine()}; {gpu.name}" if gpu else machine()
+    limits = Limits(options.first_limit, options.time_limit)
+    curves = growths(options.quick) if options.growth else []
+    points = sum(len(growth.rows) for growth in curves)
+    turns = len(team) * (len(options.rows) * (1 + options.repeats) + points * (1 + GROWTH_REPEATS))
+    task = progress.add_task("", total=turns)
+
+    def step(what: str) -> None:
+        progress.update(task, advance=1, description=what)
+
+    solvers = [remote.solver for remote in team]
+    versions = {}
+    for remote in team:
+        with contextlib.suppress(Failed):  # why is told where it is measured
+            versions |= remote.ask("about", *remote.solver.packages, limit=limits.first)
+    where += "\n\n" + ", ".join(f"{package} {version}" for package, version in sorted(versions.items()))
+    peak = team[0].ask("peak", limit=limits.first)
+    rows = {row: measure(row, team, folder, options.repeats, limits, {}, step) for row in options.rows}
+    grown = []
+    for growth in curves:
+        table = grow(growth, team, folder, limits, step)
+        picture = options.output.with_name(f"{options.output.stem}-{growth.axis}.png")
+        plot(growth, table, solvers, picture)
+        grown.append((growth, table, picture))
+    peak = max(peak, team[0].ask("peak", limit=limits.first))
+    return Run(solvers, where, rows, grown, peak, options.repeats, gpu is None)
+
+
+def grow(growth: Growth, team: list[Remote], folder: Path, limits: Limits, step: Callable[[str], None]) -> Table:
+    """The rows of a curve; who fails at one is not tried at the larger ones."""
+    table: dict[Row, dict[str, Result]] = {}
+    reasons: dict[str, dict[str, str]] = {}
+    for row in growth.rows:
+        table[row] = measure(row, team, folder, GROWTH_REPEATS, limits, reasons, step)
+        for name, result in table[row].items():
+            reasons[name] = result.reasons
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""docs/benchmarks.md: all that was measured, in tables."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+from accuracy import ASKED
+from measure import BOTH, FORWARD
+from operations import operations
+from report import table
+from rows import Growth
+from solvers import Solver
+from verdicts import Table, judge
+
+
+@dataclass
+class Run:
+    """A whole run of the benchmark."""
+
+    solvers: list[Solver]
+    machine: str
+    """With the releases of all solvers."""
+    rows: Table
+    growths: list[tuple[Growth, Table, Path]]
+    """With the picture of each."""
+    peak: float
+    """Floating point operations a second of a large matrix product."""
+    repeats: int
+    targets: bool
+    """Whether the targets, which are those of the CPU, are judged."""
+
+
+INTRODUCTION = f"""\
+qpdiff next to other solvers, in float64. All run side by side in one run, each in a process and an environment of its
+own: one turn each, round after round, so that what disturbs the machine disturbs all. A row is a batch: B problems of n
+variables, m inequalities and p equalities; every problem has its own operands, but in the row *shared* (Q, G and A are
+the same for all) and in *sudoku* (an OptNet layer on mini-Sudoku: all but q is the same for all, x ≥ 0). Solvers
+without bounds get them as rows of G.
+
+* **f** is the solution of the batch, **f+b** also the gradients of sum(x) with respect to all operands. The conversion
+  of the operands to a solver's own arrays is not timed. PIQP, DAQP, quadprog and Clarabel solve a batch in a Python
+  loop, ProxSuite in parallel; their set-up is timed, since each pass has new operands. The fastest pass counts.
+* **Accuracy**: primal residual, dual residual and duality gap of every answer are computed again from their
+  definitions, with the solver's own multipliers. Each solver is run at the loosest of the tolerances 1e-8, 3e-9, 1e-9,
+  ..., 1e-12 at which the largest of the three, over the batch, is at most {ASKED:.0e}. Where none is enough it is run
+  at the best, marked with *, and not compared.
+* A dash is a solver that did not finish; the reasons are at the end. In the curves it is not tried at larger points.
+* qpax differentiates a relaxed problem, as is its default: its gradients differ by design. qpth averages the gradient
+  of a shared operand over the batch; the sum is compared. QPLayer uses half the processors, by its own rule.
+"""
+
+
+def write(run: Run) -> str:
+    """The page as Markdown."""
+    rows = list(run.rows)
+    names = [solver.name for solver in run.solvers]
+    differentiable = [solver.name for solver in run.solvers if solver.differentiable]
+    today = datetime.datetime.now(tz=datetime.UTC).date()
+    sections = ["# Benchmarks", f"Written by `benchmarks/bench.py` on {today}; {run.repeats} rounds."]
+    sections += [run.machine, INTRODUCTION.rstrip()]
+    if rows:
+        if run.targets:
+            sections += ["## Targets", *_verdicts(run)]
+        for title, measure, listed in (("f", FORWARD, names), ("f+b", BOTH, differentiable)):
+            sections += [f"## {title} [ms]", _grid(run, listed, lambda r, m=measure: _milliseconds(r, m))]
+            relative = [name for name in listed if name != "qpdiff"]
+            sections += [f"### {title}: times qpdiff's", _ratios(run, relative, measure)]
+        sections += ["## Accuracy", "Largest residual or gap:", _grid(run, names, lambda r: _number(r.residual))]
+        sections += ["Gradients differ from qpdiff's, relative to the largest entry, by:"]
+        sections += [_grid(run, [name for name in differentiable if name != "qpdiff"], lambda r: _number(r.gradient))]
+        sections += ["## The first pass [ms]", "With what is compiled in it, f+b after f:"]
+        compiled = [name for name in names if name.startswith("qpdiff") or name == "qpax"]
+        sections += [_grid(run, compiled, _first)]
+        sections += ["## Share of the machine's peak", *_peak(run)]
+    if run.growths:
+        sections.append("## Growth")
+        sections += [f"![Time against {growth.title}]({picture.name})" for growth, _, picture in run.growths]
+    sections += _reasons(run)
+    return "\n\n".join(sections) + "\n"
+
+
+def _grid(run: Run, names: list[str], cell) -> str:
+    """A line a solver, a column a row of the benchmark."""
+    lines = [[name, *(cell(results[name]) for results in run.rows.values())] for name in names]
+    return table(["B, n, m, p", *(row.title for row in run.rows)], lines)
+
+
+def _ratios(run: Run, names: list[str], measure: str) -> str:
+    lines = []
+    for name in names:
+        cells = []
+        for results in run.rows.values():
+            own, other = results["qpdiff"].seconds(measure), results[name].seconds(measure)
+            cells.append("—" if own is None or other is None else f"{other / own:.3g}{_mark(results[name])}")
+        lines.append([name, *cells])
+    return table(["B, n, m, p", *(row.title for row in run.rows)], lines)
+
+
+def _milliseconds(result, measure) -> str:
+    seconds = result.seconds(measure)
+    return "—" if seconds is None else f"{1000 * seconds:.3g}{_mark(result)}"
+
+
+def _first(result) -> str:
+    return " + ".join(f"{1000 * seconds:.0f}" for seconds in result.first.values()) or "—"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1e}" if value < float("inf") else "—"
+
+
+def _mark(result) -> str:
+    return "" if result.accurate else "*"
+
+
+def _verdicts(run: Run) -> list[str]:
+    verdicts = judge(run.rows, run.solvers)
+    judged = [verdict for verdict in verdicts if not verdict.outcome.startswith("not judged")]
+    met = sum(verdict.outcome == "PASS" for verdict in judged)
+    lines = [[v.target, v.row.title, v.against, v.measured, v.asked, v.outcome] for v in verdicts]
+    headings = ["target", "B, n, m, p", "than", "measured", "asked", ""]
+    return [f"{met} of {len(judged)} met.", table(headings, lines)] if lines else ["None applies to these rows."]
+
+
+def _peak(run: Run) -> list[str]:
+    lines = []
+    for row, results in run.rows.items():
+        own = results["qpdiff"]
+        seconds = own.seconds(FORWARD)
+        if seconds is None:
+            continue
+        form, count = operations(row, own.iterations)
+        rate = count / seconds
+        cells = [form, f"{own.iterations / row.batch:.1f}", f"{count / 1e9:.3g}", f"{1000 * seconds:.3g}"]
+        lines.append([row.title, *cells, f"{rate / 1e9:.3g}", f"{100 * rate / run.peak:.1f} %"])
+    headings = ["B, n, m, p", "reduced to", "iterations", "GFLOP", "f [ms]", "GFLOP/s", "of the peak"]
+    text = (
+        f"The peak is that of a product of two 2000 × 2000 matrices with all threads, {run.peak / 1e9:.3g} GFLOP/s "
+        "before or after the run. What qpdiff computes is counted by the formula in `benchmarks/operations.py`."
+    )
+    return [text, table(headings, lines)]
+
+
+def _reasons(run: Run) -> list[str]:
+    """Who did not finish and why, with the rows."""
+    found: dict[str, list[str]] = {}
+    for results_of in [run.rows, *(points for _, points, _ in run.growths)]:
+        for row, results in results_of.items():
+            for name, result in results.items():
+                for measure, short in ((FORWARD, "f"), (BOTH, "f+b")):
+                    if measure in result.reasons and result.seconds(measure) is None:
+                        found.setdefault(f"{name}, {short}: {result.reasons[measure]}", []).append(row.title)
+    lines = [f"* {reason} ({'; '.join(titles)})" for reason, titles in found.items()]
+    return ["## Not measured", "\n".join(lines)] if lines else []

@@ -1,0 +1,60 @@
+"""The solvers that are measured, and where the code of each one is."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Solver(NamedTuple):
+    """One line of every table."""
+
+    name: str
+    code: str
+    """Module and class of the peer."""
+    packages: tuple[str, ...]
+    """Whose releases are reported."""
+    environment: str | None = None
+    """Of `environments.ENVIRONMENTS`; None is the one the benchmark runs in."""
+    differentiable: bool = False
+    options: dict[str, Any] = {}  # noqa: RUF012 - not changed
+
+    @property
+    def own(self) -> bool:
+        return self.name.startswith("qpdiff")
+
+
+QPDIFF = Solver("qpdiff", "peers.qpdiff:Qpdiff", ("qpdiff", "numpy", "scipy", "numba"), differentiable=True)
+QPTH = Solver("qpth", "peers.qpth:Qpth", ("qpth", "torch"), "qpth", differentiable=True)
+
+
+def one_by_one(name: str) -> Solver:
+    module = name.lower()
+    return Solver(name, "peers.one_by_one:OneByOne", (module,), module, options={"solver": module})
+
+
+ON_CPU = [
+    QPDIFF,
+    QPDIFF._replace(name="qpdiff array", options={"engine": "array"}),
+    QPTH,
+    Solver("QPLayer", "peers.proxsuite:QPLayer", ("proxsuite", "torch"), "proxsuite", differentiable=True),
+    Solver("qpax", "peers.qpax:Qpax", ("qpax", "jax"), "qpax", differentiable=True),
+    Solver(
+        "cvxpylayers",
+        "peers.cvxpylayers:Cvxpylayers",
+        ("cvxpylayers", "diffcp", "scs", "torch"),
+        "cvxpylayers",
+        differentiable=True,
+    ),
+    Solver("ProxSuite", "peers.proxsuite:Dense", ("proxsuite",), "proxsuite"),
+    *map(one_by_one, ("PIQP", "DAQP", "quadprog", "Clarabel")),
+]
+
+
+def on_gpu(library: str, cuda: int) -> list[Solver]:
+    """Qpdiff on arrays of CuPy or torch, and qpth on the same GPU, for a version of CUDA."""
+    environment = f"cupy-{cuda}" if library == "cupy" else library
+    packages = ("qpdiff", f"cupy-cuda{cuda}x") if library == "cupy" else ("qpdiff", "torch")
+    return [
+        QPDIFF._replace(packages=packages, environment=environment, options={"library": library}),
+        QPTH._replace(environment="torch-cuda", options={"library": "torch-cuda"}),
+    ]
