@@ -358,13 +358,20 @@ def assemble_gradients(sol: Solution, u_x, u_v) -> Gradients:
     problem, xp = lin.problem, lin.problem.backend.xp
     x, v, blocks = lin.x, lin.v, problem.blocks
     out = {"q": _reduce(problem, "q", -u_x)}
-    cross = _outer(problem, "Q", u_x[:, :, None], x[:, :, None], -0.5)
-    out["Q"] = cross + cross.mT  # symmetric to the last bit
+    own = {} if isinstance(lin.factors, list) else compiled_engine()[0].outer_products(problem, x, v, u_x, u_v)
+    own = {name: _reduce(problem, name, value) for name, value in own.items()}
+    if "Q" not in own:
+        cross = _outer(problem, "Q", u_x[:, :, None], x[:, :, None], -0.5)
+        own["Q"] = cross + cross.mT  # symmetric to the last bit
+    out["Q"] = own["Q"]
     for matrix, vector in (("A", "b"), ("G", "h")):
         if matrix in problem.operands:
             block = blocks[matrix]
-            left = xp.stack([v[:, block], u_v[:, block]], axis=-1)
-            out[matrix] = _outer(problem, matrix, left, xp.stack([u_x, x], axis=-1), -1.0)
+            if matrix in own:
+                out[matrix] = own[matrix]
+            else:
+                left = xp.stack([v[:, block], u_v[:, block]], axis=-1)
+                out[matrix] = _outer(problem, matrix, left, xp.stack([u_x, x], axis=-1), -1.0)
             out[vector] = _reduce(problem, vector, u_v[:, block])
     lower = -u_v[:, blocks["lb"]] if problem.lb is not None else None
     upper = u_v[:, blocks["ub"]] if problem.ub is not None else None

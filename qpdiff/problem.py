@@ -55,23 +55,23 @@ class Problem:
     lb: Any = None
     ub: Any = None
 
-    @property
+    @cached_property
     def batch(self) -> int:
         return math.prod(self.batch_shape)
 
-    @property
+    @cached_property
     def n(self) -> int:
         return self.q.shape[-1]
 
-    @property
+    @cached_property
     def m(self) -> int:
         return 0 if self.G is None else self.G.shape[-2]
 
-    @property
+    @cached_property
     def p(self) -> int:
         return 0 if self.A is None else self.A.shape[-2]
 
-    @property
+    @cached_property
     def operands(self) -> dict[str, Any]:
         """The operands that were given, by name."""
         return {name: value for name in OPERANDS if (value := getattr(self, name)) is not None}
@@ -94,7 +94,7 @@ class Problem:
             parts = {k: self.backend.xp.take(v, index, axis=0) for k, v in self.operands.items() if v.shape[0] != 1}
         return replace(self, batch_shape=(size,), **parts)
 
-    @property
+    @cached_property
     def bytes_per_problem(self) -> int:
         """About what iterating on one problem takes: its own matrices, the reduced KKT matrix, the whitened rows."""
         n, linear = self.n, self.m + self.p
@@ -129,7 +129,7 @@ class Problem:
             start += size
         return blocks
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return self.blocks["ub"].stop
 
@@ -150,17 +150,13 @@ class Problem:
                 continue
             # Where the caller had the numbers unchecked, NaN and infinity on the wrong side are a row that no point
             # satisfies: they must not pass for a bound that is not there.
-            exists = ~(sign * bound >= INFINITE)
+            limits = ~(sign * bound >= INFINITE)
+            equal = fixed if fixed is not None and takes_fixed else xp.zeros_like(limits)
             impossible = xp.full_like(bound, xp.nan)
             k = xp.where(xp.isfinite(bound), sign * bound, impossible)
-            k = xp.where(exists, k, xp.zeros_like(bound))
-            parts.append(k)
-            if fixed is None or bound is self.h:
-                inequality.append(exists)
-                equality.append(xp.zeros_like(exists))
-            else:
-                inequality.append(exists & ~fixed)
-                equality.append(fixed if takes_fixed else xp.zeros_like(fixed))
+            parts.append(xp.where(limits | equal, k, xp.zeros_like(bound)))
+            equality.append(equal)
+            inequality.append(limits if fixed is None or bound is self.h else limits & ~fixed)
         if not parts:
             none = backend.full((1, 0), False, xp.bool)
             return backend.full((1, 0), 0.0, self.dtype), none, none
@@ -240,14 +236,14 @@ def _concat(xp, arrays):
 # ---- from the caller's operands to a Problem
 
 
-def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=None, check: bool = True) -> Problem:
+def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=None) -> Problem:
     """Validate the caller's operands and bring them into the form of a `Problem`.
 
     Parameters
     ----------
     operands : dict
         The operands by name, None where absent.
-    backend, dtype, check
+    backend, dtype
         As in `qpdiff.solve_qp`.
 
     Raises
@@ -281,17 +277,13 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
             if leading != batch_shape:
                 value = chosen.xp.broadcast_to(value, batch_shape + trailing)
             flat[name] = chosen.xp.reshape(value, (batch, *trailing))
-    problem = Problem(
+    return Problem(
         backend=chosen,
         dtype=dtype,
         batch_shape=batch_shape,
         shapes={name: tuple(value.shape) for name, value in arrays.items()},
         **flat,
     )
-    if check and batch > 0:
-        with np.errstate(all="ignore"):
-            _check_values(problem)
-    return problem
 
 
 def _check_core_shapes(arrays) -> None:
@@ -352,7 +344,7 @@ class Rule(NamedTuple):
     """What is wrong with an entry of one problem, in words."""
 
 
-def _check_values(problem: Problem) -> None:
+def check_values(problem: Problem) -> None:
     """Look at the numbers: one transfer to the host for the whole batch, more only to describe an error."""
     xp = problem.backend.xp
     rules = _rules(problem)

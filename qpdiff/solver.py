@@ -18,7 +18,7 @@ import numpy as np
 
 from . import kkt
 from .engine import choose_engine
-from .problem import Problem, make_problem
+from .problem import Problem, check_values, make_problem
 from .solution import Solution, Status
 
 MAX_ITERATIONS = 200
@@ -216,12 +216,14 @@ def solve_qp(
     [0, 0]
     """
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
-    problem = make_problem(operands, backend=backend, dtype=dtype, check=check)
+    problem = make_problem(operands, backend=backend, dtype=dtype)
     settings = _settings(problem, tol, rtol, max_iterations)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
     compiled = choose_engine(engine, problem, verbose)
     with np.errstate(all="ignore"):
+        if check and problem.batch and not (compiled and compiled.check(problem)):
+            check_values(problem)
         near = _warm_point(problem, warm_start)
         if compiled is None:
             outcome, factors = _solve(problem, settings, near, verbose, progress)

@@ -6,6 +6,7 @@ BLAS gets one thread while several are at work.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +15,11 @@ from .. import kkt
 from ..problem import OPERANDS, Problem
 from ..solver import Outcome, Point, Settings
 from . import method
-from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Work, make_iterate, make_work
+from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
 from .threads import work_on
 
+_DECIDING = {"Q", "G", "A", "lb", "ub"}
+"""Operands that the metric and the reduced form are made of."""
 KEPT_BYTES = 2**26
 """Factors are kept for the derivative where they take no more than this, or than the data."""
 
@@ -33,29 +36,40 @@ class Factors(NamedTuple):
     factored: Any
 
 
+def check(problem: Problem) -> bool:
+    """Whether the operands pass every rule of `problem.check_values`."""
+    passed = []
+
+    def check_range(where: slice) -> None:
+        batch = _operands(problem, where, np.dtype(problem.dtype))
+        passed.append(method.check_batch(batch, where.stop - where.start, _room(problem)))
+
+    work_on(problem, 0, check_range, None)
+    return all(passed)
+
+
 def solve(problem: Problem, settings: Settings, near: Point | None, progress) -> tuple[Outcome, Factors]:
     """The outcome of every problem of a batch, and what the derivative needs."""
     n, rows, count, dtype = problem.n, problem.rows, problem.batch, np.dtype(problem.dtype)
     form = _form(problem)
-    shared = all(len(distinct(problem, name)) == 1 for name in ("Q", "G", "A", "lb", "ub") if name in problem.operands)
+    shared = all(distinct(problem, name).shape[0] == 1 for name in problem.operands if name in _DECIDING)
     store = _store(problem, form, shared)
-    metric = tuple(np.empty((1 if shared else count, size), dtype) for size in (n, rows))
+    own = 1 if shared else count
+    metric = np.empty((own, n), dtype), np.empty((own, rows), dtype)
     outcome = Outcome(
-        *(np.empty((count, size), dtype) for size in (n, rows, rows)),
-        *(np.empty((count, 1), np.int32) for _ in range(2)),
-        *(np.empty((count, 1)) for _ in range(4)),
-    )
+        np.empty((count, n), dtype), np.empty((count, rows), dtype), np.empty((count, rows), dtype),
+        np.empty((count, 1), np.int32), np.empty((count, 1), np.int32), *np.empty((4, count, 1)),
+    )  # fmt: skip
     forms, factored = np.empty(count, np.int64), np.empty(count, np.bool_)
-    points = (np.empty((1, n), dtype), np.empty((1, rows), dtype), np.zeros(1, np.bool_))
-    if near is not None:
-        points = near.x, near.v, near.usable[:, 0]
+    points = (metric[0][:1], metric[1][:1], factored[:1]) if near is None else (near.x, near.v, near.usable[:, 0])
 
     def solve_range(where: slice, prepared: bool) -> None:
+        batch = _operands(problem, where, dtype)
         method.solve_batch(
-            _operands(problem, where, dtype), _operands(problem, where, np.dtype(np.float64)), settings, form, prepared,
-            near is not None, tuple(_frozen(_part(a, where)) for a in points), _room(problem, store, form, where),
-            tuple(_part(a, where) for a in metric), Outcome(*(a[where] for a in outcome)), forms[where],
-            factored[where], *(make_iterate(n, rows, dtype) for _ in range(2)), _work(problem),
+            batch, _operands(problem, where, np.dtype(np.float64)) if dtype == np.float32 else None, settings, form,
+            prepared, near is not None, tuple(_frozen(_part(a, where)) for a in points),
+            _stored(problem, store, form, where), tuple(_part(a, where) for a in metric),
+            Outcome(*(a[where] for a in outcome)), forms[where], factored[where], _room(problem),
         )  # fmt: skip
 
     prepared = shared and count > 1
@@ -72,13 +86,28 @@ def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v):
 
     def solve_range(where: slice) -> None:
         method.solve_kkt_batch(
-            _operands(problem, where, np.dtype(problem.dtype)), _room(problem, factors.store, factors.form, where),
+            _operands(problem, where, np.dtype(problem.dtype)), _stored(problem, factors.store, factors.form, where),
             tuple(_part(a, where) for a in factors.metric), factors.forms[where], factors.factored[where],
-            *(_frozen(a[where]) for a in (v, s, solved, r_x, r_v)), u_x[where], u_v[where], _work(problem),
+            *(_frozen(a[where]) for a in (v, s, solved, r_x, r_v)), u_x[where], u_v[where], _room(problem),
         )  # fmt: skip
 
     work_on(problem, 0, solve_range, None)
     return u_x, u_v
+
+
+def outer_products(problem: Problem, x, v, u_x, u_v) -> dict[str, Any]:
+    """The gradients of the matrices that every problem has its own of, by name."""
+    matrices = {"Q": (problem.n, problem.n), "A": (problem.p, problem.n), "G": (problem.m, problem.n)}
+    own = {name for name in matrices if name in problem.operands and getattr(problem, name).shape[0] > 1}
+    kind = np.dtype(problem.dtype)
+    gradients = {k: np.empty((problem.batch if k in own else 0, *core), kind) for k, core in matrices.items()}
+
+    def fill_range(where: slice) -> None:
+        method.outer_products(*(_frozen(a[where]) for a in (x, v, u_x, u_v)), *(a[where] for a in gradients.values()))
+
+    if own:
+        work_on(problem, 0, fill_range, None)
+    return {name: gradients[name] for name in own}
 
 
 # ---- the arrays that the compiled functions take
@@ -91,18 +120,22 @@ def distinct(problem: Problem, name: str):
 
 
 def _operands(problem: Problem, where: slice, dtype) -> Batch:
-    parts = {}
+    parts = []
     for name, core in OPERANDS.items():
-        if name in problem.operands:
-            parts[name] = _frozen(_part(distinct(problem, name), where).astype(dtype, copy=False))
+        if getattr(problem, name) is None:
+            parts.append(_absent(tuple(problem.n if i and letter == "n" else 0 for i, letter in enumerate(core)), dtype))
         else:
-            shape = tuple(problem.n if letter == "n" and len(core) == 2 else 0 for letter in core)
-            parts[name] = _frozen(np.empty((1, *shape), dtype))
-    return Batch(**parts)
+            parts.append(_frozen(_part(distinct(problem, name), where).astype(dtype, copy=False)))
+    return Batch(*parts)
 
 
-def _work(problem: Problem) -> Work:
-    return make_work(problem.n, problem.m + problem.p, problem.rows, np.dtype(problem.dtype))
+@cache
+def _absent(core: tuple[int, ...], dtype):
+    return _frozen(np.empty((1, *core), dtype))
+
+
+def _room(problem: Problem) -> Room:
+    return make_room(problem.n, problem.m + problem.p, problem.rows, np.dtype(problem.dtype))
 
 
 def _part(array, where: slice):
@@ -146,7 +179,7 @@ def _store(problem: Problem, form: int, shared: bool) -> Reduced:
     return Reduced(*(np.empty((counts[k], *shape), dtype) for k, shape in shapes._asdict().items()))
 
 
-def _room(problem: Problem, store: Reduced, form: int, where: slice) -> Reduced:
+def _stored(problem: Problem, store: Reduced, form: int, where: slice) -> Reduced:
     """The part of the store for a range of problems, and room for one problem in place of what is not kept."""
     shapes = _core_shapes(problem, form)
     return Reduced(

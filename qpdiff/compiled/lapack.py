@@ -15,7 +15,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import get_cython_function_address, intrinsic
 
-INTEGER, SCALAR, MATRIX, OUTCOME = "integer", "scalar", "matrix", "outcome"
+INTEGER, SCALAR, MATRIX, OUTCOME, VALUE = "integer", "scalar", "matrix", "outcome", "value"
 jit = njit(
     nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}, _nrt=False, no_cpython_wrapper=True,
     no_cfunc_wrapper=True,
@@ -30,7 +30,7 @@ inline = njit(_nrt=False, inline="always")
 """For functions that return an array, which without counting references must be part of their caller."""
 
 _SMALL = 24
-"""Up to this size loops are faster than LAPACK."""
+"""Up to this size loops are faster than the library."""
 _SYRK = 96
 """Up to this size a product of matrices takes less time than the half of it that a symmetric result needs."""
 _PREFIX = {types.float64: "d", types.float32: "s"}
@@ -41,6 +41,7 @@ def _fortran(library: str, name: str, *kinds: str):
 
     Each kind says what an argument of the Fortran function is: an integer or a scalar passed by value here, a matrix or
     vector whose first entry is meant, the outcome (no argument here but the value), or a letter that is always the same.
+    A function of Fortran that has a value starts with that.
     """
     for prefix in _PREFIX.values():
         address = get_cython_function_address(f"scipy.linalg.cython_{library}", prefix + name)
@@ -50,12 +51,12 @@ def _fortran(library: str, name: str, *kinds: str):
     @intrinsic
     def call(typing_context, args):
         real = next(arg.dtype for arg, kind in zip(args, taken, strict=True) if kind == MATRIX)
-        result = types.intc if OUTCOME in kinds else types.void
+        result = types.intc if OUTCOME in kinds else real if VALUE in kinds else types.void
 
         def generate(context, builder, signature, arguments):
             values = iter(zip(cgutils.unpack_tuple(builder, arguments[0]), args, strict=True))
             pointers, outcome = [], None
-            for kind in kinds:
+            for kind in kinds[VALUE in kinds :]:
                 if kind == OUTCOME:
                     outcome = cgutils.alloca_once(builder, ir.IntType(32))
                     pointers.append(outcome)
@@ -74,9 +75,12 @@ def _fortran(library: str, name: str, *kinds: str):
                         )
             byte = ir.IntType(8).as_pointer()
             pointers = [builder.bitcast(pointer, byte) for pointer in pointers]
-            function_type = ir.FunctionType(ir.VoidType(), [byte] * len(pointers))
+            returned = context.get_value_type(real) if VALUE in kinds else ir.VoidType()
+            function_type = ir.FunctionType(returned, [byte] * len(pointers))
             symbol = f"qpdiff_{_PREFIX[real]}{name}"
-            builder.call(cgutils.get_or_insert_function(builder.module, function_type, symbol), pointers)
+            value = builder.call(cgutils.get_or_insert_function(builder.module, function_type, symbol), pointers)
+            if VALUE in kinds:
+                return value
             return builder.load(outcome) if outcome is not None else context.get_dummy_value()
 
         return result(args), generate
@@ -84,6 +88,13 @@ def _fortran(library: str, name: str, *kinds: str):
     return call
 
 
+_dot = _fortran("blas", "dot", VALUE, INTEGER, MATRIX, INTEGER, MATRIX, INTEGER)
+_gemv_n = _fortran(
+    "blas", "gemv", "T", INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER
+)
+_gemv_t = _fortran(
+    "blas", "gemv", "N", INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER
+)
 _gemm_nt = _fortran(
     "blas", "gemm", "T", "N", INTEGER, INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER
 )
@@ -102,9 +113,53 @@ _potrf = _fortran("lapack", "potrf", "U", INTEGER, MATRIX, INTEGER, OUTCOME)
 
 
 @jit
+def finite(a):
+    """Whether a number is finite. (`np.isfinite` takes a − a for 0, which sums that may be reordered are.)"""
+    return abs(a) < np.inf
+
+
+@jit
 def _ld(M):
     """Distance between rows, at least 1 as BLAS wants it for an empty matrix."""
     return max(1, M.strides[0] // M.itemsize)
+
+
+@jit
+def dot(a, b):
+    n = a.shape[0]
+    if n > _SMALL:
+        return _dot((n, a, 1, b, 1))
+    total = 0.0
+    for i in range(n):
+        total += a[i] * b[i]
+    return total
+
+
+@jit
+def product(M, x, out):
+    """out ← M x."""
+    rows, columns = M.shape
+    if columns > _SMALL and rows > 0:
+        _gemv_n((columns, rows, 1.0, M, _ld(M), x, 1, 0.0, out, 1))
+        return
+    for i in range(rows):
+        total = out.dtype.type(0.0)
+        for j in range(columns):
+            total += M[i, j] * x[j]
+        out[i] = total
+
+
+@jit
+def add_product_transposed(sign, M, v, out):
+    """out ← out ± Mᵀ v."""
+    rows, columns = M.shape
+    if columns > _SMALL and rows > 0:
+        _gemv_t((columns, rows, sign, M, _ld(M), v, 1, 1.0, out, 1))
+        return
+    for i in range(rows):
+        factor = sign * v[i]
+        for j in range(columns):
+            out[j] += M[i, j] * factor
 
 
 @jit
@@ -156,7 +211,7 @@ def cholesky(M):
         if not left > 0.0:
             return False
         M[i, i] = np.sqrt(left)
-    return np.isfinite(M[n - 1, n - 1])
+    return finite(M[n - 1, n - 1])
 
 
 @jit

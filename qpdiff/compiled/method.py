@@ -17,7 +17,20 @@ from ..kkt import METRIC_PASSES
 from ..problem import INFINITE
 from ..solution import Status
 from ..solver import LUCK, PATIENCE, RUNNING, STEP_FRACTION
-from .lapack import add_gram, cholesky, inline, invert_lower, jit, multiply_nt, row_gram, solve_cholesky
+from .lapack import (
+    add_gram,
+    add_product_transposed,
+    cholesky,
+    dot,
+    finite,
+    inline,
+    invert_lower,
+    jit,
+    multiply_nt,
+    product,
+    row_gram,
+    solve_cholesky,
+)
 
 SOLVED, MAX_ITERATIONS = int(Status.SOLVED), int(Status.MAX_ITERATIONS)
 PRIMAL_INFEASIBLE, DUAL_INFEASIBLE = int(Status.PRIMAL_INFEASIBLE), int(Status.DUAL_INFEASIBLE)
@@ -25,6 +38,7 @@ STALLED = int(Status.STALLED)
 ABSENT, EQUALITY, INEQUALITY = 0, 1, 2
 PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = 0, 1, 2
 """The reduced forms: `kkt.PrimalForm`, and `kkt.DualForm` with a dense and with a diagonal Q."""
+SMALLEST, SMALLEST_SINGLE = (float(np.finfo(kind).smallest_normal) for kind in (np.float64, np.float32))
 EPS = float(np.finfo(np.float64).eps)
 
 class Batch(NamedTuple):
@@ -103,8 +117,33 @@ class Verdict(NamedTuple):
     waiting: int
 
 
+class Room(NamedTuple):
+    """Memory for what is computed on the way, allocated once for many problems."""
+
+    x: Any
+    """Vectors of variables, and likewise of rows, in the type of the operands and in float64."""
+    v: Any
+    x64: Any
+    v64: Any
+    flags: Any
+    """Vectors of rows of small integers."""
+    wide: Any
+    """Matrices of (A and G) rows times variables."""
+    wide64: Any
+    square: Any
+    """Matrices of variables times variables."""
+
+
+def make_room(n, linear, rows, dtype) -> Room:
+    return Room(
+        np.zeros((12, n), dtype), np.zeros((19, rows), dtype), np.zeros((5, n)), np.zeros((5, rows)),
+        np.zeros((2, rows), np.int8), np.empty((2, linear, n), dtype), np.empty((linear, n)),
+        np.empty((2, n, n), dtype),
+    )  # fmt: skip
+
+
 class Work(NamedTuple):
-    """Room for what is computed on the way, allocated once for many problems."""
+    """The same by name."""
 
     x: Any
     v: Any
@@ -159,25 +198,6 @@ def copy_matrix(M, out):
     for i in range(M.shape[0]):
         for j in range(M.shape[1]):
             out[i, j] = M[i, j]
-
-
-@jit
-def product(M, x, out):
-    """out ← M x."""
-    for i in range(M.shape[0]):
-        total = out.dtype.type(0.0)
-        for j in range(M.shape[1]):
-            total += M[i, j] * x[j]
-        out[i] = total
-
-
-@jit
-def add_product_transposed(sign, M, v, out):
-    """out ← out ± Mᵀ v."""
-    for i in range(M.shape[0]):
-        factor = sign * v[i]
-        for j in range(M.shape[1]):
-            out[j] += M[i, j] * factor
 
 
 @jit
@@ -266,7 +286,7 @@ def equilibrate(one, lb, ub, work):
             D[j] = rescaled(D[j], columns[j])
     for j in range(min(lb.shape[0], ub.shape[0])):
         span = ub[j] - lb[j]
-        if not columns[j] > 0.0 and np.isfinite(span) and span > 0.0:
+        if not columns[j] > 0.0 and finite(span) and span > 0.0:
             D[j] = min(max(span, 1e-6), 1e6) ** 2
     for i in range(linear):
         E[i] = np.sqrt(E[i])
@@ -281,7 +301,7 @@ def equilibrate(one, lb, ub, work):
 
 @jit
 def rescaled(scale, length2):
-    if np.isfinite(length2) and length2 > 0.0:
+    if finite(length2) and length2 > 0.0:
         return min(max(scale / np.sqrt(length2), 1e-8), 1e8)
     return 1.0
 
@@ -290,8 +310,8 @@ def rescaled(scale, length2):
 def own_terms(diagonal, single):
     """`kkt.own_terms`."""
     if single:
-        return 1e-5 * diagonal + 1.1754943508222875e-38
-    return 1e-10 * diagonal + 2.2250738585072014e-308
+        return 1e-5 * diagonal + SMALLEST_SINGLE
+    return 1e-10 * diagonal + SMALLEST
 
 
 @jit
@@ -376,7 +396,7 @@ def factor(form, one, reduced, theta, rho, delta, work):
     for i in range(linear):
         entry = theta[i] + delta[i]
         # Rows that do not exist get a diagonal that is huge but harmless to the factorisation.
-        L[i, i] += entry if np.isfinite(entry) else huge
+        L[i, i] += entry if finite(entry) else huge
     return cholesky(L)
 
 
@@ -450,7 +470,7 @@ def residual(one, theta, rho, delta, r_x, r_v, dx, dv, e_x, e_v, work):
         e_x[i] = r_x[i] - e_x[i] - rho[i] * dx[i] - work.columns[i]
     constraints(one.K, one.lower, one.upper, dx, e_v)
     for i in range(dv.shape[0]):
-        if np.isfinite(theta[i]):
+        if finite(theta[i]):
             e_v[i] = r_v[i] - e_v[i] + (theta[i] + delta[i]) * dv[i]
         else:
             e_v[i] = 0.0
@@ -561,10 +581,10 @@ def start_near(one, settings, cold_mu, now, work):
 
 @jit
 def all_finite(a):
-    finite = True
+    result = True
     for i in range(a.shape[0]):
-        finite &= np.isfinite(a[i])
-    return finite
+        result &= finite(a[i])
+    return result
 
 
 @jit
@@ -581,15 +601,13 @@ def assess(one, settings, now, before, past, iterations, limit, work):
     constraints(one.K64, one.lower, one.upper, x, now.Kx)
     adjoint(one.K64, one.lower, one.upper, v, Kv)
 
-    dual = size_Qx = size_q = size_Kv = xQx = qx = terms = 0.0
+    dual = size_Qx = size_q = size_Kv = terms = 0.0
     for i in range(n):
         Qx, q = now.Qx[i], one.q64[i]
         r_x = -(Qx + q + Kv[i])
         now.r_x[i] = r_x
         dual = larger(abs(r_x), dual)
         size_Qx, size_q, size_Kv = larger(abs(Qx), size_Qx), larger(abs(q), size_q), larger(abs(Kv[i]), size_Kv)
-        xQx += x[i] * Qx
-        qx += q * x[i]
         terms += abs(x[i]) * (abs(Qx) + abs(q))
     primal = size_Kx = size_k = scaled_violation = scaled_k = 0.0
     for i in range(rows):
@@ -606,15 +624,12 @@ def assess(one, settings, now, before, past, iterations, limit, work):
         violation = abs(r_v) if one.kind[i] == EQUALITY else positive(Kx - k)
         size_Kx = larger(abs(Kx), size_Kx)
         primal, scaled_violation = larger(violation, primal), larger(E * violation, scaled_violation)
-    kv = gap = 0.0
+    xQx, qx = dot(x, now.Qx), dot(x, one.q64)
+    kv, gap = 0.0, xQx + qx
     # By blocks, each summed by itself, the last first: terms that cancel do so in the same way everywhere.
-    starts = (one.equalities, 0, linear + one.lower, linear)
-    stops = (linear, one.equalities, rows, linear + one.lower)
-    gap = xQx + qx
-    for block in range(4):
-        part = 0.0
-        for i in range(starts[block], stops[block]):
-            part += one.k64[i] * v[i]
+    p, upper = one.equalities, linear + one.lower
+    for start, stop in ((p, linear), (0, p), (upper, rows), (linear, upper)):
+        part = dot(one.k64[start:stop], v[start:stop])
         gap += part
         kv += part
     gap = abs(gap)
@@ -838,7 +853,7 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
             # Also from a solution one step is taken: the derivative needs its factor.
             now, before, mu, verdict = before, now, near_mu, with_status(near_verdict, RUNNING)
     while True:
-        rho, delta, refine = settings.rho, settings.delta, np.bool_(False)
+        rho, delta, refine = settings.rho, settings.delta, np.bool_(True)
         while verdict.status == RUNNING:
             now, before, past = before, now, verdict
             sound, factored, alpha_s, alpha_z, new_mu = step(
@@ -877,29 +892,28 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
 # ---- a batch
 
 
-def make_work(n, linear, rows, dtype) -> Work:
-    """Room for problems of this size."""
+@jit
+def make_work(room):
+    """The room for one problem by name."""
+    x, v, x64, v64, flags = room.x, room.v, room.x64, room.v64, room.flags
     return Work(
-        x=np.empty(n), v=np.empty(rows), ray=np.empty(n), farkas=np.empty(rows), Kv=np.empty(n),
-        k=np.empty(rows, dtype), k64=np.empty(rows), kind=np.empty(rows, np.int8),
-        stacked=np.empty((linear, n), dtype), stacked64=np.empty((linear, n)),
-        right_x=np.empty(n, dtype), right_v=np.empty(rows, dtype), theta_exact=np.empty(rows, dtype),
-        heavy=np.empty(rows, np.bool_),
-        theta=np.empty(rows, dtype), rho=np.empty(n, dtype), delta=np.empty(rows, dtype), b_x=np.empty(n, dtype),
-        shifted=np.empty(rows, dtype), complementarity=np.empty(rows, dtype), weights=np.empty(rows, dtype),
-        t=np.empty(n, dtype), Vt=np.empty(linear, dtype),
-        dx=np.empty(n, dtype), dv=np.empty(rows, dtype), ds=np.empty(rows, dtype),
-        cx=np.empty(n, dtype), cv=np.empty(rows, dtype), e_x=np.empty(n, dtype), e_v=np.empty(rows, dtype),
-        columns=np.empty(n, dtype), scaled=np.empty((linear, n), dtype),
-        square=np.empty((n, n), dtype), inverse=np.empty((n, n), dtype),
+        x=x64[0], ray=x64[1], Kv=x64[2], v=v64[0], farkas=v64[1], k64=v64[2],
+        kind=flags[0], heavy=flags[1], stacked=room.wide[0], scaled=room.wide[1], stacked64=room.wide64,
+        square=room.square[0], inverse=room.square[1],
+        rho=x[0], b_x=x[1], t=x[2], dx=x[3], cx=x[4], e_x=x[5], columns=x[6], right_x=x[7],
+        theta=v[0], delta=v[1], shifted=v[2], complementarity=v[3], weights=v[4], Vt=v[5], dv=v[6], ds=v[7], cv=v[8],
+        e_v=v[9], k=v[10], right_v=v[11], theta_exact=v[12],
     )  # fmt: skip
 
 
-def make_iterate(n, rows, dtype) -> Iterate:
-    return Iterate(
-        np.empty(n, dtype), np.empty(rows, dtype), np.empty(rows, dtype), np.empty(n, dtype), np.empty(rows, dtype),
-        np.zeros(n), np.zeros(rows),
-    )  # fmt: skip
+@jit
+def make_iterates(room):
+    """Two iterates in the room."""
+    x, v, x64, v64 = room.x, room.v, room.x64, room.v64
+    return (
+        Iterate(x[8], v[13], v[14], x[9], v[15], x64[3], v64[3]),
+        Iterate(x[10], v[16], v[17], x[11], v[18], x64[4], v64[4]),
+    )
 
 
 @inline
@@ -921,12 +935,12 @@ def fill_rows(b, h, lb, ub, k, kind):
     both = lb.shape[0] > 0 and ub.shape[0] > 0
     for i in range(lb.shape[0]):
         k[row], kind[row] = limit(-lb[i])
-        if both and lb[i] == ub[i] and np.isfinite(lb[i]):
-            kind[row] = EQUALITY
+        if both and lb[i] == ub[i] and finite(lb[i]):
+            k[row], kind[row] = -lb[i], EQUALITY
         row += 1
     for i in range(ub.shape[0]):
         k[row], kind[row] = limit(ub[i])
-        if both and lb[i] == ub[i] and np.isfinite(lb[i]):
+        if both and lb[i] == ub[i] and finite(lb[i]):
             kind[row] = ABSENT
         row += 1
 
@@ -936,7 +950,7 @@ def limit(value):
     """An upper limit as a row; one that no number satisfies, if it came unchecked, must not pass for none."""
     if value >= INFINITE:
         return 0.0, ABSENT
-    return value if np.isfinite(value) else np.nan, INEQUALITY
+    return value if finite(value) else np.nan, INEQUALITY
 
 
 @inline
@@ -953,13 +967,13 @@ def stack(A, G, room):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
-def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, metric, outcome, forms, factored, first, second, work):
+def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, metric, outcome, forms, factored, room):
     """Solve problems one after the other.
 
     Parameters
     ----------
     batch, exact : Batch
-        The operands, and the same in float64.
+        The operands, and the same in float64 (None where they are).
     settings : Settings
     preferred : int
         The reduced form to take where it is safe.
@@ -976,18 +990,26 @@ def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, 
         The form that each problem has been solved with.
     factored : boolean array
         Whether its factor in `store` is of use.
+    room : Room
     """
     count = outcome.x.shape[0]
+    work = make_work(room)
+    first, second = make_iterates(room)
     k, k64, kind = work.k, work.k64, work.kind
     single = batch.q.itemsize == 4
     for i in range(count):
         lb, ub = at(batch.lb, i), at(batch.ub, i)
         fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
         copy(k, k64)
+        K = stack(at(batch.A, i), at(batch.G, i), work.stacked)
+        Q64, q64, K64 = at(batch.Q, i), at(batch.q, i), K
+        if exact is not None:
+            Q64, q64 = at(exact.Q, i), at(exact.q, i)
+            K64 = stack(at(exact.A, i), at(exact.G, i), work.stacked64)
         one = One(
-            at(batch.Q, i), at(batch.q, i), stack(at(batch.A, i), at(batch.G, i), work.stacked), k, kind,
+            at(batch.Q, i), at(batch.q, i), K, k, kind,
             batch.b.shape[1], lb.shape[0], ub.shape[0], at(metric[0], i), at(metric[1], i),
-            at(exact.Q, i), at(exact.q, i), stack(at(exact.A, i), at(exact.G, i), work.stacked64), k64,
+            Q64, q64, K64, k64,
         )  # fmt: skip
         L = at(store.L, i)
         reduced = Reduced(
@@ -1132,12 +1154,13 @@ def solve_afresh(one, reduced, theta, heavy, r_x, r_v, u_x, u_v, work):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
-def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_v, u_x, u_v, work):
+def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_v, u_x, u_v, room):
     """Solve the KKT system at the solutions of a batch, one problem after the other.
 
     `batch`, `store`, `metric`, `forms` and `factored` are those of `solve_batch`; problems that are not solved are left out.
     """
     n, rows = u_x.shape[1], u_v.shape[1]
+    work = make_work(room)
     k, kind = work.k, work.kind
     b_x, b_v, theta, heavy, rounds = work.right_x, work.right_v, work.theta_exact, work.heavy, np.int64(3)
     accuracy = np.sqrt(np.finfo(u_x.dtype).eps)
@@ -1167,3 +1190,86 @@ def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_
         if not good:
             fresh = Reduced(reduced.hessian, reduced.rows, reduced.S, reduced.diagonal, work.square, work.weights)
             solve_afresh(one, fresh, theta, heavy, b_x, b_v, u_x[i], u_v[i], work)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
+def outer_products(x, v, u_x, u_v, of_Q, of_A, of_G):
+    """The gradients of the matrices that are a problem's own, `differentiation.assemble_gradients`."""
+    for i in range(of_Q.shape[0]):
+        for j in range(x.shape[1]):
+            for k in range(x.shape[1]):
+                of_Q[i, j, k] = -0.5 * (u_x[i, j] * x[i, k] + x[i, j] * u_x[i, k])
+    p = of_A.shape[1]
+    for matrix, start in ((of_A, 0), (of_G, p)):
+        for i in range(matrix.shape[0]):
+            for j in range(matrix.shape[1]):
+                v_j, u_j = v[i, start + j], u_v[i, start + j]
+                for k in range(x.shape[1]):
+                    matrix[i, j, k] = -(v_j * u_x[i, k] + u_j * x[i, k])
+
+
+# ---- the operands
+
+
+@jit
+def within(a, below, above):
+    """Whether all entries lie strictly between two numbers, which NaN does not."""
+    result = True
+    for i in range(a.shape[0]):
+        result &= below < a[i] < above
+    return result
+
+
+@njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
+def check_batch(batch, count, room):
+    """Whether the operands pass all rules of `problem`; the rules themselves find out what is wrong."""
+    M = room.square[0]
+    single = M.itemsize == 4
+    tolerance, smallest = (1e-4, SMALLEST_SINGLE) if single else (1e-8, SMALLEST)
+    for i in range(count):
+        if i == 0 or batch.q.shape[0] > 1:
+            if not within(at(batch.q, i), -np.inf, np.inf):
+                return False
+        if i == 0 or batch.b.shape[0] > 1:
+            if not within(at(batch.b, i), -np.inf, np.inf):
+                return False
+        if i == 0 or batch.h.shape[0] > 1:
+            h = at(batch.h, i)
+            for j in range(h.shape[0]):
+                if not h[j] > -np.inf:
+                    return False
+        if i == 0 or batch.lb.shape[0] > 1 or batch.ub.shape[0] > 1:
+            lb, ub = at(batch.lb, i), at(batch.ub, i)
+            for j in range(lb.shape[0]):
+                if not lb[j] < np.inf or (ub.shape[0] and lb[j] > ub[j]):
+                    return False
+            for j in range(ub.shape[0]):
+                if not ub[j] > -np.inf:
+                    return False
+        if i == 0 or batch.A.shape[0] > 1:
+            A = at(batch.A, i)
+            for j in range(A.shape[0]):
+                if not within(A[j], -np.inf, np.inf):
+                    return False
+        if i == 0 or batch.G.shape[0] > 1:
+            G = at(batch.G, i)
+            for j in range(G.shape[0]):
+                if not within(G[j], -np.inf, np.inf):
+                    return False
+        if i == 0 or batch.Q.shape[0] > 1:
+            Q = at(batch.Q, i)
+            largest = smallest
+            for j in range(Q.shape[0]):
+                for k in range(Q.shape[1]):
+                    largest = larger(abs(Q[j, k]), largest)
+            if not largest < np.inf:
+                return False
+            difference = 0.0
+            for j in range(Q.shape[0]):
+                for k in range(j):
+                    difference = larger(abs(Q[j, k] - Q[k, j]), difference)
+                    M[j, k] = Q[j, k] / largest
+                M[j, j] = Q[j, j] / largest + tolerance
+            if not difference <= tolerance * largest or not cholesky(M):
+                return False
+    return True
