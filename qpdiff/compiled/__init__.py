@@ -16,7 +16,7 @@ from ..problem import OPERANDS, Problem
 from ..solver import Outcome, Point, Settings
 from . import method
 from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
-from .threads import work_on
+from .threads import single_threaded_blas, work_on
 
 _DECIDING = {"Q", "G", "A", "lb", "ub"}
 """Operands that the metric and the reduced form are made of."""
@@ -74,7 +74,8 @@ def solve(problem: Problem, settings: Settings, near: Point | None, progress) ->
 
     prepared = shared and count > 1
     if prepared:
-        solve_range(slice(0, 1), False)
+        with single_threaded_blas():
+            solve_range(slice(0, 1), False)
         forms[1:] = forms[0]
     work_on(problem, int(prepared), lambda where: solve_range(where, prepared), progress)
     return outcome, Factors(form, store, metric, forms, factored)

@@ -58,7 +58,10 @@ _limit = None
 
 @contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """One thread for each call of BLAS, from when the first of any Python threads enters until the last has left."""
+    """One thread for each call of BLAS, from when the first of any Python threads enters until the last has left.
+
+    Several would fight over the processors with ours, and OpenBLAS's go on spinning for a while after a call.
+    """
     global _users, _limit
     if ThreadpoolController is None:
         yield
