@@ -11,6 +11,7 @@ import contextvars
 import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import array_api_compat
 import numpy as np
@@ -230,6 +231,9 @@ def choose_backend(operands, name=None):
     arrays = {
         key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))
     }
+    if all(type(value) is np.ndarray for value in arrays.values()):  # what comes next would take most of a small solve
+        backend = _numpy_backend()
+        return backend, {key: from_host(key, value, backend) for key, value in operands.items()}
     namespaces, devices = {}, {}
     for key, value in arrays.items():
         try:
@@ -240,7 +244,7 @@ def choose_backend(operands, name=None):
                 "follows the array API standard, a list or a number"
             ) from error
         devices[key] = array_api_compat.device(value)
-    first = next(iter(arrays), None)
+    first = next(iter(arrays))
     for key in arrays:
         if namespaces[key] is not namespaces[first]:
             library, other = (namespaces[k].__name__.removeprefix("array_api_compat.") for k in (key, first))
@@ -252,8 +256,8 @@ def choose_backend(operands, name=None):
             raise ValueError(
                 f"{key} is on device {devices[key]} but {first} on {devices[first]}; move all to one device"
             )
-    if first is None or array_api_compat.is_numpy_namespace(namespaces[first]):
-        backend = NumPyBackend(importlib.import_module(_NAMESPACES["numpy"]))
+    if array_api_compat.is_numpy_namespace(namespaces[first]):
+        backend = _numpy_backend()
         return backend, {key: from_host(key, value, backend) for key, value in operands.items()}
     if array_api_compat.is_cupy_namespace(namespaces[first]):
         backend = CuPyBackend(namespaces[first], devices[first])
@@ -262,15 +266,23 @@ def choose_backend(operands, name=None):
     return backend, {key: value if key in arrays else from_host(key, value, backend) for key, value in operands.items()}
 
 
+@cache
+def _numpy_backend() -> NumPyBackend:
+    return NumPyBackend(importlib.import_module(_NAMESPACES["numpy"]))
+
+
 def working_dtype(backend, arrays, operands, dtype=None):
     """The floating point type to compute in: the caller's, else float32 if every floating array is, else float64."""
     xp = backend.xp
     floating = set()
     for key, value in arrays.items():
+        if value.dtype in (xp.float32, xp.float64) and hasattr(operands[key], "dtype"):
+            floating.add(value.dtype)
+            continue
         if not xp.isdtype(value.dtype, ("real floating", "integral", "bool")):
             raise TypeError(f"{key} has dtype {_name(value.dtype)}; expected real numbers")
         if xp.isdtype(value.dtype, "real floating") and hasattr(operands[key], "dtype"):
-            if value.dtype not in (xp.float32, xp.float64) and dtype is None:
+            if dtype is None:
                 raise TypeError(
                     f"{key} has dtype {_name(value.dtype)}; expected float32 or float64, or pass dtype= to convert"
                 )
@@ -301,6 +313,8 @@ def _namespace(name):
 
 def from_host(key, value, backend):
     """A list, a number or a NumPy array of any kind as a plain array of the backend; a copy only where it must be."""
+    if type(value) is np.ndarray and value.dtype.kind == "f" and value.dtype.isnative:
+        return backend.asarray(value)
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{key} is a masked array; expected one without a mask, so fill the masked entries first")
     try:

@@ -121,11 +121,9 @@ def vjp(
     [0.077]
     """
     sol = _smoothed(sol, smoothing)
-    problem = sol.linearization.problem
-    given = {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub}
-    cotangents = {name: _flat(problem, sol, name, value, "cotangent") for name, value in given.items()}
+    r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
     with np.errstate(all="ignore"):
-        return assemble_gradients(sol, *solve_kkt(sol, *_to_rows(sol, cotangents), unsolved=unsolved))
+        return assemble_gradients(sol, *solve_kkt(sol, r_x, r_v, unsolved=unsolved))
 
 
 def jvp(
@@ -243,13 +241,12 @@ def solve_kkt(sol: Solution, r_x, r_v, *, unsolved: str = "nan"):
     if problem.batch == 0:
         return r_x, r_v
     solved = lin.status == int(Status.SOLVED)
+    fill = float("nan") if unsolved == "nan" else 0.0
+    if not isinstance(lin.factors, list):
+        return compiled_engine()[0].solve_kkt(problem, lin.factors, lin.v, lin.s, solved[:, 0], r_x, r_v, fill)
     r_x = xp.where(solved, r_x, xp.zeros_like(r_x))
     r_v = xp.where(solved, r_v, xp.zeros_like(r_v))
-    if isinstance(lin.factors, list):
-        u_x, u_v = _solve_pieces(lin, r_x, r_v)
-    else:
-        u_x, u_v = compiled_engine()[0].solve_kkt(problem, lin.factors, lin.v, lin.s, solved[:, 0], r_x, r_v)
-    fill = float("nan") if unsolved == "nan" else 0.0
+    u_x, u_v = _solve_pieces(lin, r_x, r_v)
     return xp.where(solved, u_x, xp.full_like(u_x, fill)), xp.where(solved, u_v, xp.full_like(u_v, fill))
 
 
@@ -338,10 +335,14 @@ def fixed_variables(problem: Problem, v):
     return problem.equality[:, problem.blocks["lb"]], v[:, problem.blocks["lb"]] >= 0
 
 
-def _to_rows(sol: Solution, cotangents):
+def _to_rows(sol: Solution, given):
     """Right-hand side of the adjoint system: the cotangents of x and of the multipliers of all rows."""
     lin = sol.linearization
     problem, xp = lin.problem, lin.problem.backend.xp
+    x = _flat(problem, sol, "x", given.pop("x"), "cotangent")
+    if all(value is None for value in given.values()):
+        return x, problem.backend.full((problem.batch, problem.rows), 0.0, problem.dtype)
+    cotangents = {name: _flat(problem, sol, name, value, "cotangent") for name, value in given.items()}
     z_lb, z_ub = cotangents["z_lb"], cotangents["z_ub"]
     if problem.lb is not None and problem.ub is not None:
         fixed, at_lower = fixed_variables(problem, lin.v)
@@ -349,7 +350,7 @@ def _to_rows(sol: Solution, cotangents):
     parts = [cotangents["y"], cotangents["z"]]
     parts += [z_lb] if problem.lb is not None else []
     parts += [z_ub] if problem.ub is not None else []
-    return cotangents["x"], xp.concat(parts, axis=-1)
+    return x, xp.concat(parts, axis=-1)
 
 
 def assemble_gradients(sol: Solution, u_x, u_v) -> Gradients:
@@ -402,6 +403,8 @@ def _reduce(problem: Problem, name: str, gradient):
     xp = problem.backend.xp
     shape = problem.shapes[name]
     full = xp.reshape(gradient, problem.batch_shape + gradient.shape[1:])
+    if full.shape == shape:
+        return full
     leading = full.ndim - len(shape)
     axes = tuple(range(leading)) + tuple(
         leading + i for i, size in enumerate(shape) if size == 1 and full.shape[leading + i] != 1
@@ -421,6 +424,8 @@ def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
     core = shape[len(problem.batch_shape) :]
     if value is None:
         return backend.full((problem.batch, *core), 0.0, problem.dtype)
+    if type(value) is np.ndarray and value.dtype == problem.dtype and value.shape == shape and len(shape) > len(core):
+        return value if len(shape) == 1 + len(core) else xp.reshape(value, (problem.batch, *core))
     label = f"{kind} of {name}"
     if isinstance(value, np.ndarray) or not hasattr(value, "dtype"):
         value = from_host(label, value, backend)

@@ -262,7 +262,7 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
     chosen, arrays = choose_backend(present, backend)
     dtype = working_dtype(chosen, arrays, present, dtype)
     with np.errstate(over="ignore"):  # what overflows in the working type is refused as infinite
-        arrays = {name: chosen.xp.astype(value, dtype, copy=False) for name, value in arrays.items()}
+        arrays = {k: v if v.dtype == dtype else chosen.xp.astype(v, dtype) for k, v in arrays.items()}
 
     _check_core_shapes(arrays)
     batch_shape = _broadcast_batch(arrays)
@@ -271,7 +271,9 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
     for name, value in arrays.items():
         core = len(OPERANDS[name])
         leading, trailing = value.shape[: value.ndim - core], value.shape[value.ndim - core :]
-        if math.prod(leading) == 1:
+        if len(leading) == 1 and (leading == batch_shape or leading == (1,)):
+            flat[name] = value
+        elif math.prod(leading) == 1:
             flat[name] = chosen.xp.reshape(value, (1, *trailing))
         else:
             if leading != batch_shape:
@@ -313,6 +315,9 @@ def _check_core_shapes(arrays) -> None:
 
 
 def _broadcast_batch(arrays) -> tuple[int, ...]:
+    all_leading = {tuple(value.shape[: value.ndim - len(OPERANDS[name])]) for name, value in arrays.items()}
+    if len(all_leading) == 1:
+        return all_leading.pop()
     batch_shape: tuple[int, ...] = ()
     so_far: list[str] = []
     for name, value in arrays.items():

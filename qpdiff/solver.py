@@ -18,7 +18,7 @@ import numpy as np
 
 from . import kkt
 from .engine import choose_engine
-from .problem import Problem, check_values, make_problem
+from .problem import INFINITE, Problem, check_values, make_problem
 from .solution import Solution, Status
 
 MAX_ITERATIONS = 200
@@ -826,12 +826,12 @@ def _solution(problem: Problem, outcome: Outcome, factors) -> Solution:
     y, z, z_lb, z_ub = multipliers(problem, v)
     if problem.m:
         slack = s[:, problem.blocks["G"]]
-        slack = xp.where(problem.inequality[:, problem.blocks["G"]], slack, xp.full_like(slack, float("inf")))
+        slack = xp.where(problem.h >= INFINITE, xp.full_like(slack, float("inf")), slack)
     else:
         slack = s[:, :0]
 
     def shaped(value):
-        return xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
+        return value if len(problem.batch_shape) == 1 else xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
 
     def scalar(name):
         return xp.reshape(getattr(outcome, name), problem.batch_shape)
@@ -856,7 +856,9 @@ def _solution(problem: Problem, outcome: Outcome, factors) -> Solution:
 def multipliers(problem: Problem, v):
     """The multipliers y, z, z_lb, z_ub in those of all rows; a fixed variable's goes to one bound by its sign."""
     xp, blocks = problem.backend.xp, problem.blocks
-    zero = xp.broadcast_to(problem.backend.full((1, problem.n), 0.0, problem.dtype), (v.shape[0], problem.n))
+    zero = None
+    if problem.lb is None or problem.ub is None:
+        zero = xp.broadcast_to(problem.backend.full((1, problem.n), 0.0, problem.dtype), (v.shape[0], problem.n))
     z_lb = v[:, blocks["lb"]] if problem.lb is not None else zero
     z_ub = v[:, blocks["ub"]] if problem.ub is not None else zero
     if problem.lb is not None and problem.ub is not None:

@@ -6,6 +6,7 @@ BLAS gets one thread while several are at work.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from ..problem import OPERANDS, Problem
 from ..solver import Outcome, Point, Settings
 from . import method
 from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
-from .threads import single_threaded_blas, work_on
+from .threads import SOLVE, SWEEP, single_threaded_blas, work_on
 
 _DECIDING = {"Q", "G", "A", "lb", "ub"}
 """Operands that the metric and the reduced form are made of."""
@@ -44,7 +45,7 @@ def check(problem: Problem) -> bool:
         batch = _operands(problem, where, np.dtype(problem.dtype))
         passed.append(method.check_batch(batch, where.stop - where.start, _room(problem)))
 
-    work_on(problem, 0, check_range, None)
+    work_on(problem, 0, check_range, SWEEP)
     return all(passed)
 
 
@@ -77,29 +78,29 @@ def solve(problem: Problem, settings: Settings, near: Point | None, progress) ->
         with single_threaded_blas():
             solve_range(slice(0, 1), False)
         forms[1:] = forms[0]
-    work_on(problem, int(prepared), lambda where: solve_range(where, prepared), progress)
+    work_on(problem, int(prepared), lambda where: solve_range(where, prepared), SOLVE, progress)
     return outcome, Factors(form, store, metric, forms, factored)
 
 
-def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v):
-    """Solve the KKT system at the solutions; 0 for problems that are not solved."""
-    u_x, u_v = np.zeros_like(r_x), np.zeros_like(r_v)
+def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: float):
+    """Solve the KKT system at the solutions; problems that are not solved get the number `fill`."""
+    u_x, u_v = np.empty_like(r_x), np.empty_like(r_v)
 
     def solve_range(where: slice) -> None:
         method.solve_kkt_batch(
             _operands(problem, where, np.dtype(problem.dtype)), _stored(problem, factors.store, factors.form, where),
             tuple(_part(a, where) for a in factors.metric), factors.forms[where], factors.factored[where],
-            *(_frozen(a[where]) for a in (v, s, solved, r_x, r_v)), u_x[where], u_v[where], _room(problem),
+            *(_frozen(a[where]) for a in (v, s, solved, r_x, r_v)), fill, u_x[where], u_v[where], _room(problem),
         )  # fmt: skip
 
-    work_on(problem, 0, solve_range, None)
+    work_on(problem, 0, solve_range, SWEEP)
     return u_x, u_v
 
 
 def outer_products(problem: Problem, x, v, u_x, u_v) -> dict[str, Any]:
     """The gradients of the matrices that every problem has its own of, by name."""
     matrices = {"Q": (problem.n, problem.n), "A": (problem.p, problem.n), "G": (problem.m, problem.n)}
-    own = {name for name in matrices if name in problem.operands and getattr(problem, name).shape[0] > 1}
+    own = [k for k in matrices if k in problem.operands and getattr(problem, k).shape[0] == problem.batch]
     kind = np.dtype(problem.dtype)
     gradients = {k: np.empty((problem.batch if k in own else 0, *core), kind) for k, core in matrices.items()}
 
@@ -107,7 +108,7 @@ def outer_products(problem: Problem, x, v, u_x, u_v) -> dict[str, Any]:
         method.outer_products(*(_frozen(a[where]) for a in (x, v, u_x, u_v)), *(a[where] for a in gradients.values()))
 
     if own:
-        work_on(problem, 0, fill_range, None)
+        work_on(problem, 0, fill_range, SWEEP)
     return {name: gradients[name] for name in own}
 
 
@@ -124,7 +125,9 @@ def _operands(problem: Problem, where: slice, dtype) -> Batch:
     parts = []
     for name, core in OPERANDS.items():
         if getattr(problem, name) is None:
-            parts.append(_absent(tuple(problem.n if i and letter == "n" else 0 for i, letter in enumerate(core)), dtype))
+            parts.append(
+                _absent(tuple(problem.n if i and letter == "n" else 0 for i, letter in enumerate(core)), dtype)
+            )
         else:
             parts.append(_frozen(_part(distinct(problem, name), where).astype(dtype, copy=False)))
     return Batch(*parts)
@@ -155,34 +158,44 @@ def _form(problem: Problem) -> int:
     return {kkt.PrimalForm: PRIMAL, kkt.DualForm.dense: DENSE_DUAL, kkt.DualForm.diagonal: DIAGONAL_DUAL}[kind]
 
 
-def _core_shapes(problem: Problem, form: int) -> Reduced:
+@cache
+def _core_shapes(form: int, n: int, linear: int, rows: int) -> Reduced:
     """Shapes of what one problem keeps of its reduced form."""
-    n, linear = problem.n, problem.m + problem.p
     if form == PRIMAL:
-        return Reduced((0, 0), (0, 0), (0, 0), (0,), (n, n), (problem.rows,))
+        return Reduced((0, 0), (0, 0), (0, 0), (0,), (n, n), (rows,))
     if form == DENSE_DUAL:
         return Reduced((n, n), (linear, n), (linear, linear), (0,), (linear, linear), (0,))
-    return Reduced((1, n), (linear, n), (0, 0), (n,), (linear, linear), (problem.rows,))
+    return Reduced((1, n), (linear, n), (0, 0), (n,), (linear, linear), (rows,))
+
+
+def _shapes(problem: Problem, form: int) -> Reduced:
+    return _core_shapes(form, problem.n, problem.m + problem.p, problem.rows)
+
+
+_CONSTANT = {PRIMAL: set(), DENSE_DUAL: {"hessian", "rows", "S"}, DIAGONAL_DUAL: {"diagonal"}}
+"""What does not change in an iteration."""
+_NEEDED = {PRIMAL: {"L", "weights"}, DENSE_DUAL: {"hessian", "rows", "L"}, DIAGONAL_DUAL: {"diagonal", "L", "weights"}}
+"""What the derivative needs."""
 
 
 def _store(problem: Problem, form: int, shared: bool) -> Reduced:
     """Room for what is kept of every problem, or once for all that share it; empty where nothing is kept."""
-    shapes, dtype = _core_shapes(problem, form), np.dtype(problem.dtype)
-    constant = {PRIMAL: (), DENSE_DUAL: ("hessian", "rows", "S"), DIAGONAL_DUAL: ("diagonal",)}[form]
-    kept = {"L", "weights", *constant} - {"S"}
-    if shared:
-        kept -= set(constant)
-    size = sum(np.prod(getattr(shapes, name)) for name in kept) * dtype.itemsize * problem.batch
-    data = sum(distinct(problem, name).nbytes for name in problem.operands)
-    if size > max(KEPT_BYTES, data):
+    shapes, dtype = _shapes(problem, form), np.dtype(problem.dtype)
+    once = _CONSTANT[form] if shared else set()
+    kept = _NEEDED[form] - once
+    size = sum(math.prod(getattr(shapes, name)) for name in kept) * dtype.itemsize * problem.batch
+    if size > KEPT_BYTES and size > sum(distinct(problem, name).nbytes for name in problem.operands):
         kept = set()
-    counts = {name: problem.batch if name in kept else int(shared and name in constant) for name in Reduced._fields}
-    return Reduced(*(np.empty((counts[k], *shape), dtype) for k, shape in shapes._asdict().items()))
+    counts = {name: problem.batch if name in kept else int(name in once) for name in Reduced._fields}
+    return Reduced(*(np.empty((counts[k], *shape), dtype) for k, shape in zip(counts, shapes, strict=True)))
 
 
 def _stored(problem: Problem, store: Reduced, form: int, where: slice) -> Reduced:
     """The part of the store for a range of problems, and room for one problem in place of what is not kept."""
-    shapes = _core_shapes(problem, form)
+    shapes = _shapes(problem, form)
     return Reduced(
-        *(_part(a, where) if a.shape[0] else np.empty((1, *shape), a.dtype) for a, shape in zip(store, shapes, strict=True))
+        *(
+            _part(a, where) if a.shape[0] else np.empty((1, *shape), a.dtype)
+            for a, shape in zip(store, shapes, strict=True)
+        )
     )

@@ -96,13 +96,55 @@ _gemv_t = _fortran(
     "blas", "gemv", "N", INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER
 )
 _gemm_nt = _fortran(
-    "blas", "gemm", "T", "N", INTEGER, INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER
+    "blas",
+    "gemm",
+    "T",
+    "N",
+    INTEGER,
+    INTEGER,
+    INTEGER,
+    SCALAR,
+    MATRIX,
+    INTEGER,
+    MATRIX,
+    INTEGER,
+    SCALAR,
+    MATRIX,
+    INTEGER,
 )
 _gemm_nn = _fortran(
-    "blas", "gemm", "N", "N", INTEGER, INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER
+    "blas",
+    "gemm",
+    "N",
+    "N",
+    INTEGER,
+    INTEGER,
+    INTEGER,
+    SCALAR,
+    MATRIX,
+    INTEGER,
+    MATRIX,
+    INTEGER,
+    SCALAR,
+    MATRIX,
+    INTEGER,
 )
 _gemm_tn = _fortran(
-    "blas", "gemm", "N", "T", INTEGER, INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER
+    "blas",
+    "gemm",
+    "N",
+    "T",
+    INTEGER,
+    INTEGER,
+    INTEGER,
+    SCALAR,
+    MATRIX,
+    INTEGER,
+    MATRIX,
+    INTEGER,
+    SCALAR,
+    MATRIX,
+    INTEGER,
 )
 _syrk_n = _fortran("blas", "syrk", "U", "T", INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER)
 _syrk_t = _fortran("blas", "syrk", "U", "N", INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER)

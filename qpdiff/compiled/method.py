@@ -41,6 +41,7 @@ PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = 0, 1, 2
 SMALLEST, SMALLEST_SINGLE = (float(np.finfo(kind).smallest_normal) for kind in (np.float64, np.float32))
 EPS = float(np.finfo(np.float64).eps)
 
+
 class Batch(NamedTuple):
     """Operands of a batch; the first axis is the batch, of length 1 where an operand is shared or absent."""
 
@@ -1154,10 +1155,11 @@ def solve_afresh(one, reduced, theta, heavy, r_x, r_v, u_x, u_v, work):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
-def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_v, u_x, u_v, room):
+def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_v, fill, u_x, u_v, room):
     """Solve the KKT system at the solutions of a batch, one problem after the other.
 
-    `batch`, `store`, `metric`, `forms` and `factored` are those of `solve_batch`; problems that are not solved are left out.
+    `batch`, `store`, `metric`, `forms` and `factored` are those of `solve_batch`; problems
+    that are not solved get the number `fill`.
     """
     n, rows = u_x.shape[1], u_v.shape[1]
     work = make_work(room)
@@ -1166,6 +1168,8 @@ def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_
     accuracy = np.sqrt(np.finfo(u_x.dtype).eps)
     for i in range(u_x.shape[0]):
         if not solved[i]:
+            u_x[i] = fill
+            u_v[i] = fill
             continue
         lb, ub = at(batch.lb, i), at(batch.ub, i)
         fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
