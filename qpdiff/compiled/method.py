@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from ..kkt import METRIC_PASSES
 from ..problem import INFINITE
@@ -967,6 +968,22 @@ def stack(A, G, room):
     return room
 
 
+def in_double(batch, exact, i, K, room):
+    """Q, q and K of problem i in float64."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(in_double, inline="always", jit_options={"_nrt": False})
+def _in_double(batch, exact, i, K, room):
+    if isinstance(exact, types.NoneType):
+        return lambda batch, exact, i, K, room: (at(batch.Q, i), at(batch.q, i), K)
+    return lambda batch, exact, i, K, room: (
+        at(exact.Q, i),
+        at(exact.q, i),
+        stack(at(exact.A, i), at(exact.G, i), room),
+    )
+
+
 @njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
 def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, metric, outcome, forms, factored, room):
     """Solve problems one after the other.
@@ -1003,10 +1020,7 @@ def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, 
         fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
         copy(k, k64)
         K = stack(at(batch.A, i), at(batch.G, i), work.stacked)
-        Q64, q64, K64 = at(batch.Q, i), at(batch.q, i), K
-        if exact is not None:
-            Q64, q64 = at(exact.Q, i), at(exact.q, i)
-            K64 = stack(at(exact.A, i), at(exact.G, i), work.stacked64)
+        Q64, q64, K64 = in_double(batch, exact, i, K, work.stacked64)
         one = One(
             at(batch.Q, i), at(batch.q, i), K, k, kind,
             batch.b.shape[1], lb.shape[0], ub.shape[0], at(metric[0], i), at(metric[1], i),
@@ -1124,6 +1138,19 @@ def solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, refinemen
 
 
 @jit
+def pivots_count(L):
+    """Whether the pivots are more than rounding; where x is not unique, weights of the last iteration may drown ρ."""
+    limit = np.finfo(L.dtype).eps
+    for i in range(L.shape[0]):
+        diagonal = 0.0
+        for j in range(i + 1):
+            diagonal += L[i, j] * L[i, j]
+        if not L[i, i] * L[i, i] > limit * diagonal:
+            return False
+    return True
+
+
+@jit
 def solve_afresh(one, reduced, theta, heavy, r_x, r_v, u_x, u_v, work):
     """`differentiation._solve_afresh`: with a factor made for the purpose, where the last one does not do."""
     n, rows = u_x.shape[0], u_v.shape[0]
@@ -1148,7 +1175,7 @@ def solve_afresh(one, reduced, theta, heavy, r_x, r_v, u_x, u_v, work):
     for _ in range(4):
         for i in range(n):
             work.rho[i] = rho / one.D[i] ** 2
-        if factor(form, one, reduced, diagonal, work.rho, work.delta, work):
+        if factor(form, one, reduced, diagonal, work.rho, work.delta, work) and pivots_count(reduced.L):
             break
         rho *= 100.0
     solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, np.int64(12), work)
@@ -1186,7 +1213,7 @@ def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_
             at(store.hessian, i), at(store.rows, i), at(store.S, i), at(store.diagonal, i), at(store.L, i),
             at(store.weights, i),
         )  # fmt: skip
-        if factored[i]:
+        if factored[i] and (forms[i] != PRIMAL or pivots_count(reduced.L)):
             if forms[i] == DIAGONAL_DUAL:
                 whiten_diagonal(one, reduced)
             left, moved = solve_nearby(forms[i], one, reduced, theta, heavy, b_x, b_v, u_x[i], u_v[i], rounds, work)
