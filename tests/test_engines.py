@@ -1,0 +1,325 @@
+"""The compiled engine is the array engine in other words: the same iterates to rounding, the same statuses."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import qpdiff
+from qpdiff.engine import compiled_engine
+
+from .problems import (
+    duplicated_variables,
+    equality_beyond_bounds,
+    infeasible,
+    optnet,
+    parallel_rows,
+    random_problem,
+    scaled_both,
+    scaled_columns,
+    scaled_rows,
+    unbounded,
+    weakly_active,
+)
+
+pytestmark = pytest.mark.skipif(compiled_engine()[0] is None, reason="Numba is not installed")
+VECTORS = ("x", "y", "z", "z_lb", "z_ub", "s")
+NUMBERS = ("objective", "primal_residual", "dual_residual", "duality_gap")
+HARD = pathlib.Path(__file__).parents[2] / "shared" / "data" / "qp"
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+CASES = {
+    "optnet": lambda: optnet(rng(), (20,), 10, 5, 3),
+    "more rows than variables": lambda: optnet(rng(), (20,), 8, 30, 0),
+    "larger": lambda: optnet(rng(), (5,), 60, 30, 10),
+    "dense dual, larger": lambda: optnet(rng(), (5,), 80, 40, 0),
+    "no constraints": lambda: random_problem(rng(), "", batch=(20,)),
+    "equalities only": lambda: random_problem(rng(), "A", batch=(20,)),
+    "bounds only": lambda: random_problem(rng(), "lb ub", batch=(20,), cost="psd"),
+    "bounds on one side": lambda: random_problem(rng(), "G ub", batch=(20,), infinite=0.3),
+    "diagonal": lambda: random_problem(rng(), "A lb", batch=(20,), cost="diagonal", n=12),
+    "everything": lambda: random_problem(rng(), "A G lb ub", batch=(20,), infinite=0.3, fixed=2),
+    "linear programs": lambda: random_problem(rng(), "A G lb ub", batch=(20,), cost="lp"),
+    "shared matrices": lambda: random_problem(rng(), "A G", batch=(20,), shared=("Q", "A", "G"), n=12),
+    "shared, primal": lambda: random_problem(rng(), "G lb", batch=(20,), shared=("Q", "G"), n=5, m=20),
+    "infeasible": lambda: infeasible(rng(), parallel_rows, "pd", (5, 4, 2)),
+    "infeasible by bounds": lambda: infeasible(rng(), equality_beyond_bounds, "psd", (5, 4, 2)),
+    "unbounded": lambda: unbounded(rng(), "A G", "lp", (5, 4, 2)),
+    "scaled rows": lambda: scaled_rows(rng(), (20,), 6).operands,
+    "scaled columns": lambda: scaled_columns(rng(), (20,), 6).operands,
+    "scaled": lambda: scaled_both(rng(), (20,), 6).operands,
+    "weakly active": lambda: weakly_active(rng(), (20,), 6).operands,
+    "not unique": lambda: duplicated_variables(rng(), (20,), 6).operands,
+}
+
+ROUNDING = {"infeasible": 1e-2, "unbounded": 1e-2, "scaled": 1e-5, "not unique": 1e-5}
+"""Where rounding grows faster: in iterates that go off to infinity, with large factors between rows, and over ρ."""
+
+
+def assert_same(a, b, accuracy):
+    """Two solutions, entry by entry, relative to the largest entry of each problem."""
+    for name in VECTORS:
+        one, other = getattr(a, name), getattr(b, name)
+        finite = np.isfinite(one)
+        np.testing.assert_array_equal(finite, np.isfinite(other), err_msg=name)
+        one, other = np.where(finite, one, 0.0), np.where(finite, other, 0.0)
+        scale = np.maximum(np.max(np.abs(one), axis=-1, keepdims=True, initial=0.0), 1.0)
+        assert np.max(np.abs(one - other) / scale, initial=0.0) <= accuracy, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_iteration_by_iteration(case):
+    """The first iterates to rounding, which grows from one to the next; then where each problem ends."""
+    operands = CASES[case]()
+    for k in range(6):
+        array, compiled = (
+            qpdiff.solve_qp(**operands, engine=engine, max_iterations=k) for engine in ("array", "compiled")
+        )
+        np.testing.assert_array_equal(array.status, compiled.status)
+        np.testing.assert_array_equal(array.iterations, compiled.iterations)
+        assert_same(array, compiled, next((value for word, value in ROUNDING.items() if word in case), 1e-7))
+    array, compiled = (qpdiff.solve_qp(**operands, engine=engine) for engine in ("array", "compiled"))
+    np.testing.assert_array_equal(array.status, compiled.status)
+    assert np.max(np.abs(array.iterations - compiled.iterations)) <= 1
+    for name in NUMBERS[1:]:
+        solved = array.status == qpdiff.Status.SOLVED
+        assert np.all(getattr(compiled, name)[solved] <= 1e-8 + 1e-8 * np.abs(array.objective[solved])), name
+
+
+@pytest.mark.parametrize("case", ["optnet", "everything", "diagonal", "shared matrices", "shared, primal"])
+def test_single_precision(case):
+    operands = {name: value.astype(np.float32) for name, value in CASES[case]().items()}
+    for k in range(4):
+        array, compiled = (
+            qpdiff.solve_qp(**operands, engine=engine, max_iterations=k) for engine in ("array", "compiled")
+        )
+        assert compiled.x.dtype == np.float32
+        np.testing.assert_array_equal(array.iterations, compiled.iterations)
+        assert_same(array, compiled, 1e-2)
+
+
+@pytest.mark.parametrize("case", ["optnet", "larger", "everything", "diagonal", "shared matrices", "shared, primal"])
+def test_the_same_derivatives(case):
+    operands = CASES[case]()
+    array, compiled = (qpdiff.solve_qp(**operands, engine=e, tol=1e-10) for e in ("array", "compiled"))
+    cotangents = {name: rng().normal(size=getattr(array, name).shape) for name in ("x", "y", "z", "z_lb", "z_ub")}
+    expected, gradients = (qpdiff.vjp(sol, **cotangents) for sol in (array, compiled))
+    for name in operands:
+        one, other = getattr(expected, name), getattr(gradients, name)
+        np.testing.assert_allclose(other, one, atol=1e-5 * np.max(np.abs(one)), err_msg=name)
+    tangents = {name: rng().normal(size=value.shape) for name, value in operands.items()}
+    for one, other in zip(qpdiff.jvp(array, **tangents), qpdiff.jvp(compiled, **tangents), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * np.max(np.abs(one), initial=1.0))
+
+
+def test_warm_start():
+    operands = CASES["everything"]()
+    moved = operands | {"q": operands["q"] + 1e-3}
+    starts = [qpdiff.solve_qp(**operands, engine=engine) for engine in ("array", "compiled")]
+    for k in (0, 1, 3, 200):
+        array, compiled = (
+            qpdiff.solve_qp(**moved, engine=engine, warm_start=starts[0], max_iterations=k)
+            for engine in ("array", "compiled")
+        )
+        np.testing.assert_array_equal(array.status, compiled.status)
+        assert_same(array, compiled, 1e-5)
+    assert np.mean(compiled.iterations) < np.mean(starts[1].iterations)
+
+
+@pytest.mark.skipif(not HARD.exists(), reason="needs a folder of hard problems")
+def test_hard_problems():
+    """Each engine ends where the other does, but for problems that rounding decides."""
+    paths = sorted(HARD.glob("*.npz"))
+    differ = []
+    for path in paths:
+        with np.load(path) as data:
+            operands = {name: data[name] for name in ("Q", "q", "G", "h", "A", "b", "lb", "ub") if name in data.files}
+        if len(operands) < 2 or operands["Q"].shape[-1] > 100:
+            continue
+        for k in range(6):
+            array, compiled = (
+                qpdiff.solve_qp(**operands, engine=engine, max_iterations=k) for engine in ("array", "compiled")
+            )
+            assert array.status == compiled.status, path.stem
+            assert_same(array, compiled, 1e-6)
+        array, compiled = (qpdiff.solve_qp(**operands, engine=engine, tol=1e-6) for engine in ("array", "compiled"))
+        if array.status != compiled.status or abs(int(array.iterations) - int(compiled.iterations)) > 2:
+            differ.append(path.stem)
+    assert len(differ) <= 0.1 * len(paths), differ
+
+
+# ---- the arrays that come in
+
+
+def test_arrays_of_any_layout():
+    """Read-only, transposed, broadcast and strided operands give what contiguous ones give, bit by bit."""
+    operands = CASES["everything"]()
+    expected = qpdiff.solve_qp(**operands, engine="compiled")
+    views = {}
+    for i, (name, value) in enumerate(operands.items()):
+        view = np.asfortranarray(value) if i % 2 else np.repeat(value, 2, axis=-1)[..., ::2]
+        view.flags.writeable = False
+        views[name] = view
+    sol = qpdiff.solve_qp(**views, engine="compiled")
+    for name in (*VECTORS, "status", "iterations"):
+        np.testing.assert_array_equal(getattr(sol, name), getattr(expected, name))
+
+
+def test_broadcast_operands_are_those_of_every_problem():
+    operands = CASES["shared matrices"]()
+    pretended = {k: v if v.ndim == 2 and k in "qhb" else np.broadcast_to(v, (20, *v.shape)) for k, v in operands.items()}
+    shared, sol = (qpdiff.solve_qp(**d, engine="compiled") for d in (operands, pretended))
+    np.testing.assert_allclose(sol.x, shared.x, atol=1e-12)
+    cotangent = rng().normal(size=sol.x.shape)
+    gradients, summed = qpdiff.vjp(sol, x=cotangent), qpdiff.vjp(shared, x=cotangent)
+    assert gradients.G.shape == (20, *operands["G"].shape)
+    np.testing.assert_allclose(np.sum(gradients.G, axis=0), summed.G, atol=1e-9)
+
+
+def test_any_batch_axes():
+    operands = optnet(rng(), (2, 3), 6, 4, 2)
+    operands["q"] = operands["q"][:1]
+    array, compiled = (qpdiff.solve_qp(**operands, engine=engine) for engine in ("array", "compiled"))
+    assert compiled.x.shape == (2, 3, 6)
+    np.testing.assert_allclose(compiled.x, array.x, atol=1e-9)
+    assert qpdiff.vjp(compiled, x=compiled.x).q.shape == (1, 3, 6)
+
+
+def test_empty_batch():
+    sol = qpdiff.solve_qp(np.zeros((0, 3, 3)), np.zeros((0, 3)), engine="compiled", progress=lambda done, batch: None)
+    assert sol.x.shape == (0, 3)
+    assert qpdiff.vjp(sol, x=sol.x).Q.shape == (0, 3, 3)
+
+
+# ---- threads
+
+
+def test_calls_from_many_threads_give_what_one_gives():
+    problems = [optnet(np.random.default_rng(seed), (64,), 30, 20, 4) for seed in range(4)]
+    expected = [qpdiff.solve_qp(**operands) for operands in problems]
+    results = {}
+
+    def work(i):
+        sol = qpdiff.solve_qp(**problems[i % 4])
+        results[i] = sol.x, qpdiff.vjp(sol, x=np.ones_like(sol.x)).q
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 12
+    for i, (x, gradient) in results.items():
+        np.testing.assert_array_equal(x, expected[i % 4].x)
+        np.testing.assert_array_equal(gradient, qpdiff.vjp(expected[i % 4], x=np.ones_like(x)).q)
+
+
+def test_blas_has_one_thread_inside_and_its_own_again_outside():
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+
+    def threads():
+        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+
+    inside, before = [], threads()
+    operands = optnet(rng(), (256,), 30, 20, 0)
+    qpdiff.solve_qp(**operands, engine="compiled", progress=lambda done, batch: inside.append(threads()))
+    assert threads() == before
+    if os.cpu_count() > 1:
+        assert set(inside[0]) == {1}
+
+
+def test_a_fork_solves_too():
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork")
+    code = """
+import os
+import numpy as np
+import qpdiff
+rng = np.random.default_rng(0)
+Q, q = np.eye(20) + np.zeros((400, 20, 20)), rng.normal(size=(400, 20))
+G, h = rng.normal(size=(400, 10, 20)), np.ones((400, 10))
+x = qpdiff.solve_qp(Q, q, G, h).x
+child = os.fork()
+if child == 0:
+    os._exit(0 if np.array_equal(qpdiff.solve_qp(Q, q, G, h).x, x) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
+
+
+# ---- the choice
+
+
+def test_a_later_process_compiles_nothing():
+    """The compiled functions come from the cache on disk, which this process has filled."""
+    qpdiff.vjp(qpdiff.solve_qp(**CASES["optnet"](), engine="compiled"), x=np.ones((20, 10)))
+    code = """
+import numpy as np
+import qpdiff
+sol = qpdiff.solve_qp(np.eye(2), np.ones(2), np.ones((1, 2)), [1.0], engine="compiled")
+qpdiff.vjp(sol, x=np.ones(2))
+from qpdiff.compiled import method
+for function in (method.check_batch, method.solve_batch, method.solve_kkt_batch, method.outer_products):
+    assert function.stats.cache_hits and not function.stats.cache_misses, function
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_progress_counts_up_to_the_batch():
+    for engine in ("array", "compiled"):
+        seen = []
+        operands = optnet(rng(), (500,), 20, 10, 0)
+        qpdiff.solve_qp(**operands, engine=engine, progress=lambda done, batch: seen.append((done, batch)))  # noqa: B023
+        assert seen[-1] == (500, 500)
+        assert all(batch == 500 for _, batch in seen)
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_an_error_in_progress_comes_out():
+    def stop(done, batch):
+        raise KeyboardInterrupt
+
+    for engine in ("array", "compiled"):
+        with pytest.raises(KeyboardInterrupt):
+            qpdiff.solve_qp(**optnet(rng(), (500,), 20, 10, 0), engine=engine, progress=stop)
+    assert np.all(qpdiff.solve_qp(**optnet(rng(), (500,), 20, 10, 0)).status == qpdiff.Status.SOLVED)
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="engine is 'numba'; expected one of 'auto', 'array', 'compiled'"):
+        qpdiff.solve_qp(np.eye(1), [0.0], engine="numba")
+    with pytest.raises(ValueError, match="verbose needs engine='array'"):
+        qpdiff.solve_qp(np.eye(1), [0.0], engine="compiled", verbose=True)
+    with pytest.raises(TypeError, match="progress is a int"):
+        qpdiff.solve_qp(np.eye(1), [0.0], progress=1)
+    strict = pytest.importorskip("array_api_strict")
+    with pytest.raises(ValueError, match="takes NumPy arrays only"):
+        qpdiff.solve_qp(strict.eye(1), strict.zeros(1), engine="compiled")
+
+
+def test_without_numba_the_array_engine_solves():
+    code = """
+import sys
+sys.modules["numba"] = None
+import numpy as np
+import qpdiff
+from qpdiff.engine import compiled_engine
+sol = qpdiff.solve_qp(np.eye(2), np.ones(2), np.ones((1, 2)), [1.0])
+assert isinstance(sol.linearization.factors, list)
+assert compiled_engine() == (None, "Numba is not installed (pip install 'qpdiff[cpu]')"), compiled_engine()
+try:
+    qpdiff.solve_qp(np.eye(2), np.ones(2), engine="compiled")
+except ImportError as error:
+    assert "qpdiff[cpu]" in str(error)
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
