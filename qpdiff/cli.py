@@ -22,6 +22,7 @@ from rich.table import Table
 
 import qpdiff
 
+from .engine import compiled_engine
 from .problem import OPERANDS
 
 app = typer.Typer(help=qpdiff.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -125,7 +126,7 @@ def check(
 
 @app.command()
 def info() -> None:
-    """Tell what is installed, which backends run, and the threads and GPU they have."""
+    """Tell what is installed, which backends and engine run, and the threads and GPU they have."""
     table = Table("what", "version", "note", title="qpdiff")
     table.add_row("qpdiff", qpdiff.__version__, "")
     table.add_row("Python", platform.python_version(), platform.platform())
@@ -135,7 +136,8 @@ def info() -> None:
         table.add_row(
             f"backend {name}", version(package), runs(name, operands) if importlib_has(package) else "not installed"
         )
-    for package in ("scipy", "array-api-compat", "autograd", "dask", "numba"):
+    table.add_row("engine", *engine())
+    for package in ("scipy", "array-api-compat", "numba", "threadpoolctl", "autograd", "dask"):
         table.add_row(package, version(package), "")
     console.print(table)
 
@@ -295,6 +297,14 @@ def runs(name: str, operands) -> str:
 
         return f"runs on {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}"
     return "runs"
+
+
+def engine() -> tuple[str, str]:
+    """Which engine solves NumPy arrays, and why."""
+    module, reason = compiled_engine()
+    if module is None:
+        return "array", reason
+    return "compiled", f"{reason} on first use and keeps the result in {module.cache_folder()}"
 
 
 def blas_threads() -> str:

@@ -364,8 +364,8 @@ def _warm_point(problem: Problem, sol: Solution | None) -> Point | None:
 
 
 def _keeps_factor(problem: Problem) -> bool:
-    """Whether a factor a problem is in proportion to the data: not where the matrices are shared."""
-    return problem.n**2 * problem.batch <= sum(value.size for value in problem.operands.values())
+    """Whether a factor a problem is in proportion to the data, which it is not where the matrices are shared."""
+    return problem.n**2 * problem.batch <= min(2**26, sum(value.size for value in problem.operands.values()))
 
 
 def _forms(problem: Problem):
@@ -826,7 +826,7 @@ def _solution(problem: Problem, outcome: Outcome, factors) -> Solution:
     y, z, z_lb, z_ub = multipliers(problem, v)
     if problem.m:
         slack = s[:, problem.blocks["G"]]
-        slack = xp.where(problem.h >= INFINITE, xp.full_like(slack, float("inf")), slack)
+        slack = xp.where(problem.h >= INFINITE, problem.backend.full((1, 1), float("inf"), problem.dtype), slack)
     else:
         slack = s[:, :0]
 
@@ -856,7 +856,7 @@ def _solution(problem: Problem, outcome: Outcome, factors) -> Solution:
 def multipliers(problem: Problem, v):
     """The multipliers y, z, z_lb, z_ub in those of all rows; a fixed variable's goes to one bound by its sign."""
     xp, blocks = problem.backend.xp, problem.blocks
-    zero = None
+    zero: Any = None
     if problem.lb is None or problem.ub is None:
         zero = xp.broadcast_to(problem.backend.full((1, problem.n), 0.0, problem.dtype), (v.shape[0], problem.n))
     z_lb = v[:, blocks["lb"]] if problem.lb is not None else zero

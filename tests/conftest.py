@@ -14,6 +14,35 @@ settings.register_profile("more", max_examples=200_000, deadline=None, print_blo
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+METHOD = {
+    "test_solver.py", "test_differentiation.py", "test_degenerate.py", "test_fuzz.py", "test_certificates.py",
+    "test_warm_start.py", "test_smoothing.py", "test_memory.py", "test_backends.py",
+}  # fmt: skip
+"""What both engines must pass on NumPy."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--engine", choices=["auto", "array"], default="auto", help="array: as if there were no Numba")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--engine") == "array":
+        others = {"array-api-strict", "cupy"}  # which always use it
+        chosen = [item for item in items if item.path.name in METHOD]
+        items[:] = [i for i in chosen if not (hasattr(i, "callspec") and i.callspec.params.get("xp") in others)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine(request):
+    """The engine that engine="auto" takes for NumPy arrays."""
+    if request.config.getoption("--engine") == "array":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qpdiff.engine.compiled_engine", lambda: (None, "this is a test"))
+            yield
+    else:
+        yield
+
+
 class NumPyLibrary:
     """NumPy itself."""
 

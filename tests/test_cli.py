@@ -1,5 +1,6 @@
 """The command line, run in process."""
 
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import qpdiff
 from qpdiff.cli import app
+from qpdiff.engine import compiled_engine
 
 
 @pytest.fixture
@@ -107,6 +109,8 @@ def test_info(run):
     result = run("info")
     assert result.exit_code == 0
     assert "backend numpy" in result.output
+    expected = r"engine\W+compiled\W+Numba compiles it" if compiled_engine()[0] else r"engine\W+array"
+    assert re.search(expected, result.output)
     assert qpdiff.__version__ in result.output
 
 

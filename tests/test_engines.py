@@ -95,7 +95,7 @@ def test_iteration_by_iteration(case):
     array, compiled = (qpdiff.solve_qp(**operands, engine=engine) for engine in ("array", "compiled"))
     assert np.mean(array.status != compiled.status) <= of_case(UNDECIDED, case, 0.0)
     same = array.status == compiled.status
-    assert np.max(np.abs(array.iterations - compiled.iterations)[same]) <= 1
+    assert np.max(np.abs(array.iterations - compiled.iterations)[same]) <= 2
     for name in NUMBERS[1:]:
         solved = array.status == qpdiff.Status.SOLVED
         assert np.all(getattr(compiled, name)[solved] <= 1e-8 + 1e-8 * np.abs(array.objective[solved])), name
@@ -182,7 +182,7 @@ def test_arrays_of_any_layout():
 
 def test_broadcast_operands_are_those_of_every_problem():
     operands = CASES["shared matrices"]()
-    pretended = {k: v if v.ndim == 2 and k in "qhb" else np.broadcast_to(v, (20, *v.shape)) for k, v in operands.items()}
+    pretended = {k: v if k in "qhb" else np.broadcast_to(v, (20, *v.shape)) for k, v in operands.items()}
     shared, sol = (qpdiff.solve_qp(**d, engine="compiled") for d in (operands, pretended))
     np.testing.assert_allclose(sol.x, shared.x, atol=1e-12)
     cotangent = rng().normal(size=sol.x.shape)
@@ -204,6 +204,20 @@ def test_empty_batch():
     sol = qpdiff.solve_qp(np.zeros((0, 3, 3)), np.zeros((0, 3)), engine="compiled", progress=lambda done, batch: None)
     assert sol.x.shape == (0, 3)
     assert qpdiff.vjp(sol, x=sol.x).Q.shape == (0, 3, 3)
+
+
+@pytest.mark.parametrize("case", ["optnet", "larger", "everything", "diagonal", "shared matrices"])
+def test_where_factors_take_too_much_memory_the_derivative_makes_its_own(monkeypatch, case):
+    operands = CASES[case]()
+    kept = qpdiff.solve_qp(**operands, engine="compiled", tol=1e-10)
+    monkeypatch.setattr("qpdiff.compiled.KEPT_BYTES", (0, 0))
+    sol = qpdiff.solve_qp(**operands, engine="compiled", tol=1e-10)
+    assert sol.linearization.factors.store.L.size == 0
+    cotangent = rng().normal(size=sol.x.shape)
+    expected, gradients = qpdiff.vjp(kept, x=cotangent), qpdiff.vjp(sol, x=cotangent)
+    for name in operands:
+        one, other = getattr(expected, name), getattr(gradients, name)
+        np.testing.assert_allclose(other, one, atol=1e-5 * np.max(np.abs(one)), err_msg=name)
 
 
 # ---- threads

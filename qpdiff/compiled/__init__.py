@@ -21,8 +21,8 @@ from .threads import SOLVE, SWEEP, single_threaded_blas, work_on
 
 _DECIDING = {"Q", "G", "A", "lb", "ub"}
 """Operands that the metric and the reduced form are made of."""
-KEPT_BYTES = 2**26
-"""Factors are kept for the derivative where they take no more than this, or than the data."""
+KEPT_BYTES = 2**26, 2**29
+"""Factors are kept for the derivative where they take no more than the first, or than the data and the second."""
 
 
 class Factors(NamedTuple):
@@ -35,6 +35,11 @@ class Factors(NamedTuple):
     forms: Any
     """The one that was."""
     factored: Any
+
+
+def cache_folder() -> str:
+    """Where Numba keeps the compiled functions for later processes."""
+    return method.solve_batch.stats.cache_path
 
 
 def check(problem: Problem) -> bool:
@@ -184,7 +189,8 @@ def _store(problem: Problem, form: int, shared: bool) -> Reduced:
     once = _CONSTANT[form] if shared else set()
     kept = _NEEDED[form] - once
     size = sum(math.prod(getattr(shapes, name)) for name in kept) * dtype.itemsize * problem.batch
-    if size > KEPT_BYTES and size > sum(distinct(problem, name).nbytes for name in problem.operands):
+    few, many = KEPT_BYTES
+    if size > few and size > min(many, sum(distinct(problem, name).nbytes for name in problem.operands)):
         kept = set()
     counts = {name: problem.batch if name in kept else int(name in once) for name in Reduced._fields}
     return Reduced(*(np.empty((counts[k], *shape), dtype) for k, shape in zip(counts, shapes, strict=True)))

@@ -1,13 +1,15 @@
 """BLAS and LAPACK for compiled code, on matrices that lie row by row in memory.
 
-The functions are the ones SciPy is linked with, which its Cython modules export. They are bound by a name of ours that is
-registered with the linker whenever this module is imported: that way compiled code that comes from Numba's cache on disk
-finds them in a later process, where they have another address.
+The functions are the ones SciPy is linked with, which its Cython modules export. They are bound by a name of ours that
+is registered with the linker whenever this module is imported: that way compiled code that comes from Numba's cache on
+disk finds them in a later process, where they have another address.
 
 BLAS takes matrices that lie column by column, so to it every matrix here is its transpose.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
@@ -15,42 +17,40 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import get_cython_function_address, intrinsic
 
-INTEGER, SCALAR, MATRIX, OUTCOME, VALUE = "integer", "scalar", "matrix", "outcome", "value"
-jit = njit(
-    nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}, _nrt=False, no_cpython_wrapper=True,
-    no_cfunc_wrapper=True,
-)  # fmt: skip
-"""For functions that compiled code calls.
-
-Sums may be reordered, which vectorises them; NaN and infinity keep their meaning. Nothing is allocated and no references
-are counted, which would cost more than the arithmetic on small arrays.
-"""
-
-inline = njit(_nrt=False, inline="always")
+INTEGER, SCALAR, ARRAY, OUTCOME, VALUE = "isaov"
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
+"""Nothing is allocated and no references are counted, which would cost more than the arithmetic on small arrays."""
+_INNER: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+jit = njit(**OPTIONS, **_INNER, fastmath={"reassoc", "contract", "nsz"})
+"""For functions that compiled code calls. Sums may be reordered, which vectorises them; NaN and infinity keep their
+meaning."""
+entry = njit(**OPTIONS, cache=True)
+"""For functions that Python calls; they are kept on disk with all that they call."""
+inline = njit(**OPTIONS, inline="always")
 """For functions that return an array, which without counting references must be part of their caller."""
 
 _SMALL = 24
 """Up to this size loops are faster than the library."""
 _SYRK = 96
-"""Up to this size a product of matrices takes less time than the half of it that a symmetric result needs."""
+"""Up to this size a product of matrices takes less time than the half of it that a symmetric one needs."""
 _PREFIX = {types.float64: "d", types.float32: "s"}
 
 
-def _fortran(library: str, name: str, *kinds: str):
+def _fortran(library: str, name: str, kinds: str):
     """A function of BLAS or LAPACK, for the floating point type of the first array that it is called with.
 
-    Each kind says what an argument of the Fortran function is: an integer or a scalar passed by value here, a matrix or
-    vector whose first entry is meant, the outcome (no argument here but the value), or a letter that is always the same.
-    A function of Fortran that has a value starts with that.
+    Each letter of `kinds` says what an argument of the Fortran function is: i and s an integer and a scalar, passed by
+    value here, a an array whose first entry is meant, o the outcome, which is no argument but the value here, and a
+    capital letter itself. A function of Fortran that has a value starts with v.
     """
     for prefix in _PREFIX.values():
         address = get_cython_function_address(f"scipy.linalg.cython_{library}", prefix + name)
         binding.add_symbol(f"qpdiff_{prefix}{name}", address)
-    taken = [kind for kind in kinds if kind in (INTEGER, SCALAR, MATRIX)]
+    taken = [kind for kind in kinds if kind in (INTEGER, SCALAR, ARRAY)]
 
     @intrinsic
     def call(typing_context, args):
-        real = next(arg.dtype for arg, kind in zip(args, taken, strict=True) if kind == MATRIX)
+        real = next(arg.dtype for arg, kind in zip(args, taken, strict=True) if kind == ARRAY)
         result = types.intc if OUTCOME in kinds else real if VALUE in kinds else types.void
 
         def generate(context, builder, signature, arguments):
@@ -65,7 +65,7 @@ def _fortran(library: str, name: str, *kinds: str):
                     pointers.append(cgutils.alloca_once_value(builder, letter))
                 else:
                     value, kind_of = next(values)
-                    if kind == MATRIX:
+                    if kind == ARRAY:
                         array = context.make_array(kind_of)(context, builder, value)
                         pointers.append(array.data)
                     else:
@@ -88,67 +88,15 @@ def _fortran(library: str, name: str, *kinds: str):
     return call
 
 
-_dot = _fortran("blas", "dot", VALUE, INTEGER, MATRIX, INTEGER, MATRIX, INTEGER)
-_gemv_n = _fortran(
-    "blas", "gemv", "T", INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER
-)
-_gemv_t = _fortran(
-    "blas", "gemv", "N", INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER
-)
-_gemm_nt = _fortran(
-    "blas",
-    "gemm",
-    "T",
-    "N",
-    INTEGER,
-    INTEGER,
-    INTEGER,
-    SCALAR,
-    MATRIX,
-    INTEGER,
-    MATRIX,
-    INTEGER,
-    SCALAR,
-    MATRIX,
-    INTEGER,
-)
-_gemm_nn = _fortran(
-    "blas",
-    "gemm",
-    "N",
-    "N",
-    INTEGER,
-    INTEGER,
-    INTEGER,
-    SCALAR,
-    MATRIX,
-    INTEGER,
-    MATRIX,
-    INTEGER,
-    SCALAR,
-    MATRIX,
-    INTEGER,
-)
-_gemm_tn = _fortran(
-    "blas",
-    "gemm",
-    "N",
-    "T",
-    INTEGER,
-    INTEGER,
-    INTEGER,
-    SCALAR,
-    MATRIX,
-    INTEGER,
-    MATRIX,
-    INTEGER,
-    SCALAR,
-    MATRIX,
-    INTEGER,
-)
-_syrk_n = _fortran("blas", "syrk", "U", "T", INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER)
-_syrk_t = _fortran("blas", "syrk", "U", "N", INTEGER, INTEGER, SCALAR, MATRIX, INTEGER, SCALAR, MATRIX, INTEGER)
-_potrf = _fortran("lapack", "potrf", "U", INTEGER, MATRIX, INTEGER, OUTCOME)
+_dot = _fortran("blas", "dot", "viaiai")
+_gemv_n = _fortran("blas", "gemv", "Tiisaiaisai")
+_gemv_t = _fortran("blas", "gemv", "Niisaiaisai")
+_gemm_nt = _fortran("blas", "gemm", "TNiiisaiaisai")
+_gemm_nn = _fortran("blas", "gemm", "NNiiisaiaisai")
+_gemm_tn = _fortran("blas", "gemm", "NTiiisaiaisai")
+_syrk_n = _fortran("blas", "syrk", "UTiisaisai")
+_syrk_t = _fortran("blas", "syrk", "UNiisaisai")
+_potrf = _fortran("lapack", "potrf", "Uiaio")
 
 
 # ---- on row-major matrices, or parts of them whose rows are contiguous
@@ -179,7 +127,7 @@ def dot(a, b):
 
 @jit
 def product(M, x, out):
-    """out ← M x."""
+    """Put M x in `out`."""
     rows, columns = M.shape
     if columns > _SMALL and rows > 0:
         _gemv_n((columns, rows, 1.0, M, _ld(M), x, 1, 0.0, out, 1))
@@ -193,7 +141,7 @@ def product(M, x, out):
 
 @jit
 def add_product_transposed(sign, M, v, out):
-    """out ← out ± Mᵀ v."""
+    """Add ± Mᵀ v to `out`."""
     rows, columns = M.shape
     if columns > _SMALL and rows > 0:
         _gemv_t((columns, rows, sign, M, _ld(M), v, 1, 1.0, out, 1))
@@ -258,7 +206,7 @@ def cholesky(M):
 
 @jit
 def solve_cholesky(L, r):
-    """r ← (L Lᵀ)⁻¹ r."""
+    """Solve L Lᵀ x = r in place."""
     n = L.shape[0]
     for i in range(n):
         left = r[i]
@@ -274,7 +222,7 @@ def solve_cholesky(L, r):
 
 @jit
 def invert_lower(L, out, work):
-    """out ← L⁻¹ with zeros above the diagonal; blocks on the diagonal by substitution, then joined in pairs."""
+    """Put L⁻¹ in `out`, zeros above the diagonal: blocks on the diagonal by substitution, then joined in pairs."""
     n = L.shape[0]
     out[:, :] = 0.0
     for start in range(0, n, _SMALL):

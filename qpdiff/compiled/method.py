@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from ..kkt import METRIC_PASSES
@@ -19,10 +19,12 @@ from ..problem import INFINITE
 from ..solution import Status
 from ..solver import LUCK, PATIENCE, RUNNING, STEP_FRACTION
 from .lapack import (
+    OPTIONS,
     add_gram,
     add_product_transposed,
     cholesky,
     dot,
+    entry,
     finite,
     inline,
     invert_lower,
@@ -204,7 +206,7 @@ def copy_matrix(M, out):
 
 @jit
 def product_lower(L, x, out):
-    """out ← L x for a lower triangular L."""
+    """Put L x in `out` for a lower triangular L."""
     for i in range(L.shape[0]):
         total = out.dtype.type(0.0)
         for j in range(i + 1):
@@ -214,7 +216,7 @@ def product_lower(L, x, out):
 
 @jit
 def product_lower_transposed(L, x, out):
-    """out ← Lᵀ x for a lower triangular L."""
+    """Put Lᵀ x in `out` for a lower triangular L."""
     out[:] = 0.0
     for i in range(L.shape[0]):
         value = x[i]
@@ -973,7 +975,7 @@ def in_double(batch, exact, i, K, room):
     raise NotImplementedError("for compiled code")
 
 
-@overload(in_double, inline="always", jit_options={"_nrt": False})
+@overload(in_double, inline="always", jit_options=OPTIONS)
 def _in_double(batch, exact, i, K, room):
     if isinstance(exact, types.NoneType):
         return lambda batch, exact, i, K, room: (at(batch.Q, i), at(batch.q, i), K)
@@ -984,7 +986,7 @@ def _in_double(batch, exact, i, K, room):
     )
 
 
-@njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
+@entry
 def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, metric, outcome, forms, factored, room):
     """Solve problems one after the other.
 
@@ -1181,14 +1183,14 @@ def solve_afresh(one, reduced, theta, heavy, r_x, r_v, u_x, u_v, work):
     solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, np.int64(12), work)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
+@entry
 def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_v, fill, u_x, u_v, room):
     """Solve the KKT system at the solutions of a batch, one problem after the other.
 
     `batch`, `store`, `metric`, `forms` and `factored` are those of `solve_batch`; problems
     that are not solved get the number `fill`.
     """
-    n, rows = u_x.shape[1], u_v.shape[1]
+    rows = u_v.shape[1]
     work = make_work(room)
     k, kind = work.k, work.kind
     b_x, b_v, theta, heavy, rounds = work.right_x, work.right_v, work.theta_exact, work.heavy, np.int64(3)
@@ -1223,7 +1225,7 @@ def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_
             solve_afresh(one, fresh, theta, heavy, b_x, b_v, u_x[i], u_v[i], work)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
+@entry
 def outer_products(x, v, u_x, u_v, of_Q, of_A, of_G):
     """The gradients of the matrices that are a problem's own, `differentiation.assemble_gradients`."""
     for i in range(of_Q.shape[0]):
@@ -1251,19 +1253,15 @@ def within(a, below, above):
     return result
 
 
-@njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
+@entry
 def check_batch(batch, count, room):
     """Whether the operands pass all rules of `problem`; the rules themselves find out what is wrong."""
     M = room.square[0]
     single = M.itemsize == 4
     tolerance, smallest = (1e-4, SMALLEST_SINGLE) if single else (1e-8, SMALLEST)
     for i in range(count):
-        if i == 0 or batch.q.shape[0] > 1:
-            if not within(at(batch.q, i), -np.inf, np.inf):
-                return False
-        if i == 0 or batch.b.shape[0] > 1:
-            if not within(at(batch.b, i), -np.inf, np.inf):
-                return False
+        if not (within(at(batch.q, i), -np.inf, np.inf) and within(at(batch.b, i), -np.inf, np.inf)):
+            return False
         if i == 0 or batch.h.shape[0] > 1:
             h = at(batch.h, i)
             for j in range(h.shape[0]):

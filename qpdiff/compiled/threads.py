@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 from ..problem import Problem
 
@@ -39,7 +41,7 @@ def work_on(problem: Problem, first: int, solve_range: Callable[[slice], None], 
     least = -(-count * problem.bytes_per_problem // RANGE_BYTES)
     number = min(count, max(min(worth, workers * RANGES), least))
     edges = [first + i * count // number for i in range(number + 1)] if count else []
-    ranges = deque(slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False))
+    ranges = deque(slice(start, stop) for start, stop in pairwise(edges))
     finished = deque([first])
 
     def work(report: Callable | None) -> None:
@@ -93,7 +95,7 @@ def _controller():
 
 _lock = threading.Lock()
 _users = 0
-_limit = None
+_limit: Any = None
 
 
 @contextmanager
