@@ -188,7 +188,7 @@ def cholesky(M):
     """The lower factor of M = L Lᵀ in place of M's lower triangle, and whether M was positive definite."""
     n = M.shape[0]
     if n > _SMALL:
-        return _potrf((n, M, _ld(M))) == 0
+        return _potrf((n, M, _ld(M))) == 0 and finite(M[n - 1, n - 1])  # NaN anywhere ends up there
     for i in range(n):
         for j in range(i):
             left = M[i, j]
