@@ -102,6 +102,12 @@ class Backend:
         return M + self.eye(M.shape[-1], M.dtype) * diagonal[:, :, None]
 
 
+LARGEST_BLOCK = 32
+"""Blocks on the diagonal of a Cholesky factor up to this size are inverted, so that solves are products of matrices."""
+SMALLEST_BLOCK = 10
+"""Up to this size a triangular matrix is inverted row by row."""
+
+
 class NumPyBackend(Backend):
     """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
 
@@ -129,28 +135,41 @@ class NumPyBackend(Backend):
         positive = np.isfinite(diagonal).all(axis=-1, keepdims=True)
         if not positive.all():
             L = np.where(positive[:, :, None], L, np.eye(M.shape[-1], dtype=M.dtype))
-        return (L,), positive
+        return (L, _inverse_blocks(L)), positive
 
     def pivots(self, factor):
         return np.linalg.diagonal(factor[0]) ** 2
 
     def solve(self, factor, r):
-        (L,) = factor
-        (potrs,) = get_lapack_funcs(("potrs",), (L,))
+        L, inverses = factor
         if L.shape[0] == 1:
-            return potrs(L[0].T, r.T, lower=0)[0].T
-        out = np.empty_like(r)
-        for i in range(r.shape[0]):
-            out[i] = potrs(L[i].T, r[i], lower=0)[0]
-        return out
+            (potrs,) = get_lapack_funcs(("potrs",), (L,))
+            return potrs(L[0].T, r.T, lower=0)[0].T  # Lᵀ is what LAPACK sees of a row-major L without a copy
+        # Substitution by blocks, all problems at once: LAPACK would have to be called for one after the other, which
+        # takes longer, and holds the interpreter's lock against other threads.
+        batch, n = r.shape
+        size = inverses.shape[-1]
+        y, x = np.empty((batch, n, 1), r.dtype), np.empty((batch, 1, n), r.dtype)
+        blocks = [(inverses[:, i, : n - start, : n - start], start, start + size) for i, start in _blocks(n, size)]
+        for inverse, start, stop in blocks:
+            left = r[:, start:stop, None]
+            if start > 0:
+                left = left - L[:, start:stop, :start] @ y[:, :start]
+            np.matmul(inverse, left, out=y[:, start:stop])
+        y = y.reshape(batch, 1, n)
+        for inverse, start, stop in reversed(blocks):
+            left = y[:, :, start:stop]
+            if stop < n:
+                left = left - x[:, :, stop:] @ L[:, stop:, start:stop]
+            np.matmul(left, inverse, out=x[:, :, start:stop])
+        return x[:, 0]
 
     def inverse(self, factor):
-        (L,) = factor
-        (trtri,) = get_lapack_funcs(("trtri",), (L,))
-        out = np.empty_like(L)
-        for i in range(L.shape[0]):
-            out[i] = trtri(L[i].T, lower=0)[0].T  # Lᵀ is what LAPACK sees of a row-major L without a copy
-        return out
+        L, _ = factor
+        if L.shape[0] == 1:
+            (trtri,) = get_lapack_funcs(("trtri",), (L,))
+            return trtri(L[0].T, lower=0)[0].T[None]
+        return _inverse_lower(L)
 
     def add_diagonal(self, M, diagonal):
         n = M.shape[-1]
@@ -165,6 +184,42 @@ def _cholesky_or_nan(M):
         return np.linalg.cholesky(M)
     except np.linalg.LinAlgError:
         return np.full_like(M, np.nan)
+
+
+def _blocks(n: int, size: int):
+    """Number and start of the blocks of this size."""
+    return enumerate(range(0, n, size))
+
+
+def _inverse_blocks(L):
+    """The inverses of blocks on the diagonal, (B, blocks, size, size), the last one filled up with the identity."""
+    batch, n = L.shape[:2]
+    count = -(-n // LARGEST_BLOCK)
+    size = -(-n // count)
+    out = np.empty((batch, count, size, size), L.dtype)
+    out[:, -1] = np.eye(size, dtype=L.dtype)
+    for i, start in _blocks(n, size):
+        block = L[:, start : start + size, start : start + size]
+        out[:, i, : block.shape[-1], : block.shape[-1]] = block
+    return _inverse_lower(out.reshape(batch * count, size, size)).reshape(out.shape)
+
+
+def _inverse_lower(L):
+    """L⁻¹ of lower triangular matrices: of small ones row by row, of large ones by halves."""
+    n = L.shape[-1]
+    out = np.zeros(L.shape, L.dtype)
+    if n <= SMALLEST_BLOCK:
+        diagonal = 1.0 / np.linalg.diagonal(L)
+        for i in range(n):
+            np.matmul(L[:, i : i + 1, :i], out[:, :i, :i], out=out[:, i : i + 1, :i])
+            out[:, i, :i] *= -diagonal[:, i : i + 1]
+            out[:, i, i] = diagonal[:, i]
+        return out
+    half = n // 2
+    out[:, :half, :half] = first = _inverse_lower(L[:, :half, :half])
+    out[:, half:, half:] = second = _inverse_lower(L[:, half:, half:])
+    np.matmul(-second, L[:, half:, :half] @ first, out=out[:, half:, :half])
+    return out
 
 
 class CuPyBackend(Backend):

@@ -455,9 +455,9 @@ def initialize(part: Part, settings: Settings):
     rho, delta = settings.rho * one, settings.delta * one
     system = _system(part, xp.where(inequality, 1.0 / E**2 + zero, zero), rho, delta)
     factor, positive = part.form.factor(system)
-    x, v = kkt.solve(
-        part.form, system, factor, xp.broadcast_to(-problem.q, (batch, problem.n)), problem.k + zero, one > 0
-    )
+    r_x, r_v = xp.broadcast_to(-problem.q, (batch, problem.n)), problem.k + zero
+    x, v = part.form.solve(factor, part.form.eliminate(factor, r_x), r_v)
+    x, v = kkt.refined(part.form, system, factor, r_x, r_v, x, v, one > 0)
     sound = positive & xp.all(xp.isfinite(x), axis=-1, keepdims=True) & xp.all(xp.isfinite(v), axis=-1, keepdims=True)
     x, v = xp.where(sound, x, xp.zeros_like(x)), xp.where(sound, v, xp.zeros_like(v))
     z = xp.where(inequality, v / E, zero)
@@ -514,22 +514,35 @@ def _onto_path(part: Part, v, difference, mu):
 
 
 def newton(part: Part, s, z, r_x, r_v, rho, delta):
-    """Factor the KKT matrix at s, z > 0 (1 where the row is no inequality); the Newton step as a function.
+    """Factor the KKT matrix at s, z > 0 (1 where the row is no inequality); the Newton step as two functions.
 
-    That function takes what s ∘ z is to be diminished by, and takes all other residuals to 0.
+    They take what s ∘ z is to be diminished by, and take all other residuals to 0. The first is for the rows alone.
     """
-    problem = part.problem
+    problem, form = part.problem, part.form
     xp, inequality = problem.backend.xp, problem.inequality
     zero = xp.zeros_like(s)
     system = _system(part, xp.where(inequality, s / z, zero), rho, delta)
-    factor, positive = part.form.factor(system)
+    factor, positive = form.factor(system)
+    eliminated = form.eliminate(factor, r_x)
+
+    def shifted(complementarity):
+        return r_v + xp.where(inequality, complementarity / z, zero)
+
+    def slack(complementarity, dv):
+        return xp.where(inequality, -(complementarity + s * dv) / z, zero)
+
+    def rows_direction(complementarity):
+        dv = form.solve_rows(factor, eliminated, shifted(complementarity))
+        return dv, slack(complementarity, dv)
 
     def direction(complementarity, refine=None):
-        shifted = r_v + xp.where(inequality, complementarity / z, zero)
-        dx, dv = kkt.solve(part.form, system, factor, r_x, shifted, refine)
-        return dx, dv, xp.where(inequality, -(complementarity + s * dv) / z, zero)
+        right = shifted(complementarity)
+        dx, dv = form.solve(factor, eliminated, right)
+        if refine is not None:
+            dx, dv = kkt.refined(form, system, factor, r_x, right, dx, dv, refine)
+        return dx, dv, slack(complementarity, dv)
 
-    return factor, positive, direction
+    return factor, positive, rows_direction, direction
 
 
 def step(part: Part, settings: Settings, state: State, *, refine: bool):
@@ -541,10 +554,10 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool):
     xp, inequality = problem.backend.xp, problem.inequality
     zero, one = xp.zeros_like(state.s), xp.ones_like(state.s)
     s, z = xp.where(inequality, state.s, one), xp.where(inequality, state.v, one)
-    factor, positive, direction = newton(part, s, z, state.r_x, state.r_v, state.rho, state.delta)
+    factor, positive, rows_direction, direction = newton(part, s, z, state.r_x, state.r_v, state.rho, state.delta)
 
     # Predictor: how far towards s ∘ z = 0 the step gets decides the centering (Nocedal & Wright, 16.62 to 16.66).
-    dx, dv, ds = direction(s * z)
+    dv, ds = rows_direction(s * z)
     dz = xp.where(inequality, dv, zero)
     alpha_s, alpha_z = _step_length(xp, s, ds, 1.0), _step_length(xp, z, dz, 1.0)
     reached = _mean(problem, (s + alpha_s * ds) * (z + alpha_z * dz))
@@ -736,7 +749,7 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
         *_, r_x, r_v = residuals(part.exact, *(xp.astype(a, part.exact.dtype, copy=False) for a in (x, v, s)))
         r_x, r_v = (xp.astype(a, problem.dtype, copy=False) for a in (r_x, r_v))
         s_, z_ = xp.where(inequality, s, one), xp.where(inequality, v, one)
-        factor, _, direction = newton(part, s_, z_, r_x, r_v, smallest, smallest)
+        factor, *_, direction = newton(part, s_, z_, r_x, r_v, smallest, smallest)
         excess = xp.where(inequality, s * v - kappa, zero)
         found = (
             (_max(xp, xp.abs(D * r_x)) <= accuracy * (1.0 + _max(xp, xp.abs(D * problem.q))))
