@@ -10,11 +10,21 @@ from __future__ import annotations
 import contextvars
 import importlib
 import os
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
 
 import array_api_compat
 import numpy as np
 from scipy.linalg import get_lapack_funcs
+
+try:
+    from threadpoolctl import ThreadpoolController
+except ImportError:
+    ThreadpoolController = None
 
 _NAMESPACES = {
     "numpy": "array_api_compat.numpy",
@@ -65,6 +75,10 @@ class Backend:
         """The function's value for each chunk of a batch, in order."""
         return [function(item) for item in items]
 
+    def none(self, mask) -> bool:
+        """Whether a mask is known to have no True entry; False where that would take a transfer to the host."""
+        return False
+
     def factor(self, M):
         """F with M = F Fᵀ for each matrix of a stack, and whether each was positive definite, shape (B, 1)."""
         xp = self.xp
@@ -105,11 +119,14 @@ class Backend:
 LARGEST_BLOCK = 32
 """Blocks on the diagonal of a Cholesky factor up to this size are inverted, so that solves are products of matrices."""
 SMALLEST_BLOCK = 10
-"""Up to this size a triangular matrix is inverted row by row."""
+"""Up to this size triangular matrices are inverted row by row, unless they are few."""
+FEW = 16
+CACHED = 2**17
+"""Numbers that a cache of a processor holds along with what is computed of them."""
 
 
 class NumPyBackend(Backend):
-    """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
+    """NumPy arrays, with LAPACK's Cholesky factorisation, the inverses of its diagonal blocks in their place."""
 
     chunk_bytes = 48 * 2**20
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -121,10 +138,13 @@ class NumPyBackend(Backend):
         """NumPy's loops release the interpreter lock, so that a thread a processor works on a chunk each."""
         if len(items) < 2 or workers < 2:
             return super().map(function, items, workers)
-        with ThreadPoolExecutor(workers) as pool:
+        with single_threaded_blas(), ThreadPoolExecutor(workers) as pool:
             # A copy of the context for each: it holds the caller's np.errstate.
             futures = [pool.submit(contextvars.copy_context().run, function, item) for item in items]
             return [future.result() for future in futures]
+
+    def none(self, mask) -> bool:
+        return not mask.any()
 
     def factor(self, M):
         try:
@@ -135,41 +155,48 @@ class NumPyBackend(Backend):
         positive = np.isfinite(diagonal).all(axis=-1, keepdims=True)
         if not positive.all():
             L = np.where(positive[:, :, None], L, np.eye(M.shape[-1], dtype=M.dtype))
-        return (L, _inverse_blocks(L)), positive
+        for start, stop in _blocks(L.shape[-1]):
+            together = CACHED // (stop - start) ** 2
+            for i in range(0, len(L), together):
+                block = L[i : i + together, start:stop, start:stop]
+                block[...] = _inverse_lower(block)
+        return (L,), positive
 
     def pivots(self, factor):
-        return np.linalg.diagonal(factor[0]) ** 2
+        return np.linalg.diagonal(factor[0]) ** -2.0
 
     def solve(self, factor, r):
-        L, inverses = factor
-        if L.shape[0] == 1:
-            (potrs,) = get_lapack_funcs(("potrs",), (L,))
-            return potrs(L[0].T, r.T, lower=0)[0].T  # Lᵀ is what LAPACK sees of a row-major L without a copy
-        # Substitution by blocks, all problems at once: LAPACK would have to be called for one after the other, which
-        # takes longer, and holds the interpreter's lock against other threads.
-        batch, n = r.shape
-        size = inverses.shape[-1]
-        y, x = np.empty((batch, n, 1), r.dtype), np.empty((batch, 1, n), r.dtype)
-        blocks = [(inverses[:, i, : n - start, : n - start], start, start + size) for i, start in _blocks(n, size)]
-        for inverse, start, stop in blocks:
-            left = r[:, start:stop, None]
+        """Substitution by blocks, all problems at once.
+
+        LAPACK would have to be called for one problem after the other, which takes longer where they are small, and
+        holds the interpreter's lock against other threads.
+        """
+        (L,) = factor
+        shared = L.shape[0] == 1
+        columns = r.T[None] if shared else r[:, :, None]
+        y, n, blocks = np.empty_like(columns, order="C"), r.shape[-1], _blocks(r.shape[-1])
+        for start, stop in blocks:
+            left = columns[:, start:stop]
             if start > 0:
                 left = left - L[:, start:stop, :start] @ y[:, :start]
-            np.matmul(inverse, left, out=y[:, start:stop])
-        y = y.reshape(batch, 1, n)
-        for inverse, start, stop in reversed(blocks):
-            left = y[:, :, start:stop]
+            np.matmul(L[:, start:stop, start:stop], left, out=y[:, start:stop])
+        rows = y.mT
+        x = np.empty(rows.shape, r.dtype)
+        for start, stop in reversed(blocks):
+            left = rows[:, :, start:stop]
             if stop < n:
                 left = left - x[:, :, stop:] @ L[:, stop:, start:stop]
-            np.matmul(left, inverse, out=x[:, :, start:stop])
-        return x[:, 0]
+            np.matmul(left, L[:, start:stop, start:stop], out=x[:, :, start:stop])
+        return x[0] if shared else x[:, 0]
 
     def inverse(self, factor):
-        L, _ = factor
-        if L.shape[0] == 1:
-            (trtri,) = get_lapack_funcs(("trtri",), (L,))
-            return trtri(L[0].T, lower=0)[0].T[None]
-        return _inverse_lower(L)
+        (L,) = factor
+        out = np.zeros_like(L)
+        for start, stop in _blocks(L.shape[-1]):
+            inverse = out[:, start:stop, start:stop] = L[:, start:stop, start:stop]
+            if start > 0:
+                np.matmul(-inverse, L[:, start:stop, :start] @ out[:, :start, :start], out=out[:, start:stop, :start])
+        return out
 
     def add_diagonal(self, M, diagonal):
         n = M.shape[-1]
@@ -186,39 +213,32 @@ def _cholesky_or_nan(M):
         return np.full_like(M, np.nan)
 
 
-def _blocks(n: int, size: int):
-    """Number and start of the blocks of this size."""
-    return enumerate(range(0, n, size))
-
-
-def _inverse_blocks(L):
-    """The inverses of blocks on the diagonal, (B, blocks, size, size), the last one filled up with the identity."""
-    batch, n = L.shape[:2]
+def _blocks(n: int) -> list[tuple[int, int]]:
+    """Where the blocks on the diagonal start and stop, in about equal parts."""
     count = -(-n // LARGEST_BLOCK)
-    size = -(-n // count)
-    out = np.empty((batch, count, size, size), L.dtype)
-    out[:, -1] = np.eye(size, dtype=L.dtype)
-    for i, start in _blocks(n, size):
-        block = L[:, start : start + size, start : start + size]
-        out[:, i, : block.shape[-1], : block.shape[-1]] = block
-    return _inverse_lower(out.reshape(batch * count, size, size)).reshape(out.shape)
+    edges = [i * n // count for i in range(count + 1)]
+    return list(pairwise(edges))
 
 
 def _inverse_lower(L):
-    """L⁻¹ of lower triangular matrices: of small ones row by row, of large ones by halves."""
-    n = L.shape[-1]
+    """L⁻¹ of lower triangular matrices: of few by LAPACK, of small ones row by row, of large ones by halves."""
+    batch, n = L.shape[:2]
     out = np.zeros(L.shape, L.dtype)
-    if n <= SMALLEST_BLOCK:
+    if batch < FEW:
+        (trtri,) = get_lapack_funcs(("trtri",), (L,))
+        for i in range(batch):
+            out[i] = trtri(L[i].T, lower=0)[0].T  # Lᵀ is what LAPACK sees of a row-major L without a copy
+    elif n <= SMALLEST_BLOCK:
         diagonal = 1.0 / np.linalg.diagonal(L)
         for i in range(n):
             np.matmul(L[:, i : i + 1, :i], out[:, :i, :i], out=out[:, i : i + 1, :i])
             out[:, i, :i] *= -diagonal[:, i : i + 1]
             out[:, i, i] = diagonal[:, i]
-        return out
-    half = n // 2
-    out[:, :half, :half] = first = _inverse_lower(L[:, :half, :half])
-    out[:, half:, half:] = second = _inverse_lower(L[:, half:, half:])
-    np.matmul(-second, L[:, half:, :half] @ first, out=out[:, half:, :half])
+    else:
+        half = n // 2
+        out[:, :half, :half] = first = _inverse_lower(L[:, :half, :half])
+        out[:, half:, half:] = second = _inverse_lower(L[:, half:, half:])
+        np.matmul(-second, L[:, half:, :half] @ first, out=out[:, half:, :half])
     return out
 
 
@@ -255,6 +275,39 @@ class CuPyBackend(Backend):
         from cupyx.scipy.linalg import solve_triangular
 
         return solve_triangular(L, R, lower=True, trans=trans, check_finite=False)
+
+
+# ---- threads
+
+
+@cache
+def _controller():
+    return ThreadpoolController()
+
+
+_lock = threading.Lock()
+_users = 0
+_limit = None
+
+
+@contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """One thread for each call of BLAS, from when the first of any Python threads enters until the last has left."""
+    global _users, _limit
+    if ThreadpoolController is None:
+        yield
+        return
+    with _lock:
+        if _users == 0:
+            _limit = _controller().limit(limits=1, user_api="blas")
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _limit.restore_original_limits()
 
 
 # ---- the choice

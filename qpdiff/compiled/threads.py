@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import contextvars
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from functools import cache
 
+from ..backend import single_threaded_blas
 from ..problem import Problem
-
-try:
-    from threadpoolctl import ThreadpoolController
-except ImportError:
-    ThreadpoolController = None
 
 TASKS = 4
 """Ranges of problems for each thread, so that none waits long for the others."""
@@ -44,33 +37,3 @@ def work_on(problem: Problem, first: int, solve_range: Callable[[slice], None], 
         for future in as_completed(futures):
             future.result()
             advance(futures[future])
-
-
-@cache
-def _controller():
-    return ThreadpoolController()
-
-
-_lock = threading.Lock()
-_users = 0
-_limit = None
-
-
-@contextmanager
-def single_threaded_blas() -> Iterator[None]:
-    """One thread for each call of BLAS, from when the first of any Python threads enters until the last has left."""
-    global _users, _limit
-    if ThreadpoolController is None:
-        yield
-        return
-    with _lock:
-        if _users == 0:
-            _limit = _controller().limit(limits=1, user_api="blas")
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _limit.restore_original_limits()
