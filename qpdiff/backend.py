@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from itertools import pairwise
+from typing import Any
 
 import array_api_compat
 import numpy as np
@@ -116,17 +116,16 @@ class Backend:
         return M + self.eye(M.shape[-1], M.dtype) * diagonal[:, :, None]
 
 
-LARGEST_BLOCK = 32
-"""Blocks on the diagonal of a Cholesky factor up to this size are inverted, so that solves are products of matrices."""
-SMALLEST_BLOCK = 10
-"""Up to this size triangular matrices are inverted row by row, unless they are few."""
+INVERTED = 24
+"""Up to this size the Cholesky factors of a batch are inverted."""
+SMALL = 10
+"""Up to this size triangular matrices are inverted row by row, all problems at once."""
 FEW = 16
-CACHED = 2**17
-"""Numbers that a cache of a processor holds along with what is computed of them."""
+"""So few matrices take less time one after the other."""
 
 
 class NumPyBackend(Backend):
-    """NumPy arrays, with LAPACK's Cholesky factorisation, the inverses of its diagonal blocks in their place."""
+    """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
 
     chunk_bytes = 48 * 2**20
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -155,48 +154,27 @@ class NumPyBackend(Backend):
         positive = np.isfinite(diagonal).all(axis=-1, keepdims=True)
         if not positive.all():
             L = np.where(positive[:, :, None], L, np.eye(M.shape[-1], dtype=M.dtype))
-        for start, stop in _blocks(L.shape[-1]):
-            together = CACHED // (stop - start) ** 2
-            for i in range(0, len(L), together):
-                block = L[i : i + together, start:stop, start:stop]
-                block[...] = _inverse_lower(block)
-        return (L,), positive
+        return (_inverse_lower(L) if _is_inverted(L) else L,), positive
 
     def pivots(self, factor):
-        return np.linalg.diagonal(factor[0]) ** -2.0
+        (L,) = factor
+        return np.linalg.diagonal(L) ** (-2.0 if _is_inverted(L) else 2.0)
 
     def solve(self, factor, r):
-        """Substitution by blocks, all problems at once.
-
-        LAPACK would have to be called for one problem after the other, which takes longer where they are small, and
-        holds the interpreter's lock against other threads.
-        """
         (L,) = factor
-        shared = L.shape[0] == 1
-        columns = r.T[None] if shared else r[:, :, None]
-        y, n, blocks = np.empty_like(columns, order="C"), r.shape[-1], _blocks(r.shape[-1])
-        for start, stop in blocks:
-            left = columns[:, start:stop]
-            if start > 0:
-                left = left - L[:, start:stop, :start] @ y[:, :start]
-            np.matmul(L[:, start:stop, start:stop], left, out=y[:, start:stop])
-        rows = y.mT
-        x = np.empty(rows.shape, r.dtype)
-        for start, stop in reversed(blocks):
-            left = rows[:, :, start:stop]
-            if stop < n:
-                left = left - x[:, :, stop:] @ L[:, stop:, start:stop]
-            np.matmul(left, L[:, start:stop, start:stop], out=x[:, :, start:stop])
-        return x[0] if shared else x[:, 0]
+        if _is_inverted(L):
+            return super().solve((L.mT,), r)
+        (potrs,) = get_lapack_funcs(("potrs",), (L,))
+        if L.shape[0] == 1:
+            return potrs(L[0].T, r.T, lower=0)[0].T
+        out = np.empty_like(r)
+        for i in range(r.shape[0]):
+            out[i] = potrs(L[i].T, r[i], lower=0)[0]  # Lᵀ is what LAPACK sees of a row-major L without a copy
+        return out
 
     def inverse(self, factor):
         (L,) = factor
-        out = np.zeros_like(L)
-        for start, stop in _blocks(L.shape[-1]):
-            inverse = out[:, start:stop, start:stop] = L[:, start:stop, start:stop]
-            if start > 0:
-                np.matmul(-inverse, L[:, start:stop, :start] @ out[:, :start, :start], out=out[:, start:stop, :start])
-        return out
+        return L if _is_inverted(L) else _inverse_lower(L)
 
     def add_diagonal(self, M, diagonal):
         n = M.shape[-1]
@@ -213,22 +191,20 @@ def _cholesky_or_nan(M):
         return np.full_like(M, np.nan)
 
 
-def _blocks(n: int) -> list[tuple[int, int]]:
-    """Where the blocks on the diagonal start and stop, in about equal parts."""
-    count = -(-n // LARGEST_BLOCK)
-    edges = [i * n // count for i in range(count + 1)]
-    return list(pairwise(edges))
+def _is_inverted(L) -> bool:
+    """Whether a factor is kept as L⁻¹: products with it take far less time than a call of LAPACK for each problem."""
+    return L.shape[-1] <= INVERTED
 
 
 def _inverse_lower(L):
     """L⁻¹ of lower triangular matrices: of few by LAPACK, of small ones row by row, of large ones by halves."""
     batch, n = L.shape[:2]
-    out = np.zeros(L.shape, L.dtype)
+    out = np.zeros_like(L, order="C")
     if batch < FEW:
         (trtri,) = get_lapack_funcs(("trtri",), (L,))
         for i in range(batch):
-            out[i] = trtri(L[i].T, lower=0)[0].T  # Lᵀ is what LAPACK sees of a row-major L without a copy
-    elif n <= SMALLEST_BLOCK:
+            out[i] = trtri(L[i].T, lower=0)[0].T
+    elif n <= SMALL:
         diagonal = 1.0 / np.linalg.diagonal(L)
         for i in range(n):
             np.matmul(L[:, i : i + 1, :i], out[:, :i, :i], out=out[:, i : i + 1, :i])
@@ -287,7 +263,7 @@ def _controller():
 
 _lock = threading.Lock()
 _users = 0
-_limit = None
+_limit: Any = None
 
 
 @contextmanager

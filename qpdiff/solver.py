@@ -826,7 +826,7 @@ def _dot(xp, a, b):
 
 def _mean(part: Part, s, z):
     """Mean of s ∘ z over the inequalities, where s is 0 in the other rows, (B, 1)."""
-    return _dot(part.problem.backend.xp, s, z) / part.sizes.inequalities
+    return _sum(part.problem.backend.xp, s * z) / part.sizes.inequalities
 
 
 # ---- the result
