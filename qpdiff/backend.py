@@ -10,12 +10,21 @@ from __future__ import annotations
 import contextvars
 import importlib
 import os
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import array_api_compat
 import numpy as np
 from scipy.linalg import get_lapack_funcs
+
+try:
+    from threadpoolctl import ThreadpoolController
+except ImportError:
+    ThreadpoolController = None
 
 _NAMESPACES = {
     "numpy": "array_api_compat.numpy",
@@ -66,6 +75,10 @@ class Backend:
         """The function's value for each chunk of a batch, in order."""
         return [function(item) for item in items]
 
+    def none(self, mask) -> bool:
+        """Whether a mask is known to have no True entry; False where that would take a transfer to the host."""
+        return False
+
     def factor(self, M):
         """F with M = F Fᵀ for each matrix of a stack, and whether each was positive definite, shape (B, 1)."""
         xp = self.xp
@@ -103,6 +116,14 @@ class Backend:
         return M + self.eye(M.shape[-1], M.dtype) * diagonal[:, :, None]
 
 
+INVERTED = 24
+"""Up to this size the Cholesky factors of a batch are inverted."""
+SMALL = 10
+"""Up to this size triangular matrices are inverted row by row, all problems at once."""
+FEW = 16
+"""So few matrices take less time one after the other."""
+
+
 class NumPyBackend(Backend):
     """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
 
@@ -116,10 +137,13 @@ class NumPyBackend(Backend):
         """NumPy's loops release the interpreter lock, so that a thread a processor works on a chunk each."""
         if len(items) < 2 or workers < 2:
             return super().map(function, items, workers)
-        with ThreadPoolExecutor(workers) as pool:
+        with single_threaded_blas(), ThreadPoolExecutor(workers) as pool:
             # A copy of the context for each: it holds the caller's np.errstate.
             futures = [pool.submit(contextvars.copy_context().run, function, item) for item in items]
             return [future.result() for future in futures]
+
+    def none(self, mask) -> bool:
+        return not mask.any()
 
     def factor(self, M):
         try:
@@ -130,28 +154,27 @@ class NumPyBackend(Backend):
         positive = np.isfinite(diagonal).all(axis=-1, keepdims=True)
         if not positive.all():
             L = np.where(positive[:, :, None], L, np.eye(M.shape[-1], dtype=M.dtype))
-        return (L,), positive
+        return (_inverse_lower(L) if _is_inverted(L) else L,), positive
 
     def pivots(self, factor):
-        return np.linalg.diagonal(factor[0]) ** 2
+        (L,) = factor
+        return np.linalg.diagonal(L) ** (-2.0 if _is_inverted(L) else 2.0)
 
     def solve(self, factor, r):
         (L,) = factor
+        if _is_inverted(L):
+            return super().solve((L.mT,), r)
         (potrs,) = get_lapack_funcs(("potrs",), (L,))
         if L.shape[0] == 1:
             return potrs(L[0].T, r.T, lower=0)[0].T
         out = np.empty_like(r)
         for i in range(r.shape[0]):
-            out[i] = potrs(L[i].T, r[i], lower=0)[0]
+            out[i] = potrs(L[i].T, r[i], lower=0)[0]  # Lᵀ is what LAPACK sees of a row-major L without a copy
         return out
 
     def inverse(self, factor):
         (L,) = factor
-        (trtri,) = get_lapack_funcs(("trtri",), (L,))
-        out = np.empty_like(L)
-        for i in range(L.shape[0]):
-            out[i] = trtri(L[i].T, lower=0)[0].T  # Lᵀ is what LAPACK sees of a row-major L without a copy
-        return out
+        return L if _is_inverted(L) else _inverse_lower(L)
 
     def add_diagonal(self, M, diagonal):
         n = M.shape[-1]
@@ -166,6 +189,33 @@ def _cholesky_or_nan(M):
         return np.linalg.cholesky(M)
     except np.linalg.LinAlgError:
         return np.full_like(M, np.nan)
+
+
+def _is_inverted(L) -> bool:
+    """Whether a factor is kept as L⁻¹: products with it take far less time than a call of LAPACK for each problem."""
+    return L.shape[-1] <= INVERTED
+
+
+def _inverse_lower(L):
+    """L⁻¹ of lower triangular matrices: of few by LAPACK, of small ones row by row, of large ones by halves."""
+    batch, n = L.shape[:2]
+    out = np.zeros_like(L, order="C")
+    if batch < FEW:
+        (trtri,) = get_lapack_funcs(("trtri",), (L,))
+        for i in range(batch):
+            out[i] = trtri(L[i].T, lower=0)[0].T
+    elif n <= SMALL:
+        diagonal = 1.0 / np.linalg.diagonal(L)
+        for i in range(n):
+            np.matmul(L[:, i : i + 1, :i], out[:, :i, :i], out=out[:, i : i + 1, :i])
+            out[:, i, :i] *= -diagonal[:, i : i + 1]
+            out[:, i, i] = diagonal[:, i]
+    else:
+        half = n // 2
+        out[:, :half, :half] = first = _inverse_lower(L[:, :half, :half])
+        out[:, half:, half:] = second = _inverse_lower(L[:, half:, half:])
+        np.matmul(-second, L[:, half:, :half] @ first, out=out[:, half:, :half])
+    return out
 
 
 class CuPyBackend(Backend):
@@ -201,6 +251,39 @@ class CuPyBackend(Backend):
         from cupyx.scipy.linalg import solve_triangular
 
         return solve_triangular(L, R, lower=True, trans=trans, check_finite=False)
+
+
+# ---- threads
+
+
+@cache
+def _controller():
+    return ThreadpoolController()
+
+
+_lock = threading.Lock()
+_users = 0
+_limit: Any = None
+
+
+@contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """One thread for each call of BLAS, from when the first of any Python threads enters until the last has left."""
+    global _users, _limit
+    if ThreadpoolController is None:
+        yield
+        return
+    with _lock:
+        if _users == 0:
+            _limit = _controller().limit(limits=1, user_api="blas")
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _limit.restore_original_limits()
 
 
 # ---- the choice

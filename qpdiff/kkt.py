@@ -66,11 +66,19 @@ class PrimalForm:
         factor, positive = problem.backend.factor(M)
         return (factor, weights), positive
 
-    def solve(self, factor, r_x, r_v):
-        """Solve for right-hand sides of the variables (B, n) and of the rows (B, rows)."""
+    def eliminate(self, factor, r_x):
+        """What a solve needs of the right-hand side of the variables (B, n) alone: done once for many solves."""
+        return r_x
+
+    def solve_rows(self, factor, eliminated, r_v):
+        """The multipliers of `solve`, which with a dense dual form come without the variables."""
+        return self.solve(factor, eliminated, r_v)[1]
+
+    def solve(self, factor, eliminated, r_v):
+        """Solve for right-hand sides of the variables, after `eliminate`, and of the rows (B, rows)."""
         problem = self.problem
         reduced, weights = factor
-        dx = problem.backend.solve(reduced, r_x + problem.adjoint(weights * r_v))
+        dx = problem.backend.solve(reduced, eliminated + problem.adjoint(weights * r_v))
         return dx, weights * (problem.constraints(dx) - r_v)
 
 
@@ -93,8 +101,8 @@ class DualForm:
         factor, positive = backend.factor(backend.add_diagonal(problem.Q, _own_terms(problem, diagonal)))
         blocks = [K for K in (problem.A, problem.G) if K is not None]
         inverse = backend.inverse(factor)
-        whitened = tuple(K @ inverse.mT for K in blocks)
-        S = _block_matrix(xp, [[V @ W.mT for W in whitened] for V in whitened])
+        whitened = _stack(xp, [K @ inverse.mT for K in blocks])
+        S = whitened @ whitened.mT
         enough = 1e-6 if problem.dtype == xp.float64 else 1e-2
         good = positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal)
         return cls(problem, (inverse, whitened, S)), xp.all(good, axis=-1)
@@ -123,33 +131,40 @@ class DualForm:
         else:
             weights = 1.0 / theta
             hessian = xp.sqrt(self.constants[0] + _bound_weights(problem, weights))
-            rows = tuple(K / hessian[:, None, :] for K in (problem.A, problem.G) if K is not None)
-            S = _block_matrix(xp, [[V @ W.mT for W in rows] for V in rows])
+            rows = _stack(xp, [K / hessian[:, None, :] for K in (problem.A, problem.G) if K is not None])
+            S = rows @ rows.mT
             weights = weights[:, problem.p + problem.m :]
         # Rows that do not exist get a diagonal that is huge but harmless to the factorisation.
         linear = xp.where(xp.isfinite(linear), linear, xp.full_like(linear, xp.finfo(problem.dtype).max ** 0.5))
         factor, positive = problem.backend.factor(problem.backend.add_diagonal(S, linear))
         return (factor, hessian, rows, weights), positive
 
-    def solve(self, factor, r_x, r_v):
-        problem = self.problem
-        xp, backend = problem.backend.xp, problem.backend
+    def eliminate(self, factor, r_x):
+        _, hessian, rows, _ = factor
+        if not _is_dense(hessian):
+            return r_x
+        t = product(hessian, r_x)
+        return t, product(rows, t)
+
+    def solve_rows(self, factor, eliminated, r_v):
+        reduced, hessian, *_ = factor
+        if not _is_dense(hessian):
+            return self.solve(factor, eliminated, r_v)[1]
+        return self.problem.backend.solve(reduced, eliminated[1] - r_v)
+
+    def solve(self, factor, eliminated, r_v):
         reduced, hessian, rows, weights = factor
+        if _is_dense(hessian):
+            dv = self.solve_rows(factor, eliminated, r_v)
+            return product_transposed(hessian, eliminated[0] - product_transposed(rows, dv)), dv
+        problem = self.problem
         linear = problem.p + problem.m
         bounds = r_v[:, linear:]
-        if weights.shape[-1]:
-            r_x = r_x + self._bounds_adjoint(weights * bounds)
-        dense = hessian.ndim == 3  # F⁻¹ of Q = F Fᵀ, else the square root of a diagonal Q with the bounds' weights
-        t = product(hessian, r_x) if dense else r_x / hessian
-        dv = backend.solve(reduced, _concat(xp, [product(V, t) for V in rows]) - r_v[:, :linear])
-        start = 0
-        for V in rows:
-            t = t - product_transposed(V, dv[:, start : start + V.shape[-2]])
-            start += V.shape[-2]
-        dx = product_transposed(hessian, t) if dense else t / hessian
-        if weights.shape[-1]:
-            dv = xp.concat([dv, weights * (problem.constraints(dx)[:, linear:] - bounds)], axis=-1)
-        return dx, dv
+        t = (eliminated + self._bounds_adjoint(weights * bounds)) / hessian
+        dv = problem.backend.solve(reduced, product(rows, t) - r_v[:, :linear])
+        dx = (t - product_transposed(rows, dv)) / hessian
+        of_bounds = weights * (problem.constraints(dx)[:, linear:] - bounds)
+        return dx, problem.backend.xp.concat([dv, of_bounds], axis=-1)
 
     def _bounds_adjoint(self, v):
         problem = self.problem
@@ -200,14 +215,12 @@ def residual(problem: Problem, system: System, r_x, r_v, dx, dv):
     return e_x, xp.where(xp.isfinite(system.theta), e_v, xp.zeros_like(e_v))
 
 
-def solve(form, system: System, factor, r_x, r_v, refine=None):
-    """Solve the KKT system with the factor of its reduced matrix, and refine the problems of the mask `refine` once."""
-    dx, dv = form.solve(factor, r_x, r_v)
-    if refine is None:
-        return dx, dv
-    cx, cv = form.solve(factor, *residual(form.problem, system, r_x, r_v, dx, dv))
+def refined(form, system: System, factor, r_x, r_v, dx, dv, problems):
+    """A solution of the KKT system after a round of refinement for the problems of a mask (B, 1)."""
+    e_x, e_v = residual(form.problem, system, r_x, r_v, dx, dv)
+    cx, cv = form.solve(factor, form.eliminate(factor, e_x), e_v)
     xp = form.problem.backend.xp
-    return xp.where(refine, dx + cx, dx), xp.where(refine, dv + cv, dv)
+    return xp.where(problems, dx + cx, dx), xp.where(problems, dv + cv, dv)
 
 
 def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, refinements: int):
@@ -236,7 +249,7 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
 
     def correction(e_x, e_v):
         b_x, b_v = e_x + problem.adjoint(xp.where(heavy, zero, weights * e_v)), xp.where(heavy, e_v, zero)
-        cx, cv = form.solve(factor, b_x, b_v)
+        cx, cv = form.solve(factor, form.eliminate(factor, b_x), b_v)
         return cx, xp.where(heavy, cv, weights * (problem.constraints(cx) - e_v)), size(b_x, b_v, D, E)
 
     def ratio(a, b):
@@ -327,8 +340,17 @@ def _gram(xp, K, weights):
     return S.mT @ S
 
 
-def _concat(xp, arrays):
-    return arrays[0] if len(arrays) == 1 else xp.concat(arrays, axis=-1)
+def _is_dense(hessian) -> bool:
+    """Whether it is F⁻¹ of Q = F Fᵀ, not the square root of a diagonal Q with the bounds' weights."""
+    return hessian.ndim == 3
+
+
+def _stack(xp, matrices):
+    """The rows of matrices (B or 1, ·, n) as those of one."""
+    if len(matrices) == 1:
+        return matrices[0]
+    batch = max(M.shape[0] for M in matrices)
+    return xp.concat([xp.broadcast_to(M, (batch, *M.shape[1:])) for M in matrices], axis=-2)
 
 
 def _bound_weights(problem: Problem, weights):
@@ -340,11 +362,3 @@ def _own_terms(problem: Problem, diagonal):
     """The dual form's proximal terms on the variables: so small a share of Q that they need not follow the solver's."""
     xp = problem.backend.xp
     return (1e-10 if problem.dtype == xp.float64 else 1e-5) * diagonal + xp.finfo(problem.dtype).smallest_normal
-
-
-def _block_matrix(xp, blocks):
-    if len(blocks) == 1:
-        return blocks[0][0]
-    batch = max(M.shape[0] for row in blocks for M in row)
-    full = [[xp.broadcast_to(M, (batch, *M.shape[1:])) for M in row] for row in blocks]
-    return xp.concat([xp.concat(row, axis=-1) for row in full], axis=-2)

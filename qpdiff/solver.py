@@ -88,11 +88,25 @@ class State(NamedTuple):
     status: Any
 
 
+class Sizes(NamedTuple):
+    """Numbers of each problem's data, (B or 1, 1)."""
+
+    inequalities: Any
+    """How many there are, at least 1."""
+    k: Any
+    """The largest |k|."""
+    q: Any
+    scaled_k: Any
+    """The largest |k| in the scaled problem, at least 1."""
+    scaled_q: Any
+
+
 class Part(NamedTuple):
     """Problems that are iterated on together, with what does not change on the way."""
 
     form: Any
     metric: kkt.Metric
+    sizes: Sizes
     exact: Problem
     """The problems in float64, in which residuals are computed: in float32 rounding would hide what is left."""
 
@@ -103,13 +117,24 @@ class Part(NamedTuple):
     def select(self, index) -> Part:
         problem = self.problem.select(index)
         exact = problem if self.exact is self.problem else self.exact.select(index)
-        metric = kkt.Metric(*kkt.take(problem.backend.xp, tuple(self.metric), index))
-        return Part(self.form.select(problem, index), metric, exact)
+        xp = problem.backend.xp
+        metric = kkt.Metric(*kkt.take(xp, tuple(self.metric), index))
+        sizes = Sizes(*kkt.take(xp, tuple(self.sizes), index))
+        return Part(self.form.select(problem, index), metric, sizes, exact)
 
 
 def make_part(form) -> Part:
     """The problems of a reduced form, ready to iterate on."""
-    return Part(form, kkt.equilibrate(form.problem), form.problem.astype(form.problem.backend.xp.float64))
+    problem, xp = form.problem, form.problem.backend.xp
+    metric, exact = kkt.equilibrate(problem), problem.astype(xp.float64)
+    D, E = metric
+    k, q = xp.abs(exact.k), xp.abs(exact.q)
+    sizes = Sizes(
+        inequalities=xp.maximum(_sum(xp, xp.astype(problem.inequality, problem.dtype)), 1.0),
+        k=_max(xp, k), q=_max(xp, q),
+        scaled_k=xp.maximum(_max(xp, E * k), 1.0), scaled_q=xp.maximum(_max(xp, D * q), 1.0),
+    )  # fmt: skip
+    return Part(form, metric, sizes, exact)
 
 
 def solve_qp(
@@ -457,13 +482,13 @@ def initialize(part: Part, settings: Settings):
     rho, delta = settings.rho * one, settings.delta * one
     system = _system(part, xp.where(inequality, 1.0 / E**2 + zero, zero), rho, delta)
     factor, positive = part.form.factor(system)
-    x, v = kkt.solve(
-        part.form, system, factor, xp.broadcast_to(-problem.q, (batch, problem.n)), problem.k + zero, one > 0
-    )
+    r_x, r_v = xp.broadcast_to(-problem.q, (batch, problem.n)), problem.k + zero
+    x, v = part.form.solve(factor, part.form.eliminate(factor, r_x), r_v)
+    x, v = kkt.refined(part.form, system, factor, r_x, r_v, x, v, one > 0)
     sound = positive & xp.all(xp.isfinite(x), axis=-1, keepdims=True) & xp.all(xp.isfinite(v), axis=-1, keepdims=True)
     x, v = xp.where(sound, x, xp.zeros_like(x)), xp.where(sound, v, xp.zeros_like(v))
     z = xp.where(inequality, v / E, zero)
-    mu = xp.clip(_mean(problem, (z + _max(xp, -z)) * (_max(xp, z) - z)), settings.smallest, None)
+    mu = xp.clip(_mean(part, xp.where(inequality, z + _max(xp, -z), zero), _max(xp, z) - z), settings.smallest, None)
     infinite = backend.full((batch, 1), float("inf"), exact)
     count = backend.full((batch, 1), 0, xp.int32)
     state = State(
@@ -474,7 +499,7 @@ def initialize(part: Part, settings: Settings):
         waiting=count, iterations=count, limit=count + settings.max_iterations, status=count + RUNNING,
     )  # fmt: skip
     v, s = _onto_path(part, v, z, mu)
-    state = state._replace(v=v, s=s, mu=_mean(problem, s * v))
+    state = state._replace(v=v, s=s, mu=_mean(part, s, v))
     return assess(part, settings, state, state._replace(x=0 * x, v=0 * v)), factor
 
 
@@ -496,7 +521,7 @@ def start_near(part: Part, settings: Settings, near: Point, cold: State) -> Stat
     mu = xp.minimum(0.1 * error, cold.mu)
     mu = xp.clip(mu, max(settings.tol, settings.smallest), None)
     v, s = _onto_path(part, v, difference, mu)
-    state = cold._replace(x=x, v=v, s=s, mu=_mean(problem, s * v))
+    state = cold._replace(x=x, v=v, s=s, mu=_mean(part, s, v))
     state = assess(part, settings, state, state)
     usable = near.usable & ((state.status == RUNNING) | (state.status == int(Status.SOLVED)))
     # Also from a solution one step is taken: the derivative needs its factor.
@@ -516,22 +541,33 @@ def _onto_path(part: Part, v, difference, mu):
 
 
 def newton(part: Part, s, z, r_x, r_v, rho, delta):
-    """Factor the KKT matrix at s, z > 0 (1 where the row is no inequality); the Newton step as a function.
+    """Factor the KKT matrix at s, z > 0 (0 and infinite where the row is no inequality); the step as two functions.
 
-    That function takes what s ∘ z is to be diminished by, and takes all other residuals to 0.
+    They take what s ∘ z is to be diminished by, and take all other residuals to 0. The first is for the rows alone.
     """
-    problem = part.problem
-    xp, inequality = problem.backend.xp, problem.inequality
-    zero = xp.zeros_like(s)
-    system = _system(part, xp.where(inequality, s / z, zero), rho, delta)
-    factor, positive = part.form.factor(system)
+    form = part.form
+    system = _system(part, s / z, rho, delta)
+    factor, positive = form.factor(system)
+    eliminated = form.eliminate(factor, r_x)
+
+    def shifted(complementarity):
+        return r_v + complementarity / z
+
+    def slack(complementarity, dv):
+        return -(complementarity + s * dv) / z
+
+    def rows_direction(complementarity):
+        dv = form.solve_rows(factor, eliminated, shifted(complementarity))
+        return dv, slack(complementarity, dv)
 
     def direction(complementarity, refine=None):
-        shifted = r_v + xp.where(inequality, complementarity / z, zero)
-        dx, dv = kkt.solve(part.form, system, factor, r_x, shifted, refine)
-        return dx, dv, xp.where(inequality, -(complementarity + s * dv) / z, zero)
+        right = shifted(complementarity)
+        dx, dv = form.solve(factor, eliminated, right)
+        if refine is not None:
+            dx, dv = kkt.refined(form, system, factor, r_x, right, dx, dv, refine)
+        return dx, dv, slack(complementarity, dv)
 
-    return factor, positive, direction
+    return factor, positive, rows_direction, direction
 
 
 def step(part: Part, settings: Settings, state: State, *, refine: bool):
@@ -539,27 +575,26 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool):
 
     `refine` is whether any problem is inexact; only those that are get refined, so that no problem depends on another.
     """
-    problem = part.problem
-    xp, inequality = problem.backend.xp, problem.inequality
-    zero, one = xp.zeros_like(state.s), xp.ones_like(state.s)
-    s, z = xp.where(inequality, state.s, one), xp.where(inequality, state.v, one)
-    factor, positive, direction = newton(part, s, z, state.r_x, state.r_v, state.rho, state.delta)
+    problem, backend = part.problem, part.problem.backend
+    xp, inequality = backend.xp, problem.inequality
+    # What is divided by an infinite s or z is 0 where the row is no inequality.
+    s, z = (xp.where(inequality, a, float("inf")) for a in (state.s, state.v))
+    factor, positive, rows_direction, direction = newton(part, state.s, z, state.r_x, state.r_v, state.rho, state.delta)
 
     # Predictor: how far towards s ∘ z = 0 the step gets decides the centering (Nocedal & Wright, 16.62 to 16.66).
-    dx, dv, ds = direction(s * z)
-    dz = xp.where(inequality, dv, zero)
-    alpha_s, alpha_z = _step_length(xp, s, ds, 1.0), _step_length(xp, z, dz, 1.0)
-    reached = _mean(problem, (s + alpha_s * ds) * (z + alpha_z * dz))
-    sigma = xp.clip(reached / (state.mu + settings.tiny), 0.0, 1.0) ** 3
-    dx, dv, ds = direction(s * z + ds * dz - sigma * state.mu, state.inexact if refine else None)
-    dz = xp.where(inequality, dv, zero)
-    alpha_s, alpha_z = _step_length(xp, s, ds, STEP_FRACTION), _step_length(xp, z, dz, STEP_FRACTION)
+    sz = state.s * state.v
+    dv, ds = rows_direction(sz)
+    alpha_s, alpha_z = _step_length(xp, s, ds, 1.0), _step_length(xp, z, dv, 1.0)
+    reached = _mean(part, state.s + alpha_s * ds, state.v + alpha_z * dv)
+    sigma = xp.minimum(_positive(xp, reached / (state.mu + settings.tiny)), 1.0) ** 3
+    dx, dv, ds = direction(sz + ds * dv - sigma * state.mu, state.inexact if refine else None)
+    alpha_s, alpha_z = _step_length(xp, s, ds, STEP_FRACTION), _step_length(xp, z, dv, STEP_FRACTION)
 
     x = state.x + alpha_s * dx
+    s = xp.where(inequality, xp.maximum(state.s + alpha_s * ds, settings.tiny), 0.0)
     v = state.v + alpha_z * dv
-    s = xp.where(inequality, xp.maximum(s + alpha_s * ds, settings.tiny * one), zero)
-    v = xp.where(inequality, xp.maximum(v, settings.tiny * one), xp.where(problem.equality, v, zero))
-    mu = _mean(problem, s * v)
+    v = xp.where(inequality, xp.maximum(v, settings.tiny), xp.where(problem.equality, v, 0.0))
+    mu = _mean(part, s, v)
 
     # A step that cannot be computed is not taken; stronger proximal terms come instead.
     sound = (
@@ -568,7 +603,9 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool):
         & xp.all(xp.isfinite(v), axis=-1, keepdims=True)
         & xp.all(xp.isfinite(s), axis=-1, keepdims=True)
     )
-    moved = _choose(xp, sound, state._replace(x=x, v=v, s=s, mu=mu), state)
+    moved = state._replace(x=x, v=v, s=s, mu=mu)
+    if not backend.none(~sound):
+        moved = _choose(xp, sound, moved, state)
     moved = assess(part, settings, moved._replace(iterations=state.iterations + 1), state)
 
     # What the linear solve has left of its system shows in the products before and after the step.
@@ -577,58 +614,58 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool):
     Kt_dv = state.r_x - moved.r_x - Q_dx
     left_x = state.r_x - Q_dx / alpha_s - Kt_dv / alpha_z - state.rho / D**2 * dx
     left_v = moved.r_v - (1.0 - alpha_s) * state.r_v + alpha_s * state.delta / E**2 * dv
-    tol = xp.full_like(state.dual, settings.tol)
+    least = 0.01 * settings.tol
     inexact = (
-        ~(_max(xp, xp.abs(left_x)) <= xp.maximum(1e-6 * state.dual, 0.01 * tol))
-        | ~(_max(xp, xp.abs(left_v)) <= xp.maximum(1e-6 * _max(xp, xp.abs(state.r_v)), 0.01 * tol))
+        ~(_max(xp, xp.abs(left_x)) <= xp.maximum(1e-6 * state.dual, least))
+        | ~(_max(xp, xp.abs(left_v)) <= xp.maximum(1e-6 * _max(xp, xp.abs(state.r_v)), least))
         | ~sound
     )
 
     rate = _positive(xp, (state.mu - moved.mu) / (state.mu + settings.tiny))
-    rate = xp.where(xp.any(inequality, axis=-1, keepdims=True), rate, xp.full_like(rate, 0.9))
-    smallest = xp.full_like(rate, settings.smallest)
-    rho = xp.maximum((1.0 - rate) * state.rho, smallest)
-    delta = xp.maximum((1.0 - rate) * state.delta, smallest)
+    rate = xp.where(xp.any(inequality, axis=-1, keepdims=True), rate, 0.9)
+    rho = xp.maximum((1.0 - rate) * state.rho, settings.smallest)
+    delta = xp.maximum((1.0 - rate) * state.delta, settings.smallest)
     rho = xp.where(sound, rho, 100.0 * state.rho)
     delta = xp.where(sound, delta, 100.0 * state.delta)
     moved = moved._replace(rho=rho, delta=delta, inexact=inexact)
     # From a point within the tolerance one more step is worth it only if it halves the residuals; else it was the last.
-    settled = state.near & ~(moved.worst <= 0.5 * state.worst)
-    moved = _choose(xp, settled, state._replace(status=xp.full_like(state.status, int(Status.SOLVED))), moved)
-    return _choose(xp, state.status == RUNNING, moved, state), factor
+    running = state.status == RUNNING
+    settled = running & state.near & ~(moved.worst <= 0.5 * state.worst)
+    stays = settled | ~running
+    if backend.none(stays):
+        return moved, factor
+    return _choose(xp, stays, state._replace(status=xp.where(settled, int(Status.SOLVED), state.status)), moved), factor
 
 
 def residuals(problem: Problem, x, v, s):
     """Qx, Kx, Kᵀv, and what Qx + q + Kᵀv = 0 and Kx + s = k leave, with the sign of a right-hand side."""
     xp, exists = problem.backend.xp, problem.inequality | problem.equality
-    zero = xp.zeros_like(v)
     Qx, Kx, Kv = problem.hessian(x), problem.constraints(x), problem.adjoint(v)
-    Kx = xp.where(exists, Kx, zero)
-    r_v = xp.where(exists, problem.k - Kx - s, zero)
-    return Qx, Kx, Kv, -(Qx + problem.q + Kv), r_v
+    Kx = xp.where(exists, Kx, 0.0)
+    return Qx, Kx, Kv, -(Qx + problem.q + Kv), problem.k - Kx - s
 
 
 def assess(part: Part, settings: Settings, state: State, previous: State) -> State:
     """Compute the residuals afresh and decide how each problem stands; a certificate takes the place of x or v."""
-    problem, (D, E) = part.exact, part.metric
-    xp = problem.backend.xp
+    problem, (D, E), sizes = part.exact, part.metric, part.sizes
+    xp, backend = problem.backend.xp, problem.backend
     x, v, s = (xp.astype(a, problem.dtype, copy=False) for a in (state.x, state.v, state.s))
     k, equality, inequality = problem.k, problem.equality, problem.inequality
-    zero = xp.zeros_like(v)
     Qx, Kx, Kv, r_x, r_v = residuals(problem, x, v, s)
-    violation = xp.where(equality, xp.abs(r_v), xp.where(inequality, _positive(xp, Kx - k), zero))
+    violation = xp.where(equality, xp.abs(r_v), xp.where(inequality, _positive(xp, Kx - k), 0.0))
     xQx, qx = _dot(xp, x, Qx), _dot(xp, x, problem.q)
     blocks = (problem.blocks[name] for name in ("G", "A", "ub", "lb"))
-    kv = [_dot(xp, k[:, rows], v[:, rows]) for rows in blocks if rows.stop > rows.start]
-    primal, dual, gap = _max(xp, violation), _max(xp, xp.abs(r_x)), xp.abs(sum(kv, xQx + qx))
+    by_block = [_dot(xp, k[:, rows], v[:, rows]) for rows in blocks if rows.stop > rows.start]
+    kv = sum(by_block, 0.0 * qx)
+    primal, dual, gap = _max(xp, violation), _max(xp, xp.abs(r_x)), xp.abs(sum(by_block, xQx + qx))
 
     # Not `<=` on a maximum alone: NaN must never pass, nor an infinity that is compared with its own size.
     worst = xp.maximum(xp.maximum(primal, dual), gap)
     tol, rtol = settings.tol, settings.rtol
     scales = (
-        xp.maximum(_max(xp, xp.abs(Kx)), _max(xp, xp.abs(k + zero))),
-        xp.maximum(xp.maximum(_max(xp, xp.abs(Qx)), _max(xp, xp.abs(problem.q + 0 * x))), _max(xp, xp.abs(Kv))),
-        xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(sum(kv, 0 * qx))),
+        xp.maximum(_max(xp, xp.abs(Kx)), sizes.k),
+        xp.maximum(xp.maximum(_max(xp, xp.abs(Qx)), sizes.q), _max(xp, xp.abs(Kv))),
+        xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(kv)),
     )
     # The terms of the gap may cancel to 0 by luck: what their rounding hides must not be far beyond the tolerance.
     terms = _dot(xp, xp.abs(x), xp.abs(Qx) + xp.abs(problem.q)) + _dot(xp, xp.abs(v), xp.abs(k))
@@ -644,35 +681,37 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     # without a limit go off along such a direction, so it shows in their last step long before it does in them.
     ray, farkas = x - xp.astype(previous.x, x.dtype, copy=False), v - xp.astype(previous.v, x.dtype, copy=False)
     farkas = xp.where(inequality, _positive(xp, farkas), farkas)
-    slope = Kx - previous.Kx
-    climb = xp.where(equality, xp.abs(slope), _positive(xp, slope))
-    uphill = xp.maximum(_max(xp, xp.abs(D * (Qx - previous.Qx))), _max(xp, E * climb))
-    hidden = xp.maximum(_max(xp, xp.abs(D * Qx)), _max(xp, xp.abs(E * Kx)))  # by the rounding of these differences
-    uphill = xp.maximum(uphill, xp.finfo(problem.dtype).eps * hidden)
-    no_bottom, fall = _certify(xp, problem.q * ray, uphill, _max(xp, xp.abs(D * problem.q)))
-    no_point, gain = _certify(xp, k * farkas, _max(xp, xp.abs(D * problem.adjoint(farkas))), _max(xp, xp.abs(E * k)))
-    no_bottom = xp.where(dual > tol, no_bottom, 0 * dual)
-    no_point = xp.where(primal > tol, no_point, 0 * dual)
+    no_bottom = no_point = 0.0 * dual
+    falls, fall = _falls(xp, problem.q * ray, dual > tol)
+    if not backend.none(falls):
+        slope = Kx - previous.Kx
+        climb = xp.where(equality, xp.abs(slope), _positive(xp, slope))
+        uphill = xp.maximum(_max(xp, xp.abs(D * (Qx - previous.Qx))), _max(xp, E * climb))
+        hidden = xp.maximum(_max(xp, xp.abs(D * Qx)), _max(xp, xp.abs(E * Kx)))  # by the rounding of these differences
+        uphill = xp.maximum(uphill, xp.finfo(problem.dtype).eps * hidden)
+        no_bottom = xp.where(falls, fall / (uphill * sizes.scaled_q), no_bottom)
+    gains, gain = _falls(xp, k * farkas, primal > tol)
+    if not backend.none(gains):
+        left = _max(xp, xp.abs(D * problem.adjoint(farkas)))
+        no_point = xp.where(gains, gain / (left * sizes.scaled_k), no_point)
     proof = xp.maximum(no_point, no_bottom)
 
     improved = (worst < 0.9 * state.best) | (proof > 1.1 * state.proof)
-    waiting = xp.where(improved, xp.zeros_like(state.waiting), state.waiting + 1)
-    limit = state.iterations >= state.limit
-    last = (waiting >= PATIENCE) | limit
+    waiting = xp.where(improved, 0, state.waiting + 1)
+    limit, patient = state.iterations >= state.limit, waiting < PATIENCE
+    last = limit | ~patient
     solved = near & ((worst <= 0.1 * tol) | last)
-    enough = settings.certificate * xp.where(last, xp.full_like(worst, 0.01), xp.ones_like(worst))
-
-    def code(status):
-        return xp.full_like(state.status, int(status))
-
-    status = xp.where(limit, code(Status.MAX_ITERATIONS), code(RUNNING))
-    status = xp.where(waiting >= PATIENCE, code(Status.STALLED), status)
-    feasible = last | (_max(xp, E * violation) <= 1e-4 * xp.maximum(_max(xp, xp.abs(E * k)), xp.ones_like(primal)))
-    status = xp.where((no_bottom > enough) & feasible, code(Status.DUAL_INFEASIBLE), status)
-    status = xp.where(no_point > enough, code(Status.PRIMAL_INFEASIBLE), status)
-    status = xp.where(solved, code(Status.SOLVED), status)
-    x = xp.where(status == int(Status.DUAL_INFEASIBLE), ray / fall, x)
-    v = xp.where(status == int(Status.PRIMAL_INFEASIBLE), farkas / gain, v)
+    enough = settings.certificate * xp.where(last, 0.01, xp.ones_like(worst))
+    feasible = last | (_max(xp, E * violation) <= 1e-4 * sizes.scaled_k)
+    unbounded, infeasible = (no_bottom > enough) & feasible, no_point > enough
+    status = xp.where(limit, int(Status.MAX_ITERATIONS), xp.full_like(state.status, RUNNING))
+    status = xp.where(patient, status, int(Status.STALLED))
+    status = xp.where(unbounded, int(Status.DUAL_INFEASIBLE), status)
+    status = xp.where(infeasible, int(Status.PRIMAL_INFEASIBLE), status)
+    status = xp.where(solved, int(Status.SOLVED), status)
+    if not backend.none(unbounded | infeasible):
+        x = xp.where(status == int(Status.DUAL_INFEASIBLE), ray / fall, x)
+        v = xp.where(status == int(Status.PRIMAL_INFEASIBLE), farkas / gain, v)
 
     def narrow(a):
         return xp.astype(a, part.problem.dtype, copy=False)
@@ -684,15 +723,14 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     )  # fmt: skip
 
 
-def _certify(xp, terms, residual, size):
-    """How far a direction goes down against what it leaves, and how far; 0 where it goes not down beyond rounding.
+def _falls(xp, terms, possible):
+    """Where a direction that is possible goes down beyond rounding, and how far; `terms` sum to the change of cost.
 
-    `terms` sum to the change of cost along the direction. A ratio r proves that there is no solution of norm less than
-    r in the scaled problem, whose own size is that of its cost.
+    The fall against what the direction leaves is a ratio r that proves that there is no solution of norm less than r in
+    the scaled problem, whose own size is that of its cost.
     """
     fall = -_sum(xp, terms)
-    sure = fall > 1e-8 * _sum(xp, xp.abs(terms))
-    return xp.where(sure, fall / (residual * xp.maximum(size, xp.ones_like(size))), xp.zeros_like(fall)), fall
+    return possible & (fall > 1e-8 * _sum(xp, xp.abs(terms))), fall
 
 
 # ---- the central path
@@ -730,16 +768,15 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
     """Newton's method for the KKT conditions with s ∘ z = κ: the point, whether it was found, and its factor."""
     problem, (D, E) = part.problem, part.metric
     xp, inequality = problem.backend.xp, problem.inequality
-    zero, one = xp.zeros_like(s), xp.ones_like(s)
-    v, s = _onto_path(part, v, xp.where(inequality, v / E - E * s, zero), kappa)
+    v, s = _onto_path(part, v, xp.where(inequality, v / E - E * s, 0.0), kappa)
     smallest = xp.full_like(x[:, :1], settings.smallest)
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
     for _ in range(settings.max_iterations):
         *_, r_x, r_v = residuals(part.exact, *(xp.astype(a, part.exact.dtype, copy=False) for a in (x, v, s)))
         r_x, r_v = (xp.astype(a, problem.dtype, copy=False) for a in (r_x, r_v))
-        s_, z_ = xp.where(inequality, s, one), xp.where(inequality, v, one)
-        factor, _, direction = newton(part, s_, z_, r_x, r_v, smallest, smallest)
-        excess = xp.where(inequality, s * v - kappa, zero)
+        s_, z_ = (xp.where(inequality, a, float("inf")) for a in (s, v))
+        factor, *_, direction = newton(part, s, z_, r_x, r_v, smallest, smallest)
+        excess = xp.where(inequality, s * v - kappa, 0.0)
         found = (
             (_max(xp, xp.abs(D * r_x)) <= accuracy * (1.0 + _max(xp, xp.abs(D * problem.q))))
             & (_max(xp, xp.abs(E * r_v)) <= accuracy * (1.0 + _max(xp, xp.abs(E * problem.k))))
@@ -748,8 +785,7 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
         if bool(xp.all(found)):
             break
         dx, dv, ds = direction(excess, smallest > 0)
-        dz = xp.where(inequality, dv, zero)
-        alpha = xp.minimum(_step_length(xp, s_, ds, STEP_FRACTION), _step_length(xp, z_, dz, STEP_FRACTION))
+        alpha = xp.minimum(_step_length(xp, s_, ds, STEP_FRACTION), _step_length(xp, z_, dv, STEP_FRACTION))
         x, v, s = x + alpha * dx, v + alpha * dv, s + alpha * ds
     return (x, v, s, found), factor
 
@@ -757,7 +793,7 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
 def _system(part: Part, theta, rho, delta) -> kkt.System:
     xp = part.problem.backend.xp
     exists = part.problem.inequality | part.problem.equality
-    theta = xp.where(exists, theta, xp.full_like(theta, float("inf")))
+    theta = xp.where(exists, theta, float("inf"))
     return kkt.System(theta, rho / part.metric.variables**2, delta / part.metric.rows**2)
 
 
@@ -767,8 +803,7 @@ def _choose(xp, condition, new: State, old: State) -> State:
 
 def _step_length(xp, value, direction, fraction):
     """Largest step in [0, 1] that keeps value + step·direction ≥ (1 − fraction)·value, for positive values."""
-    ratio = _max(xp, -direction / value) / fraction
-    return 1.0 / xp.maximum(ratio, xp.ones_like(ratio))
+    return 1.0 / xp.maximum(_max(xp, -direction / value) / fraction, 1.0)
 
 
 def _max(xp, a):
@@ -780,7 +815,7 @@ def _max(xp, a):
 
 def _positive(xp, a):
     """The positive part. (array-api-compat's clip takes ten times as long on a small array.)"""
-    return xp.maximum(a, xp.zeros_like(a))
+    return xp.maximum(a, 0.0)
 
 
 def _sum(xp, a):
@@ -791,12 +826,9 @@ def _dot(xp, a, b):
     return xp.vecdot(a, b, axis=-1)[:, None]
 
 
-def _mean(problem: Problem, products):
-    """Mean over the inequalities, (B, 1)."""
-    xp = problem.backend.xp
-    inequality = problem.inequality
-    count = _sum(xp, xp.astype(inequality, products.dtype))
-    return _sum(xp, xp.where(inequality, products, xp.zeros_like(products))) / xp.clip(count, 1.0, None)
+def _mean(part: Part, s, z):
+    """Mean of s ∘ z over the inequalities, where s is 0 in the other rows, (B, 1)."""
+    return _sum(part.problem.backend.xp, s * z) / part.sizes.inequalities
 
 
 # ---- the result

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import kkt
+from ..backend import single_threaded_blas
 from ..problem import OPERANDS, Problem
 from ..solver import Outcome, Point, Settings
 from . import method
 from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
-from .threads import SOLVE, SWEEP, single_threaded_blas, work_on
+from .threads import SOLVE, SWEEP, work_on
 
 _DECIDING = {"Q", "G", "A", "lb", "ub"}
 """Operands that the metric and the reduced form are made of."""

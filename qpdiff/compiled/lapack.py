@@ -18,9 +18,9 @@ from numba.core import cgutils
 from numba.extending import get_cython_function_address, intrinsic
 
 INTEGER, SCALAR, ARRAY, OUTCOME, VALUE = "isaov"
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
+OPTIONS: Any = {"nogil": True, "error_model": "numpy", "_nrt": False}
 """Nothing is allocated and no references are counted, which would cost more than the arithmetic on small arrays."""
-_INNER: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_INNER: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 jit = njit(**OPTIONS, **_INNER, fastmath={"reassoc", "contract", "nsz"})
 """For functions that compiled code calls. Sums may be reordered, which vectorises them; NaN and infinity keep their
 meaning."""

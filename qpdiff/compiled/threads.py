@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import contextvars
 import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
+from ..backend import single_threaded_blas
 from ..problem import Problem
-
-try:
-    from threadpoolctl import ThreadpoolController
-except ImportError:
-    ThreadpoolController = None
 
 RANGES = 4
 """Ranges of problems for each thread, so that none waits long for the others."""
@@ -86,36 +79,3 @@ def _pool() -> ThreadPoolExecutor:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
-
-
-@cache
-def _controller():
-    return ThreadpoolController()
-
-
-_lock = threading.Lock()
-_users = 0
-_limit: Any = None
-
-
-@contextmanager
-def single_threaded_blas() -> Iterator[None]:
-    """One thread for each call of BLAS, from when the first of any Python threads enters until the last has left.
-
-    Several would fight over the processors with ours, and OpenBLAS's go on spinning for a while after a call.
-    """
-    global _users, _limit
-    if ThreadpoolController is None:
-        yield
-        return
-    with _lock:
-        if _users == 0:
-            _limit = _controller().limit(limits=1, user_api="blas")
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _limit.restore_original_limits()
