@@ -24,6 +24,8 @@ _INNER: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 jit = njit(**OPTIONS, **_INNER, fastmath={"reassoc", "contract", "nsz"})
 """For functions that compiled code calls. Sums may be reordered, which vectorises them; NaN and infinity keep their
 meaning."""
+hot = njit(**OPTIONS, **_INNER, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
+"""The same for functions of every iteration that take named tuples, which a call passes entry by entry."""
 entry = njit(**OPTIONS, cache=True)
 """For functions that Python calls; they are kept on disk with all that they call."""
 inline = njit(**OPTIONS, inline="always")

@@ -26,6 +26,7 @@ from .lapack import (
     dot,
     entry,
     finite,
+    hot,
     inline,
     invert_lower,
     jit,
@@ -349,7 +350,7 @@ def prepare_diagonal(one, reduced, single):
     return True
 
 
-@jit
+@hot
 def bound_weights(one, weights, i):
     """What the weights of the bounds add to the diagonal at a variable."""
     row = one.K.shape[0]
@@ -372,7 +373,7 @@ def whiten_diagonal(one, reduced):
             reduced.rows[i, j] = one.K[i, j] / root[j]
 
 
-@jit
+@hot
 def factor(form, one, reduced, theta, rho, delta, work):
     """Factor the reduced KKT matrix in `reduced`; whether it was positive definite."""
     n, linear, rows = one.K.shape[1], one.K.shape[0], theta.shape[0]
@@ -404,7 +405,7 @@ def factor(form, one, reduced, theta, rho, delta, work):
     return cholesky(L)
 
 
-@jit
+@hot
 def eliminate(form, one, reduced, r_x, work):
     """What a solve needs of the right-hand side of the variables alone, in `work`: done once for many solves."""
     if form == DENSE_DUAL:
@@ -412,7 +413,7 @@ def eliminate(form, one, reduced, r_x, work):
         product(reduced.rows, work.t, work.Vt)
 
 
-@jit
+@hot
 def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
     """`solve` as far as the multipliers need it, which with a dense dual form is without dx."""
     K, lower, upper = one.K, one.lower, one.upper
@@ -455,7 +456,7 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
             dv[linear + lower + j] = weights[linear + lower + j] * (dx[j] - r_v[linear + lower + j])
 
 
-@jit
+@hot
 def solve(form, one, reduced, r_x, r_v, dx, dv, work):
     """Solve for right-hand sides of the variables and of the rows, after `eliminate`."""
     solve_rows(form, one, reduced, r_x, r_v, dx, dv, work)
@@ -512,7 +513,7 @@ def onto_path(one, v, difference, mu, s):
                 v[i] = 0.0
 
 
-@jit
+@hot
 def mean(one, s, v):
     """Mean complementarity of the inequalities."""
     total, count = 0.0, 0
@@ -591,7 +592,7 @@ def all_finite(a):
     return result
 
 
-@jit
+@hot
 def assess(one, settings, now, before, past, iterations, limit, work):
     """Compute the residuals of `now` afresh and decide how the problem stands; a certificate takes the place of x or v.
 
@@ -724,7 +725,7 @@ def infeasible(one, before, v, size_k, work):
     return -total / (left * larger(size_k, 1.0)), -total
 
 
-@jit
+@hot
 def step_lengths(one, now, ds, dv, fraction):
     """Largest steps in [0, 1] that keep s and z ≥ (1 − fraction) times what they are."""
     of_s = of_z = 0.0
@@ -735,7 +736,7 @@ def step_lengths(one, now, ds, dv, fraction):
     return 1.0 / larger(of_s / fraction, 1.0), 1.0 / larger(of_z / fraction, 1.0)
 
 
-@jit
+@hot
 def step(form, one, reduced, settings, mu, rho, delta, refine, before, now, work):
     """One predictor-corrector step from `before` to `now`.
 
@@ -800,7 +801,7 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, before, now, work
     return True, True, alpha_s, alpha_z, mean(one, now.s, now.v)
 
 
-@jit
+@hot
 def needs_refinement(one, settings, rho, delta, alpha_s, alpha_z, before, now, past, work):
     """Whether the linear solve has left too much of its system; it shows in the products before and after the step."""
     left = allowed = 0.0
