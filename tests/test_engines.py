@@ -165,13 +165,26 @@ def test_hard_problems():
 # ---- the arrays that come in
 
 
+def run(code):
+    """Run code in another process, with the package that this one has (-P: not one in the working directory)."""
+    subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", code], check=True, timeout=300)
+
+
+def unaligned(value):
+    """A copy that begins at an odd address."""
+    out = np.empty(value.nbytes + 1, np.uint8)[1:].view(value.dtype).reshape(value.shape)
+    out[...] = value
+    assert not out.flags.aligned
+    return out
+
+
 def test_arrays_of_any_layout():
-    """Read-only, transposed, broadcast and strided operands give what contiguous ones give, bit by bit."""
+    """Read-only, transposed, strided and unaligned operands give what contiguous ones give, bit by bit."""
     operands = CASES["everything"]()
     expected = qpdiff.solve_qp(**operands, engine="compiled")
     views = {}
     for i, (name, value) in enumerate(operands.items()):
-        view = np.asfortranarray(value) if i % 2 else np.repeat(value, 2, axis=-1)[..., ::2]
+        view = [np.asfortranarray(value), np.repeat(value, 2, axis=-1)[..., ::2], unaligned(value)][i % 3]
         view.flags.writeable = False
         views[name] = view
     sol = qpdiff.solve_qp(**views, engine="compiled")
@@ -272,7 +285,7 @@ if child == 0:
     os._exit(0 if np.array_equal(qpdiff.solve_qp(Q, q, G, h).x, x) else 1)
 assert os.waitpid(child, 0)[1] == 0
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
+    run(code)
 
 
 # ---- the choice
@@ -290,7 +303,7 @@ from qpdiff.compiled import method
 for function in (method.check_batch, method.solve_batch, method.solve_kkt_batch, method.outer_products):
     assert function.stats.cache_hits and not function.stats.cache_misses, function
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    run(code)
 
 
 def test_progress_counts_up_to_the_batch():
@@ -342,4 +355,4 @@ except ImportError as error:
 else:
     raise AssertionError
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    run(code)

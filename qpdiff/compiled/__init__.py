@@ -154,7 +154,7 @@ def _part(array, where: slice):
 
 def _frozen(array):
     """A contiguous array that counts as read-only, as the caller's may be: one type for the compiled functions."""
-    array = np.ascontiguousarray(array).view()
+    array = np.ascontiguousarray(array).view() if array.flags.aligned else array.copy()
     array.flags.writeable = False
     return array
 
