@@ -358,19 +358,16 @@ def assemble_gradients(sol: Solution, u_x, u_v) -> Gradients:
     lin = sol.linearization
     problem, xp = lin.problem, lin.problem.backend.xp
     x, v, blocks = lin.x, lin.v, problem.blocks
-    out = {"q": _reduce(problem, "q", -u_x)}
     own = {} if isinstance(lin.factors, list) else compiled_engine()[0].outer_products(problem, x, v, u_x, u_v)
-    own = {name: _reduce(problem, name, value) for name, value in own.items()}
-    if "Q" not in own:
+    out = {name: _reduce(problem, name, value) for name, value in own.items()}
+    out["q"] = _reduce(problem, "q", -u_x)
+    if "Q" not in out:
         cross = _outer(problem, "Q", u_x[:, :, None], x[:, :, None], -0.5)
-        own["Q"] = cross + cross.mT  # symmetric to the last bit
-    out["Q"] = own["Q"]
+        out["Q"] = cross + cross.mT  # symmetric to the last bit
     for matrix, vector in (("A", "b"), ("G", "h")):
         if matrix in problem.operands:
             block = blocks[matrix]
-            if matrix in own:
-                out[matrix] = own[matrix]
-            else:
+            if matrix not in out:
                 left = xp.stack([v[:, block], u_v[:, block]], axis=-1)
                 out[matrix] = _outer(problem, matrix, left, xp.stack([u_x, x], axis=-1), -1.0)
             out[vector] = _reduce(problem, vector, u_v[:, block])

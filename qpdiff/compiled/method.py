@@ -86,13 +86,13 @@ class Reduced(NamedTuple):
     """The reduced KKT matrix of one problem: what does not change, and the factor."""
 
     hessian: Any
-    """F⁻¹ of Q = F Fᵀ."""
+    """F⁻¹ of Q = F Fᵀ; of a diagonal Q with what the bounds add, one row with the square root instead."""
     rows: Any
     """K F⁻ᵀ."""
     S: Any
     """K Q⁻¹ Kᵀ."""
     diagonal: Any
-    """Of a diagonal Q; then the square root of what bounds add to it."""
+    """Of a diagonal Q, with the dual form's own proximal terms."""
     L: Any
     weights: Any
 
@@ -313,7 +313,7 @@ def rescaled(scale, length2):
 
 @jit
 def own_terms(diagonal, single):
-    """`kkt.own_terms`."""
+    """`kkt._own_terms`."""
     if single:
         return 1e-5 * diagonal + SMALLEST_SINGLE
     return 1e-10 * diagonal + SMALLEST
@@ -531,7 +531,6 @@ def initialize(form, one, reduced, settings, now, work):
     D, E = one.D, one.E
     for i in range(n):
         work.rho[i] = settings.rho / D[i] ** 2
-        work.t[i] = 0.0
         now.r_x[i] = -one.q[i]
     for i in range(rows):
         work.delta[i] = settings.delta / E[i] ** 2
@@ -683,7 +682,7 @@ def assess(one, settings, now, before, past, iterations, limit, work):
 @jit
 def unbounded(one, now, before, x, work):
     """How near the last step in x is to a direction of unbounded descent, and how far it goes down."""
-    ray, eps = work.ray, EPS
+    ray = work.ray
     total = size = uphill = hidden = cost = 0.0
     for i in range(x.shape[0]):
         ray[i] = x[i] - before.x[i]
@@ -701,7 +700,7 @@ def unbounded(one, now, before, x, work):
         climb = abs(slope) if one.kind[i] == EQUALITY else positive(slope)
         uphill = larger(E * climb, uphill)
         hidden = larger(abs(E * now.Kx[i]), hidden)
-    uphill = larger(uphill, eps * hidden)
+    uphill = larger(uphill, EPS * hidden)
     return -total / (uphill * larger(cost, 1.0)), -total
 
 
@@ -987,6 +986,21 @@ def _in_double(batch, exact, i, K, room):
     )
 
 
+@jit
+def reduced_at(store, i):
+    """What problem i keeps, or the room for one problem."""
+    return Reduced(
+        at(store.hessian, i), at(store.rows, i), at(store.S, i), at(store.diagonal, i), at(store.L, i),
+        at(store.weights, i),
+    )  # fmt: skip
+
+
+@jit
+def in_primal_form(reduced, work):
+    """With room for the factor of the primal form, which is not kept."""
+    return Reduced(reduced.hessian, reduced.rows, reduced.S, reduced.diagonal, work.square, work.weights)
+
+
 @entry
 def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, metric, outcome, forms, factored, room):
     """Solve problems one after the other.
@@ -1029,10 +1043,7 @@ def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, 
             batch.b.shape[1], lb.shape[0], ub.shape[0], at(metric[0], i), at(metric[1], i),
             Q64, q64, K64, k64,
         )  # fmt: skip
-        L = at(store.L, i)
-        reduced = Reduced(
-            at(store.hessian, i), at(store.rows, i), at(store.S, i), at(store.diagonal, i), L, at(store.weights, i)
-        )
+        reduced = reduced_at(store, i)
         form = preferred
         if prepared:
             form = forms[i]
@@ -1043,7 +1054,7 @@ def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, 
             if form == DIAGONAL_DUAL and not prepare_diagonal(one, reduced, single):
                 form = PRIMAL
         if form != preferred:
-            reduced = Reduced(reduced.hessian, reduced.rows, reduced.S, reduced.diagonal, work.square, work.weights)
+            reduced = in_primal_form(reduced, work)
         now, verdict, iterations, useful = iterate(
             form, one, reduced, settings, warm, at(near[0], i), at(near[1], i), at(near[2], i), first, second, work
         )
@@ -1212,18 +1223,14 @@ def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_
             theta[j] = s[i, j] / v[i, j] if kind[j] == INEQUALITY else (0.0 if kind[j] == EQUALITY else np.inf)
             heavy[j] = kind[j] == EQUALITY or (kind[j] == INEQUALITY and theta[j] * E[j] ** 2 < 1.0)
         good = False
-        reduced = Reduced(
-            at(store.hessian, i), at(store.rows, i), at(store.S, i), at(store.diagonal, i), at(store.L, i),
-            at(store.weights, i),
-        )  # fmt: skip
+        reduced = reduced_at(store, i)
         if factored[i] and (forms[i] != PRIMAL or pivots_count(reduced.L)):
             if forms[i] == DIAGONAL_DUAL:
                 whiten_diagonal(one, reduced)
             left, moved = solve_nearby(forms[i], one, reduced, theta, heavy, b_x, b_v, u_x[i], u_v[i], rounds, work)
             good = left <= 0.1 * accuracy and moved <= 100.0 * accuracy
         if not good:
-            fresh = Reduced(reduced.hessian, reduced.rows, reduced.S, reduced.diagonal, work.square, work.weights)
-            solve_afresh(one, fresh, theta, heavy, b_x, b_v, u_x[i], u_v[i], work)
+            solve_afresh(one, in_primal_form(reduced, work), theta, heavy, b_x, b_v, u_x[i], u_v[i], work)
 
 
 @entry
