@@ -122,7 +122,7 @@ def vjp(
     """
     sol = _smoothed(sol, smoothing)
     r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
-    with np.errstate(all="ignore"):
+    with sol.linearization.problem.backend.quietly():
         return assemble_gradients(sol, *solve_kkt(sol, r_x, r_v, unsolved=unsolved))
 
 
@@ -201,7 +201,7 @@ def jvp(
         if problem.ub is not None:
             parts["ub"] = parts["ub"] + upper
     r_v = xp.concat(list(parts.values()), axis=-1)
-    with np.errstate(all="ignore"):
+    with sol.linearization.problem.backend.quietly():
         dx, dv = solve_kkt(sol, r_x, r_v, unsolved=unsolved)
     zero = xp.zeros_like(x)
     d_lb = dv[:, blocks["lb"]] if problem.lb is not None else zero
@@ -225,7 +225,7 @@ def _smoothed(sol: Solution, smoothing) -> Solution:
         return sol
     if not isinstance(smoothing, (int, float, np.number)) or not 0 < smoothing < float("inf"):
         raise ValueError(f"smoothing is {smoothing!r}; expected a number > 0, or None for the derivative itself")
-    with np.errstate(all="ignore"):
+    with sol.linearization.problem.backend.quietly():
         return replace(sol, linearization=relax(sol.linearization, float(smoothing)))
 
 
@@ -277,7 +277,14 @@ def _solve_piece(lin, piece, r_x, r_v):
         form, exact, piece.factor, piece.metric, _heavy(part, piece.metric, theta), r_x, r_v, 3
     )
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
-    good = ((left <= 0.1 * accuracy) & (moved <= 100 * accuracy))[:, 0]
+    good = (left <= 0.1 * accuracy) & (moved <= 100 * accuracy)
+    if problem.backend.traced:
+        return problem.backend.cond(
+            xp.all(good),
+            lambda: (u_x, u_v),
+            lambda: _choose(xp, good, (u_x, u_v), _solve_afresh(part, piece.metric, theta, r_x, r_v)),
+        )
+    good = good[:, 0]
     count = int(xp.sum(xp.astype(good, xp.int32)))
     if count == good.shape[0]:
         return u_x, u_v
@@ -290,6 +297,10 @@ def _solve_piece(lin, piece, r_x, r_v):
         xp.take(xp.concat([xp.take(old, order[:count], axis=0), new], axis=0), back, axis=0)
         for old, new in zip((u_x, u_v), again, strict=True)
     )
+
+
+def _choose(xp, condition, these, those):
+    return tuple(xp.where(condition, a, b) for a, b in zip(these, those, strict=True))
 
 
 def _heavy(problem: Problem, metric: kkt.Metric, theta):
@@ -317,11 +328,17 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
     diagonal = xp.where(problem.equality, zero + equal, xp.where(raised, level, scaled)) / metric.rows**2
     form = kkt.PrimalForm(problem)
     rho = xp.full_like(r_x[:, :1], rho)
-    for _ in range(4):
-        factor, positive = form.factor(kkt.System(diagonal, rho / metric.variables**2, zero))
-        if bool(xp.all(positive)):
-            break
-        rho = xp.where(positive, rho, 100.0 * rho)
+
+    def factored(rho):
+        return *form.factor(kkt.System(diagonal, rho / metric.variables**2, zero)), rho
+
+    def failed(factor, positive, rho):
+        return ~xp.all(positive)
+
+    def again(factor, positive, rho):
+        return factored(xp.where(positive, rho, 100.0 * rho))
+
+    factor, *_ = problem.backend.while_loop(failed, again, factored(rho), 3)
     exact = kkt.System(theta, xp.zeros_like(r_x), zero)
     u_x, u_v, *_ = kkt.solve_nearby(form, exact, factor, metric, heavy, r_x, r_v, 12)
     return u_x, u_v

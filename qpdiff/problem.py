@@ -76,6 +76,11 @@ class Problem:
         """The operands that were given, by name."""
         return {name: value for name in OPERANDS if (value := getattr(self, name)) is not None}
 
+    @property
+    def entries(self) -> int:
+        """How many numbers the operands have."""
+        return sum(math.prod(value.shape) for value in self.operands.values())
+
     def astype(self, dtype) -> Problem:
         """The same problems in another floating point type."""
         if dtype == self.dtype:
@@ -109,7 +114,7 @@ class Problem:
 
     def chunks(self) -> list[slice]:
         """The batch in pieces that fit the working memory, as many for each worker."""
-        limit, data = self.backend.chunk_bytes, 8 * sum(value.size for value in self.operands.values())
+        limit, data = self.backend.chunk_bytes, 8 * self.entries
         memory = min(limit, max(limit // 3, 4 * data))  # in proportion to the data, where that is worth the while
         count = -(-self.batch * self.bytes_per_problem * self.workers // memory)
         if count > 1:

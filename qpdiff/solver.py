@@ -2,7 +2,7 @@
 
 Each step is a predictor-corrector step of Mehrotra's on the KKT system with proximal terms around the iterate: ρ on the
 variables and δ on the multipliers, which shrink with the complementarity. The step is one function from named state to
-named state; `_run` alone decides how to iterate.
+named state; `_run` and, where arrays are traced, `_run_traced` decide how to iterate.
 
 References
 ----------
@@ -126,7 +126,7 @@ class Part(NamedTuple):
 def make_part(form) -> Part:
     """The problems of a reduced form, ready to iterate on."""
     problem, xp = form.problem, form.problem.backend.xp
-    metric, exact = kkt.equilibrate(problem), problem.astype(xp.float64)
+    metric, exact = kkt.equilibrate(problem), problem.astype(problem.backend.exact)
     D, E = metric
     k, q = xp.abs(exact.k), xp.abs(exact.q)
     sizes = Sizes(
@@ -246,7 +246,7 @@ def solve_qp(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
     compiled = choose_engine(engine, problem, verbose)
-    with np.errstate(all="ignore"):
+    with problem.backend.quietly():
         if check and problem.batch and not (compiled and compiled.check(problem)):
             check_values(problem)
         near = _warm_point(problem, warm_start)
@@ -330,6 +330,8 @@ class Linearization(NamedTuple):
 
 def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bool, progress):
     xp, backend = problem.backend.xp, problem.backend
+    if backend.traced:
+        return _solve_traced(problem, settings, near)
     keep = _keeps_factor(problem)
 
     def solve_chunk(chunk: slice) -> list[Ended]:
@@ -390,12 +392,14 @@ def _warm_point(problem: Problem, sol: Solution | None) -> Point | None:
 
 def _keeps_factor(problem: Problem) -> bool:
     """Whether a factor a problem is in proportion to the data, which it is not where the matrices are shared."""
-    return problem.n**2 * problem.batch <= min(2**26, sum(value.size for value in problem.operands.values()))
+    return problem.n**2 * problem.batch <= min(2**26, problem.entries)
 
 
 def _forms(problem: Problem):
     """Split a chunk by the reduced form that suits each of its problems."""
     xp = problem.backend.xp
+    if problem.backend.traced:
+        return [(kkt.PrimalForm(problem), None)]
     form, safe = kkt.choose_form(problem)
     if safe is None:
         return [(form, None)]
@@ -446,6 +450,48 @@ def _run(parts, near: Point | None, settings: Settings, keep: bool, verbose: boo
         state, factor = step(part, settings, state, refine=bool(refine))
         if cold is not None:
             state = _restart(xp, settings, state, cold)
+
+
+def _solve_traced(problem: Problem, settings: Settings, near: Point | None):
+    """`_solve` as one compiled function of the arrays."""
+    backend: Any = problem.backend
+    layout = (backend, problem.dtype, problem.batch_shape, tuple(problem.shapes.items()))
+    outcome, factor, metric = backend.jit(_run_traced)(problem.operands, near, layout, settings)
+    form = None if factor is None else kkt.PrimalForm
+    return outcome, [Ended(backend.arange(problem.batch), None, form, factor, metric)]
+
+
+def _run_traced(operands, near: Point | None, layout, settings: Settings):
+    """Iterate on the whole batch until every problem has ended.
+
+    Where shapes prefer a dual form the numbers decide between the two when it runs, and no factor is kept.
+    """
+    backend, dtype, batch_shape, shapes = layout
+    problem, xp = Problem(backend, dtype, batch_shape, dict(shapes), **operands), backend.xp
+    assert problem.k is not None  # made here, where all branches and loops may use it
+
+    def run(form):
+        part = make_part(form)
+        start = initialize(part, settings)
+        cold = None
+        if near is not None:
+            cold, start = start[0], (start_near(part, settings, near, start[0]), start[1])
+
+        def unfinished(state, factor):
+            return xp.any(state.status == RUNNING)
+
+        def body(state, factor):
+            state, factor = step(part, settings, state, refine=True)
+            return state if cold is None else _restart(xp, settings, state, cold), factor
+
+        state, factor = backend.while_loop(unfinished, body, start, 2 * settings.max_iterations + 2)
+        return Outcome(*(getattr(state, name) for name in Outcome._fields)), factor, part.metric
+
+    form, safe = kkt.choose_traced_form(problem)
+    if safe is None:
+        return run(form)
+    outcome = backend.cond(safe, lambda: run(form)[0], lambda: run(kkt.PrimalForm(problem))[0])
+    return outcome, None, kkt.equilibrate(problem)
 
 
 def _rows_at(xp, tree, where):
@@ -771,7 +817,8 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
     v, s = _onto_path(part, v, xp.where(inequality, v / E - E * s, 0.0), kappa)
     smallest = xp.full_like(x[:, :1], settings.smallest)
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
-    for _ in range(settings.max_iterations):
+
+    def move(x, v, s, *_):
         *_, r_x, r_v = residuals(part.exact, *(xp.astype(a, part.exact.dtype, copy=False) for a in (x, v, s)))
         r_x, r_v = (xp.astype(a, problem.dtype, copy=False) for a in (r_x, r_v))
         s_, z_ = (xp.where(inequality, a, float("inf")) for a in (s, v))
@@ -782,12 +829,16 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
             & (_max(xp, xp.abs(E * r_v)) <= accuracy * (1.0 + _max(xp, xp.abs(E * problem.k))))
             & (_max(xp, xp.abs(excess)) <= accuracy * kappa)
         )
-        if bool(xp.all(found)):
-            break
         dx, dv, ds = direction(excess, smallest > 0)
         alpha = xp.minimum(_step_length(xp, s_, ds, STEP_FRACTION), _step_length(xp, z_, dv, STEP_FRACTION))
-        x, v, s = x + alpha * dx, v + alpha * dv, s + alpha * ds
-    return (x, v, s, found), factor
+        alpha = xp.where(found, 0.0, alpha)
+        return x + alpha * dx, v + alpha * dv, s + alpha * ds, found, factor
+
+    def lost(x, v, s, found, factor):
+        return ~xp.all(found)
+
+    *point, factor = problem.backend.while_loop(lost, move, move(x, v, s), settings.max_iterations)
+    return point, factor
 
 
 def _system(part: Part, theta, rho, delta) -> kkt.System:
