@@ -32,7 +32,7 @@ from .backend import from_host
 from .engine import compiled_engine
 from .problem import OPERANDS, Problem, product, product_transposed
 from .solution import Solution, Status
-from .solver import relax
+from .solver import fixed_variables, relax
 
 
 class Gradients(NamedTuple):
@@ -347,11 +347,6 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
 # ---- from rows to operands
 
 
-def fixed_variables(problem: Problem, v):
-    """Which variables are fixed by lb = ub, and at which of them lb holds the variable against the cost."""
-    return problem.equality[:, problem.blocks["lb"]], v[:, problem.blocks["lb"]] >= 0
-
-
 def _to_rows(sol: Solution, given):
     """Right-hand side of the adjoint system: the cotangents of x and of the multipliers of all rows."""
     lin = sol.linearization
@@ -373,49 +368,18 @@ def _to_rows(sol: Solution, given):
 def assemble_gradients(sol: Solution, u_x, u_v) -> Gradients:
     """The gradients of the operands in terms of the adjoint solution."""
     lin = sol.linearization
-    problem, xp = lin.problem, lin.problem.backend.xp
-    x, v, blocks = lin.x, lin.v, problem.blocks
+    problem, x, v = lin.problem, lin.x, lin.v
     own = {} if isinstance(lin.factors, list) else compiled_engine()[0].outer_products(problem, x, v, u_x, u_v)
-    out = {name: _reduce(problem, name, value) for name, value in own.items()}
-    out["q"] = _reduce(problem, "q", -u_x)
-    if "Q" not in out:
-        cross = _outer(problem, "Q", u_x[:, :, None], x[:, :, None], -0.5)
-        out["Q"] = cross + cross.mT  # symmetric to the last bit
-    for matrix, vector in (("A", "b"), ("G", "h")):
-        if matrix in problem.operands:
-            block = blocks[matrix]
-            if matrix not in out:
-                left = xp.stack([v[:, block], u_v[:, block]], axis=-1)
-                out[matrix] = _outer(problem, matrix, left, xp.stack([u_x, x], axis=-1), -1.0)
-            out[vector] = _reduce(problem, vector, u_v[:, block])
-    lower = -u_v[:, blocks["lb"]] if problem.lb is not None else None
-    upper = u_v[:, blocks["ub"]] if problem.ub is not None else None
-    if lower is not None and upper is not None:
-        fixed, at_lower = fixed_variables(problem, v)
-        upper = xp.where(fixed, xp.where(at_lower, xp.zeros_like(upper), lower), upper)
-        lower = xp.where(fixed & ~at_lower, xp.zeros_like(lower), lower)
-    for name, value in (("lb", lower), ("ub", upper)):
-        if value is not None:
-            out[name] = _reduce(problem, name, value)
-    return Gradients(**out)
-
-
-def _outer(problem: Problem, name: str, a, b, factor: float):
-    """factor·Σ abᵀ over the last axis, for the operand of this name: a problem each, or summed over the batch."""
-    a = factor * a
-    if getattr(problem, name).shape[0] == 1:
-        xp = problem.backend.xp
-        rows, columns = (
-            xp.reshape(xp.permute_dims(c, (1, 0, 2)), (c.shape[1], c.shape[0] * c.shape[2])) for c in (a, b)
-        )
-        return xp.reshape(rows @ columns.mT, problem.shapes[name])
-    return _reduce(problem, name, a @ b.mT)
+    out = own | solution_vjp(problem, x, v, u_x, u_v, [name for name in problem.operands if name not in own])
+    return Gradients(**{name: _reduce(problem, name, value) for name, value in out.items()})
 
 
 def _reduce(problem: Problem, name: str, gradient):
-    """Sum a gradient (B, core) over the batch axes that the operand lacks, in the caller's shape."""
+    """Sum a gradient (B or 1, core) over the batch axes that the operand lacks, in the caller's shape."""
     xp = problem.backend.xp
     shape = problem.shapes[name]
+    if getattr(problem, name).shape[0] == 1:
+        return xp.reshape(gradient, shape)
     full = xp.reshape(gradient, problem.batch_shape + gradient.shape[1:])
     if full.shape == shape:
         return full
@@ -451,3 +415,67 @@ def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{label} has shape {tuple(value.shape)}; expected {tuple(shape)}") from error
     return xp.reshape(value, (math.prod(problem.batch_shape), *core))
+
+
+# ---- the derivative of a solution and of its derivative, for any framework
+#
+# An adapter records two functions: the solution (x, v) of the operands, and the solve u = K⁻¹ r with the KKT matrix at
+# it, of r, the solution and the operands. The rule of each is made of the second and of operations of the framework's,
+# which closes the loop for higher derivatives. Here `problem` has the framework's operands and operations.
+
+
+def solution_vjp(problem: Problem, x, v, u_x, u_v, names=None) -> dict[str, Any]:
+    """Gradients (B or 1, core) of the operands from u = K⁻¹ (x̄, v̄)."""
+    return _operand_gradients(
+        problem, v, names, q=-u_x, k=u_v, Q=[(-0.5 * u_x, x)], K=[(-v, u_x), (-u_v, x)]
+    )  # fmt: skip
+
+
+def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v):
+    """Gradients of x, v and the operands from t = K⁻¹ ū, where u = K⁻¹ r; that of r is t itself.
+
+    The matrix moves with Q, A, G, and with θ = (k − Kx)/v at the inequalities.
+    """
+    xp, inequality = problem.backend.xp, problem.inequality
+    zero = xp.zeros_like(t_v * u_v)
+    safe_v = xp.where(inequality, v, zero + 1.0)
+    k_bar = xp.where(inequality, t_v * u_v / safe_v, zero)
+    theta = xp.where(inequality, (problem.k - problem.constraints(x)) / safe_v, zero)
+    gradients = _operand_gradients(
+        problem, v, None, q=xp.zeros_like(u_x), k=k_bar,
+        Q=[(-0.5 * t_x, u_x)], K=[(-u_v, t_x), (-t_v, u_x), (-k_bar, x)],
+    )  # fmt: skip
+    return -problem.adjoint(k_bar), -k_bar * theta, gradients
+
+
+def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, Any]:
+    """Gradients of the operands from those of q and k, and from pairs of vectors a, b.
+
+    The gradient of the matrix of all rows is Σ abᵀ over the pairs of K, and that of Q is Σ abᵀ + baᵀ over those of Q.
+    """
+    xp, blocks = problem.backend.xp, problem.blocks
+    lower = -k[:, blocks["lb"]] if problem.lb is not None else None
+    upper = k[:, blocks["ub"]] if problem.ub is not None else None
+    if lower is not None and upper is not None:
+        fixed, at_lower = fixed_variables(problem, v)
+        upper = xp.where(fixed, xp.where(at_lower, xp.zeros_like(lower), lower), upper)
+        lower = xp.where(fixed & ~at_lower, xp.zeros_like(lower), lower)
+    vectors = {"q": q, "b": k[:, blocks["A"]], "h": k[:, blocks["G"]], "lb": lower, "ub": upper}
+    out = {}
+    for name in problem.operands if names is None else names:
+        shared = getattr(problem, name).shape[0] == 1
+        if name == "Q":
+            half = _outer(xp, Q, shared)
+            out[name] = half + xp.matrix_transpose(half)  # symmetric to the last bit
+        elif name in ("A", "G"):
+            out[name] = _outer(xp, [(a[:, blocks[name]], b) for a, b in K], shared)
+        else:
+            out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared else vectors[name]
+    return out
+
+
+def _outer(xp, pairs, shared: bool):
+    """Σ abᵀ over pairs of vectors (B, ·), for every problem or summed over the batch."""
+    if shared:
+        return sum(a.T @ b for a, b in pairs)[None, :, :]
+    return xp.stack([a for a, _ in pairs], axis=-1) @ xp.stack([b for _, b in pairs], axis=-2)

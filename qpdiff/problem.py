@@ -221,7 +221,7 @@ class Problem:
 def product(M, x):
     """M x for matrices (B or 1, k, n) and vectors x (B, n)."""
     if M.shape[0] == 1:
-        return x @ M[0, :, :].mT
+        return x @ M[0, :, :].T
     return (M @ x[:, :, None])[:, :, 0]
 
 

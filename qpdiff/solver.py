@@ -945,7 +945,13 @@ def multipliers(problem: Problem, v):
     z_lb = v[:, blocks["lb"]] if problem.lb is not None else zero
     z_ub = v[:, blocks["ub"]] if problem.ub is not None else zero
     if problem.lb is not None and problem.ub is not None:
-        fixed = problem.equality[:, blocks["lb"]]
-        z_ub = xp.where(fixed, _positive(xp, -z_lb), z_ub)
-        z_lb = xp.where(fixed, _positive(xp, z_lb), z_lb)
+        fixed, at_lower = fixed_variables(problem, v)
+        zero = xp.zeros_like(z_lb)
+        z_ub = xp.where(fixed, xp.where(at_lower, zero, -z_lb), z_ub)
+        z_lb = xp.where(fixed & ~at_lower, zero, z_lb)
     return v[:, blocks["A"]], v[:, blocks["G"]], z_lb, z_ub
+
+
+def fixed_variables(problem: Problem, v):
+    """Which variables are fixed by lb = ub, and at which of them lb holds the variable against the cost."""
+    return problem.equality[:, problem.blocks["lb"]], v[:, problem.blocks["lb"]] >= 0
