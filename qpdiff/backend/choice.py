@@ -16,14 +16,14 @@ class _Library(NamedTuple):
     namespace: str
     backend: tuple[str, str]
     """The module of its backend in this package, and the class."""
-    extra: str
+    extras: tuple[str, ...]
 
 
 _LIBRARIES = {
-    "numpy": _Library("array_api_compat.numpy", (".numpy", "NumPyBackend"), ""),
-    "cupy": _Library("array_api_compat.cupy", (".cupy", "CuPyBackend"), "cuda12 (or cuda13)"),
-    "torch": _Library("array_api_compat.torch", (".torch", "TorchBackend"), "torch"),
-    "jax": _Library("jax.numpy", (".jax", "JAXBackend"), "jax"),
+    "numpy": _Library("array_api_compat.numpy", (".numpy", "NumPyBackend"), ()),
+    "cupy": _Library("array_api_compat.cupy", (".cupy", "CuPyBackend"), ("cuda12", "cuda13")),
+    "torch": _Library("array_api_compat.torch", (".torch", "TorchBackend"), ("torch",)),
+    "jax": _Library("jax.numpy", (".jax", "JAXBackend"), ("jax",)),
 }
 
 
@@ -150,9 +150,8 @@ def _namespace(name):
     try:
         return importlib.import_module(_LIBRARIES[name].namespace)
     except ImportError as error:
-        raise ImportError(
-            f"backend={name!r} needs a package that is missing: pip install 'qpdiff[{_LIBRARIES[name].extra}]'"
-        ) from error
+        install = " or ".join(f"pip install 'qpdiff[{extra}]'" for extra in _LIBRARIES[name].extras)
+        raise ImportError(f"backend={name!r} needs a package that is missing: {install}") from error
 
 
 def from_host(key, value, backend):
