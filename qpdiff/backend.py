@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -32,6 +33,10 @@ _NAMESPACES = {
     "torch": "array_api_compat.torch",
     "jax": "jax.numpy",
 }
+THREADS = ContextVar(
+    "THREADS", default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+)
+"""How many threads to work with on NumPy arrays, one a processor unless `single_threaded` says otherwise."""
 _EXTRAS = {"cupy": "cuda12 (or cuda13)", "torch": "torch", "jax": "jax"}
 
 
@@ -52,12 +57,19 @@ class Backend:
 
     chunk_bytes = 64 * 2**20
     """Working memory that the chunks in work may take together; large batches are solved chunk by chunk."""
-    workers = 1
-    """Chunks that are worked on at the same time."""
 
     def __init__(self, xp, device=None):
         self.xp = xp
         self.device = device
+
+    def __reduce__(self):
+        """By the name of the namespace, because a module does not pickle."""
+        return _restore, (type(self), self.xp.__name__, self.device)
+
+    @property
+    def workers(self) -> int:
+        """Chunks that are worked on at the same time."""
+        return 1
 
     def asarray(self, value, dtype=None):
         return self.xp.asarray(value, dtype=dtype, device=self.device)
@@ -128,7 +140,10 @@ class NumPyBackend(Backend):
     """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
 
     chunk_bytes = 48 * 2**20
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    @property
+    def workers(self) -> int:
+        return THREADS.get()
 
     def asarray(self, value, dtype=None):
         return np.asarray(value, dtype=dtype)
@@ -223,6 +238,10 @@ class CuPyBackend(Backend):
 
     chunk_bytes = 2 * 2**30
 
+    def __reduce__(self):
+        """Without the device: an array goes to the current one where it is unpickled, as in another process."""
+        return _restore, (type(self), self.xp.__name__, None)
+
     def factor(self, M):
         xp = self.xp
         L = xp.linalg.cholesky(M)
@@ -286,7 +305,22 @@ def single_threaded_blas() -> Iterator[None]:
                 _limit.restore_original_limits()
 
 
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """One thread for what is called in this context, as befits a task of a scheduler that runs one for each thread."""
+    token = THREADS.set(1)
+    try:
+        with single_threaded_blas():
+            yield
+    finally:
+        THREADS.reset(token)
+
+
 # ---- the choice
+
+
+def _restore(kind, namespace: str, device):
+    return kind(importlib.import_module(namespace), device)
 
 
 def choose_backend(operands, name=None):
