@@ -197,9 +197,7 @@ def vjp(
     [3.0]
     """
     blocks = _blocks_of(sol)
-    if unsolved is None:
-        unsolved = "zero" if blocks.unsolved == "zero" else "nan"
-    options = {"smoothing": smoothing, "unsolved": unsolved}
+    options = {"smoothing": smoothing, "unsolved": blocks.fill if unsolved is None else unsolved}
     empty = differentiation.vjp(blocks.empty, **options)
     given = {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub}
     given = {
@@ -257,9 +255,7 @@ def jvp(
     [[0.5, 0.5], [0.5, 0.5]]
     """
     blocks = _blocks_of(sol)
-    if unsolved is None:
-        unsolved = "zero" if blocks.unsolved == "zero" else "nan"
-    options = {"smoothing": smoothing, "unsolved": unsolved}
+    options = {"smoothing": smoothing, "unsolved": blocks.fill if unsolved is None else unsolved}
     empty = differentiation.jvp(blocks.empty, **options)
     given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     given = {name: value for name, value in given.items() if value is not None}
@@ -304,6 +300,11 @@ class Blocks:
     def problem(self):
         """What `qpdiff.vjp` and `qpdiff.jvp` ask for first."""
         raise TypeError("sol is a Solution of qpdiff.dask.solve_qp; qpdiff.dask.vjp and qpdiff.dask.jvp take it")
+
+    @property
+    def fill(self) -> str:
+        """What problems that are not SOLVED contribute to derivatives; those of "raise" do not get there."""
+        return "zero" if self.unsolved == "zero" else "nan"
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -363,6 +364,7 @@ def _gradient(blocks: Blocks, pulled, name: str, empty):
 
 
 def _solve_block(where, *values, names, near, unsolved: str, options) -> Solution:
+    """Solve the block at the slices `where`; the values are those of the operands and of a warm start, by name."""
     parts = [_whole(value) for value in values]
     if near:
         start = dict.fromkeys(_FIELDS) | dict(zip(near, parts[len(names) :], strict=True))
