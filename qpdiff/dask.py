@@ -12,13 +12,14 @@ from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
+import array_api_compat
 import numpy as np
 
 from . import differentiation, solver
 from .backend import choose_backend, from_host, single_threaded, working_dtype
 from .differentiation import Gradients, Tangents
 from .problem import OPERANDS, Problem, make_problem
-from .solution import Solution, Status
+from .solution import Solution, raise_if_unsolved
 
 try:
     import dask.array as da
@@ -79,10 +80,10 @@ def solve_qp(
     ------
     TypeError, ValueError
         For operands whose shapes or types do not fit and for bad options, at once. For bad numbers when the block is
-        computed; a note on the error tells which block that was.
+        computed.
     RuntimeError
         With ``unsolved="raise"``, when a block is computed that has a problem that is not SOLVED; the error counts them
-        and names the first.
+        and names the first. A note on an error that a block raises tells where in the batch the block is.
 
     Examples
     --------
@@ -372,31 +373,14 @@ def _solve_block(where, *values, names, near, unsolved: str, options) -> Solutio
     try:
         with single_threaded():
             sol = solver.solve_qp(**dict(zip(names, parts, strict=False)), **options)
-    except (TypeError, ValueError) as error:
+        if unsolved == "raise":
+            raise_if_unsolved(array_api_compat.to_device(sol.status, "cpu"))
+    except (TypeError, ValueError, RuntimeError) as error:
         if where:
             slices = ", ".join(f"{axis.start}:{axis.stop}" for axis in where)
             error.add_note(f"This is about the block [{slices}] of the batch; problems are counted from its start.")
         raise
-    if unsolved == "raise":
-        _raise_if_unsolved(sol, where)
     return sol
-
-
-def _raise_if_unsolved(sol: Solution, where) -> None:
-    xp = sol.linearization.problem.backend.xp
-    status = xp.reshape(sol.status, (-1,))
-    bad = xp.astype(status != int(Status.SOLVED), xp.int32)
-    count = int(xp.sum(bad))
-    if count:
-        first = int(xp.argmax(bad))
-        place = np.unravel_index(first, sol.status.shape)
-        index = tuple(axis.start + int(i) for axis, i in zip(where, place, strict=True))
-        name = Status(int(status[first])).name
-        first_of = f"; the first is problem {index[0] if len(index) == 1 else index} of the batch: " if where else ": "
-        raise RuntimeError(
-            f"{count} of {bad.shape[0]} problems of a block not solved{first_of}{name}. Pass unsolved='nan' or 'zero' "
-            "to go on without their gradients"
-        )
 
 
 def _vjp_block(sol: Solution, *values, names, options) -> Gradients:
@@ -497,7 +481,7 @@ def _fitting(label: str, value, shape, blocks: Blocks):
 
 
 def _warm_parts(sol, problem: Problem):
-    """What `solver._warm_point` looks at."""
+    """What `solver.warm_point` looks at."""
     if sol is None:
         return {}
     if not isinstance(sol, Solution):

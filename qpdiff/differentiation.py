@@ -32,7 +32,7 @@ from .backend import from_host
 from .engine import compiled_engine
 from .problem import OPERANDS, Problem, product, product_transposed
 from .solution import Solution, Status
-from .solver import relax
+from .solver import Linearization, fixed_variables, relax
 
 
 class Gradients(NamedTuple):
@@ -122,8 +122,8 @@ def vjp(
     """
     sol = _smoothed(sol, smoothing)
     r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
-    with np.errstate(all="ignore"):
-        return assemble_gradients(sol, *solve_kkt(sol, r_x, r_v, unsolved=unsolved))
+    with sol.linearization.problem.backend.quietly():
+        return assemble_gradients(sol, *solve_kkt(sol.linearization, r_x, r_v, unsolved=unsolved))
 
 
 def jvp(
@@ -177,32 +177,8 @@ def jvp(
     given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     tangents = {name: _flat(problem, sol, name, value, "tangent") for name, value in given.items() if value is not None}
     x, v, blocks = lin.x, lin.v, problem.blocks
-    r_x, r_v = xp.zeros_like(x), xp.zeros_like(v)
-    if "Q" in tangents:
-        symmetric = (tangents["Q"] + tangents["Q"].mT) / 2
-        r_x = r_x - product(symmetric, x)
-    if "q" in tangents:
-        r_x = r_x - tangents["q"]
-    parts = {name: r_v[:, block] for name, block in blocks.items()}
-    for matrix, vector in (("A", "b"), ("G", "h")):
-        if matrix in tangents:
-            r_x = r_x - product_transposed(tangents[matrix], v[:, blocks[matrix]])
-            parts[matrix] = parts[matrix] - product(tangents[matrix], x)
-        if vector in tangents:
-            parts[matrix] = parts[matrix] + tangents[vector]
-    if "lb" in tangents or "ub" in tangents:
-        zero = xp.zeros_like(x)
-        lower, upper = tangents.get("lb", zero), tangents.get("ub", zero)
-        if problem.lb is not None and problem.ub is not None:
-            fixed, at_lower = fixed_variables(problem, v)
-            lower = xp.where(fixed & ~at_lower, upper, lower)
-        if problem.lb is not None:
-            parts["lb"] = parts["lb"] - lower
-        if problem.ub is not None:
-            parts["ub"] = parts["ub"] + upper
-    r_v = xp.concat(list(parts.values()), axis=-1)
-    with np.errstate(all="ignore"):
-        dx, dv = solve_kkt(sol, r_x, r_v, unsolved=unsolved)
+    with problem.backend.quietly():
+        dx, dv = solve_kkt(lin, *right_hand_side(problem, x, v, tangents), unsolved=unsolved)
     zero = xp.zeros_like(x)
     d_lb = dv[:, blocks["lb"]] if problem.lb is not None else zero
     d_ub = dv[:, blocks["ub"]] if problem.ub is not None else zero
@@ -225,18 +201,17 @@ def _smoothed(sol: Solution, smoothing) -> Solution:
         return sol
     if not isinstance(smoothing, (int, float, np.number)) or not 0 < smoothing < float("inf"):
         raise ValueError(f"smoothing is {smoothing!r}; expected a number > 0, or None for the derivative itself")
-    with np.errstate(all="ignore"):
+    with sol.linearization.problem.backend.quietly():
         return replace(sol, linearization=relax(sol.linearization, float(smoothing)))
 
 
 # ---- the linear system
 
 
-def solve_kkt(sol: Solution, r_x, r_v, *, unsolved: str = "nan"):
+def solve_kkt(lin: Linearization, r_x, r_v, *, unsolved: str = "nan"):
     """Solve the KKT system at a solution for right-hand sides (B, n) and (B, rows)."""
     if unsolved not in ("nan", "zero"):
         raise ValueError(f"unsolved is {unsolved!r}; expected 'nan' or 'zero'")
-    lin = sol.linearization
     problem, xp = lin.problem, lin.problem.backend.xp
     if problem.batch == 0:
         return r_x, r_v
@@ -277,7 +252,14 @@ def _solve_piece(lin, piece, r_x, r_v):
         form, exact, piece.factor, piece.metric, _heavy(part, piece.metric, theta), r_x, r_v, 3
     )
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
-    good = ((left <= 0.1 * accuracy) & (moved <= 100 * accuracy))[:, 0]
+    good = (left <= 0.1 * accuracy) & (moved <= 100 * accuracy)
+    if problem.backend.traced:
+        return problem.backend.cond(
+            xp.all(good),
+            lambda: (u_x, u_v),
+            lambda: _choose(xp, good, (u_x, u_v), _solve_afresh(part, piece.metric, theta, r_x, r_v)),
+        )
+    good = good[:, 0]
     count = int(xp.sum(xp.astype(good, xp.int32)))
     if count == good.shape[0]:
         return u_x, u_v
@@ -290,6 +272,10 @@ def _solve_piece(lin, piece, r_x, r_v):
         xp.take(xp.concat([xp.take(old, order[:count], axis=0), new], axis=0), back, axis=0)
         for old, new in zip((u_x, u_v), again, strict=True)
     )
+
+
+def _choose(xp, condition, these, those):
+    return tuple(xp.where(condition, a, b) for a, b in zip(these, those, strict=True))
 
 
 def _heavy(problem: Problem, metric: kkt.Metric, theta):
@@ -317,22 +303,23 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
     diagonal = xp.where(problem.equality, zero + equal, xp.where(raised, level, scaled)) / metric.rows**2
     form = kkt.PrimalForm(problem)
     rho = xp.full_like(r_x[:, :1], rho)
-    for _ in range(4):
-        factor, positive = form.factor(kkt.System(diagonal, rho / metric.variables**2, zero))
-        if bool(xp.all(positive)):
-            break
-        rho = xp.where(positive, rho, 100.0 * rho)
+
+    def factored(rho):
+        return *form.factor(kkt.System(diagonal, rho / metric.variables**2, zero)), rho
+
+    def failed(factor, positive, rho):
+        return ~xp.all(positive)
+
+    def again(factor, positive, rho):
+        return factored(xp.where(positive, rho, 100.0 * rho))
+
+    factor, *_ = problem.backend.while_loop(failed, again, factored(rho), 3)
     exact = kkt.System(theta, xp.zeros_like(r_x), zero)
     u_x, u_v, *_ = kkt.solve_nearby(form, exact, factor, metric, heavy, r_x, r_v, 12)
     return u_x, u_v
 
 
 # ---- from rows to operands
-
-
-def fixed_variables(problem: Problem, v):
-    """Which variables are fixed by lb = ub, and at which of them lb holds the variable against the cost."""
-    return problem.equality[:, problem.blocks["lb"]], v[:, problem.blocks["lb"]] >= 0
 
 
 def _to_rows(sol: Solution, given):
@@ -356,49 +343,18 @@ def _to_rows(sol: Solution, given):
 def assemble_gradients(sol: Solution, u_x, u_v) -> Gradients:
     """The gradients of the operands in terms of the adjoint solution."""
     lin = sol.linearization
-    problem, xp = lin.problem, lin.problem.backend.xp
-    x, v, blocks = lin.x, lin.v, problem.blocks
+    problem, x, v = lin.problem, lin.x, lin.v
     own = {} if isinstance(lin.factors, list) else compiled_engine()[0].outer_products(problem, x, v, u_x, u_v)
-    out = {name: _reduce(problem, name, value) for name, value in own.items()}
-    out["q"] = _reduce(problem, "q", -u_x)
-    if "Q" not in out:
-        cross = _outer(problem, "Q", u_x[:, :, None], x[:, :, None], -0.5)
-        out["Q"] = cross + cross.mT  # symmetric to the last bit
-    for matrix, vector in (("A", "b"), ("G", "h")):
-        if matrix in problem.operands:
-            block = blocks[matrix]
-            if matrix not in out:
-                left = xp.stack([v[:, block], u_v[:, block]], axis=-1)
-                out[matrix] = _outer(problem, matrix, left, xp.stack([u_x, x], axis=-1), -1.0)
-            out[vector] = _reduce(problem, vector, u_v[:, block])
-    lower = -u_v[:, blocks["lb"]] if problem.lb is not None else None
-    upper = u_v[:, blocks["ub"]] if problem.ub is not None else None
-    if lower is not None and upper is not None:
-        fixed, at_lower = fixed_variables(problem, v)
-        upper = xp.where(fixed, xp.where(at_lower, xp.zeros_like(upper), lower), upper)
-        lower = xp.where(fixed & ~at_lower, xp.zeros_like(lower), lower)
-    for name, value in (("lb", lower), ("ub", upper)):
-        if value is not None:
-            out[name] = _reduce(problem, name, value)
-    return Gradients(**out)
-
-
-def _outer(problem: Problem, name: str, a, b, factor: float):
-    """factor·Σ abᵀ over the last axis, for the operand of this name: a problem each, or summed over the batch."""
-    a = factor * a
-    if getattr(problem, name).shape[0] == 1:
-        xp = problem.backend.xp
-        rows, columns = (
-            xp.reshape(xp.permute_dims(c, (1, 0, 2)), (c.shape[1], c.shape[0] * c.shape[2])) for c in (a, b)
-        )
-        return xp.reshape(rows @ columns.mT, problem.shapes[name])
-    return _reduce(problem, name, a @ b.mT)
+    out = own | solution_vjp(problem, x, v, u_x, u_v, [name for name in problem.operands if name not in own])
+    return Gradients(**{name: _reduce(problem, name, value) for name, value in out.items()})
 
 
 def _reduce(problem: Problem, name: str, gradient):
-    """Sum a gradient (B, core) over the batch axes that the operand lacks, in the caller's shape."""
+    """Sum a gradient (B or 1, core) over the batch axes that the operand lacks, in the caller's shape."""
     xp = problem.backend.xp
     shape = problem.shapes[name]
+    if getattr(problem, name).shape[0] == 1:
+        return xp.reshape(gradient, shape)
     full = xp.reshape(gradient, problem.batch_shape + gradient.shape[1:])
     if full.shape == shape:
         return full
@@ -434,3 +390,95 @@ def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{label} has shape {tuple(value.shape)}; expected {tuple(shape)}") from error
     return xp.reshape(value, (math.prod(problem.batch_shape), *core))
+
+
+def right_hand_side(problem: Problem, x, v, tangents: dict[str, Any]):
+    """What the KKT system has on the right for tangents (B or 1, core) of the operands."""
+    xp, blocks = problem.backend.xp, problem.blocks
+    r_x, r_v = xp.zeros_like(x), xp.zeros_like(v)
+    if "Q" in tangents:
+        r_x = r_x - (product(tangents["Q"], x) + product_transposed(tangents["Q"], x)) / 2
+    if "q" in tangents:
+        r_x = r_x - tangents["q"]
+    parts = {name: r_v[:, block] for name, block in blocks.items()}
+    for matrix, vector in (("A", "b"), ("G", "h")):
+        if matrix in tangents:
+            r_x = r_x - product_transposed(tangents[matrix], v[:, blocks[matrix]])
+            parts[matrix] = parts[matrix] - product(tangents[matrix], x)
+        if vector in tangents:
+            parts[matrix] = parts[matrix] + tangents[vector]
+    if "lb" in tangents or "ub" in tangents:
+        zero = xp.zeros_like(x)
+        lower, upper = tangents.get("lb", zero), tangents.get("ub", zero)
+        if problem.lb is not None and problem.ub is not None:
+            fixed, at_lower = fixed_variables(problem, v)
+            lower = xp.where(fixed & ~at_lower, upper, lower)
+        if problem.lb is not None:
+            parts["lb"] = parts["lb"] - lower
+        if problem.ub is not None:
+            parts["ub"] = parts["ub"] + upper
+    return r_x, xp.concat(list(parts.values()), axis=-1)
+
+
+# ---- the derivative of a solution and of its derivative, for any framework
+#
+# An adapter records two functions: the solution (x, v) of the operands, and the solve u = K⁻¹ r with the KKT matrix at
+# it, of r, the solution and the operands. The rule of each is made of the second and of operations of the framework's,
+# which closes the loop for higher derivatives. Here `problem` has the framework's operands and operations.
+
+
+def solution_vjp(problem: Problem, x, v, u_x, u_v, names=None) -> dict[str, Any]:
+    """Gradients (B or 1, core) of the operands from u = K⁻¹ (x̄, v̄)."""
+    return _operand_gradients(
+        problem, v, names, q=-u_x, k=u_v, Q=[(-0.5 * u_x, x)], K=[(-v, u_x), (-u_v, x)]
+    )  # fmt: skip
+
+
+def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v):
+    """Gradients of x, v and the operands from t = K⁻¹ ū, where u = K⁻¹ r; that of r is t itself.
+
+    The matrix moves with Q, A, G, and with θ = (k − Kx)/v at the inequalities.
+    """
+    xp, inequality = problem.backend.xp, problem.inequality
+    zero = xp.zeros_like(t_v * u_v)
+    safe_v = xp.where(inequality, v, zero + 1.0)
+    k_bar = xp.where(inequality, t_v * u_v / safe_v, zero)
+    theta = xp.where(inequality, (problem.k - problem.constraints(x)) / safe_v, zero)
+    gradients = _operand_gradients(
+        problem, v, None, q=xp.zeros_like(u_x), k=k_bar,
+        Q=[(-0.5 * t_x, u_x)], K=[(-u_v, t_x), (-t_v, u_x), (-k_bar, x)],
+    )  # fmt: skip
+    return -problem.adjoint(k_bar), -k_bar * theta, gradients
+
+
+def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, Any]:
+    """Gradients of the operands from those of q and k, and from pairs of vectors a, b.
+
+    The gradient of the matrix of all rows is Σ abᵀ over the pairs of K, and that of Q is Σ abᵀ + baᵀ over those of Q.
+    """
+    xp, blocks = problem.backend.xp, problem.blocks
+    lower = -k[:, blocks["lb"]] if problem.lb is not None else None
+    upper = k[:, blocks["ub"]] if problem.ub is not None else None
+    if lower is not None and upper is not None:
+        fixed, at_lower = fixed_variables(problem, v)
+        upper = xp.where(fixed, xp.where(at_lower, xp.zeros_like(lower), lower), upper)
+        lower = xp.where(fixed & ~at_lower, xp.zeros_like(lower), lower)
+    vectors = {"q": q, "b": k[:, blocks["A"]], "h": k[:, blocks["G"]], "lb": lower, "ub": upper}
+    out = {}
+    for name in problem.operands if names is None else names:
+        shared = getattr(problem, name).shape[0] == 1
+        if name == "Q":
+            half = _outer(xp, Q, shared)
+            out[name] = half + xp.matrix_transpose(half)  # symmetric to the last bit
+        elif name in ("A", "G"):
+            out[name] = _outer(xp, [(a[:, blocks[name]], b) for a, b in K], shared)
+        else:
+            out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared else vectors[name]
+    return out
+
+
+def _outer(xp, pairs, shared: bool):
+    """Σ abᵀ over pairs of vectors (B, ·), for every problem or summed over the batch."""
+    if shared:
+        return sum(a.T @ b for a, b in pairs)[None, :, :]
+    return xp.stack([a for a, _ in pairs], axis=-1) @ xp.stack([b for _, b in pairs], axis=-2)

@@ -175,8 +175,8 @@ class DualForm:
         return v[:, problem.n :] - v[:, : problem.n]
 
 
-def preferred_form(problem: Problem):
-    """What makes the form with fewer operations in a typical iteration."""
+def preferred_form(problem: Problem, diagonal: bool | None = None):
+    """What makes the form with fewer operations in a typical iteration; `diagonal` is whether Q is, None: look."""
     n, linear = problem.n, problem.p + problem.m
     if linear == 0:
         return PrimalForm
@@ -186,8 +186,11 @@ def preferred_form(problem: Problem):
     bounded = problem.lb is not None or problem.ub is not None
     if not bounded and dual < primal:
         return DualForm.dense
-    if bounded and linear**3 / 3 + n * linear**2 < primal and is_diagonal(problem):
-        return DualForm.diagonal
+    if bounded and linear**3 / 3 + n * linear**2 < primal:
+        if diagonal is None:
+            diagonal = not bool(problem.backend.xp.any(_off_diagonal(problem)))  # one truth value to the host
+        if diagonal:
+            return DualForm.diagonal
     return PrimalForm
 
 
@@ -197,11 +200,19 @@ def choose_form(problem: Problem):
     return (PrimalForm(problem), None) if form is PrimalForm else form(problem)
 
 
-def is_diagonal(problem: Problem) -> bool:
-    """Whether every Q of the batch is diagonal (transfers one truth value to the host)."""
+def choose_traced_form(problem: Problem):
+    """The form that the shapes prefer, and one truth value: whether it is safe for all problems (None: it is)."""
+    xp, make = problem.backend.xp, preferred_form(problem, diagonal=True)
+    if make is PrimalForm:
+        return PrimalForm(problem), None
+    form, safe = make(problem)
+    return form, xp.all(safe) & ~xp.any(_off_diagonal(problem)) if make == DualForm.diagonal else xp.all(safe)
+
+
+def _off_diagonal(problem: Problem):
+    """Which Q of the batch have entries off their diagonal."""
     xp = problem.backend.xp
-    off_diagonal = xp.count_nonzero(problem.Q, axis=(-2, -1)) - xp.count_nonzero(xp.linalg.diagonal(problem.Q), axis=-1)
-    return not bool(xp.any(off_diagonal > 0))
+    return xp.count_nonzero(problem.Q, axis=(-2, -1)) > xp.count_nonzero(xp.linalg.diagonal(problem.Q), axis=-1)
 
 
 # ---- solving with a factor
@@ -258,21 +269,23 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
     dx, dv, asked = correction(r_x, r_v)
     e_x, e_v = residual(problem, system, r_x, r_v, dx, dv)
     left = ratio(size(e_x, e_v, D, E), asked)
-    moved = xp.ones_like(left)
     accuracy = xp.finfo(problem.dtype).eps ** 0.75
-    for _ in range(refinements):
-        if bool(xp.all((left <= accuracy) & (moved <= 1e3 * accuracy))):
-            break
+
+    def inaccurate(dx, dv, e_x, e_v, left, moved):
+        return ~xp.all((left <= accuracy) & (moved <= 1e3 * accuracy))
+
+    def refine(dx, dv, e_x, e_v, left, moved):
         cx, cv, _ = correction(e_x, e_v)
         d_x, d_v = residual(problem, system, r_x, r_v, dx + cx, dv + cv)
         after = ratio(size(d_x, d_v, D, E), asked)
         # A factor too far off makes it worse from round to round; the best is kept.
         better = after < left
         moved = ratio(size(cx, cv, 1.0 / D, 1.0 / E), size(dx, dv, 1.0 / D, 1.0 / E))
-        dx, dv, e_x, e_v, left = (
-            xp.where(better, new, old)
-            for new, old in ((dx + cx, dx), (dv + cv, dv), (d_x, e_x), (d_v, e_v), (after, left))
-        )
+        pairs = ((dx + cx, dx), (dv + cv, dv), (d_x, e_x), (d_v, e_v), (after, left))
+        return (*(xp.where(better, new, old) for new, old in pairs), moved)
+
+    start = (dx, dv, e_x, e_v, left, xp.ones_like(left))
+    dx, dv, _, _, left, moved = problem.backend.while_loop(inaccurate, refine, start, refinements)
     return dx, dv, left, moved
 
 

@@ -76,6 +76,15 @@ class Problem:
         """The operands that were given, by name."""
         return {name: value for name in OPERANDS if (value := getattr(self, name)) is not None}
 
+    @property
+    def entries(self) -> int:
+        """How many numbers the operands have."""
+        return sum(math.prod(value.shape) for value in self.operands.values())
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.backend, self.dtype, self.batch_shape, tuple(self.shapes.items()))
+
     def astype(self, dtype) -> Problem:
         """The same problems in another floating point type."""
         if dtype == self.dtype:
@@ -109,7 +118,7 @@ class Problem:
 
     def chunks(self) -> list[slice]:
         """The batch in pieces that fit the working memory, as many for each worker."""
-        limit, data = self.backend.chunk_bytes, 8 * sum(value.size for value in self.operands.values())
+        limit, data = self.backend.chunk_bytes, 8 * self.entries
         memory = min(limit, max(limit // 3, 4 * data))  # in proportion to the data, where that is worth the while
         count = -(-self.batch * self.bytes_per_problem * self.workers // memory)
         if count > 1:
@@ -213,10 +222,22 @@ class Problem:
         return self.backend.full((v.shape[0], self.n), 0.0, self.dtype) if out is None else out
 
 
+class Layout(NamedTuple):
+    """What a problem is apart from the numbers in it; hashable."""
+
+    backend: Any
+    dtype: Any
+    batch_shape: tuple[int, ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def problem(self, operands: dict[str, Any]) -> Problem:
+        return Problem(self.backend, self.dtype, self.batch_shape, dict(self.shapes), **operands)
+
+
 def product(M, x):
     """M x for matrices (B or 1, k, n) and vectors x (B, n)."""
     if M.shape[0] == 1:
-        return x @ M[0, :, :].mT
+        return x @ M[0, :, :].T
     return (M @ x[:, :, None])[:, :, 0]
 
 

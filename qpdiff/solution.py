@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 
 class Status(enum.IntEnum):
     """How a problem ended.
@@ -76,3 +78,17 @@ class Solution:
     duality_gap: Any
     linearization: Any = field(default=None, repr=False, compare=False)
     """What the derivative needs: the problem and the last factorisation (not part of the public interface)."""
+
+
+def raise_if_unsolved(status: np.ndarray) -> None:
+    """A RuntimeError that counts the problems that are not SOLVED and names the first."""
+    bad = np.argwhere(np.atleast_1d(status) != Status.SOLVED)
+    if not len(bad):
+        return
+    first = tuple(bad[0].tolist())
+    name = Status(int(np.atleast_1d(status)[first])).name
+    where = f"; the first is problem {first[0] if len(first) == 1 else first}" if status.ndim else ""
+    raise RuntimeError(
+        f"{len(bad)} of {status.size} problems not solved{where}: {name}. Pass unsolved='nan' or 'zero' to go on "
+        "without their gradients"
+    )

@@ -2,7 +2,7 @@
 
 Each step is a predictor-corrector step of Mehrotra's on the KKT system with proximal terms around the iterate: ρ on the
 variables and δ on the multipliers, which shrink with the complementarity. The step is one function from named state to
-named state; `_run` alone decides how to iterate.
+named state; `_run` and, where arrays are traced, `_run_traced` decide how to iterate.
 
 References
 ----------
@@ -18,7 +18,7 @@ import numpy as np
 
 from . import kkt
 from .engine import choose_engine
-from .problem import INFINITE, Problem, check_values, make_problem
+from .problem import INFINITE, Layout, Problem, check_values, make_problem
 from .solution import Solution, Status
 
 MAX_ITERATIONS = 200
@@ -126,7 +126,7 @@ class Part(NamedTuple):
 def make_part(form) -> Part:
     """The problems of a reduced form, ready to iterate on."""
     problem, xp = form.problem, form.problem.backend.xp
-    metric, exact = kkt.equilibrate(problem), problem.astype(xp.float64)
+    metric, exact = kkt.equilibrate(problem), problem.astype(problem.backend.exact)
     D, E = metric
     k, q = xp.abs(exact.k), xp.abs(exact.q)
     sizes = Sizes(
@@ -242,22 +242,22 @@ def solve_qp(
     """
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem(operands, backend=backend, dtype=dtype)
-    settings = _settings(problem, tol, rtol, max_iterations)
+    settings = read_settings(problem, tol, rtol, max_iterations)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
     compiled = choose_engine(engine, problem, verbose)
-    with np.errstate(all="ignore"):
+    with problem.backend.quietly():
         if check and problem.batch and not (compiled and compiled.check(problem)):
             check_values(problem)
-        near = _warm_point(problem, warm_start)
+        near = warm_point(problem, warm_start)
         if compiled is None:
             outcome, factors = _solve(problem, settings, near, verbose, progress)
         else:
             outcome, factors = compiled.solve(problem, settings, near, progress)
-        return _solution(problem, outcome, factors)
+        return make_solution(problem, outcome, factors)
 
 
-def _settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
+def read_settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
     single = problem.dtype == problem.backend.xp.float32
     default = 1e-4 if single else 1e-8
     for name, value in (("tol", tol), ("rtol", rtol)):
@@ -330,6 +330,9 @@ class Linearization(NamedTuple):
 
 def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bool, progress):
     xp, backend = problem.backend.xp, problem.backend
+    if backend.traced:
+        outcome, piece = solve_traced(problem, settings, near)
+        return outcome, [piece]
     keep = _keeps_factor(problem)
 
     def solve_chunk(chunk: slice) -> list[Ended]:
@@ -350,7 +353,7 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bo
     return _join(problem, pieces), pieces
 
 
-def _warm_point(problem: Problem, sol: Solution | None) -> Point | None:
+def warm_point(problem: Problem, sol: Solution | None) -> Point | None:
     """The solution to start from, flattened to the batch axis and the rows of `problem`."""
     if sol is None:
         return None
@@ -390,12 +393,14 @@ def _warm_point(problem: Problem, sol: Solution | None) -> Point | None:
 
 def _keeps_factor(problem: Problem) -> bool:
     """Whether a factor a problem is in proportion to the data, which it is not where the matrices are shared."""
-    return problem.n**2 * problem.batch <= min(2**26, sum(value.size for value in problem.operands.values()))
+    return problem.n**2 * problem.batch <= min(2**26, problem.entries)
 
 
 def _forms(problem: Problem):
     """Split a chunk by the reduced form that suits each of its problems."""
     xp = problem.backend.xp
+    if problem.backend.traced:
+        return [(kkt.PrimalForm(problem), None)]
     form, safe = kkt.choose_form(problem)
     if safe is None:
         return [(form, None)]
@@ -446,6 +451,45 @@ def _run(parts, near: Point | None, settings: Settings, keep: bool, verbose: boo
         state, factor = step(part, settings, state, refine=bool(refine))
         if cold is not None:
             state = _restart(xp, settings, state, cold)
+
+
+def solve_traced(problem: Problem, settings: Settings, near: Point | None):
+    """`_solve` as one compiled function of the arrays."""
+    backend: Any = problem.backend
+    outcome, factor, metric = backend.jit(_run_traced)(problem.operands, near, problem.layout, settings)
+    return outcome, Ended(backend.arange(problem.batch), None, factor and kkt.PrimalForm, factor, metric)
+
+
+def _run_traced(operands, near: Point | None, layout: Layout, settings: Settings):
+    """Iterate on the whole batch until every problem has ended: the outcome, the last factor and the metric.
+
+    Where shapes prefer a dual form, the numbers decide between the two when it runs, and no factor is kept.
+    """
+    problem, backend, xp = layout.problem(operands), layout.backend, layout.backend.xp
+    assert problem.k is not None  # made here, where all branches and loops may use it
+
+    def run(form):
+        part = make_part(form)
+        start = initialize(part, settings)
+        cold = None
+        if near is not None:
+            cold, start = start[0], (start_near(part, settings, near, start[0]), start[1])
+
+        def unfinished(state, factor):
+            return xp.any(state.status == RUNNING)
+
+        def body(state, factor):
+            state, factor = step(part, settings, state, refine=True)
+            return state if cold is None else _restart(xp, settings, state, cold), factor
+
+        state, factor = backend.while_loop(unfinished, body, start, 2 * settings.max_iterations + 2)
+        return Outcome(*(getattr(state, name) for name in Outcome._fields)), factor, part.metric
+
+    form, safe = kkt.choose_traced_form(problem)
+    if safe is None:
+        return run(form)
+    outcome = backend.cond(safe, lambda: run(form)[0], lambda: run(kkt.PrimalForm(problem))[0])
+    return outcome, None, kkt.equilibrate(problem)
 
 
 def _rows_at(xp, tree, where):
@@ -743,7 +787,7 @@ def relax(lin: Linearization, kappa: float) -> Linearization:
     """
     problem = lin.problem
     xp, backend = problem.backend.xp, problem.backend
-    settings = _settings(problem, None, None, CENTERING_LIMIT)
+    settings = read_settings(problem, None, None, CENTERING_LIMIT)
     pieces, points = [], []
     for chunk in problem.chunks():
         index = backend.arange(chunk.stop)[chunk.start :]
@@ -771,7 +815,8 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
     v, s = _onto_path(part, v, xp.where(inequality, v / E - E * s, 0.0), kappa)
     smallest = xp.full_like(x[:, :1], settings.smallest)
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
-    for _ in range(settings.max_iterations):
+
+    def move(x, v, s, *_):
         *_, r_x, r_v = residuals(part.exact, *(xp.astype(a, part.exact.dtype, copy=False) for a in (x, v, s)))
         r_x, r_v = (xp.astype(a, problem.dtype, copy=False) for a in (r_x, r_v))
         s_, z_ = (xp.where(inequality, a, float("inf")) for a in (s, v))
@@ -782,12 +827,16 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
             & (_max(xp, xp.abs(E * r_v)) <= accuracy * (1.0 + _max(xp, xp.abs(E * problem.k))))
             & (_max(xp, xp.abs(excess)) <= accuracy * kappa)
         )
-        if bool(xp.all(found)):
-            break
         dx, dv, ds = direction(excess, smallest > 0)
         alpha = xp.minimum(_step_length(xp, s_, ds, STEP_FRACTION), _step_length(xp, z_, dv, STEP_FRACTION))
-        x, v, s = x + alpha * dx, v + alpha * dv, s + alpha * ds
-    return (x, v, s, found), factor
+        alpha = xp.where(found, 0.0, alpha)
+        return x + alpha * dx, v + alpha * dv, s + alpha * ds, found, factor
+
+    def lost(x, v, s, found, factor):
+        return ~xp.all(found)
+
+    *point, factor = problem.backend.while_loop(lost, move, move(x, v, s), settings.max_iterations)
+    return point, factor
 
 
 def _system(part: Part, theta, rho, delta) -> kkt.System:
@@ -840,7 +889,7 @@ def _join(problem: Problem, pieces: list[Ended]) -> Outcome:
     names = Outcome._fields
     if not pieces:
         kinds = {"status": xp.int32, "iterations": xp.int32}
-        kinds |= dict.fromkeys(("objective", "primal", "dual", "gap"), xp.float64)
+        kinds |= dict.fromkeys(("objective", "primal", "dual", "gap"), backend.exact)
         widths = {"x": problem.n, "v": problem.rows, "s": problem.rows}
         return Outcome(*(backend.full((0, widths.get(k, 1)), 0, kinds.get(k, problem.dtype)) for k in names))
     columns = [[getattr(piece.outcome, name) for piece in pieces] for name in names]
@@ -853,7 +902,7 @@ def _join(problem: Problem, pieces: list[Ended]) -> Outcome:
     return Outcome(**whole)
 
 
-def _solution(problem: Problem, outcome: Outcome, factors) -> Solution:
+def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
     xp = problem.backend.xp
     x, v, s = outcome.x, outcome.v, outcome.s
     y, z, z_lb, z_ub = multipliers(problem, v)
@@ -895,7 +944,13 @@ def multipliers(problem: Problem, v):
     z_lb = v[:, blocks["lb"]] if problem.lb is not None else zero
     z_ub = v[:, blocks["ub"]] if problem.ub is not None else zero
     if problem.lb is not None and problem.ub is not None:
-        fixed = problem.equality[:, blocks["lb"]]
-        z_ub = xp.where(fixed, _positive(xp, -z_lb), z_ub)
-        z_lb = xp.where(fixed, _positive(xp, z_lb), z_lb)
+        fixed, at_lower = fixed_variables(problem, v)
+        zero = xp.zeros_like(z_lb)
+        z_ub = xp.where(fixed, xp.where(at_lower, zero, -z_lb), z_ub)
+        z_lb = xp.where(fixed & ~at_lower, zero, z_lb)
     return v[:, blocks["A"]], v[:, blocks["G"]], z_lb, z_ub
+
+
+def fixed_variables(problem: Problem, v):
+    """Which variables are fixed by lb = ub, and at which of them lb holds the variable against the cost."""
+    return problem.equality[:, problem.blocks["lb"]], v[:, problem.blocks["lb"]] >= 0

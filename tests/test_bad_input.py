@@ -245,7 +245,7 @@ def test_missing_backend(monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(qpdiff.backend.importlib, "import_module", missing)
+    monkeypatch.setattr(qpdiff.backend.choice.importlib, "import_module", missing)
     with raises("missing-backend"):
         qpdiff.solve_qp(np.eye(2), np.ones(2), backend="torch")
 

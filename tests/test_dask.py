@@ -16,7 +16,7 @@ from dask.sizeof import sizeof
 
 import qpdiff
 import qpdiff.dask
-from qpdiff.backend import THREADS
+from qpdiff.backend.threads import THREADS
 
 from .problems import kkt_residuals, random_problem
 
@@ -296,17 +296,17 @@ def test_unsolved():
     h = np.array([[2.0, 2.0], [2.0, 2.0], [2.0, 2.0], [1.0, -2.0], [1.0, -2.0], [2.0, 2.0]])
     operands = {"Q": [[1.0]], "q": np.ones((6, 1)), "G": G, "h": da.from_array(h, chunks=(3, 2))}
     sol = qpdiff.dask.solve_qp(**operands)
-    with pytest.raises(
-        RuntimeError, match="2 of 3 problems of a block not solved; the first is problem 3 of the batch: "
-    ):
+    with pytest.raises(RuntimeError, match="2 of 3 problems not solved; the first is problem 0: PRIMAL") as error:
         sync(sol.x)
+    assert "the block [3:6] of the batch" in error.value.__notes__[0]
     np.testing.assert_allclose(sync(sol.x.blocks[0])[0], -1.0, atol=1e-6)  # other blocks are not disturbed
     one = qpdiff.dask.solve_qp(**operands | {"q": [1.0], "h": da.from_array(h[3])})
-    with pytest.raises(RuntimeError, match="1 of 1 problems of a block not solved: PRIMAL_INFEASIBLE"):
+    with pytest.raises(RuntimeError, match="1 of 1 problems not solved: PRIMAL_INFEASIBLE"):
         sync(one.x)
     grid = qpdiff.dask.solve_qp(**operands | {"q": [1.0], "h": da.from_array(h.reshape(2, 3, 2), chunks=(1, 3, 2))})
-    with pytest.raises(RuntimeError, match=r"the first is problem \(1, 0\) of the batch: PRIMAL_INFEASIBLE"):
+    with pytest.raises(RuntimeError, match=r"the first is problem \(0, 0\): PRIMAL_INFEASIBLE") as error:
         sync(grid.x)
+    assert "the block [1:2, 0:3] of the batch" in error.value.__notes__[0]
     for unsolved, fill in (("nan", np.nan), ("zero", 0.0)):
         sol = qpdiff.dask.solve_qp(**operands, unsolved=unsolved)
         gradients, opposite = qpdiff.dask.vjp(sol, x=[1.0]), qpdiff.dask.jvp(sol, q=[1.0], unsolved="zero")

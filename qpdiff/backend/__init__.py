@@ -1,0 +1,16 @@
+"""The array library: chosen by the arrays or by name, and the few operations the array API standard lacks.
+
+A symmetric positive definite matrix M is factored as M = F Fᵀ. A *factor* is a tuple of arrays with the batch axis
+first; only the class that made it looks inside. Every matrix and every right-hand side carries one batch axis, of
+length B or, where it is shared by the batch, of length 1.
+"""
+
+from .base import Backend
+from .choice import choose_backend, from_host, working_dtype
+from .numpy import NumPyBackend
+from .threads import single_threaded, single_threaded_blas
+
+__all__ = [
+    "Backend", "NumPyBackend", "choose_backend", "from_host", "single_threaded", "single_threaded_blas",
+    "working_dtype",
+]  # fmt: skip

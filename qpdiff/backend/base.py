@@ -1,0 +1,114 @@
+"""Any library of the array API standard."""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+
+
+class Backend:
+    """Any library of the array API standard, with nothing but the standard.
+
+    The standard's ``cholesky`` may raise for a whole stack when one matrix fails, and it has no triangular solve, so
+    the factorisation is the eigendecomposition of the matrix scaled to unit diagonal: M = D V Λ Vᵀ D. It is slower than
+    Cholesky, never fails, and keeps the accuracy that badly scaled positive definite matrices have under Cholesky.
+
+    Parameters
+    ----------
+    xp : namespace
+        The array namespace.
+    device : device or None
+        Where new arrays go.
+    """
+
+    chunk_bytes = 64 * 2**20
+    """Working memory that the chunks in work may take together; large batches are solved chunk by chunk."""
+    workers = 1
+    """Chunks that are worked on at the same time."""
+    traced = False
+    """Whether what happens to arrays may be recorded and compiled, so that no number decides what comes next."""
+
+    def __init__(self, xp, device=None):
+        self.xp = xp
+        self.device = device
+
+    def __reduce__(self):
+        return _restore, (type(self), self.xp.__name__, self.device)  # a module does not pickle
+
+    @property
+    def exact(self):
+        """The floating point type in which residuals are computed."""
+        return self.xp.float64
+
+    def asarray(self, value, dtype=None):
+        return self.xp.asarray(value, dtype=dtype, device=self.device)
+
+    def full(self, shape, value, dtype):
+        return self.xp.full(shape, value, dtype=dtype, device=self.device)
+
+    def eye(self, n, dtype):
+        return self.xp.eye(n, dtype=dtype, device=self.device)
+
+    def arange(self, stop):
+        return self.xp.arange(stop, device=self.device)
+
+    def map(self, function, items: list, workers: int) -> list:
+        """The function's value for each chunk of a batch, in order."""
+        return [function(item) for item in items]
+
+    def quietly(self):
+        """A context in which overflow, division by zero and NaN pass without a word."""
+        return np.errstate(all="ignore")
+
+    def while_loop(self, unfinished, body, carry: tuple, limit: int) -> tuple:
+        """Apply ``carry = body(*carry)`` while the truth value ``unfinished(*carry)`` holds, at most `limit` times."""
+        for _ in range(limit):
+            if not bool(unfinished(*carry)):
+                break
+            carry = body(*carry)
+        return carry
+
+    def none(self, mask) -> bool:
+        """Whether a mask is known to have no True entry; False where that would take a transfer to the host."""
+        return False
+
+    def factor(self, M):
+        """F with M = F Fᵀ for each matrix of a stack, and whether each was positive definite, shape (B, 1)."""
+        xp = self.xp
+        diagonal = xp.linalg.diagonal(M)
+        positive = xp.all(xp.isfinite(M), axis=(-2, -1)) & xp.all(diagonal > 0, axis=-1)
+        one = xp.ones_like(diagonal)
+        scale = xp.sqrt(xp.where(positive[:, None], diagonal, one))
+        eye = self.eye(M.shape[-1], M.dtype)
+        unit = xp.where(positive[:, None, None], M / scale[:, :, None] / scale[:, None, :], eye)
+        values, vectors = xp.linalg.eigh(unit)
+        positive = positive & xp.all(values > 0, axis=-1)
+        values = xp.where(positive[:, None], values, one)
+        return (vectors / xp.sqrt(values)[:, None, :] / scale[:, :, None],), positive[:, None]
+
+    def pivots(self, factor):
+        """What is left of diagonal entries once other variables are eliminated: all others, or those before in order.
+
+        About 0 for one of them where M is singular.
+        """
+        return 1.0 / self.xp.sum(factor[0] ** 2, axis=-1)
+
+    def solve(self, factor, r):
+        """M⁻¹ r for vectors r (B, n)."""
+        (inverse,) = factor
+        if inverse.shape[0] == 1:
+            return r @ inverse[0, :, :] @ inverse[0, :, :].mT
+        return (inverse @ (inverse.mT @ r[:, :, None]))[:, :, 0]
+
+    def inverse(self, factor):
+        """F⁻¹."""
+        return factor[0].mT
+
+    def add_diagonal(self, M, diagonal):
+        """M + diag(d) for matrices (B or 1, n, n) and vectors d (B, n)."""
+        return M + self.eye(M.shape[-1], M.dtype) * diagonal[:, :, None]
+
+
+def _restore(kind, namespace: str, device) -> Backend:
+    return kind(importlib.import_module(namespace), device)

@@ -1,0 +1,181 @@
+"""Which library: that of the arrays, or the one that was named."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import NamedTuple
+
+import array_api_compat
+import numpy as np
+
+from .base import Backend
+
+
+class _Library(NamedTuple):
+    namespace: str
+    backend: tuple[str, str]
+    """The module of its backend in this package, and the class."""
+    extras: tuple[str, ...]
+
+
+_LIBRARIES = {
+    "numpy": _Library("array_api_compat.numpy", (".numpy", "NumPyBackend"), ()),
+    "cupy": _Library("array_api_compat.cupy", (".cupy", "CuPyBackend"), ("cuda12", "cuda13")),
+    "torch": _Library("array_api_compat.torch", (".torch", "TorchBackend"), ("torch",)),
+    "jax": _Library("jax.numpy", (".jax", "JAXBackend"), ("jax",)),
+}
+
+
+@cache
+def _backend(namespace, device=None) -> Backend:
+    """The one backend of a namespace on a device."""
+    for library in _LIBRARIES.values():
+        if library.namespace == namespace.__name__:
+            module, name = library.backend
+            return getattr(importlib.import_module(module, __package__), name)(namespace, device)
+    return Backend(namespace, device)
+
+
+def choose_backend(operands, name=None):
+    """The backend for the caller's operands, and the operands as its arrays.
+
+    Parameters
+    ----------
+    operands : dict
+        Arrays, lists or scalars by name; none is None.
+    name : str, optional
+        "numpy", "cupy", "torch" or "jax" to move the data there. By default the operands stay in their library; lists
+        and scalars go where the arrays are, and to NumPy where there is no array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an operand that is no array, for operands of several libraries or devices, for an unknown name.
+    ImportError
+        For a library that is not installed; the message names the extra to install.
+    """
+    if name is not None:
+        xp = _namespace(name)
+        there = [value for value in operands.values() if _library_of(value) is xp]
+        backend = _backend(xp, _device(there[0]) if there else None)
+        return backend, {key: _move(key, value, backend, name) for key, value in operands.items()}
+    arrays = {
+        key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))
+    }
+    if all(type(value) is np.ndarray for value in arrays.values()):  # what comes next would take most of a small solve
+        backend = _numpy_backend()
+        return backend, {key: from_host(key, value, backend) for key, value in operands.items()}
+    namespaces, devices = {}, {}
+    for key, value in arrays.items():
+        try:
+            namespaces[key] = array_api_compat.array_namespace(value)
+        except TypeError as error:
+            raise TypeError(
+                f"{key} is a {type(value).__module__}.{type(value).__name__}; expected an array of a library that "
+                "follows the array API standard, a list or a number"
+            ) from error
+        devices[key] = _device(value)
+    first = next(iter(arrays))
+    for key in arrays:
+        if namespaces[key] is not namespaces[first]:
+            library, other = (_library_name(namespaces[k]) for k in (key, first))
+            raise TypeError(
+                f"{key} is an array of {library} but {first} one of {other}; convert one of them, or pass backend= to "
+                "move all"
+            )
+        if devices[key] != devices[first]:
+            raise ValueError(
+                f"{key} is on device {devices[key]} but {first} on {devices[first]}; move all to one device"
+            )
+    if array_api_compat.is_numpy_namespace(namespaces[first]):
+        backend = _numpy_backend()
+        return backend, {key: from_host(key, value, backend) for key, value in operands.items()}
+    backend = _backend(namespaces[first], devices[first])
+    return backend, {key: value if key in arrays else from_host(key, value, backend) for key, value in operands.items()}
+
+
+@cache
+def _numpy_backend() -> Backend:
+    return _backend(importlib.import_module(_LIBRARIES["numpy"].namespace))
+
+
+def _library_of(value):
+    return array_api_compat.array_namespace(value) if array_api_compat.is_array_api_obj(value) else None
+
+
+def _device(value):
+    """Where an array is, or None where its library sees to that by itself: a traced array of JAX's is nowhere yet."""
+    return None if array_api_compat.is_jax_array(value) else array_api_compat.device(value)
+
+
+def working_dtype(backend, arrays, operands, dtype=None):
+    """The floating point type to compute in: the caller's, else float32 if every floating array is, else float64."""
+    xp = backend.xp
+    floating = set()
+    for key, value in arrays.items():
+        if value.dtype in (xp.float32, xp.float64) and hasattr(operands[key], "dtype"):
+            floating.add(value.dtype)
+            continue
+        if not xp.isdtype(value.dtype, ("real floating", "integral", "bool")):
+            raise TypeError(f"{key} has dtype {_name(value.dtype)}; expected real numbers")
+        if xp.isdtype(value.dtype, "real floating") and hasattr(operands[key], "dtype"):
+            if dtype is None:
+                raise TypeError(
+                    f"{key} has dtype {_name(value.dtype)}; expected float32 or float64, or pass dtype= to convert"
+                )
+            floating.add(value.dtype)
+    if dtype is None:
+        return xp.float32 if floating and all(kind == xp.float32 for kind in floating) else backend.exact
+    wanted = _name(dtype)
+    if wanted not in ("float32", "float64"):
+        raise ValueError(f"dtype is {dtype!r}; expected 'float32' or 'float64'")
+    if getattr(xp, wanted) not in (xp.float32, backend.exact):
+        raise ValueError(f"dtype is {wanted}, which {_library_name(xp)} has switched off")
+    return getattr(xp, wanted)
+
+
+def _library_name(xp):
+    return xp.__name__.removeprefix("array_api_compat.")
+
+
+def _name(dtype):
+    """What a floating point type is called, without its library: torch.float32, <class 'numpy.float32'>, ..."""
+    return str(dtype).rsplit(".", 1)[-1].strip("'>")
+
+
+def _namespace(name):
+    if not isinstance(name, str) or name not in _LIBRARIES:
+        raise ValueError(f"backend is {name!r}; expected one of {', '.join(map(repr, _LIBRARIES))} or None")
+    try:
+        return importlib.import_module(_LIBRARIES[name].namespace)
+    except ImportError as error:
+        install = " or ".join(f"pip install 'qpdiff[{extra}]'" for extra in _LIBRARIES[name].extras)
+        raise ImportError(f"backend={name!r} needs a package that is missing: {install}") from error
+
+
+def from_host(key, value, backend):
+    """A list, a number or a NumPy array of any kind as a plain array of the backend; a copy only where it must be."""
+    if type(value) is np.ndarray and value.dtype.kind == "f" and value.dtype.isnative:
+        return backend.asarray(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{key} is a masked array; expected one without a mask, so fill the masked entries first")
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, and lists of arrays of another device
+        raise ValueError(f"{key} is not a regular array: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{key} has dtype {array.dtype}; expected real numbers")
+    return backend.asarray(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def _move(key, value, backend, name):
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
+        return from_host(key, value, backend)
+    if _library_of(value) is backend.xp:
+        return value
+    try:
+        return backend.xp.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        kind = f"{type(value).__module__}.{type(value).__name__}"
+        raise TypeError(f"{key} is a {kind}, which does not move to backend={name!r}: {error}") from error

@@ -1,0 +1,60 @@
+"""JAX arrays, concrete or traced."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+
+import jax
+from jax.scipy.linalg import cho_solve, solve_triangular
+
+from .base import Backend
+
+
+class JAXBackend(Backend):
+    """JAX arrays: every loop is one of XLA's, so that a solve compiles as a whole and runs on any device of JAX's."""
+
+    traced = True
+
+    @property
+    def exact(self):
+        return self.xp.float64 if jax.config.jax_enable_x64 else self.xp.float32
+
+    def quietly(self):
+        return nullcontext()
+
+    def while_loop(self, unfinished, body, carry: tuple, limit: int) -> tuple:
+        def not_over(counted):
+            count, carry = counted
+            return (count < limit) & unfinished(*carry)
+
+        return jax.lax.while_loop(not_over, lambda counted: (counted[0] + 1, body(*counted[1])), (0, carry))[1]
+
+    def cond(self, condition, yes, no):
+        """The value of one of two functions without arguments, whose results have the same shapes."""
+        return jax.lax.cond(condition, yes, no)
+
+    @staticmethod
+    @cache
+    def jit(function):
+        """The function compiled; its last two arguments are hashable and known when it is traced."""
+        return jax.jit(function, static_argnums=(2, 3))
+
+    def factor(self, M):
+        xp = self.xp
+        L = jax.lax.linalg.cholesky(M, symmetrize_input=False)  # NaN where it fails
+        positive = xp.all(xp.isfinite(xp.linalg.diagonal(L)), axis=-1)
+        return (xp.where(positive[:, None, None], L, self.eye(M.shape[-1], M.dtype)),), positive[:, None]
+
+    def pivots(self, factor):
+        return self.xp.linalg.diagonal(factor[0]) ** 2
+
+    def solve(self, factor, r):
+        (L,) = factor
+        if L.shape[0] == 1:
+            return cho_solve((L[0], True), r.T).T
+        return cho_solve((L, True), r[:, :, None])[:, :, 0]
+
+    def inverse(self, factor):
+        (L,) = factor
+        return solve_triangular(L, self.xp.broadcast_to(self.eye(L.shape[-1], L.dtype), L.shape), lower=True)

@@ -1,0 +1,116 @@
+"""NumPy arrays."""
+
+from __future__ import annotations
+
+import contextvars
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from scipy.linalg import get_lapack_funcs
+
+from .base import Backend
+from .threads import THREADS, single_threaded_blas
+
+INVERTED = 24
+"""Up to this size the Cholesky factors of a batch are inverted."""
+SMALL = 10
+"""Up to this size triangular matrices are inverted row by row, all problems at once."""
+FEW = 16
+"""So few matrices take less time one after the other."""
+
+
+class NumPyBackend(Backend):
+    """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
+
+    chunk_bytes = 48 * 2**20
+
+    @property
+    def workers(self):
+        return THREADS.get()
+
+    def asarray(self, value, dtype=None):
+        return np.asarray(value, dtype=dtype)
+
+    def map(self, function, items: list, workers: int) -> list:
+        """NumPy's loops release the interpreter lock, so that a thread a processor works on a chunk each."""
+        if len(items) < 2 or workers < 2:
+            return super().map(function, items, workers)
+        with single_threaded_blas(), ThreadPoolExecutor(workers) as pool:
+            # A copy of the context for each: it holds the caller's np.errstate.
+            futures = [pool.submit(contextvars.copy_context().run, function, item) for item in items]
+            return [future.result() for future in futures]
+
+    def none(self, mask) -> bool:
+        return not mask.any()
+
+    def factor(self, M):
+        try:
+            L = np.linalg.cholesky(M)
+        except np.linalg.LinAlgError:
+            L = np.stack([_cholesky_or_nan(matrix) for matrix in M])
+        diagonal = np.linalg.diagonal(L)
+        positive = np.isfinite(diagonal).all(axis=-1, keepdims=True)
+        if not positive.all():
+            L = np.where(positive[:, :, None], L, np.eye(M.shape[-1], dtype=M.dtype))
+        return (_inverse_lower(L) if _is_inverted(L) else L,), positive
+
+    def pivots(self, factor):
+        (L,) = factor
+        return np.linalg.diagonal(L) ** (-2.0 if _is_inverted(L) else 2.0)
+
+    def solve(self, factor, r):
+        (L,) = factor
+        if _is_inverted(L):
+            return super().solve((L.mT,), r)
+        (potrs,) = get_lapack_funcs(("potrs",), (L,))
+        if L.shape[0] == 1:
+            return potrs(L[0].T, r.T, lower=0)[0].T
+        out = np.empty_like(r)
+        for i in range(r.shape[0]):
+            out[i] = potrs(L[i].T, r[i], lower=0)[0]  # Lᵀ is what LAPACK sees of a row-major L without a copy
+        return out
+
+    def inverse(self, factor):
+        (L,) = factor
+        return L if _is_inverted(L) else _inverse_lower(L)
+
+    def add_diagonal(self, M, diagonal):
+        n = M.shape[-1]
+        out = np.empty((max(len(M), len(diagonal)), n, n), dtype=M.dtype)
+        out[...] = M
+        out.reshape(len(out), n * n)[:, :: n + 1] += diagonal
+        return out
+
+
+def _cholesky_or_nan(M):
+    try:
+        return np.linalg.cholesky(M)
+    except np.linalg.LinAlgError:
+        return np.full_like(M, np.nan)
+
+
+def _is_inverted(L) -> bool:
+    """Whether a factor is kept as L⁻¹: products with it take far less time than a call of LAPACK for each problem."""
+    return L.shape[-1] <= INVERTED
+
+
+def _inverse_lower(L):
+    """L⁻¹ of lower triangular matrices: of few by LAPACK, of small ones row by row, of large ones by halves."""
+    batch, n = L.shape[:2]
+    out = np.zeros_like(L, order="C")
+    if batch < FEW:
+        (trtri,) = get_lapack_funcs(("trtri",), (L,))
+        for i in range(batch):
+            out[i] = trtri(L[i].T, lower=0)[0].T
+    elif n <= SMALL:
+        diagonal = 1.0 / np.linalg.diagonal(L)
+        for i in range(n):
+            np.matmul(L[:, i : i + 1, :i], out[:, :i, :i], out=out[:, i : i + 1, :i])
+            out[:, i, :i] *= -diagonal[:, i : i + 1]
+            out[:, i, i] = diagonal[:, i]
+    else:
+        half = n // 2
+        out[:, :half, :half] = first = _inverse_lower(L[:, :half, :half])
+        out[:, half:, half:] = second = _inverse_lower(L[:, half:, half:])
+        np.matmul(-second, L[:, half:, :half] @ first, out=out[:, half:, :half])
+    return out

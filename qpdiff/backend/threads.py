@@ -1,0 +1,62 @@
+"""How many threads to work with, and BLAS held to one while several of ours are at work."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+THREADS = ContextVar(
+    "THREADS", default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+)
+"""Threads for NumPy arrays: one a processor, unless `single_threaded` says otherwise."""
+
+
+@cache
+def _controller():
+    """What sets the number of threads, or None where threadpoolctl is not installed."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
+    return ThreadpoolController()
+
+
+_lock = threading.Lock()
+_users = 0
+_limit: Any = None
+
+
+@contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """One thread for each call of BLAS, from when the first of any Python threads enters until the last has left."""
+    global _users, _limit
+    if _controller() is None:
+        yield
+        return
+    with _lock:
+        if _users == 0:
+            _limit = _controller().limit(limits=1, user_api="blas")
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _limit.restore_original_limits()
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """One thread for what is called in this context, as befits a task of a scheduler that runs one for each thread."""
+    token = THREADS.set(1)
+    try:
+        with single_threaded_blas():
+            yield
+    finally:
+        THREADS.reset(token)

@@ -1,0 +1,49 @@
+"""torch tensors, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+
+from .base import Backend
+
+
+class TorchBackend(Backend):
+    """torch tensors: LAPACK's, or MAGMA's and cuSOLVER's batched Cholesky, failures flagged on the device."""
+
+    def __init__(self, xp, device=None):
+        super().__init__(xp, torch.get_default_device() if device is None else torch.device(device))
+
+    @property
+    def chunk_bytes(self):
+        return (64 * 2**20) if self.device.type == "cpu" else 2 * 2**30
+
+    def quietly(self):
+        # The iterations are not what is to be differentiated: nothing of them is recorded.
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(super().quietly())
+        return stack
+
+    def none(self, mask) -> bool:
+        return self.device.type == "cpu" and not bool(torch.any(mask))
+
+    def factor(self, M):
+        L, info = torch.linalg.cholesky_ex(M)
+        diagonal = torch.diagonal(L, dim1=-2, dim2=-1)
+        positive = (info == 0) & torch.isfinite(diagonal).all(-1)
+        return (torch.where(positive[:, None, None], L, self.eye(M.shape[-1], M.dtype)),), positive[:, None]
+
+    def pivots(self, factor):
+        return torch.diagonal(factor[0], dim1=-2, dim2=-1) ** 2
+
+    def solve(self, factor, r):
+        (L,) = factor
+        if L.shape[0] == 1:
+            return torch.cholesky_solve(r.mT, L[0]).mT
+        return torch.cholesky_solve(r[:, :, None], L)[:, :, 0]
+
+    def inverse(self, factor):
+        (L,) = factor
+        return torch.linalg.solve_triangular(L, self.eye(L.shape[-1], L.dtype), upper=False)
