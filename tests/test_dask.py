@@ -371,7 +371,8 @@ def compiled_signatures():
 @pytest.mark.parametrize("shared", [(), ("Q", "G")])
 def test_dask_knows_how_large_a_block_is(shared):
     sol = qpdiff.solve_qp(**random_problem(np.random.default_rng(6), "G", batch=(500,), shared=shared))
-    assert 0.7 < sizeof(sol) / len(pickle.dumps(sol)) < 1.1
+    # Pickled, what is a view of another array or only broadcast takes room of its own.
+    assert 0.6 < sizeof(sol) / len(pickle.dumps(sol)) < 1.0
 
 
 @pytest.fixture(scope="module")
