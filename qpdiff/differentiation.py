@@ -23,16 +23,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from . import kkt
 from .backend import from_host
 from .engine import compiled_engine
-from .problem import OPERANDS, Problem, product, product_transposed
+from .problem import OPERANDS, Layout, Problem, product, product_transposed
 from .solution import Solution, Status
-from .solver import Linearization, fixed_variables, relax
+from .solver import Linearization, fixed_variables, pack, relax, unpack
 
 
 class Gradients(NamedTuple):
@@ -212,16 +212,30 @@ def solve_kkt(lin: Linearization, r_x, r_v, *, unsolved: str = "nan"):
     """Solve the KKT system at a solution for right-hand sides (B, n) and (B, rows)."""
     if unsolved not in ("nan", "zero"):
         raise ValueError(f"unsolved is {unsolved!r}; expected 'nan' or 'zero'")
-    problem, xp = lin.problem, lin.problem.backend.xp
+    problem, backend = lin.problem, cast(Any, lin.problem.backend)
     if problem.batch == 0:
         return r_x, r_v
-    solved = lin.status == int(Status.SOLVED)
+    if backend.traced:
+        arrays, layout = pack(lin)
+        return backend.jit(_solve_traced)(arrays, (r_x, r_v), layout, unsolved)
+    if isinstance(lin.factors, list):
+        return _solve(lin, r_x, r_v, unsolved)
+    solved = lin.status[:, 0] == Status.SOLVED
     fill = float("nan") if unsolved == "nan" else 0.0
-    if not isinstance(lin.factors, list):
-        return compiled_engine()[0].solve_kkt(problem, lin.factors, lin.v, lin.s, solved[:, 0], r_x, r_v, fill)
+    return compiled_engine()[0].solve_kkt(problem, lin.factors, lin.v, lin.s, solved, r_x, r_v, fill)
+
+
+def _solve_traced(arrays, right, layout: Layout, unsolved: str):
+    r_x, r_v = right
+    return _solve(unpack(arrays, layout), r_x, r_v, unsolved)
+
+
+def _solve(lin: Linearization, r_x, r_v, unsolved: str):
+    xp, solved = lin.problem.backend.xp, lin.status == int(Status.SOLVED)
     r_x = xp.where(solved, r_x, xp.zeros_like(r_x))
     r_v = xp.where(solved, r_v, xp.zeros_like(r_v))
     u_x, u_v = _solve_pieces(lin, r_x, r_v)
+    fill = float("nan") if unsolved == "nan" else 0.0
     return xp.where(solved, u_x, xp.full_like(u_x, fill)), xp.where(solved, u_v, xp.full_like(u_v, fill))
 
 

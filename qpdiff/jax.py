@@ -12,11 +12,11 @@ from functools import partial
 
 import numpy as np
 
-from . import kkt, solver
+from . import solver
 from .differentiation import right_hand_side, solve_kkt
 from .problem import Layout, Problem, check_values, make_problem
 from .solution import Solution, Status, raise_if_unsolved
-from .solver import Ended, Linearization, Outcome, Settings
+from .solver import Outcome, Settings
 
 try:
     import jax
@@ -92,10 +92,10 @@ def solve_qp(
     numbers = jax.lax.stop_gradient(problem.operands)
     if check and problem.batch and not any(problem.backend.abstract(value) for value in numbers.values()):
         check_values(replace(problem, **numbers))
-    sol, outcome, piece = _solve(problem.layout, settings, unsolved, problem.operands, near)
+    sol, outcome, *rest = _solve(problem.layout, settings, unsolved, problem.operands, near)
     if unsolved == "raise" and not problem.backend.abstract(outcome.status):
         raise_if_unsolved(np.asarray(outcome.status).reshape(problem.batch_shape))
-    return replace(sol, linearization=_linearization(problem, outcome, piece))
+    return replace(sol, linearization=_linearization(problem, outcome, *rest))
 
 
 def _joined(value):
@@ -109,27 +109,27 @@ def _joined(value):
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _solve(layout: Layout, settings: Settings, unsolved: str, operands, near):
-    outcome, piece = _iterate(layout, settings, unsolved, operands, near)
-    return solver.make_solution(layout.problem(operands), outcome, None), outcome, piece
+    outcome, factor, metric = _iterate(layout, settings, unsolved, operands, near)
+    return solver.make_solution(layout.problem(operands), outcome, None), outcome, factor, metric
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _iterate(layout: Layout, settings: Settings, unsolved: str, operands, near):
-    outcome, piece = solver.solve_traced(layout.problem(operands), settings, near)
-    return outcome, piece._replace(form=None)  # which is no array
+    return solver.solve_traced(layout.problem(operands), settings, near)
 
 
 @_iterate.defjvp
 def _iterate_jvp(layout, settings, unsolved, primals, tangents):
-    outcome, piece = out = _iterate(layout, settings, unsolved, *primals)
+    outcome, *rest = _iterate(layout, settings, unsolved, *primals)
     problem = layout.problem(primals[0])
     right = right_hand_side(problem, outcome.x, outcome.v, tangents[0])
-    dx, dv = _solve_kkt(problem, outcome, piece, unsolved, *right)
-    still = jax.tree.map(_zero_tangent, out)
-    return out, (still[0]._replace(x=dx, v=dv), still[1])
+    dx, dv = _solve_kkt(problem, outcome, rest, unsolved, *right)
+    out = (outcome, *rest)
+    still, *others = jax.tree.map(_zero_tangent, out)
+    return out, (still._replace(x=dx, v=dv), *others)
 
 
-def _solve_kkt(problem: Problem, outcome: Outcome, piece: Ended, unsolved: str, r_x, r_v):
+def _solve_kkt(problem: Problem, outcome: Outcome, rest, unsolved: str, r_x, r_v):
     """K⁻¹ r as an operation that JAX transposes, since K is symmetric, and differentiates by what K is made of."""
     x, v, inequality = outcome.x, outcome.v, problem.inequality
     exists = inequality | problem.equality
@@ -148,7 +148,7 @@ def _solve_kkt(problem: Problem, outcome: Outcome, piece: Ended, unsolved: str, 
         return jnp.concat([problem.hessian(u_x) + problem.adjoint(u_rows), right_v], axis=-1)
 
     def solve(_, r):
-        u = solve_kkt(_linearization(problem, outcome, piece), *split(r), unsolved="zero")
+        u = solve_kkt(_linearization(problem, outcome, *rest), *split(r), unsolved="zero")
         return jnp.concat(u, axis=-1)
 
     fill = jnp.where(outcome.status == Status.SOLVED, 1.0, 0.0 if unsolved == "zero" else jnp.nan).astype(x.dtype)
@@ -157,9 +157,9 @@ def _solve_kkt(problem: Problem, outcome: Outcome, piece: Ended, unsolved: str, 
     return split(fill * u)  # before and after, so that NaN comes out in either direction
 
 
-def _linearization(problem: Problem, outcome: Outcome, piece: Ended) -> Linearization:
-    piece = piece._replace(form=kkt.PrimalForm if piece.factor is not None else None)
-    return Linearization(problem, [piece], outcome.x, outcome.v, outcome.s, outcome.status)
+def _linearization(problem: Problem, outcome: Outcome, factor, metric):
+    arrays = problem.operands, factor, metric, outcome.x, outcome.v, outcome.s, outcome.status
+    return solver.unpack(arrays, problem.layout)
 
 
 def _zero_tangent(value):

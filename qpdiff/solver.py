@@ -342,10 +342,10 @@ class Linearization(NamedTuple):
 def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bool, progress):
     xp, backend = problem.backend.xp, problem.backend
     if backend.traced:
-        outcome, piece = solve_traced(problem, settings, near)
+        outcome, factor, metric = solve_traced(problem, settings, near)
         if progress is not None:
             progress(problem.batch, problem.batch)
-        return outcome, [piece]
+        return outcome, [_whole(problem, factor, metric)]
     keep = _keeps_factor(problem)
 
     def solve_chunk(chunk: slice) -> list[Ended]:
@@ -467,14 +467,13 @@ def _run(parts, near: Point | None, settings: Settings, keep: bool, verbose: boo
 
 
 def solve_traced(problem: Problem, settings: Settings, near: Point | None):
-    """`_solve` as one compiled function of the arrays."""
+    """The outcome, the last factor of the primal form or None, and the metric, by one compiled function."""
     backend: Any = problem.backend
-    outcome, factor, metric = backend.jit(_run_traced)(problem.operands, near, problem.layout, settings)
-    return outcome, Ended(backend.arange(problem.batch), None, factor and kkt.PrimalForm, factor, metric)
+    return backend.jit(_run_traced)(problem.operands, near, problem.layout, settings)
 
 
 def _run_traced(operands, near: Point | None, layout: Layout, settings: Settings):
-    """Iterate on the whole batch until every problem has ended: the outcome, the last factor and the metric.
+    """Iterate on the whole batch until every problem has ended.
 
     Where shapes prefer a dual form, the numbers decide between the two when it runs, and no factor is kept.
     """
@@ -506,6 +505,23 @@ def _run_traced(operands, near: Point | None, layout: Layout, settings: Settings
         return run(form)
     outcome = backend.cond(safe, lambda: run(form)[0], lambda: run(kkt.PrimalForm(problem))[0])
     return outcome, None, kkt.equilibrate(problem)
+
+
+def _whole(problem: Problem, factor, metric: kkt.Metric) -> Ended:
+    """The batch in one piece."""
+    return Ended(problem.backend.arange(problem.batch), None, factor and kkt.PrimalForm, factor, metric)
+
+
+def pack(lin: Linearization):
+    """The arrays of a linearization whose factors are in one piece, and its layout, for a compiled function."""
+    (piece,) = lin.factors
+    return (lin.problem.operands, piece.factor, piece.metric, lin.x, lin.v, lin.s, lin.status), lin.problem.layout
+
+
+def unpack(arrays, layout: Layout) -> Linearization:
+    operands, factor, metric, x, v, s, status = arrays
+    problem = layout.problem(operands)
+    return Linearization(problem, [_whole(problem, factor, metric)], x, v, s, status)
 
 
 def _rows_at(xp, tree, where):
@@ -801,6 +817,18 @@ def relax(lin: Linearization, kappa: float) -> Linearization:
 
     A problem whose point is not found counts as STALLED.
     """
+    backend: Any = lin.problem.backend
+    if backend.traced:
+        arrays, layout = pack(lin)
+        return unpack(backend.jit(_relax_traced)(arrays, None, layout, kappa), layout)
+    return _relax(lin, kappa)
+
+
+def _relax_traced(arrays, _, layout: Layout, kappa: float):
+    return pack(_relax(unpack(arrays, layout), kappa))[0]
+
+
+def _relax(lin: Linearization, kappa: float) -> Linearization:
     problem = lin.problem
     xp, backend = problem.backend.xp, problem.backend
     settings = read_settings(problem, None, None, CENTERING_LIMIT)

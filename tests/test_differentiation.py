@@ -59,22 +59,25 @@ def random_tangents(rng, operands):
     return tangents
 
 
-def strictly_complementary(sol, margin=1e-3):
+def strictly_complementary(xp, sol, margin=1e-3):
     """Whether every inequality is clearly active or clearly inactive, so that the solution is differentiable."""
     lin = sol.linearization
-    inequality = np.broadcast_to(lin.problem.inequality, lin.v.shape)
-    return bool(np.all((np.maximum(lin.v, lin.s) > margin) | ~inequality))
+    v, s, inequality = (xp.to_numpy(a) for a in (lin.v, lin.s, lin.problem.inequality))
+    return bool(np.all((np.maximum(v, s) > margin) | ~np.broadcast_to(inequality, v.shape)))
 
 
-def check_derivative(rng, operands):
-    sol = qpdiff.solve_qp(**operands, **TIGHT)
-    assert np.all(sol.status == qpdiff.Status.SOLVED)
-    if not strictly_complementary(sol):
+def check_derivative(xp, rng, operands):
+    """Compare vjp and jvp on a library with central differences of NumPy's solutions, and with each other."""
+    sol = qpdiff.solve_qp(**{name: xp.asarray(value) for name, value in operands.items()}, **TIGHT)
+    assert np.all(xp.to_numpy(sol.status) == qpdiff.Status.SOLVED)
+    if not strictly_complementary(xp, sol):
         return False
-    cotangents = {name: rng.normal(size=getattr(sol, name).shape) for name in OUTPUTS}
+    cotangents = {name: rng.normal(size=tuple(getattr(sol, name).shape)) for name in OUTPUTS}
     tangents = random_tangents(rng, operands)
-    gradients = qpdiff.vjp(sol, **cotangents)
-    pushed = qpdiff.jvp(sol, **tangents)
+    gradients = qpdiff.vjp(sol, **{name: xp.asarray(value) for name, value in cotangents.items()})
+    gradients = {name: xp.to_numpy(getattr(gradients, name)) for name in operands}
+    pushed = qpdiff.jvp(sol, **{name: xp.asarray(value) for name, value in tangents.items()})
+    pushed = {name: xp.to_numpy(getattr(pushed, name)) for name in OUTPUTS}
 
     step = 1e-5
     plus, minus = (
@@ -84,34 +87,36 @@ def check_derivative(rng, operands):
     difference = sum(
         float(np.sum(cotangents[name] * (getattr(plus, name) - getattr(minus, name)))) / (2 * step) for name in OUTPUTS
     )
-    pulled = sum(float(np.sum(getattr(gradients, name) * tangents[name])) for name in operands)
-    dual = sum(float(np.sum(cotangents[name] * getattr(pushed, name))) for name in OUTPUTS)
-    size = sum(float(np.linalg.norm(cotangents[name]) * np.linalg.norm(getattr(pushed, name))) for name in OUTPUTS)
+    pulled = sum(float(np.sum(gradients[name] * tangents[name])) for name in operands)
+    dual = sum(float(np.sum(cotangents[name] * pushed[name])) for name in OUTPUTS)
+    size = sum(float(np.linalg.norm(cotangents[name]) * np.linalg.norm(pushed[name])) for name in OUTPUTS)
     assert abs(pulled - difference) <= 1e-6 * size
     assert abs(dual - pulled) <= 1e-10 * size
     for name, value in operands.items():
-        assert getattr(gradients, name).shape == value.shape
-    assert np.array_equal(gradients.Q, np.swapaxes(gradients.Q, -1, -2))
+        assert gradients[name].shape == value.shape
+    assert np.array_equal(gradients["Q"], np.swapaxes(gradients["Q"], -1, -2))
     return True
 
 
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("shared", [(), ("Q",), ("Q", "G", "A"), ("q",)], ids=lambda s: "shared-" + "".join(s))
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_vjp_and_jvp_against_central_differences(parts, shared, diagonal):
+def test_vjp_and_jvp_against_central_differences(xp, parts, shared, diagonal):
     rng = np.random.default_rng(sum(map(ord, parts)) + 7 * len(shared) + diagonal)
-    checked = [check_derivative(rng, random_problem(rng, parts, shared=shared, diagonal=diagonal)) for _ in range(4)]
+    checked = [
+        check_derivative(xp, rng, random_problem(rng, parts, shared=shared, diagonal=diagonal)) for _ in range(4)
+    ]
     assert any(checked)
 
 
 @pytest.mark.parametrize(("n", "m", "p"), [(1, 1, 0), (1, 2, 1), (3, 12, 1), (30, 10, 5)])
-def test_sizes(n, m, p):
+def test_sizes(xp, n, m, p):
     rng = np.random.default_rng(n + m)
     parts = "Q q G h" + (" A b" if p and p < n else "")
-    assert any(check_derivative(rng, random_problem(rng, parts, n=n, m=m, p=p)) for _ in range(6))
+    assert any(check_derivative(xp, rng, random_problem(rng, parts, n=n, m=m, p=p)) for _ in range(6))
 
 
-def test_fixed_variables_and_infinite_bounds():
+def test_fixed_variables_and_infinite_bounds(xp):
     rng = np.random.default_rng(5)
     checked = []
     for _ in range(5):
@@ -126,23 +131,23 @@ def test_fixed_variables_and_infinite_bounds():
         operands["b"] = np.einsum(
             "bij,bj->bi", operands["A"], np.clip(np.zeros((3, 6)), operands["lb"] + 1e-2, operands["ub"] - 1e-2)
         )
-        checked.append(check_derivative(rng, operands))
+        checked.append(check_derivative(xp, rng, operands))
     assert any(checked)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (2, 1, 2)])
-def test_batch_axes(batch):
+def test_batch_axes(xp, batch):
     rng = np.random.default_rng(len(batch))
-    assert any(check_derivative(rng, random_problem(rng, "Q q G h A b", batch=batch)) for _ in range(4))
+    assert any(check_derivative(xp, rng, random_problem(rng, "Q q G h A b", batch=batch)) for _ in range(4))
 
 
-def test_operands_broadcast_over_different_axes():
+def test_operands_broadcast_over_different_axes(xp):
     rng = np.random.default_rng(8)
     operands = random_problem(rng, "Q q G h", batch=(2, 3))
     operands["Q"] = operands["Q"][:, :1]
     operands["G"] = operands["G"][:1]
     operands["h"] = np.abs(operands["h"][0, 0]) + 0.2  # the origin is feasible
-    assert check_derivative(rng, operands)
+    assert check_derivative(xp, rng, operands)
 
 
 def test_gradient_of_a_shared_operand_is_the_sum_over_the_batch():
