@@ -389,6 +389,13 @@ def test_a_problem_without_parameters():
     assert layer.vjp(solution, np.ones(3)) == ()
 
 
+def test_a_variable_that_drops_out_is_zero():
+    x, gone = cp.Variable(2), cp.Variable((3, 2))
+    layer = qpdiff.from_cvxpy(cp.Problem(cp.Minimize(cp.sum_squares(x - 1)), [gone[:0] >= 1]), [], [gone, x])
+    np.testing.assert_allclose(layer()[gone], np.zeros((3, 2)))
+    np.testing.assert_allclose(layer()[x], np.ones(2), atol=1e-7)
+
+
 def test_the_callers_problem_stays_as_it_is():
     problem, parameters, values, _ = make(least_squares)
     parameters[0].value = values[0]

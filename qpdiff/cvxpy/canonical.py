@@ -150,6 +150,8 @@ def _fixed_value(parameter) -> np.ndarray:
 def _recovery(program, lowered_ids: dict, variable) -> SparseMatrix:
     """The matrix that picks a variable, in row-major order, from all of the canonical program's."""
     (name,) = lowered_ids.get(variable.id, [variable.id])
+    if name not in program.id_to_var:  # its constraints were empty: 0, as in CVXPY
+        return SparseMatrix(sp.csr_array((variable.size, program.x.size)))
     lowered, start = program.id_to_var[name], program.var_id_to_col[name]
     position = np.arange(1.0, lowered.size + 1).reshape(lowered.shape, order="F")
     value = recover_value_for_leaf(variable, position, project=False)
