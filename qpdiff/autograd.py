@@ -134,7 +134,7 @@ def _kkt_solve(layer, r, solution, *operands):
     """K⁻¹ r with the KKT matrix at the solution, (B, n + rows)."""
     n = layer.sol.linearization.problem.n
     with np.errstate(all="ignore"):
-        return np.concatenate(solve_kkt(layer.sol, r[:, :n], r[:, n:], unsolved=layer.unsolved), axis=-1)
+        return np.concatenate(solve_kkt(layer.sol.linearization, r[:, :n], r[:, n:], unsolved=layer.unsolved), axis=-1)
 
 
 def _solution_vjp(argnums, solution, args, kwargs):

@@ -32,7 +32,7 @@ from .backend import from_host
 from .engine import compiled_engine
 from .problem import OPERANDS, Problem, product, product_transposed
 from .solution import Solution, Status
-from .solver import fixed_variables, relax
+from .solver import Linearization, fixed_variables, relax
 
 
 class Gradients(NamedTuple):
@@ -123,7 +123,7 @@ def vjp(
     sol = _smoothed(sol, smoothing)
     r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
     with sol.linearization.problem.backend.quietly():
-        return assemble_gradients(sol, *solve_kkt(sol, r_x, r_v, unsolved=unsolved))
+        return assemble_gradients(sol, *solve_kkt(sol.linearization, r_x, r_v, unsolved=unsolved))
 
 
 def jvp(
@@ -177,32 +177,8 @@ def jvp(
     given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     tangents = {name: _flat(problem, sol, name, value, "tangent") for name, value in given.items() if value is not None}
     x, v, blocks = lin.x, lin.v, problem.blocks
-    r_x, r_v = xp.zeros_like(x), xp.zeros_like(v)
-    if "Q" in tangents:
-        symmetric = (tangents["Q"] + tangents["Q"].mT) / 2
-        r_x = r_x - product(symmetric, x)
-    if "q" in tangents:
-        r_x = r_x - tangents["q"]
-    parts = {name: r_v[:, block] for name, block in blocks.items()}
-    for matrix, vector in (("A", "b"), ("G", "h")):
-        if matrix in tangents:
-            r_x = r_x - product_transposed(tangents[matrix], v[:, blocks[matrix]])
-            parts[matrix] = parts[matrix] - product(tangents[matrix], x)
-        if vector in tangents:
-            parts[matrix] = parts[matrix] + tangents[vector]
-    if "lb" in tangents or "ub" in tangents:
-        zero = xp.zeros_like(x)
-        lower, upper = tangents.get("lb", zero), tangents.get("ub", zero)
-        if problem.lb is not None and problem.ub is not None:
-            fixed, at_lower = fixed_variables(problem, v)
-            lower = xp.where(fixed & ~at_lower, upper, lower)
-        if problem.lb is not None:
-            parts["lb"] = parts["lb"] - lower
-        if problem.ub is not None:
-            parts["ub"] = parts["ub"] + upper
-    r_v = xp.concat(list(parts.values()), axis=-1)
-    with sol.linearization.problem.backend.quietly():
-        dx, dv = solve_kkt(sol, r_x, r_v, unsolved=unsolved)
+    with problem.backend.quietly():
+        dx, dv = solve_kkt(lin, *right_hand_side(problem, x, v, tangents), unsolved=unsolved)
     zero = xp.zeros_like(x)
     d_lb = dv[:, blocks["lb"]] if problem.lb is not None else zero
     d_ub = dv[:, blocks["ub"]] if problem.ub is not None else zero
@@ -232,11 +208,10 @@ def _smoothed(sol: Solution, smoothing) -> Solution:
 # ---- the linear system
 
 
-def solve_kkt(sol: Solution, r_x, r_v, *, unsolved: str = "nan"):
+def solve_kkt(lin: Linearization, r_x, r_v, *, unsolved: str = "nan"):
     """Solve the KKT system at a solution for right-hand sides (B, n) and (B, rows)."""
     if unsolved not in ("nan", "zero"):
         raise ValueError(f"unsolved is {unsolved!r}; expected 'nan' or 'zero'")
-    lin = sol.linearization
     problem, xp = lin.problem, lin.problem.backend.xp
     if problem.batch == 0:
         return r_x, r_v
@@ -420,6 +395,34 @@ def as_tangent(problem: Problem, label: str, value, shape):
         return xp.broadcast_to(value, shape)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{label} has shape {tuple(value.shape)}; expected {tuple(shape)}") from error
+
+
+def right_hand_side(problem: Problem, x, v, tangents: dict[str, Any]):
+    """What the KKT system has on the right for tangents (B or 1, core) of the operands."""
+    xp, blocks = problem.backend.xp, problem.blocks
+    r_x, r_v = xp.zeros_like(x), xp.zeros_like(v)
+    if "Q" in tangents:
+        r_x = r_x - (product(tangents["Q"], x) + product_transposed(tangents["Q"], x)) / 2
+    if "q" in tangents:
+        r_x = r_x - tangents["q"]
+    parts = {name: r_v[:, block] for name, block in blocks.items()}
+    for matrix, vector in (("A", "b"), ("G", "h")):
+        if matrix in tangents:
+            r_x = r_x - product_transposed(tangents[matrix], v[:, blocks[matrix]])
+            parts[matrix] = parts[matrix] - product(tangents[matrix], x)
+        if vector in tangents:
+            parts[matrix] = parts[matrix] + tangents[vector]
+    if "lb" in tangents or "ub" in tangents:
+        zero = xp.zeros_like(x)
+        lower, upper = tangents.get("lb", zero), tangents.get("ub", zero)
+        if problem.lb is not None and problem.ub is not None:
+            fixed, at_lower = fixed_variables(problem, v)
+            lower = xp.where(fixed & ~at_lower, upper, lower)
+        if problem.lb is not None:
+            parts["lb"] = parts["lb"] - lower
+        if problem.ub is not None:
+            parts["ub"] = parts["ub"] + upper
+    return r_x, xp.concat(list(parts.values()), axis=-1)
 
 
 # ---- the derivative of a solution and of its derivative, for any framework

@@ -81,6 +81,10 @@ class Problem:
         """How many numbers the operands have."""
         return sum(math.prod(value.shape) for value in self.operands.values())
 
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.backend, self.dtype, self.batch_shape, tuple(self.shapes.items()))
+
     def astype(self, dtype) -> Problem:
         """The same problems in another floating point type."""
         if dtype == self.dtype:
@@ -216,6 +220,18 @@ class Problem:
         if self.ub is not None:
             out = v[:, blocks["ub"]] if out is None else out + v[:, blocks["ub"]]
         return self.backend.full((v.shape[0], self.n), 0.0, self.dtype) if out is None else out
+
+
+class Layout(NamedTuple):
+    """What a problem is apart from the numbers in it; hashable."""
+
+    backend: Any
+    dtype: Any
+    batch_shape: tuple[int, ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def problem(self, operands: dict[str, Any]) -> Problem:
+        return Problem(self.backend, self.dtype, self.batch_shape, dict(self.shapes), **operands)
 
 
 def product(M, x):

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import kkt
 from .engine import choose_engine
-from .problem import INFINITE, Problem, check_values, make_problem
+from .problem import INFINITE, Layout, Problem, check_values, make_problem
 from .solution import Solution, Status
 
 MAX_ITERATIONS = 200
@@ -242,22 +242,22 @@ def solve_qp(
     """
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem(operands, backend=backend, dtype=dtype)
-    settings = _settings(problem, tol, rtol, max_iterations)
+    settings = read_settings(problem, tol, rtol, max_iterations)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
     compiled = choose_engine(engine, problem, verbose)
     with problem.backend.quietly():
         if check and problem.batch and not (compiled and compiled.check(problem)):
             check_values(problem)
-        near = _warm_point(problem, warm_start)
+        near = warm_point(problem, warm_start)
         if compiled is None:
             outcome, factors = _solve(problem, settings, near, verbose, progress)
         else:
             outcome, factors = compiled.solve(problem, settings, near, progress)
-        return _solution(problem, outcome, factors)
+        return make_solution(problem, outcome, factors)
 
 
-def _settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
+def read_settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
     single = problem.dtype == problem.backend.xp.float32
     default = 1e-4 if single else 1e-8
     for name, value in (("tol", tol), ("rtol", rtol)):
@@ -331,7 +331,8 @@ class Linearization(NamedTuple):
 def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bool, progress):
     xp, backend = problem.backend.xp, problem.backend
     if backend.traced:
-        return _solve_traced(problem, settings, near)
+        outcome, piece = solve_traced(problem, settings, near)
+        return outcome, [piece]
     keep = _keeps_factor(problem)
 
     def solve_chunk(chunk: slice) -> list[Ended]:
@@ -352,7 +353,7 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bo
     return _join(problem, pieces), pieces
 
 
-def _warm_point(problem: Problem, sol: Solution | None) -> Point | None:
+def warm_point(problem: Problem, sol: Solution | None) -> Point | None:
     """The solution to start from, flattened to the batch axis and the rows of `problem`."""
     if sol is None:
         return None
@@ -452,22 +453,19 @@ def _run(parts, near: Point | None, settings: Settings, keep: bool, verbose: boo
             state = _restart(xp, settings, state, cold)
 
 
-def _solve_traced(problem: Problem, settings: Settings, near: Point | None):
+def solve_traced(problem: Problem, settings: Settings, near: Point | None):
     """`_solve` as one compiled function of the arrays."""
     backend: Any = problem.backend
-    layout = (backend, problem.dtype, problem.batch_shape, tuple(problem.shapes.items()))
-    outcome, factor, metric = backend.jit(_run_traced)(problem.operands, near, layout, settings)
-    form = None if factor is None else kkt.PrimalForm
-    return outcome, [Ended(backend.arange(problem.batch), None, form, factor, metric)]
+    outcome, factor, metric = backend.jit(_run_traced)(problem.operands, near, problem.layout, settings)
+    return outcome, Ended(backend.arange(problem.batch), None, factor and kkt.PrimalForm, factor, metric)
 
 
-def _run_traced(operands, near: Point | None, layout, settings: Settings):
-    """Iterate on the whole batch until every problem has ended.
+def _run_traced(operands, near: Point | None, layout: Layout, settings: Settings):
+    """Iterate on the whole batch until every problem has ended: the outcome, the last factor and the metric.
 
-    Where shapes prefer a dual form the numbers decide between the two when it runs, and no factor is kept.
+    Where shapes prefer a dual form, the numbers decide between the two when it runs, and no factor is kept.
     """
-    backend, dtype, batch_shape, shapes = layout
-    problem, xp = Problem(backend, dtype, batch_shape, dict(shapes), **operands), backend.xp
+    problem, backend, xp = layout.problem(operands), layout.backend, layout.backend.xp
     assert problem.k is not None  # made here, where all branches and loops may use it
 
     def run(form):
@@ -789,7 +787,7 @@ def relax(lin: Linearization, kappa: float) -> Linearization:
     """
     problem = lin.problem
     xp, backend = problem.backend.xp, problem.backend
-    settings = _settings(problem, None, None, CENTERING_LIMIT)
+    settings = read_settings(problem, None, None, CENTERING_LIMIT)
     pieces, points = [], []
     for chunk in problem.chunks():
         index = backend.arange(chunk.stop)[chunk.start :]
@@ -903,7 +901,7 @@ def _join(problem: Problem, pieces: list[Ended]) -> Outcome:
     return Outcome(**whole)
 
 
-def _solution(problem: Problem, outcome: Outcome, factors) -> Solution:
+def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
     xp = problem.backend.xp
     x, v, s = outcome.x, outcome.v, outcome.s
     y, z, z_lb, z_ub = multipliers(problem, v)

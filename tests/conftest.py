@@ -86,11 +86,30 @@ class CuPyLibrary:
         return value.get()
 
 
-@pytest.fixture(params=["numpy", "array-api-strict", "cupy"])
+class JAXLibrary:
+    """JAX, its loops taken step by step: compiling the solver for every shape in the tests would take hours."""
+
+    name = "jax"
+
+    def __init__(self, jax):
+        self.jax = jax
+
+    def asarray(self, value):
+        return self.jax.numpy.asarray(value)
+
+    def to_numpy(self, value):
+        return np.asarray(value)
+
+
+@pytest.fixture(params=["numpy", "array-api-strict", "jax", "cupy"])
 def xp(request):
     """An array library with `asarray` (from NumPy, onto its device) and `to_numpy`."""
     if request.param == "numpy":
         yield NumPyLibrary()
+    elif request.param == "jax":
+        jax = pytest.importorskip("jax")
+        with jax.enable_x64(True), jax.disable_jit():
+            yield JAXLibrary(jax)
     elif request.param == "cupy":
         cupy = pytest.importorskip("cupy")
         if not cupy.cuda.is_available():

@@ -336,23 +336,3 @@ def test_arguments():
     strict = pytest.importorskip("array_api_strict")
     with pytest.raises(ValueError, match="takes NumPy arrays only"):
         qpdiff.solve_qp(strict.eye(1), strict.zeros(1), engine="compiled")
-
-
-def test_without_numba_the_array_engine_solves():
-    code = """
-import sys
-sys.modules["numba"] = None
-import numpy as np
-import qpdiff
-from qpdiff.engine import compiled_engine
-sol = qpdiff.solve_qp(np.eye(2), np.ones(2), np.ones((1, 2)), [1.0])
-assert isinstance(sol.linearization.factors, list)
-assert compiled_engine() == (None, "Numba is not installed (pip install 'qpdiff[cpu]')"), compiled_engine()
-try:
-    qpdiff.solve_qp(np.eye(2), np.ones(2), engine="compiled")
-except ImportError as error:
-    assert "qpdiff[cpu]" in str(error)
-else:
-    raise AssertionError
-"""
-    run(code)

@@ -16,14 +16,14 @@ class _Library(NamedTuple):
     namespace: str
     backend: tuple[str, str]
     """The module of its backend in this package, and the class."""
-    extra: str
+    extras: tuple[str, ...]
 
 
 _LIBRARIES = {
-    "numpy": _Library("array_api_compat.numpy", (".numpy", "NumPyBackend"), ""),
-    "cupy": _Library("array_api_compat.cupy", (".cupy", "CuPyBackend"), "cuda12 (or cuda13)"),
-    "torch": _Library("array_api_compat.torch", (".torch", "TorchBackend"), "torch"),
-    "jax": _Library("jax.numpy", (".jax", "JAXBackend"), "jax"),
+    "numpy": _Library("array_api_compat.numpy", (".numpy", "NumPyBackend"), ()),
+    "cupy": _Library("array_api_compat.cupy", (".cupy", "CuPyBackend"), ("cuda12", "cuda13")),
+    "torch": _Library("array_api_compat.torch", (".torch", "TorchBackend"), ("torch",)),
+    "jax": _Library("jax.numpy", (".jax", "JAXBackend"), ("jax",)),
 }
 
 
@@ -79,7 +79,7 @@ def choose_backend(operands, name=None):
     first = next(iter(arrays))
     for key in arrays:
         if namespaces[key] is not namespaces[first]:
-            library, other = (namespaces[k].__name__.removeprefix("array_api_compat.") for k in (key, first))
+            library, other = (_library_name(namespaces[k]) for k in (key, first))
             raise TypeError(
                 f"{key} is an array of {library} but {first} one of {other}; convert one of them, or pass backend= to "
                 "move all"
@@ -126,11 +126,17 @@ def working_dtype(backend, arrays, operands, dtype=None):
                 )
             floating.add(value.dtype)
     if dtype is None:
-        return xp.float32 if floating and all(kind == xp.float32 for kind in floating) else xp.float64
+        return xp.float32 if floating and all(kind == xp.float32 for kind in floating) else backend.exact
     wanted = _name(dtype)
     if wanted not in ("float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}; expected 'float32' or 'float64'")
+    if getattr(xp, wanted) not in (xp.float32, backend.exact):
+        raise ValueError(f"dtype is {wanted}, which {_library_name(xp)} has switched off")
     return getattr(xp, wanted)
+
+
+def _library_name(xp):
+    return xp.__name__.removeprefix("array_api_compat.")
 
 
 def _name(dtype):
@@ -144,9 +150,8 @@ def _namespace(name):
     try:
         return importlib.import_module(_LIBRARIES[name].namespace)
     except ImportError as error:
-        raise ImportError(
-            f"backend={name!r} needs a package that is missing: pip install 'qpdiff[{_LIBRARIES[name].extra}]'"
-        ) from error
+        install = " or ".join(f"pip install 'qpdiff[{extra}]'" for extra in _LIBRARIES[name].extras)
+        raise ImportError(f"backend={name!r} needs a package that is missing: {install}") from error
 
 
 def from_host(key, value, backend):

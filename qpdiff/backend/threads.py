@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-try:
-    from threadpoolctl import ThreadpoolController
-except ImportError:
-    ThreadpoolController = None
-
 
 @cache
 def _controller():
+    """What sets the number of threads, or None where threadpoolctl is not installed."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
     return ThreadpoolController()
 
 
@@ -28,7 +28,7 @@ _limit: Any = None
 def single_threaded_blas() -> Iterator[None]:
     """One thread for each call of BLAS, from when the first of any Python threads enters until the last has left."""
     global _users, _limit
-    if ThreadpoolController is None:
+    if _controller() is None:
         yield
         return
     with _lock:

@@ -1,0 +1,171 @@
+"""JAX: `solve_qp` under jit, vmap, grad, jacfwd, jacrev and hessian.
+
+The solver itself is traced, its iterations are one `lax.while_loop`, so that it compiles for any device of JAX's and
+nothing goes to the host. The derivative is that of the KKT conditions: the tangent of a solution is a
+`lax.custom_linear_solve` with the KKT matrix at it, which JAX transposes and differentiates again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from functools import partial
+
+import numpy as np
+
+from . import kkt, solver
+from .differentiation import right_hand_side, solve_kkt
+from .problem import Layout, Problem, check_values, make_problem
+from .solution import Solution, Status, raise_if_unsolved
+from .solver import Ended, Linearization, Outcome, Settings
+
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError as error:
+    raise ImportError("qpdiff.jax needs JAX: pip install 'qpdiff[jax]'") from error
+
+_NAMES = [field.name for field in fields(Solution) if field.name != "linearization"]
+jax.tree_util.register_dataclass(Solution, data_fields=_NAMES, meta_fields=[], drop_fields=["linearization"])
+
+
+def solve_qp(
+    Q,
+    q,
+    G=None,
+    h=None,
+    A=None,
+    b=None,
+    lb=None,
+    ub=None,
+    *,
+    unsolved: str = "raise",
+    dtype=None,
+    tol=None,
+    rtol=None,
+    max_iterations: int = solver.MAX_ITERATIONS,
+    warm_start: Solution | None = None,
+    check: bool = True,
+) -> Solution:
+    """Solve a batch of convex quadratic programs; `qpdiff.solve_qp` for JAX.
+
+    Parameters
+    ----------
+    Q, q, G, h, A, b, lb, ub : array
+        As for `qpdiff.solve_qp`, concrete or traced.
+    unsolved : {"raise", "nan", "zero"}
+        What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients. Inside `jit` or `vmap`
+        no status is known yet and nothing can raise: "raise" acts as "nan" there.
+    dtype, tol, rtol, max_iterations, warm_start, check
+        As for `qpdiff.solve_qp`; `check` looks at numbers where there are any, outside `jit` and `vmap`. Without
+        ``jax.config.update("jax_enable_x64", True)`` all is float32, residuals too.
+
+    Returns
+    -------
+    Solution
+        A pytree, whose x, y, z, z_lb and z_ub differentiate. The other fields are constants. Outside of JAX's
+        transformations `qpdiff.vjp` and `qpdiff.jvp` take it too.
+
+    Raises
+    ------
+    RuntimeError
+        With ``unsolved="raise"``, when a problem is not SOLVED; the error counts them and names the first.
+
+    References
+    ----------
+    .. [1] M. Blondel et al., "Efficient and modular implicit differentiation", NeurIPS 2022.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp
+    >>> import qpdiff.jax
+    >>> def project(point):
+    ...     return qpdiff.jax.solve_qp(jnp.eye(2), -point, lb=jnp.zeros(2)).x
+    >>> jnp.round(jax.jit(jax.jacrev(project))(jnp.array([2.0, -3.0])), 3).tolist()
+    [[1.0, 0.0], [0.0, 0.0]]
+    """
+    if unsolved not in ("raise", "nan", "zero"):
+        raise ValueError(f"unsolved is {unsolved!r}; expected 'raise', 'nan' or 'zero'")
+    operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    problem = make_problem({name: _joined(value) for name, value in operands.items()}, backend="jax", dtype=dtype)
+    settings = solver.read_settings(problem, tol, rtol, max_iterations)
+    near = jax.lax.stop_gradient(solver.warm_point(problem, warm_start))
+    numbers = jax.lax.stop_gradient(problem.operands)
+    if check and problem.batch and not _any_traced(numbers):
+        check_values(replace(problem, **numbers))
+    fill = 0.0 if unsolved == "zero" else float("nan")
+    sol, outcome, piece = _solve(problem.layout, settings, fill, problem.operands, near)
+    if unsolved == "raise" and not _any_traced(outcome.status):
+        raise_if_unsolved(np.asarray(outcome.status).reshape(problem.batch_shape))
+    return replace(sol, linearization=_linearization(problem, outcome, piece))
+
+
+def _joined(value):
+    """A list with arrays in it as one array."""
+    listed = isinstance(value, (list, tuple)) and any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+    return jnp.asarray(value) if listed else value
+
+
+def _any_traced(tree) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+# ---- the derivative
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _solve(layout: Layout, settings: Settings, fill: float, operands, near):
+    outcome, piece = _iterate(layout, settings, fill, operands, near)
+    return solver.make_solution(layout.problem(operands), outcome, None), outcome, piece
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _iterate(layout: Layout, settings: Settings, fill: float, operands, near):
+    outcome, piece = solver.solve_traced(layout.problem(operands), settings, near)
+    return outcome, piece._replace(form=None)  # which is no array
+
+
+@_iterate.defjvp
+def _iterate_jvp(layout, settings, fill, primals, tangents):
+    outcome, piece = out = _iterate(layout, settings, fill, *primals)
+    problem = layout.problem(primals[0])
+    right = right_hand_side(problem, outcome.x, outcome.v, tangents[0])
+    dx, dv = _solve_kkt(problem, outcome, piece, fill, *right)
+    still = jax.tree.map(_zero_tangent, out)
+    return out, (still[0]._replace(x=dx, v=dv), still[1])
+
+
+def _solve_kkt(problem: Problem, outcome: Outcome, piece: Ended, fill: float, r_x, r_v):
+    """K⁻¹ r as an operation that JAX transposes, since K is symmetric, and differentiates by what K is made of."""
+    x, v, inequality = outcome.x, outcome.v, problem.inequality
+    exists = inequality | problem.equality
+    # s is known better than k − Kx, but it moves as that does.
+    room = problem.k - problem.constraints(x)
+    s = outcome.s + (room - jax.lax.stop_gradient(room))
+    theta = jnp.where(inequality, s / jnp.where(inequality, v, 1.0), 0.0)
+
+    def split(u):
+        return u[:, : problem.n], u[:, problem.n :]
+
+    def matvec(u):
+        u_x, u_v = split(u)
+        u_rows = jnp.where(exists, u_v, 0.0)
+        right_v = jnp.where(exists, problem.constraints(u_x) - theta * u_rows, u_v)
+        return jnp.concat([problem.hessian(u_x) + problem.adjoint(u_rows), right_v], axis=-1)
+
+    def solve(_, r):
+        u = solve_kkt(_linearization(problem, outcome, piece), *split(r), unsolved="zero")
+        return jnp.concat(u, axis=-1)
+
+    r = jnp.concat([r_x, jnp.where(exists, r_v, 0.0)], axis=-1)
+    u = jax.lax.custom_linear_solve(matvec, r, solve, symmetric=True)
+    return split(u * jnp.where(outcome.status == Status.SOLVED, 1.0, fill).astype(u.dtype))
+
+
+def _linearization(problem: Problem, outcome: Outcome, piece: Ended) -> Linearization:
+    piece = piece._replace(form=kkt.PrimalForm if piece.factor is not None else None)
+    return Linearization(problem, [piece], outcome.x, outcome.v, outcome.s, outcome.status)
+
+
+def _zero_tangent(value):
+    floating = jnp.issubdtype(value.dtype, jnp.floating)
+    return jnp.zeros_like(value) if floating else np.zeros(value.shape, jax.dtypes.float0)
