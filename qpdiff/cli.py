@@ -144,7 +144,7 @@ def info() -> None:
             f"backend {name}", version(package), runs(name, operands) if importlib_has(package) else "not installed"
         )
     table.add_row("engine", *engine())
-    for package in ("scipy", "array-api-compat", "numba", "threadpoolctl", "autograd", "dask"):
+    for package in ("scipy", "array-api-compat", "numba", "threadpoolctl", "autograd", "dask", "cvxpy", "highspy"):
         table.add_row(package, version(package), "")
     console.print(table)
 

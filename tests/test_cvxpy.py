@@ -236,7 +236,7 @@ def test_cvxpylayers_has_the_same_values_and_gradients(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_operands_and_values_have_their_adjoints(case, seed, xp):
     """Of any numbers, with batch axes that differ: an operand has those of the parameters that move it."""
     problem, parameters, _, _ = make(case)
@@ -321,34 +321,42 @@ def test_the_type_is_that_of_the_parameters():
     assert layer(values[0].tolist(), values[1].tolist()).variables[0].dtype == np.float64
 
 
-def test_torch_differentiates_the_linear_maps_by_itself():
+@pytest.mark.parametrize("case", [least_squares, optnet, portfolio])
+def test_composed_with_the_torch_adapter(case):
+    """Torch differentiates the linear maps by itself."""
     torch = pytest.importorskip("torch")
-    problem, parameters, values, _ = make(optnet)
-    layer = qpdiff.from_cvxpy(problem, parameters)
+    adapter = pytest.importorskip("qpdiff.torch")
+    problem, parameters, values, variables = make(case)
+    layer = qpdiff.from_cvxpy(problem, parameters, variables)
+    solution = layer(*values, **TIGHT)
+    cotangent = np.random.default_rng(0).normal(size=solution.variables[0].shape)
     tensors = [torch.tensor(value, requires_grad=True) for value in values]
-    operands = layer.operands(*tensors)
-    rng = np.random.default_rng(0)
-    cotangents = {name: torch.tensor(rng.normal(size=tuple(value.shape))) for name, value in operands.items()}
-    sum(torch.sum(cotangents[name] * value) for name, value in operands.items()).backward()
-    gradients = qpdiff.Gradients(**{name: value.numpy() for name, value in cotangents.items()})
-    for tensor, mine in zip(tensors, layer.operands_adjoint(gradients, *values), strict=True):
-        np.testing.assert_allclose(tensor.grad, mine, rtol=1e-12, atol=1e-12)
+    (found,) = layer.values(adapter.solve_qp(**layer.operands(*tensors), **TIGHT).x)
+    torch.sum(torch.tensor(cotangent) * found).backward()
+    np.testing.assert_allclose(found.detach(), solution.variables[0], atol=1e-8)
+    for tensor, gradient in zip(tensors, layer.vjp(solution, cotangent), strict=True):
+        np.testing.assert_allclose(tensor.grad, gradient, atol=1e-6)
 
 
-def test_jax_traces_and_differentiates_the_linear_maps_by_itself():
+def test_composed_with_the_jax_adapter():
+    """JAX traces and differentiates the linear maps by itself."""
     jax = pytest.importorskip("jax")
-    problem, parameters, values, _ = make(least_squares)
-    layer = qpdiff.from_cvxpy(problem, parameters)
+    from qpdiff.jax import solve_qp
+
+    problem, parameters, values, variables = make(least_squares)
+    layer = qpdiff.from_cvxpy(problem, parameters, variables)
+    solution = layer(*values, **TIGHT)
+    cotangent = np.random.default_rng(0).normal(size=solution.variables[0].shape)
 
     @jax.jit
-    def through(A, b):
-        operands = layer.operands(A, b)
-        return sum(value.sum() for name, value in operands.items() if name != "lb"), layer.values(operands["q"])[0]
+    def loss(*arrays):
+        (found,) = layer.values(solve_qp(**layer.operands(*arrays), tol=1e-11, rtol=1e-11).x)
+        return jax.numpy.sum(cotangent * found)
 
-    gradients = jax.grad(lambda *values: through(*values)[0], argnums=(0, 1))(*map(jax.numpy.asarray, values))
-    ones = {name: np.ones_like(value) for name, value in layer.operands(*values).items()}
-    for theirs, mine in zip(gradients, layer.operands_adjoint(qpdiff.Gradients(**ones), *values), strict=True):
-        np.testing.assert_allclose(theirs, mine, rtol=1e-6)
+    with jax.enable_x64(True):
+        gradients = jax.grad(loss, argnums=range(len(values)))(*map(jax.numpy.asarray, values))
+    for mine, theirs in zip(layer.vjp(solution, cotangent), gradients, strict=True):
+        np.testing.assert_allclose(theirs, mine, atol=1e-6)
 
 
 # ---- what became of the problems
@@ -503,6 +511,7 @@ def test_arguments_that_do_not_fit_the_layer():
         ({"NSD": True}, -np.ones((2, 2)), np.ones((2, 2))),
     ],
 )
+@pytest.mark.parametrize("xp", ["numpy", "array-api-strict", "cupy"], indirect=True)
 def test_parameters_are_what_their_attributes_promise(attributes, good, bad, xp):
     x, a = cp.Variable((2, 2)), cp.Parameter((2, 2), name="a", **attributes)
     layer = qpdiff.from_cvxpy(cp.Problem(cp.Minimize(cp.sum_squares(x - a))), [a])

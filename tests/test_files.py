@@ -274,7 +274,6 @@ def run():
     [
         ("least.qps", QPTEST, "8.371875"),
         ("greatest.lp", "max\n obj: x - [ x ^ 2 ] / 2 + 3\nst\n c: x <= 10\nend\n", "3.5"),
-        ("nowhere.lp", "max\n obj: x + 3\nst\n c: x >= 10\nend\n", "DUAL_INFEASIBLE"),
     ],
 )
 def test_solve_prints_and_saves_the_objective_of_the_file(run, tmp_path, name, text, value):

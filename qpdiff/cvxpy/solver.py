@@ -29,9 +29,8 @@ class CVXPYSolver(QpSolver):
     """`qpdiff.solve_qp` as a solver of CVXPY's.
 
     For the quadratic and linear programs that CVXPY makes of problems, in dense matrices. Options of ``problem.solve``
-    that CVXPY does not take for itself go to `qpdiff.solve_qp`: `tol`, `rtol`, `max_iterations`, `dtype`, `backend`,
-    `engine`. With CVXPY's ``warm_start=True``, which is its default, a problem that was solved before starts from its
-    last solution.
+    that CVXPY does not take for itself go to `qpdiff.solve_qp`: `tol`, `rtol`, `max_iterations`, `dtype` and `engine`.
+    With ``warm_start=True``, CVXPY's default, a problem that was solved before starts from its last solution.
 
     What became of the problem is CVXPY's "optimal", "infeasible", "unbounded" or, at the limit on iterations,
     "user_limit"; where there was no further progress it is "optimal_inaccurate" if the residuals are below 1e-4
