@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import tempfile
 import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,7 +119,7 @@ def read_problem(file) -> FileProblem:
         return _read_arrays(file)
     if kind not in MODELS:
         raise ValueError(f"{file} does not end in .npz, {', '.join(MODELS)} or one of these three with .gz")
-    return _read_model(file, MODELS[kind] + (".gz" if compressed else ""))
+    return _read_model(file, MODELS[kind], gzip.open if compressed else open)
 
 
 def _read_arrays(file: Path) -> FileProblem:
@@ -130,12 +132,12 @@ def _read_arrays(file: Path) -> FileProblem:
     return FileProblem(operands)
 
 
-def _read_model(file: Path, suffix: str) -> FileProblem:
+def _read_model(file: Path, suffix: str, opened) -> FileProblem:
     try:
         import highspy
     except ImportError as error:
         raise ImportError(f"reading {file} needs HiGHS: pip install 'qpdiff[io]'") from error
-    model = _model(highspy, file, suffix)
+    model = _model(highspy, file, suffix, opened)
     lp, hessian = model.lp_, model.hessian_
     discrete = [j for j, kind in enumerate(lp.integrality_) if kind != highspy.HighsVarType.kContinuous]
     if discrete:
@@ -143,6 +145,8 @@ def _read_model(file: Path, suffix: str) -> FileProblem:
             f"{file} has integer or semicontinuous variables, {len(discrete)} in all, {lp.col_names_[discrete[0]]} the "
             "first; expected continuous ones"
         )
+    if not lp.num_col_:
+        raise ValueError(f"{file} has no variables")
     n, lower, upper = lp.num_col_, np.asarray(lp.row_lower_), np.asarray(lp.row_upper_)
     equal = lower == upper
     above, below = ~equal & (upper < np.inf), ~equal & (lower > -np.inf)
@@ -168,19 +172,20 @@ def _read_model(file: Path, suffix: str) -> FileProblem:
     return FileProblem(operands, sense, lp.offset_)
 
 
-def _model(highspy, file: Path, suffix: str):
+def _model(highspy, file: Path, suffix: str, opened):
     """What HiGHS reads in a file; its complaints become ours."""
     highs, messages = highspy.Highs(), []
     if tuple(int(number) for number in highs.version().split(".")[:2]) < OLDEST:
         raise ImportError(f"reading {file} needs HiGHS 1.14 or newer: pip install 'qpdiff[io]'")
-    with file.open("rb"):  # an error of the operating system tells why it cannot be
-        pass
     highs.setOptionValue("log_to_console", False)
     highs.cbLogging.subscribe(lambda event: messages.append((event.data_out.log_type, event.message.strip())))
     with tempfile.TemporaryDirectory() as folder:
-        named = file if file.name.endswith(suffix) else Path(folder) / f"model{suffix}"
-        if named != file:
-            shutil.copyfile(file, named)
+        named = Path(folder) / f"model{suffix}"  # HiGHS knows no .qps, and in some builds no compression
+        try:
+            with opened(file, "rb") as source, named.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{file} cannot be decompressed: {error}") from error
         status = highs.readModel(str(named))
     errors, notes = (
         "; ".join(text.removeprefix(f"{label}:").strip() for found, text in messages if found == kind)

@@ -36,6 +36,22 @@ ENDATA
 """
 """The example of Maros and Mészáros, "A repository of convex quadratic programming problems" (1999)."""
 
+GREATEST = """NAME
+OBJSENSE
+    MAX
+ROWS
+ N obj
+ L r
+COLUMNS
+ x obj 1 r 1
+RHS
+ rhs obj -3 r 10
+QUADOBJ
+ x x -1
+ENDATA
+"""
+"""3 + x − ½x², to be maximised."""
+
 
 def random_model(rng, cost, sense):
     """A model with rows and variables of every kind, that has an optimum because multipliers of its signs exist."""
@@ -185,7 +201,7 @@ ENDATA
 
 
 def test_a_problem_without_constraints(tmp_path):
-    (tmp_path / "a.lp").write_text("min\n obj: [ x ^ 2 ] / 2 - 3 x + 1\nst\nbounds\n x free\nend\n")
+    (tmp_path / "a.lp").write_text("min\n obj: - 3 x + [ x ^ 2 ] / 2 + 1\nst\nbounds\n x free\nend\n")
     problem = read_problem(tmp_path / "a.lp")
     assert set(problem.operands) == {"Q", "q"}
     np.testing.assert_allclose(problem.objective(qpdiff.solve_qp(**problem.operands).objective), -3.5)
@@ -220,10 +236,15 @@ def refused(tmp_path):
 def test_files_that_cannot_be_read(refused, tmp_path):
     assert "No such file" in refused("absent.mps", None, FileNotFoundError)
     assert "No such file" in refused("absent.npz", None, FileNotFoundError)
-    for name in ("junk.mps", "junk.qps", "junk.lp", "junk.qps.gz"):
+    for name in ("junk.mps", "junk.qps"):
         message = refused(name, "This is no model\n")
         assert message.startswith("HiGHS cannot read")
         assert "/model." not in message  # the copy that HiGHS was given
+    refused("junk.lp", "This is no model\n")  # which some versions of HiGHS read as a model without variables
+    assert "has no variables" in refused("empty.mps", "NAME\nROWS\n N obj\nCOLUMNS\nRHS\nENDATA\n")
+    assert "cannot be decompressed: Not a gzipped file" in refused("junk.qps.gz", "This is no model\n")
+    (tmp_path / "part.qps.gz").write_bytes(gzip.compress(QPTEST.encode())[:-20])
+    assert "cannot be decompressed: Compressed file ended" in refused("part.qps.gz", None)
     assert "does not end in .npz, .mps, .qps, .lp" in refused("a.txt", "")
     assert "does not end in .npz" in refused("a.npz.gz", "")
     np.savez(tmp_path / "a.npz", q=np.ones(2))
@@ -273,7 +294,7 @@ def run():
     ("name", "text", "value"),
     [
         ("least.qps", QPTEST, "8.371875"),
-        ("greatest.lp", "max\n obj: x - [ x ^ 2 ] / 2 + 3\nst\n c: x <= 10\nend\n", "3.5"),
+        ("greatest.mps", GREATEST, "3.5"),
     ],
 )
 def test_solve_prints_and_saves_the_objective_of_the_file(run, tmp_path, name, text, value):
