@@ -90,11 +90,10 @@ def solve_qp(
     settings = solver.read_settings(problem, tol, rtol, max_iterations)
     near = jax.lax.stop_gradient(solver.warm_point(problem, warm_start))
     numbers = jax.lax.stop_gradient(problem.operands)
-    if check and problem.batch and not _any_traced(numbers):
+    if check and problem.batch and not any(problem.backend.abstract(value) for value in numbers.values()):
         check_values(replace(problem, **numbers))
-    fill = 0.0 if unsolved == "zero" else float("nan")
-    sol, outcome, piece = _solve(problem.layout, settings, fill, problem.operands, near)
-    if unsolved == "raise" and not _any_traced(outcome.status):
+    sol, outcome, piece = _solve(problem.layout, settings, unsolved, problem.operands, near)
+    if unsolved == "raise" and not problem.backend.abstract(outcome.status):
         raise_if_unsolved(np.asarray(outcome.status).reshape(problem.batch_shape))
     return replace(sol, linearization=_linearization(problem, outcome, piece))
 
@@ -105,36 +104,32 @@ def _joined(value):
     return jnp.asarray(value) if listed else value
 
 
-def _any_traced(tree) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
 # ---- the derivative
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _solve(layout: Layout, settings: Settings, fill: float, operands, near):
-    outcome, piece = _iterate(layout, settings, fill, operands, near)
+def _solve(layout: Layout, settings: Settings, unsolved: str, operands, near):
+    outcome, piece = _iterate(layout, settings, unsolved, operands, near)
     return solver.make_solution(layout.problem(operands), outcome, None), outcome, piece
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _iterate(layout: Layout, settings: Settings, fill: float, operands, near):
+def _iterate(layout: Layout, settings: Settings, unsolved: str, operands, near):
     outcome, piece = solver.solve_traced(layout.problem(operands), settings, near)
     return outcome, piece._replace(form=None)  # which is no array
 
 
 @_iterate.defjvp
-def _iterate_jvp(layout, settings, fill, primals, tangents):
-    outcome, piece = out = _iterate(layout, settings, fill, *primals)
+def _iterate_jvp(layout, settings, unsolved, primals, tangents):
+    outcome, piece = out = _iterate(layout, settings, unsolved, *primals)
     problem = layout.problem(primals[0])
     right = right_hand_side(problem, outcome.x, outcome.v, tangents[0])
-    dx, dv = _solve_kkt(problem, outcome, piece, fill, *right)
+    dx, dv = _solve_kkt(problem, outcome, piece, unsolved, *right)
     still = jax.tree.map(_zero_tangent, out)
     return out, (still[0]._replace(x=dx, v=dv), still[1])
 
 
-def _solve_kkt(problem: Problem, outcome: Outcome, piece: Ended, fill: float, r_x, r_v):
+def _solve_kkt(problem: Problem, outcome: Outcome, piece: Ended, unsolved: str, r_x, r_v):
     """K⁻¹ r as an operation that JAX transposes, since K is symmetric, and differentiates by what K is made of."""
     x, v, inequality = outcome.x, outcome.v, problem.inequality
     exists = inequality | problem.equality
@@ -156,9 +151,10 @@ def _solve_kkt(problem: Problem, outcome: Outcome, piece: Ended, fill: float, r_
         u = solve_kkt(_linearization(problem, outcome, piece), *split(r), unsolved="zero")
         return jnp.concat(u, axis=-1)
 
-    r = jnp.concat([r_x, jnp.where(exists, r_v, 0.0)], axis=-1)
+    fill = jnp.where(outcome.status == Status.SOLVED, 1.0, 0.0 if unsolved == "zero" else jnp.nan).astype(x.dtype)
+    r = fill * jnp.concat([r_x, jnp.where(exists, r_v, 0.0)], axis=-1)
     u = jax.lax.custom_linear_solve(matvec, r, solve, symmetric=True)
-    return split(u * jnp.where(outcome.status == Status.SOLVED, 1.0, fill).astype(u.dtype))
+    return split(fill * u)  # before and after, so that NaN comes out in either direction
 
 
 def _linearization(problem: Problem, outcome: Outcome, piece: Ended) -> Linearization:

@@ -242,6 +242,7 @@ def solve_qp(
     """
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem(operands, backend=backend, dtype=dtype)
+    _refuse_traced(problem, verbose)
     settings = read_settings(problem, tol, rtol, max_iterations)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
@@ -255,6 +256,16 @@ def solve_qp(
         else:
             outcome, factors = compiled.solve(problem, settings, near, progress)
         return make_solution(problem, outcome, factors)
+
+
+def _refuse_traced(problem: Problem, verbose: bool) -> None:
+    for name, value in problem.operands.items():
+        if problem.backend.abstract(value):
+            raise TypeError(
+                f"{name} has no numbers yet, because JAX traces it (in jit, vmap or grad); use qpdiff.jax.solve_qp"
+            )
+    if verbose and problem.backend.traced:
+        raise ValueError("verbose is True, which JAX cannot do: the iterations are one compiled loop")
 
 
 def read_settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
@@ -332,6 +343,8 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bo
     xp, backend = problem.backend.xp, problem.backend
     if backend.traced:
         outcome, piece = solve_traced(problem, settings, near)
+        if progress is not None:
+            progress(problem.batch, problem.batch)
         return outcome, [piece]
     keep = _keeps_factor(problem)
 
@@ -466,22 +479,25 @@ def _run_traced(operands, near: Point | None, layout: Layout, settings: Settings
     Where shapes prefer a dual form, the numbers decide between the two when it runs, and no factor is kept.
     """
     problem, backend, xp = layout.problem(operands), layout.backend, layout.backend.xp
+    keep = _keeps_factor(problem)
     assert problem.k is not None  # made here, where all branches and loops may use it
 
     def run(form):
         part = make_part(form)
-        start = initialize(part, settings)
+        state, factor = initialize(part, settings)
         cold = None
         if near is not None:
-            cold, start = start[0], (start_near(part, settings, near, start[0]), start[1])
+            cold, state = state, start_near(part, settings, near, state)
 
         def unfinished(state, factor):
             return xp.any(state.status == RUNNING)
 
         def body(state, factor):
             state, factor = step(part, settings, state, refine=True)
-            return state if cold is None else _restart(xp, settings, state, cold), factor
+            state = state if cold is None else _restart(xp, settings, state, cold)
+            return state, factor if keep else None
 
+        start = state, factor if keep else None
         state, factor = backend.while_loop(unfinished, body, start, 2 * settings.max_iterations + 2)
         return Outcome(*(getattr(state, name) for name in Outcome._fields)), factor, part.metric
 
@@ -889,6 +905,7 @@ def _join(problem: Problem, pieces: list[Ended]) -> Outcome:
     names = Outcome._fields
     if not pieces:
         kinds = {"status": xp.int32, "iterations": xp.int32}
+        kinds |= dict.fromkeys(("objective", "primal", "dual", "gap"), backend.exact)
         widths = {"x": problem.n, "v": problem.rows, "s": problem.rows}
         return Outcome(*(backend.full((0, widths.get(k, 1)), 0, kinds.get(k, problem.dtype)) for k in names))
     columns = [[getattr(piece.outcome, name) for piece in pieces] for name in names]

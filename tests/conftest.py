@@ -13,6 +13,8 @@ settings.register_profile("ci", max_examples=5000, deadline=None, derandomize=Tr
 settings.register_profile("more", max_examples=200_000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# XLA takes a third of the time to compile this way, and nearly all of the time of JAX's tests is that.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 METHOD = {
     "test_solver.py", "test_differentiation.py", "test_degenerate.py", "test_fuzz.py", "test_certificates.py",
@@ -108,7 +110,7 @@ def xp(request):
         yield NumPyLibrary()
     elif request.param == "jax":
         jax = pytest.importorskip("jax")
-        with jax.enable_x64(True), jax.disable_jit():
+        with jax.enable_x64(True):
             yield JAXLibrary(jax)
     elif request.param == "cupy":
         cupy = pytest.importorskip("cupy")

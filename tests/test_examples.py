@@ -32,6 +32,15 @@ def test_runs(name):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_cluster_loses_a_worker_and_nothing_else():
+    for package in ("distributed", "rich"):
+        pytest.importorskip(package)
+    done = subprocess.run([sys.executable, EXAMPLES / "cluster.py", "--quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "killed, and with it" in done.stdout
+    assert "40000 of 40000 SOLVED" in done.stdout
+
+
 def test_there_are_288_grids(sudoku):
     grids = sudoku.all_grids()
     assert len(np.unique(grids, axis=0)) == 288

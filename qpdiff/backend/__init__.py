@@ -8,6 +8,9 @@ length B or, where it is shared by the batch, of length 1.
 from .base import Backend
 from .choice import choose_backend, from_host, working_dtype
 from .numpy import NumPyBackend
-from .threads import single_threaded_blas
+from .threads import single_threaded, single_threaded_blas
 
-__all__ = ["Backend", "NumPyBackend", "choose_backend", "from_host", "single_threaded_blas", "working_dtype"]
+__all__ = [
+    "Backend", "NumPyBackend", "choose_backend", "from_host", "single_threaded", "single_threaded_blas",
+    "working_dtype",
+]  # fmt: skip

@@ -69,6 +69,10 @@ class Backend:
             carry = body(*carry)
         return carry
 
+    def abstract(self, array) -> bool:
+        """Whether an array stands for numbers that are not there yet."""
+        return False
+
     def none(self, mask) -> bool:
         """Whether a mask is known to have no True entry; False where that would take a transfer to the host."""
         return False

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from .base import Backend
+from .base import Backend, _restore
 
 
 class CuPyBackend(Backend):
     """CuPy arrays: batched Cholesky and triangular solves of cuSOLVER and cuBLAS, failures flagged on the device."""
 
     chunk_bytes = 2 * 2**30
+
+    def __reduce__(self):
+        # Without the device: an array goes to the current one where it is unpickled, as in another process.
+        return _restore, (type(self), self.xp.__name__, None)
 
     def factor(self, M):
         xp = self.xp

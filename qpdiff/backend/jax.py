@@ -23,6 +23,9 @@ class JAXBackend(Backend):
     def quietly(self):
         return nullcontext()
 
+    def abstract(self, array) -> bool:
+        return isinstance(array, jax.core.Tracer)
+
     def while_loop(self, unfinished, body, carry: tuple, limit: int) -> tuple:
         def not_over(counted):
             count, carry = counted

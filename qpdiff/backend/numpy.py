@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextvars
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from scipy.linalg import get_lapack_funcs
 
 from .base import Backend
-from .threads import single_threaded_blas
+from .threads import THREADS, single_threaded_blas
 
 INVERTED = 24
 """Up to this size the Cholesky factors of a batch are inverted."""
@@ -24,7 +23,10 @@ class NumPyBackend(Backend):
     """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
 
     chunk_bytes = 48 * 2**20
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    @property
+    def workers(self):
+        return THREADS.get()
 
     def asarray(self, value, dtype=None):
         return np.asarray(value, dtype=dtype)

@@ -1,12 +1,19 @@
-"""BLAS held to one thread while several of ours are at work."""
+"""How many threads to work with, and BLAS held to one while several of ours are at work."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
+
+THREADS = ContextVar(
+    "THREADS", default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+)
+"""Threads for NumPy arrays: one a processor, unless `single_threaded` says otherwise."""
 
 
 @cache
@@ -42,3 +49,14 @@ def single_threaded_blas() -> Iterator[None]:
             _users -= 1
             if _users == 0:
                 _limit.restore_original_limits()
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """One thread for what is called in this context, as befits a task of a scheduler that runs one for each thread."""
+    token = THREADS.set(1)
+    try:
+        with single_threaded_blas():
+            yield
+    finally:
+        THREADS.reset(token)

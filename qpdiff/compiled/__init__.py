@@ -37,6 +37,18 @@ class Factors(NamedTuple):
     """The one that was."""
     factored: Any
 
+    def __reduce__(self):
+        return _restore, tuple(self)
+
+
+def _restore(form, store, metric, forms, factored) -> Factors:
+    """From another process, where arrays may come out unaligned or read-only: other types to Numba, compiled anew."""
+
+    def own(array):
+        return np.require(array, requirements=["C", "A", "W"])
+
+    return Factors(form, Reduced(*map(own, store)), tuple(map(own, metric)), own(forms), own(factored))
+
 
 def cache_folder() -> str:
     """Where Numba keeps the compiled functions for later processes."""

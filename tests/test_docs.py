@@ -1,0 +1,43 @@
+"""The documentation's code runs as it stands, and its links lead somewhere."""
+
+import re
+import subprocess
+import sys
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+
+name = attrgetter("name")
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN_ELSEWHERE = {"custom-autodiff.md", "scaling.md"}
+"""Pages whose code has a test of its own, or needs a cluster."""
+CODE = {
+    page: re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for page in PAGES
+}
+NEEDED = {"jax.md": ["jax"], "torch.md": ["torch"]}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if CODE[page] and page.name not in RUN_ELSEWHERE], ids=name)
+def test_code_runs(page):
+    for module in NEEDED.get(page.name, []):
+        pytest.importorskip(module)
+    done = subprocess.run([sys.executable, "-c", "\n".join(CODE[page])], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in path:
+            continue
+        file = (page.parent / path) if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, target

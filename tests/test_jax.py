@@ -1,0 +1,195 @@
+"""The JAX adapter: under every transformation, against NumPy's answers, finite differences and closed forms."""
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+import jax.numpy as jnp
+from jax.test_util import check_grads
+from problems import random_problem
+
+import qpdiff
+import qpdiff.jax
+
+TIGHT = {"tol": 1e-12, "rtol": 1e-13}
+OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def some(rng, parts, **sizes):
+    operands = random_problem(rng, parts, **({"batch": (3,), "n": 4, "m": 3, "p": 1} | sizes))
+    return {name: jnp.asarray(value) for name, value in operands.items()}
+
+
+def weigh(sol):
+    """A number that depends on every output."""
+    return sum(jnp.sum(jnp.sin((i + 1) * getattr(sol, name))) for i, name in enumerate(OUTPUTS))
+
+
+@pytest.mark.parametrize("parts", ["", "A", "G", "A G", "lb ub", "A G lb ub"])
+@pytest.mark.parametrize("cost", ["pd", "diagonal"])
+def test_under_jit_as_on_numpy(parts, cost):
+    solve = jax.jit(lambda operands: qpdiff.jax.solve_qp(**operands))
+    for seed in range(5):
+        operands = some(np.random.default_rng(seed), parts, cost=cost)
+        sol = solve(operands)
+        expected = qpdiff.solve_qp(**{name: np.asarray(value) for name, value in operands.items()}, engine="array")
+        np.testing.assert_array_equal(sol.status, expected.status)
+        np.testing.assert_allclose(sol.iterations, expected.iterations, atol=1)
+        for name in OUTPUTS:
+            np.testing.assert_allclose(getattr(sol, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", ["A G", "A lb ub"])
+def test_every_derivative_to_second_order(parts):
+    operands = some(np.random.default_rng(1), parts, batch=(2,), n=3, m=2)
+
+    @jax.jit
+    def loss(operands):
+        symmetric = (operands["Q"] + operands["Q"].mT) / 2
+        return weigh(qpdiff.jax.solve_qp(**operands | {"Q": symmetric}, **TIGHT))
+
+    check_grads(loss, (operands,), order=2, modes=("fwd", "rev"))
+
+
+def test_gradients_are_those_of_vjp_with_and_without_a_kept_factor():
+    for names in ("A G", "G lb ub"):
+        operands = some(np.random.default_rng(2), names, n=6, m=2)
+        cotangent = jnp.asarray(np.random.default_rng(3).normal(size=operands["q"].shape))
+        pulled = jax.jit(jax.grad(lambda o, c=cotangent: jnp.sum(c * qpdiff.jax.solve_qp(**o).x)))(operands)
+        sol = qpdiff.solve_qp(**{name: np.asarray(value) for name, value in operands.items()})
+        expected = qpdiff.vjp(sol, x=np.asarray(cotangent))
+        for name in operands:
+            np.testing.assert_allclose(pulled[name], getattr(expected, name), rtol=1e-5, atol=1e-6)
+
+
+def test_hessian_of_a_value_function():
+    """The optimal value v(b) of min ½ xᵀQx, Ax = b has the Hessian (A Q⁻¹ Aᵀ)⁻¹ (Boyd & Vandenberghe, 5.6)."""
+    rng = np.random.default_rng(4)
+    L, A, b = rng.normal(size=(4, 4)), rng.normal(size=(2, 4)), rng.normal(size=2)
+    Q = L @ L.T + np.eye(4)
+
+    def value(b):
+        x = qpdiff.jax.solve_qp(Q, jnp.zeros(4), A=A, b=b, **TIGHT).x
+        return x @ Q @ x / 2
+
+    expected = np.linalg.inv(A @ np.linalg.solve(Q, A.T))
+    np.testing.assert_allclose(jax.jit(jax.hessian(value))(jnp.asarray(b)), expected, rtol=1e-8)
+
+
+def test_both_modes_give_the_jacobian_of_a_projection_onto_the_simplex():
+    def project(point):
+        return qpdiff.jax.solve_qp(jnp.eye(3), -point, A=jnp.ones((1, 3)), b=[1.0], lb=jnp.zeros(3)).x
+
+    point = jnp.asarray([0.4, 0.5, 0.3])
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_allclose(jax.jit(jacobian(project))(point), np.eye(3) - 1 / 3, atol=1e-6)
+
+
+def test_vmap_is_the_batch():
+    operands = some(np.random.default_rng(5), "A G lb")
+    shared = {name: value if name in ("q", "h") else value[0] for name, value in operands.items()}
+    axes = {name: 0 if name in ("q", "h") else None for name in operands}
+
+    def loss(operands):
+        return jnp.sum(qpdiff.jax.solve_qp(**operands).x ** 3)
+
+    batch = qpdiff.jax.solve_qp(**shared)
+    mapped = jax.jit(jax.vmap(lambda o: qpdiff.jax.solve_qp(**o), in_axes=(axes,)))(shared)
+    for name in (*OUTPUTS, "status", "objective"):
+        np.testing.assert_allclose(getattr(mapped, name), getattr(batch, name), rtol=1e-9, atol=1e-9)
+    each = jax.jit(jax.vmap(jax.grad(loss), in_axes=(axes,)))(shared)
+    whole = jax.jit(jax.grad(loss))(shared)
+    for name, axis in axes.items():
+        total = each[name] if axis == 0 else jnp.sum(each[name], axis=0)
+        np.testing.assert_allclose(total, whole[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("parts", ["A G", "lb ub"])
+def test_the_whole_solve_lowers_for_accelerators(platform, parts):
+    operands = some(np.random.default_rng(6), parts)
+    function = jax.jit(jax.value_and_grad(lambda o: weigh(qpdiff.jax.solve_qp(**o))))
+    if platform == "tpu":  # which has no double precision
+        operands = {name: value.astype(jnp.float32) for name, value in operands.items()}
+    module = jax.export.export(function, platforms=[platform])(operands).mlir_module()
+    assert "stablehlo.while" in module
+    assert "callback" not in module
+
+
+def test_unsolved():
+    G, h = jnp.asarray([[1.0], [-1.0]]), jnp.asarray([[1.0, 1.0], [1.0, -2.0], [1.0, -2.0]])
+    q = jnp.ones((3, 1))
+
+    def loss(q, unsolved):
+        return jnp.sum(qpdiff.jax.solve_qp([[1.0]], q, G, h, unsolved=unsolved).x)
+
+    gradient = jax.grad(loss)
+    message = "2 of 3 problems not solved; the first is problem 1: PRIMAL_INFEASIBLE"
+    for function in (loss, gradient, jax.jacfwd(loss)):
+        with pytest.raises(RuntimeError, match=message):
+            function(q, "raise")
+    for traced in ("raise", "nan"):
+        pulled = jax.jit(gradient, static_argnums=1)(q, traced)
+        assert np.isnan(pulled).tolist() == [[False], [True], [True]]
+    assert np.isnan(gradient(q, "nan")).tolist() == [[False], [True], [True]]
+    np.testing.assert_array_equal(gradient(q, "zero")[1:], 0.0)
+    np.testing.assert_array_equal(jax.jacfwd(loss)(q, "zero")[1:], 0.0)
+    with pytest.raises(ValueError, match="unsolved"):
+        loss(q, "ignore")
+
+
+def test_single_precision_is_what_jax_starts_with():
+    rng = np.random.default_rng(7)
+    operands = random_problem(rng, "A G lb ub", batch=(3,), n=4, m=3, p=1)
+    expected = qpdiff.solve_qp(**operands)
+    with jax.enable_x64(False):
+        sol = jax.jit(lambda o: qpdiff.jax.solve_qp(**o))(
+            {name: jnp.asarray(value) for name, value in operands.items()}
+        )
+        assert sol.x.dtype == jnp.float32
+        assert not np.any(sol.status)
+        np.testing.assert_allclose(sol.x, expected.x, atol=1e-3)
+        with pytest.raises(ValueError, match="dtype is float64"):
+            qpdiff.jax.solve_qp(jnp.eye(2), jnp.ones(2), dtype="float64")
+
+
+def test_a_warm_start_saves_iterations():
+    operands = some(np.random.default_rng(8), "A G lb ub")
+    near = operands | {"q": operands["q"] + 1e-6}
+    cold = qpdiff.jax.solve_qp(**operands)
+    again = jax.jit(lambda o, start: qpdiff.jax.solve_qp(**o, warm_start=start))(near, cold)
+    assert not np.any(again.status)
+    assert np.sum(again.iterations) < np.sum(cold.iterations) / 2
+    np.testing.assert_allclose(again.x, qpdiff.jax.solve_qp(**near).x, atol=1e-6)
+
+
+def test_a_concrete_solution_takes_vjp_and_jvp():
+    operands = some(np.random.default_rng(9), "A G")
+    sol = qpdiff.jax.solve_qp(**operands)
+    expected = qpdiff.solve_qp(**{name: np.asarray(value) for name, value in operands.items()})
+    np.testing.assert_allclose(qpdiff.vjp(sol, x=sol.x).q, qpdiff.vjp(expected, x=expected.x).q, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(qpdiff.jvp(sol, q=sol.x).x, qpdiff.jvp(expected, q=expected.x).x, rtol=1e-5, atol=1e-6)
+
+
+def test_bad_operands():
+    with pytest.raises(ValueError, match="h has shape"):
+        jax.jit(lambda h: qpdiff.jax.solve_qp(jnp.eye(2), jnp.ones(2), jnp.ones((3, 2)), h).x)(jnp.ones(2))
+    with pytest.raises(ValueError, match="q has NaN"):
+        qpdiff.jax.solve_qp(jnp.eye(2), jnp.asarray([1.0, jnp.nan]))
+    with pytest.raises(ValueError, match="q has NaN"):
+        jax.grad(lambda q: qpdiff.jax.solve_qp(jnp.eye(2), q).x[0])(jnp.asarray([1.0, jnp.nan]))
+    with pytest.raises(TypeError, match=r"has no numbers yet.*qpdiff\.jax\.solve_qp"):
+        jax.jit(lambda q: qpdiff.solve_qp(jnp.eye(2), q).x)(jnp.ones(2))
+    with pytest.raises(ValueError, match="verbose"):
+        qpdiff.solve_qp(jnp.eye(2), jnp.ones(2), verbose=True)
+
+
+def test_lists_of_traced_numbers():
+    solved = jax.jit(lambda a: qpdiff.jax.solve_qp(jnp.eye(2), [-a, 0.0], lb=[0.0, 1.0]).x)(2.0)
+    np.testing.assert_allclose(solved, [2.0, 1.0], atol=1e-6)
