@@ -6,3 +6,17 @@ from .solver import solve_qp
 
 __all__ = ["Gradients", "Solution", "Status", "Tangents", "jvp", "solve_qp", "vjp"]
 __version__ = "0.1.0"
+
+_FROM_CVXPY = ("CVXPYSolver", "from_cvxpy")
+
+
+def __getattr__(name: str):
+    if name in _FROM_CVXPY:
+        from . import cvxpy  # only here: CVXPY takes a second or two to import
+
+        return getattr(cvxpy, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_FROM_CVXPY])

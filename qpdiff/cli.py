@@ -1,6 +1,8 @@
 """The command line: solve the problems of a file, check their gradients, tell what is installed.
 
-A file is a NumPy ``.npz`` with the arrays Q, q and any of G, h, A, b, lb, ub, with or without batch axes.
+A file is a NumPy ``.npz`` with the arrays Q, q and any of G, h, A, b, lb, ub, with or without batch axes, or an MPS,
+QPS or LP file. The objective is printed and saved as the file states it: with its constant term, and maximised where it
+says so. All else of a solution is that of the problem that is minimised, see `qpdiff.files.read_problem`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from rich.table import Table
 import qpdiff
 
 from .engine import compiled_engine
+from .files import read_problem
 from .problem import OPERANDS
 
 app = typer.Typer(help=qpdiff.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -35,7 +38,9 @@ FIELDS = (
     "x", "y", "z", "z_lb", "z_ub", "s", "status", "iterations", "objective",
     "primal_residual", "dual_residual", "duality_gap",
 )  # fmt: skip
-FileArgument = Annotated[Path, typer.Argument(help="a .npz file with Q, q and any of G, h, A, b, lb, ub")]
+FileArgument = Annotated[
+    Path, typer.Argument(help="a .npz with Q, q and any of G, h, A, b, lb, ub; or .mps, .qps, .lp")
+]
 BackendOption = Annotated[str | None, typer.Option(help="numpy, cupy, torch or jax")]
 
 
@@ -53,7 +58,9 @@ def solve(
     options = {"backend": backend, "dtype": dtype, "tol": tol, "rtol": rtol, "max_iterations": max_iterations}
     options = {name: value for name, value in options.items() if value is not None}
     with bad_input_exits(file):
-        result = solve_in_blocks(load(file), options)
+        problem = read_problem(file)
+        result = solve_in_blocks(problem.operands, options)
+        result["objective"] = problem.objective(result["objective"])
         if output is not None:
             np.savez(output, allow_pickle=False, **result)
     console.print(problem_table(result) if result["status"].size <= ROWS_SHOWN else summary_table(result))
@@ -74,7 +81,7 @@ def check(
     rng = np.random.default_rng(seed)
     tight = {"backend": backend, "tol": 1e-12, "rtol": 1e-12}
     with bad_input_exits(file):
-        operands = load(file)
+        operands = read_problem(file).operands
         sol = qpdiff.solve_qp(**operands, **tight)
     status = np.atleast_1d(to_numpy(sol.status))
     if np.any(status != qpdiff.Status.SOLVED):
@@ -137,22 +144,12 @@ def info() -> None:
             f"backend {name}", version(package), runs(name, operands) if importlib_has(package) else "not installed"
         )
     table.add_row("engine", *engine())
-    for package in ("scipy", "array-api-compat", "numba", "threadpoolctl", "autograd", "dask"):
+    for package in ("scipy", "array-api-compat", "numba", "threadpoolctl", "autograd", "dask", "cvxpy", "highspy"):
         table.add_row(package, version(package), "")
     console.print(table)
 
 
-# ---- files and numbers
-
-
-def load(file: Path) -> dict[str, np.ndarray]:
-    """The operands in a file, other arrays ignored."""
-    with np.load(file, allow_pickle=False) as data:
-        operands = {name: data[name] for name in OPERANDS if name in data.files}
-    for name in ("Q", "q"):
-        if name not in operands:
-            raise ValueError(f"has no array {name}")
-    return operands
+# ---- numbers
 
 
 def to_numpy(value) -> np.ndarray:
@@ -259,7 +256,8 @@ def bad_input_exits(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, ImportError) as error:
-        errors.print(f"{file}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        text = str(error) if str(file) in str(error) else f"{file}: {error}"
+        errors.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 

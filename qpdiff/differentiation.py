@@ -393,17 +393,22 @@ def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
         return backend.full((problem.batch, *core), 0.0, problem.dtype)
     if type(value) is np.ndarray and value.dtype == problem.dtype and value.shape == shape and len(shape) > len(core):
         return value if len(shape) == 1 + len(core) else xp.reshape(value, (problem.batch, *core))
-    label = f"{kind} of {name}"
+    value = as_tangent(problem, f"{kind} of {name}", value, shape)
+    return xp.reshape(value, (math.prod(problem.batch_shape), *core))
+
+
+def as_tangent(problem: Problem, label: str, value, shape):
+    """A tangent or cotangent in the library and the floating point type of the problem, broadcast to a shape."""
+    xp, backend = problem.backend.xp, problem.backend
     if isinstance(value, np.ndarray) or not hasattr(value, "dtype"):
         value = from_host(label, value, backend)
     if xp.isdtype(value.dtype, "complex floating"):
         raise TypeError(f"{label} has dtype {value.dtype}; expected real numbers")
     value = backend.asarray(value, dtype=problem.dtype)
     try:
-        value = xp.broadcast_to(value, shape)
+        return xp.broadcast_to(value, shape)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{label} has shape {tuple(value.shape)}; expected {tuple(shape)}") from error
-    return xp.reshape(value, (math.prod(problem.batch_shape), *core))
 
 
 def right_hand_side(problem: Problem, x, v, tangents: dict[str, Any]):

@@ -182,7 +182,8 @@ ALLOWED = {
     "differentiation": {"backend", "problem", "kkt", "engine", "solution", "solver"},
     **{name: {"backend", "problem", "kkt", "solution", "solver", "differentiation"} for name in ADAPTERS},
     "__init__": {"solution", "solver", "differentiation"},
-    "cli": {"__init__", "problem", "engine"},
+    "files": {"problem"},
+    "cli": {"__init__", "problem", "engine", "files"},
     "__main__": {"cli"},
 }
 """Data flows one way: arrays → problem → solver (→ kkt → backend) → solution → differentiation → adapters."""

@@ -1,0 +1,59 @@
+"""What the attributes of a CVXPY parameter promise about its numbers, on which CVXPY's rules rely."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import scipy.sparse as sp
+
+ROUNDING = 1e-10
+"""By how much a number may miss its sign, its bounds or its zero, as in CVXPY."""
+
+
+def check_parameter(backend, parameter, value) -> None:
+    """Refuse a value (..., *shape) that has NaN or is not what the attributes of the parameter promise."""
+    xp, batch = backend.xp, tuple(value.shape[: value.ndim - parameter.ndim])
+    if not value.size:
+        return
+    for what, wrong in _violations(backend, parameter, value):
+        problems = xp.any(xp.reshape(wrong, (math.prod(batch), -1)), axis=-1)
+        if bool(xp.any(problems)):
+            first = [int(i) for i in np.unravel_index(int(xp.argmax(xp.astype(problems, xp.int8))), batch)]
+            where = f" (problem {first[0] if len(first) == 1 else tuple(first)} of the batch)" if batch else ""
+            raise ValueError(f"parameter {parameter.name()} {what}{where}")
+
+
+def _violations(backend, parameter, value):
+    """What is wrong in words, and where: True in an array whose leading axes are those of the batch."""
+    xp, has = backend.xp, parameter.attributes
+    yield "has NaN", xp.isnan(value)
+    if has["nonneg"] or has["pos"]:
+        yield "is declared nonnegative, but has negative entries", value < -ROUNDING
+    if has["nonpos"] or has["neg"]:
+        yield "is declared nonpositive, but has positive entries", value > ROUNDING
+    if has["bounds"] is not None:
+        lower, upper = (
+            backend.asarray(bound.toarray() if sp.issparse(bound) else np.asarray(bound), dtype=value.dtype)
+            for bound in has["bounds"]
+        )
+        outside = (value < lower - ROUNDING) | (value > upper + ROUNDING)
+        yield "is declared with bounds, but has entries beyond them", outside
+    for kind in ("integer", "boolean"):
+        if has[kind] is True:
+            off = xp.abs(value - xp.round(value if kind == "integer" else xp.clip(value, 0.0, 1.0)))
+            yield f"is declared {kind}, but has entries that are not", off > ROUNDING
+    if has["diag"] or has["sparsity"]:
+        zero = ~np.eye(parameter.shape[-1], dtype=bool) if has["diag"] else np.ones(parameter.shape, bool)
+        if has["sparsity"]:
+            zero[parameter.sparse_idx] = False
+        kind = "diagonal" if has["diag"] else "sparse"
+        yield f"is declared {kind}, but has entries elsewhere", (xp.abs(value) > ROUNDING) & backend.asarray(zero)
+    if has["symmetric"] or has["PSD"] or has["NSD"]:
+        largest = xp.max(xp.abs(value), axis=(-2, -1), keepdims=True)
+        tolerance = largest * (1e-8 if value.dtype == xp.float64 else 1e-4)
+        yield "is declared symmetric (PSD, NSD), but is not", xp.abs(value - value.mT) > tolerance
+        for kind, sign in (("PSD", 1.0), ("NSD", -1.0)):
+            if has[kind]:
+                eigenvalues = xp.linalg.eigvalsh(sign * (value + value.mT) / 2)
+                yield f"is declared {kind}, but is not", eigenvalues < -tolerance[..., 0]

@@ -1,0 +1,385 @@
+"""A CVXPY problem as a function of its parameters, that solves batches and differentiates.
+
+CVXPY brings a problem that follows its rules for parameters (DPP) into a canonical form whose data are affine in the
+parameters. So the problem is a QP between two linear maps::
+
+    parameters  ─ operands →  Q, q, G, h, ...  ─ qpdiff.solve_qp →  x  ─ values →  variables
+
+References
+----------
+A. Agrawal, B. Amos, S. Barratt, S. Boyd, S. Diamond, J. Z. Kolter, "Differentiable convex optimization layers",
+NeurIPS 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cvxpy as cp
+import numpy as np
+
+from .. import differentiation, solver
+from ..backend import choose_backend, working_dtype
+from ..differentiation import Gradients, as_tangent
+from ..problem import OPERANDS
+from ..solution import Solution, Status
+from .attributes import check_parameter
+from .canonical import canonicalize
+from .maps import AffineMap, SparseMatrix
+
+
+def from_cvxpy(problem, parameters, variables=None) -> Layer:
+    """Make a CVXPY problem a function of its parameters, that solves batches and differentiates.
+
+    Parameters
+    ----------
+    problem : cvxpy.Problem
+        A quadratic or linear program, or what CVXPY turns into one (norms 1 and ∞, maxima, Huber losses, ...), that
+        depends on its parameters by the rules of disciplined parametrized programming (DPP).
+    parameters : sequence of cvxpy.Parameter
+        What the function takes, in this order. Any other parameter of the problem keeps the value that it has now.
+    variables : sequence of cvxpy.Variable, optional
+        What the function gives, in this order; all variables of the problem by default.
+
+    Returns
+    -------
+    Layer
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a problem that is not convex, not DPP or not a QP, naming the parts that are to blame; for integer, boolean
+        and complex variables; for parameters and variables that the problem does not have; for a parameter that is not
+        listed and has no value.
+
+    Notes
+    -----
+    CVXPY compiles the problem once, here; the caller's problem keeps its values and what it was compiled to before.
+    All operands are dense arrays of the size of CVXPY's canonical form, which may have more variables and rows than the
+    problem.
+
+    References
+    ----------
+    .. [1] A. Agrawal, B. Amos, S. Barratt, S. Boyd, S. Diamond, J. Z. Kolter, "Differentiable convex optimization
+       layers", NeurIPS 2019.
+
+    Examples
+    --------
+    Nonnegative least squares for two right-hand sides, and the gradients of the sum of the solutions:
+
+    >>> import cvxpy as cp
+    >>> import numpy as np
+    >>> import qpdiff
+    >>> x, A, b = cp.Variable(2, nonneg=True), cp.Parameter((3, 2)), cp.Parameter(3)
+    >>> layer = qpdiff.from_cvxpy(cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b))), parameters=[A, b])
+    >>> matrix = np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    >>> solution = layer(matrix, np.array([[1.0, 2.0, 3.0], [-1.0, 1.0, 0.0]]))
+    >>> np.abs(solution[x].round(6)).tolist()
+    [[1.0, 1.0], [0.0, 0.5]]
+    >>> solution.value.round(6).tolist()
+    [9.0, 1.0]
+    >>> gradient_of_A, gradient_of_b = layer.vjp(solution, np.ones((2, 2)))
+    >>> np.abs(gradient_of_b.round(6)).tolist()
+    [[1.0, 0.5, 0.0], [0.0, 0.5, 0.0]]
+    >>> gradient_of_A.shape
+    (3, 2)
+    """
+    if not isinstance(problem, cp.Problem):
+        raise TypeError(f"problem is a {type(problem).__name__}; expected a cvxpy.Problem")
+    variables = problem.variables() if variables is None else variables
+    parameters = _checked("parameters", parameters, cp.Parameter, problem.parameters())
+    variables = _checked("variables", variables, cp.Variable, problem.variables())
+    maps, recoveries = canonicalize(problem, parameters, variables)
+    return Layer(parameters, variables, maps, recoveries, maximize=isinstance(problem.objective, cp.Maximize))
+
+
+def _checked(what: str, given, kind, known: list) -> tuple:
+    """The parameters or variables that the caller lists."""
+    if not isinstance(given, Sequence):
+        raise TypeError(f"{what} is a {type(given).__name__}; expected a list")
+    for position, leaf in enumerate(given):
+        if not isinstance(leaf, kind):
+            raise TypeError(f"{what}[{position}] is a {type(leaf).__name__}; expected a cvxpy.{kind.__name__}")
+        if leaf.id not in {other.id for other in known}:
+            raise ValueError(f"{what}[{position}], {leaf.name()}, is not in the problem")
+        if leaf.id in {other.id for other in given[:position]}:
+            raise ValueError(f"{what}[{position}], {leaf.name()}, is listed twice")
+    return tuple(given)
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """The solution of a CVXPY problem for every value of its parameters.
+
+    Arrays are of the library of the parameters; `batch` stands for their broadcast batch axes. One variable's value is
+    also found by the variable or by its name: ``solution[x]``, ``solution["x"]``.
+
+    Attributes
+    ----------
+    variables : tuple of arrays (*batch, *shape)
+        The values of the variables, in the order of `Layer.variables`.
+    value : array (*batch)
+        The objective as the problem states it, constant terms and the sign of what is maximised included. Of a problem
+        without a feasible point it is the worst there is, +∞ where the problem minimises, and of an unbounded problem
+        the best.
+    status : integer array (*batch)
+        `qpdiff.Status` codes.
+    solution : qpdiff.Solution
+        Of the canonical QP.
+    """
+
+    variables: tuple[Any, ...]
+    value: Any
+    status: Any
+    solution: Solution
+    layer: Layer = field(repr=False)
+    parameters: tuple[Any, ...] = field(repr=False)
+    """The arrays that the layer was called with."""
+
+    def __getitem__(self, key):
+        named = zip(self.layer.variables, self.variables, strict=True)
+        found = [v for variable, v in named if variable is key or (isinstance(key, str) and variable.name() == key)]
+        if len(found) != 1:
+            raise KeyError(f"{key} is {'the name of several variables' if found else 'not among the variables'}")
+        return found[0]
+
+
+class Layer:
+    """A CVXPY problem as a function of its parameters; `qpdiff.from_cvxpy` makes it.
+
+    Calling it solves the problem for a batch of parameters; `vjp` and `jvp` differentiate the variables by the
+    parameters. A parameter is an array of its CVXPY shape with any leading batch axes, and these broadcast together.
+    Operands of the QP that depend on parameters without batch axes only are shared by all problems: factored once where
+    that can be, and never copied.
+
+    An adapter to a framework that differentiates array operations by itself, as torch and JAX do, can compose the parts
+    of a layer, `operands` and `values`, with its own ``solve_qp``; they are linear, and nothing but array operations::
+
+        x = qpdiff.torch.solve_qp(**layer.operands(A, b)).x
+        (value,) = layer.values(x)
+
+    For a framework that wants functions with their adjoints there are `operands_adjoint` and `values_adjoint`.
+
+    Attributes
+    ----------
+    parameters, variables : tuple
+        The CVXPY parameters that the layer takes and the CVXPY variables that it gives.
+    """
+
+    def __init__(
+        self, parameters, variables, maps: dict[str, AffineMap], recoveries: list[SparseMatrix], *, maximize: bool
+    ):
+        self.parameters = parameters
+        self.variables = variables
+        self._maps = maps
+        self._recoveries = recoveries
+        self._sense = -1.0 if maximize else 1.0
+
+    def __call__(self, *parameters, backend=None, dtype=None, check=True, **options) -> LayerSolution:
+        """Solve the problem for every value of the parameters.
+
+        Parameters
+        ----------
+        *parameters : array (..., *shape)
+            A value for each parameter, in the order of `parameters`.
+        backend, dtype, check, **options
+            As in `qpdiff.solve_qp`. `check` also looks whether the parameters are what their attributes say (nonneg,
+            symmetric, PSD, bounds, ...), because CVXPY has relied on it.
+
+        Returns
+        -------
+        LayerSolution
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a parameter of a wrong shape or with wrong numbers, naming it, and for what `qpdiff.solve_qp` refuses.
+        """
+        backend, dtype, arrays = self._arrays(parameters, backend, dtype)
+        if check:
+            for parameter, array in zip(self.parameters, arrays, strict=True):
+                check_parameter(backend, parameter, array)
+        with backend.quietly():
+            data = self._data(backend, dtype, arrays)
+        offset, xp = data.pop("offset"), backend.xp
+        sol = solver.solve_qp(**data, check=check, **options)
+        value = self._sense * (sol.objective + offset)
+        for status, sign in ((Status.PRIMAL_INFEASIBLE, 1.0), (Status.DUAL_INFEASIBLE, -1.0)):
+            value = xp.where(sol.status == int(status), sign * self._sense * xp.inf, value)
+        return LayerSolution(self.values(sol.x), value, sol.status, sol, self, arrays)
+
+    def vjp(self, solution: LayerSolution, *cotangents, **options) -> tuple:
+        """Pull cotangents of the variables back to the parameters.
+
+        Parameters
+        ----------
+        solution : LayerSolution
+            Of this layer.
+        *cotangents : array, optional
+            One for each variable, of a shape that broadcasts to that of its value; None means zero.
+        **options
+            `smoothing` and `unsolved`, as in `qpdiff.vjp`.
+
+        Returns
+        -------
+        tuple of arrays
+            A gradient for each parameter, of the shape in which it was given: summed over the batch axes that it lacks.
+            The gradient of a symmetric (PSD, NSD) parameter is symmetric; that of a diagonal or sparse one is zero
+            where the parameter is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a number of cotangents that is not that of the variables, or one whose shape does not fit, naming the
+            variable.
+        """
+        problem = self._problem(solution)
+        given = self._tangents("cotangent", problem, self.variables, cotangents)
+        x = self.values_adjoint(*(given.get(i) for i in range(len(self.variables))))
+        return self.operands_adjoint(differentiation.vjp(solution.solution, x=x, **options), *solution.parameters)
+
+    def jvp(self, solution: LayerSolution, *tangents, **options) -> tuple:
+        """Push tangents of the parameters forward to the variables.
+
+        Parameters
+        ----------
+        solution : LayerSolution
+            Of this layer.
+        *tangents : array, optional
+            One for each parameter, of a shape that broadcasts to that of the parameter with the batch axes; None means
+            zero. The symmetric part of that of a symmetric (PSD, NSD) parameter counts, and of a diagonal or sparse one
+            what may differ from zero.
+        **options
+            `smoothing` and `unsolved`, as in `qpdiff.jvp`.
+
+        Returns
+        -------
+        tuple of arrays (*batch, *shape)
+            A tangent for each variable.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a number of tangents that is not that of the parameters, or one whose shape does not fit, naming the
+            parameter.
+        """
+        problem = self._problem(solution)
+        given = self._tangents("tangent", problem, self.parameters, tangents)
+        flat = {i: _flattened(problem.backend.xp, value, self.parameters[i].shape) for i, value in given.items()}
+        moved = {name: self._maps[name].linear(problem.backend, flat) for name in OPERANDS if name in self._maps}
+        return self.values(differentiation.jvp(solution.solution, **moved, **options).x)
+
+    # ---- the linear maps before and after the QP
+
+    def operands(self, *parameters, backend=None, dtype=None) -> dict[str, Any]:
+        """The operands of `qpdiff.solve_qp`, by name: affine functions of the parameters.
+
+        An operand has the batch axes of the parameters that it depends on. `backend` and `dtype` are those of
+        `qpdiff.solve_qp`. The numbers are not looked at.
+        """
+        backend, dtype, arrays = self._arrays(parameters, backend, dtype)
+        data = self._data(backend, dtype, arrays)
+        return {name: data[name] for name in OPERANDS if name in data}
+
+    def operands_adjoint(self, gradients: Gradients, *parameters) -> tuple:
+        """The adjoint of the linear part of `operands`: gradients of the operands pulled back to the parameters.
+
+        Each gradient has the shape of its operand, None means zero; the parameters are those that `operands` was given,
+        of which only the shapes matter.
+        """
+        given = {name: value for name, value in gradients._asdict().items() if value is not None}
+        backend, given = choose_backend(given)
+        xp, dtype = backend.xp, working_dtype(backend, given, given)
+        out = []
+        for i, (parameter, value) in enumerate(zip(self.parameters, parameters, strict=True)):
+            total = backend.full(tuple(value.shape), 0.0, dtype)
+            for name, gradient in given.items():
+                shape, _, matrices = self._maps[name]
+                if i in matrices:
+                    part = matrices[i].T.product(backend, _flattened(xp, gradient, shape))
+                    part = xp.reshape(part, (*part.shape[:-1], *parameter.shape))
+                    total = total + _summed(xp, part, total.shape)
+            out.append(total)
+        return tuple(out)
+
+    def values(self, x) -> tuple:
+        """The values (*batch, *shape) of the variables at a solution x (*batch, n): linear functions of it."""
+        backend, given = choose_backend({"x": x})
+        found = [recovery.product(backend, given["x"]) for recovery in self._recoveries]
+        return tuple(
+            backend.xp.reshape(value, (*value.shape[:-1], *variable.shape))
+            for variable, value in zip(self.variables, found, strict=True)
+        )
+
+    def values_adjoint(self, *cotangents):
+        """The adjoint of `values`: cotangents (*batch, *shape) of the variables pulled back to x.
+
+        None means zero, and is what all None give.
+        """
+        given = {i: value for i, value in enumerate(cotangents) if value is not None}
+        backend, given = choose_backend(given)
+        parts = [
+            self._recoveries[i].T.product(backend, _flattened(backend.xp, value, self.variables[i].shape))
+            for i, value in given.items()
+        ]
+        return sum(parts[1:], parts[0]) if parts else None
+
+    # ---- arguments
+
+    def _arrays(self, values, backend, dtype):
+        """The parameters as arrays of one library and one floating point type, their shapes checked."""
+        if len(values) != len(self.parameters):
+            names = ", ".join(parameter.name() for parameter in self.parameters)
+            raise TypeError(f"{len(values)} parameters were given; expected {len(self.parameters)}: {names}")
+        named = {f"parameter {p.name()}": value for p, value in zip(self.parameters, values, strict=True)}
+        backend, arrays = choose_backend(named, backend)
+        dtype = working_dtype(backend, arrays, named, dtype)
+        batch = ()
+        for parameter, (label, array) in zip(self.parameters, arrays.items(), strict=True):
+            shape, core = tuple(array.shape), parameter.shape
+            leading = shape[: len(shape) - len(core)]
+            if shape[len(leading) :] != core:
+                raise ValueError(f"{label} has shape {shape}; expected {('...', *core)}".replace("'...'", "..."))
+            try:
+                batch = np.broadcast_shapes(batch, leading)
+            except ValueError as error:
+                raise ValueError(
+                    f"{label} has batch axes {leading}, which do not broadcast with the batch axes {batch} of the "
+                    "parameters before it"
+                ) from error
+        return backend, dtype, tuple(backend.xp.astype(array, dtype, copy=False) for array in arrays.values())
+
+    def _data(self, backend, dtype, arrays) -> dict[str, Any]:
+        flat = {i: _flattened(backend.xp, a, self.parameters[i].shape) for i, a in enumerate(arrays)}
+        return {name: affine.value(backend, dtype, flat) for name, affine in self._maps.items()}
+
+    def _problem(self, solution: LayerSolution):
+        if not isinstance(solution, LayerSolution) or solution.layer is not self:
+            raise TypeError("solution is not one of this layer's")
+        return solution.solution.linearization.problem
+
+    def _tangents(self, kind: str, problem, leaves: tuple, values: tuple) -> dict[int, Any]:
+        """Tangents of parameters or cotangents of variables by position, with the batch axes; without those of None."""
+        if len(values) != len(leaves):
+            names = ", ".join(leaf.name() for leaf in leaves)
+            raise TypeError(f"{len(values)} {kind}s were given; expected {len(leaves)}: {names}")
+        return {
+            i: as_tangent(problem, f"{kind} of {leaf.name()}", value, (*problem.batch_shape, *leaf.shape))
+            for i, (leaf, value) in enumerate(zip(leaves, values, strict=True))
+            if value is not None
+        }
+
+
+def _flattened(xp, value, core: tuple[int, ...]):
+    """An array (..., *core) with its core axes made one, in row-major order."""
+    leading = value.shape[: value.ndim - len(core)]
+    return xp.reshape(value, (*leading, int(np.prod(core))))
+
+
+def _summed(xp, value, shape):
+    """An array summed over the axes along which one of this shape was broadcast."""
+    extra = value.ndim - len(shape)
+    axes = [*range(extra), *(extra + i for i, size in enumerate(shape) if size == 1 != value.shape[extra + i])]
+    return xp.reshape(xp.sum(value, axis=tuple(axes)), shape) if axes else value

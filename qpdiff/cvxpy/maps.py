@@ -1,0 +1,82 @@
+"""Linear and affine maps with constant sparse matrices, for arrays of any library."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+
+class SparseMatrix:
+    """A constant sparse matrix, applied to the last axis of arrays.
+
+    The array API standard has no sparse matrices and no scatter. So the entries of a row are gathered and summed, all
+    rows of about the same number of entries at once: a few operations that every library has, and that those which
+    differentiate and trace do so with.
+    """
+
+    def __init__(self, matrix):
+        self.matrix = sp.csr_array(matrix)
+        self.matrix.sum_duplicates()
+        self.matrix.eliminate_zeros()
+
+    @cached_property
+    def T(self) -> SparseMatrix:
+        return SparseMatrix(self.matrix.T)
+
+    def product(self, backend, x):
+        """M x for vectors x (..., columns)."""
+        xp, (blocks, place) = backend.xp, self._blocks
+        zero = backend.full((*x.shape[:-1], 1), 0.0, x.dtype)
+        padded, sums = xp.concat([x, zero], axis=-1), []
+        for columns, values in blocks:
+            gathered = xp.take(padded, backend.asarray(columns.ravel()), axis=-1)
+            gathered = xp.reshape(gathered, (*x.shape[:-1], *columns.shape))
+            sums.append(xp.sum(gathered * backend.asarray(values, dtype=x.dtype), axis=-1))
+        return xp.take(xp.concat([*sums, zero], axis=-1), backend.asarray(place), axis=-1)
+
+    @cached_property
+    def _blocks(self):
+        """Rows by the number of their entries, up to a power of two, and the place of each row among all of these.
+
+        What a row lacks is a column after the last, which is zero; the place of an empty row is after the last.
+        """
+        counts, (rows, columns) = np.diff(self.matrix.indptr), self.matrix.shape
+        widths = np.where(counts > 0, 2 ** np.ceil(np.log2(np.maximum(counts, 1))), 0).astype(int)
+        blocks, place, done = [], np.full(rows, np.sum(counts > 0)), 0
+        for width in np.unique(widths[counts > 0]):
+            (members,) = np.nonzero(widths == width)
+            entry = np.arange(width) < counts[members, None]
+            source = (self.matrix.indptr[members, None] + np.arange(width))[entry]
+            index, values = np.full(entry.shape, columns), np.zeros(entry.shape)
+            index[entry], values[entry] = self.matrix.indices[source], self.matrix.data[source]
+            place[members] = done + np.arange(len(members))
+            blocks.append((index, values))
+            done += len(members)
+        return blocks, place
+
+
+class AffineMap(NamedTuple):
+    """An array as a function of parameters: a constant, and a matrix for each parameter that moves it."""
+
+    shape: tuple[int, ...]
+    constant: np.ndarray
+    """Flat, as the parameters are: in row-major order."""
+    matrices: dict[int, SparseMatrix]
+    """By the position of the parameter."""
+
+    def value(self, backend, dtype, parameters):
+        """The array (..., *shape) at parameters {position: (..., size)}; their leading axes broadcast."""
+        constant = backend.asarray(self.constant.reshape(self.shape), dtype=dtype)
+        linear = self.linear(backend, parameters)
+        return constant if linear is None else constant + linear
+
+    def linear(self, backend, parameters):
+        """What some of the parameters add to the constant; None if nothing."""
+        parts = [matrix.product(backend, parameters[i]) for i, matrix in self.matrices.items() if i in parameters]
+        if not parts:
+            return None
+        total = sum(parts[1:], parts[0])
+        return backend.xp.reshape(total, (*total.shape[:-1], *self.shape))

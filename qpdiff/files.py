@@ -1,0 +1,210 @@
+"""Problems read from files: this package's own arrays, and the files of other solvers by way of HiGHS."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import tempfile
+import warnings
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from .problem import OPERANDS
+
+MODELS = {".mps": ".mps", ".qps": ".mps", ".lp": ".lp"}
+"""The suffix by which HiGHS knows the format of a file."""
+OLDEST = (1, 14)
+"""The first HiGHS that reads either triangle of a Hessian; those before silently drop one."""
+LARGEST = 8 * 2**30
+"""Bytes that the dense matrices of a file may take."""
+
+
+class FileProblem(NamedTuple):
+    """A problem, or a batch of them, as a file states it."""
+
+    operands: dict[str, np.ndarray]
+    """The operands of `qpdiff.solve_qp` by name, which minimises."""
+    sense: float = 1.0
+    """−1 where the file maximises: the operands are those of its negative."""
+    offset: float = 0.0
+    """The constant term of the objective."""
+
+    def objective(self, minimum):
+        """The objective that the file states, of the `objective` of a solution."""
+        return self.sense * minimum + self.offset
+
+
+def read_problem(file) -> FileProblem:
+    """Read the problem in a file.
+
+    ===========================  =======================================================================================
+    ``.npz``                     arrays Q, q and any of G, h, A, b, lb, ub, with or without batch axes
+    ``.mps``, ``.qps``, ``.lp``  one linear or quadratic program in the MPS format with its extensions for a quadratic
+                                 objective (QUADOBJ, QMATRIX), or in the LP format; also compressed, with ``.gz`` added
+    ===========================  =======================================================================================
+
+    Parameters
+    ----------
+    file : str or path
+
+    Returns
+    -------
+    FileProblem
+        Of an MPS or LP file the variables and rows are in the order of the file. Rows with equal sides are those of A;
+        those with an upper side, and then those with a lower side, with the opposite sign, are those of G.
+
+    Raises
+    ------
+    OSError
+        For a file that cannot be opened.
+    ValueError
+        For a file of another kind, or one that cannot be read, naming it; for integer variables, and for a problem
+        whose dense matrices, n² numbers for Q and n for each row of G and A, would take more than 8 GiB.
+    ImportError
+        For an MPS or LP file without HiGHS, naming the extra to install.
+
+    References
+    ----------
+    .. [1] I. Maros, C. Mészáros, "A repository of convex quadratic programming problems", Optimization Methods and
+       Software 11-12, 1999: the QPS format.
+    .. [2] Q. Huangfu, J. A. J. Hall, "Parallelizing the dual revised simplex method", Mathematical Programming
+       Computation 10, 2018: HiGHS, which reads MPS and LP files.
+
+    Examples
+    --------
+    The example of [1]_: minimise 4 + 1.5x − 2y + ½(8x² + 4xy + 10y²) subject to 2x + y ≥ 2, −x + 2y ≤ 6, 0 ≤ x ≤ 20 and
+    y ≥ 0.
+
+    >>> import pathlib, tempfile
+    >>> import qpdiff
+    >>> text = '''NAME          QPTEST
+    ... ROWS
+    ...  N  obj
+    ...  G  r1
+    ...  L  r2
+    ... COLUMNS
+    ...     c1        obj       1.5            r1        2.0
+    ...     c1        r2        -1.0
+    ...     c2        obj       -2.0           r1        1.0
+    ...     c2        r2        2.0
+    ... RHS
+    ...     rhs       obj       -4.0           r1        2.0
+    ...     rhs       r2        6.0
+    ... BOUNDS
+    ...  UP bound     c1        20.0
+    ... QUADOBJ
+    ...     c1        c1        8.0
+    ...     c1        c2        2.0
+    ...     c2        c2        10.0
+    ... ENDATA
+    ... '''
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder) / "qptest.qps"
+    ...     _ = file.write_text(text)
+    ...     problem = read_problem(file)
+    >>> problem.operands["G"].tolist(), problem.operands["h"].tolist()
+    ([[-1.0, 2.0], [-2.0, -1.0]], [6.0, -2.0])
+    >>> solution = qpdiff.solve_qp(**problem.operands)
+    >>> round(float(problem.objective(solution.objective)), 6)
+    8.371875
+    """
+    file = Path(file)
+    compressed = file.suffix.lower() == ".gz"
+    kind = Path(file.stem if compressed else file.name).suffix.lower()
+    if kind == ".npz" and not compressed:
+        return _read_arrays(file)
+    if kind not in MODELS:
+        raise ValueError(f"{file} does not end in .npz, {', '.join(MODELS)} or one of these three with .gz")
+    return _read_model(file, MODELS[kind], gzip.open if compressed else open)
+
+
+def _read_arrays(file: Path) -> FileProblem:
+    """The operands in a NumPy archive, other arrays ignored."""
+    with np.load(file, allow_pickle=False) as data:
+        operands = {name: data[name] for name in OPERANDS if name in data.files}
+    for name in ("Q", "q"):
+        if name not in operands:
+            raise ValueError(f"{file} has no array {name}")
+    return FileProblem(operands)
+
+
+def _read_model(file: Path, suffix: str, opened) -> FileProblem:
+    try:
+        import highspy
+    except ImportError as error:
+        raise ImportError(f"reading {file} needs HiGHS: pip install 'qpdiff[io]'") from error
+    model = _model(highspy, file, suffix, opened)
+    lp, hessian = model.lp_, model.hessian_
+    discrete = [j for j, kind in enumerate(lp.integrality_) if kind != highspy.HighsVarType.kContinuous]
+    if discrete:
+        raise ValueError(
+            f"{file} has integer or semicontinuous variables, {len(discrete)} in all, {lp.col_names_[discrete[0]]} the "
+            "first; expected continuous ones"
+        )
+    if not lp.num_col_:
+        raise ValueError(f"{file} has no variables")
+    n, lower, upper = lp.num_col_, np.asarray(lp.row_lower_), np.asarray(lp.row_upper_)
+    equal = lower == upper
+    above, below = ~equal & (upper < np.inf), ~equal & (lower > -np.inf)
+    rows = int(np.sum(equal) + np.sum(above) + np.sum(below))
+    size = 8 * n * (n + rows)
+    if size > LARGEST:
+        raise ValueError(
+            f"{file} has {n} variables and {rows} rows, whose dense matrices take {size / 2**30:.1f} GiB; expected at "
+            f"most {LARGEST / 2**30:.0f} GiB"
+        )
+    sense = -1.0 if lp.sense_ == highspy.ObjSense.kMaximize else 1.0
+    operands = {"Q": sense * _hessian(highspy, hessian, n), "q": sense * np.asarray(lp.col_cost_)}
+    matrix = lp.a_matrix_
+    kind = sp.csc_array if matrix.format_ == highspy.MatrixFormat.kColwise else sp.csr_array
+    K = sp.csr_array(kind((matrix.value_, matrix.index_, matrix.start_), (lp.num_row_, n)))
+    if np.any(equal):
+        operands |= {"A": K[equal].toarray(), "b": upper[equal]}
+    if np.any(above) or np.any(below):
+        operands |= {"G": sp.vstack([K[above], -K[below]]).toarray(), "h": np.concat([upper[above], -lower[below]])}
+    for name, bound in (("lb", np.asarray(lp.col_lower_)), ("ub", np.asarray(lp.col_upper_))):
+        if np.any(np.isfinite(bound)):
+            operands[name] = bound
+    return FileProblem(operands, sense, lp.offset_)
+
+
+def _model(highspy, file: Path, suffix: str, opened):
+    """What HiGHS reads in a file; its complaints become ours."""
+    highs, messages = highspy.Highs(), []
+    if tuple(int(number) for number in highs.version().split(".")[:2]) < OLDEST:
+        raise ImportError(f"reading {file} needs HiGHS 1.14 or newer: pip install 'qpdiff[io]'")
+    highs.setOptionValue("log_to_console", False)
+    highs.cbLogging.subscribe(lambda event: messages.append((event.data_out.log_type, event.message.strip())))
+    with tempfile.TemporaryDirectory() as folder:
+        named = Path(folder) / f"model{suffix}"  # HiGHS knows no .qps, and in some builds no compression
+        try:
+            with opened(file, "rb") as source, named.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{file} cannot be decompressed: {error}") from error
+        status = highs.readModel(str(named))
+    errors, notes = (
+        "; ".join(text.removeprefix(f"{label}:").strip() for found, text in messages if found == kind)
+        for kind, label in ((highspy.HighsLogType.kError, "ERROR"), (highspy.HighsLogType.kWarning, "WARNING"))
+    )
+    if status == highspy.HighsStatus.kError:
+        reason = errors.replace(str(named), str(file)) or "it does not say why"
+        raise ValueError(f"HiGHS cannot read {file}: {reason}")
+    if notes:
+        warnings.warn(f"HiGHS reads {file} with a warning: {notes.replace(str(named), str(file))}", stacklevel=4)
+    return highs.getModel()
+
+
+def _hessian(highspy, hessian, n: int) -> np.ndarray:
+    """The matrix Q of ½ xᵀQx, of which HiGHS keeps the lower triangle."""
+    Q = np.zeros((n, n))
+    if hessian.dim_:
+        half = sp.csc_array((hessian.value_, hessian.index_, hessian.start_), (hessian.dim_, hessian.dim_)).toarray()
+        if hessian.format_ == highspy.HessianFormat.kTriangular:
+            half = half + np.tril(half, -1).T
+        Q[: hessian.dim_, : hessian.dim_] = half
+    return Q
