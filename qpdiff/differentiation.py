@@ -120,9 +120,9 @@ def vjp(
     >>> qpdiff.vjp(sol, x=[1.0], smoothing=0.1).lb.round(3).tolist()
     [0.077]
     """
-    sol = _smoothed(sol, smoothing)
-    r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
     with sol.linearization.problem.backend.quietly():
+        sol = _smoothed(sol, smoothing)
+        r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
         return assemble_gradients(sol, *solve_kkt(sol.linearization, r_x, r_v, unsolved=unsolved))
 
 
@@ -171,26 +171,28 @@ def jvp(
     >>> np.round(qpdiff.jvp(sol, b=np.array([1.0])).x, 6).tolist()
     [0.5, 0.5]
     """
-    sol = _smoothed(sol, smoothing)
-    lin = sol.linearization
-    problem, xp = lin.problem, lin.problem.backend.xp
-    given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
-    tangents = {name: _flat(problem, sol, name, value, "tangent") for name, value in given.items() if value is not None}
-    x, v, blocks = lin.x, lin.v, problem.blocks
-    with problem.backend.quietly():
+    with sol.linearization.problem.backend.quietly():
+        sol = _smoothed(sol, smoothing)
+        lin = sol.linearization
+        problem, xp = lin.problem, lin.problem.backend.xp
+        given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+        tangents = {
+            name: _flat(problem, sol, name, value, "tangent") for name, value in given.items() if value is not None
+        }
+        x, v, blocks = lin.x, lin.v, problem.blocks
         dx, dv = solve_kkt(lin, *right_hand_side(problem, x, v, tangents), unsolved=unsolved)
-    zero = xp.zeros_like(x)
-    d_lb = dv[:, blocks["lb"]] if problem.lb is not None else zero
-    d_ub = dv[:, blocks["ub"]] if problem.ub is not None else zero
-    if problem.lb is not None and problem.ub is not None:
-        fixed, at_lower = fixed_variables(problem, v)
-        d_ub = xp.where(fixed, xp.where(at_lower, zero, -d_lb), d_ub)
-        d_lb = xp.where(fixed & ~at_lower, zero, d_lb)
+        zero = xp.zeros_like(x)
+        d_lb = dv[:, blocks["lb"]] if problem.lb is not None else zero
+        d_ub = dv[:, blocks["ub"]] if problem.ub is not None else zero
+        if problem.lb is not None and problem.ub is not None:
+            fixed, at_lower = fixed_variables(problem, v)
+            d_ub = xp.where(fixed, xp.where(at_lower, zero, -d_lb), d_ub)
+            d_lb = xp.where(fixed & ~at_lower, zero, d_lb)
 
-    def shaped(value):
-        return xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
+        def shaped(value):
+            return xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
 
-    return Tangents(shaped(dx), shaped(dv[:, blocks["A"]]), shaped(dv[:, blocks["G"]]), shaped(d_lb), shaped(d_ub))
+        return Tangents(shaped(dx), shaped(dv[:, blocks["A"]]), shaped(dv[:, blocks["G"]]), shaped(d_lb), shaped(d_ub))
 
 
 # ---- the point at which to differentiate
@@ -313,7 +315,7 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
     zero = xp.zeros_like(scaled)
     candidates = xp.concat([xp.where(raised, scaled, zero), xp.zeros_like(r_x[:, :1])], axis=-1)
     top = xp.max(candidates, axis=-1, keepdims=True)
-    level = xp.clip(scaled * (largest / xp.where(top > 0, top, xp.ones_like(top))), smallest, largest)
+    level = kkt.clip(xp, scaled * (largest / xp.where(top > 0, top, xp.ones_like(top))), smallest, largest)
     diagonal = xp.where(problem.equality, zero + equal, xp.where(raised, level, scaled)) / metric.rows**2
     form = kkt.PrimalForm(problem)
     rho = xp.full_like(r_x[:, :1], rho)
@@ -391,7 +393,8 @@ def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
     core = shape[len(problem.batch_shape) :]
     if value is None:
         return backend.full((problem.batch, *core), 0.0, problem.dtype)
-    if type(value) is np.ndarray and value.dtype == problem.dtype and value.shape == shape and len(shape) > len(core):
+    own = type(value) is np.ndarray is type(problem.q)  # CuPy has NumPy's types of numbers, but not its arrays
+    if own and value.dtype == problem.dtype and value.shape == shape and len(shape) > len(core):
         return value if len(shape) == 1 + len(core) else xp.reshape(value, (problem.batch, *core))
     value = as_tangent(problem, f"{kind} of {name}", value, shape)
     return xp.reshape(value, (math.prod(problem.batch_shape), *core))

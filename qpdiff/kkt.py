@@ -20,6 +20,7 @@ units. Shared operands thus stay shared, and residuals are in the caller's units
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from .problem import Problem, product, product_transposed
@@ -53,15 +54,23 @@ class PrimalForm:
         """The same for part of the batch."""
         return PrimalForm(problem)
 
+    @cached_property
+    def _grams(self):
+        """For A and G, where they are given: Kᵀ diag(w) K as a function of the weights, and their place in w."""
+        problem = self.problem
+        return [
+            (problem.backend.gram(K), problem.blocks[name])
+            for K, name in ((problem.A, "A"), (problem.G, "G"))
+            if K is not None
+        ]
+
     def factor(self, system: System):
         """Factor the reduced matrix; also whether it was positive definite, (B, 1)."""
-        problem, xp = self.problem, self.problem.backend.xp
+        problem = self.problem
         weights = 1.0 / (system.theta + system.delta)
-        blocks = problem.blocks
         M = problem.Q
-        for K, name in ((problem.A, "A"), (problem.G, "G")):
-            if K is not None:
-                M = M + _gram(xp, K, weights[:, blocks[name]])
+        for gram, block in self._grams:
+            M = M + gram(weights[:, block])
         M = problem.backend.add_diagonal(M, system.rho + _bound_weights(problem, weights))
         factor, positive = problem.backend.factor(M)
         return (factor, weights), positive
@@ -92,6 +101,8 @@ class DualForm:
     def __init__(self, problem: Problem, constants=None):
         self.problem = problem
         self.constants = constants
+        if constants is not None and not _is_dense(constants[0]):
+            self.gram = problem.backend.gram(constants[1].mT)
 
     @classmethod
     def dense(cls, problem: Problem) -> tuple[DualForm, Any]:
@@ -116,7 +127,8 @@ class DualForm:
         xp = problem.backend.xp
         diagonal = xp.linalg.diagonal(problem.Q)
         scaled = diagonal * equilibrate(problem).variables ** 2
-        return cls(problem, (diagonal + _own_terms(problem, diagonal),)), xp.all(scaled > 1e-6, axis=-1)
+        rows = _stack(xp, [K for K in (problem.A, problem.G) if K is not None])
+        return cls(problem, (diagonal + _own_terms(problem, diagonal), rows)), xp.all(scaled > 1e-6, axis=-1)
 
     def select(self, problem: Problem, index) -> DualForm:
         return DualForm(problem, take(self.problem.backend.xp, self.constants, index))
@@ -125,14 +137,14 @@ class DualForm:
         problem, xp = self.problem, self.problem.backend.xp
         theta = system.theta + system.delta
         linear = theta[:, : problem.p + problem.m]
-        if len(self.constants) == 3:
+        if _is_dense(self.constants[0]):
             hessian, rows, S = self.constants
             weights = theta[:, :0]
         else:
+            diagonal, rows = self.constants
             weights = 1.0 / theta
-            hessian = xp.sqrt(self.constants[0] + _bound_weights(problem, weights))
-            rows = _stack(xp, [K / hessian[:, None, :] for K in (problem.A, problem.G) if K is not None])
-            S = rows @ rows.mT
+            hessian = diagonal + _bound_weights(problem, weights)
+            S = self.gram(1.0 / hessian)
             weights = weights[:, problem.p + problem.m :]
         # Rows that do not exist get a diagonal that is huge but harmless to the factorisation.
         linear = xp.where(xp.isfinite(linear), linear, xp.full_like(linear, xp.finfo(problem.dtype).max ** 0.5))
@@ -160,9 +172,9 @@ class DualForm:
         problem = self.problem
         linear = problem.p + problem.m
         bounds = r_v[:, linear:]
-        t = (eliminated + self._bounds_adjoint(weights * bounds)) / hessian
-        dv = problem.backend.solve(reduced, product(rows, t) - r_v[:, :linear])
-        dx = (t - product_transposed(rows, dv)) / hessian
+        r_x = eliminated + self._bounds_adjoint(weights * bounds)
+        dv = problem.backend.solve(reduced, product(rows, r_x / hessian) - r_v[:, :linear])
+        dx = (r_x - product_transposed(rows, dv)) / hessian
         of_bounds = weights * (problem.constraints(dx)[:, linear:] - bounds)
         return dx, problem.backend.xp.concat([dv, of_bounds], axis=-1)
 
@@ -311,7 +323,7 @@ def equilibrate(problem: Problem) -> Metric:
     def rescaled(scale, length2):
         usable = xp.isfinite(length2) & (length2 > 0)
         one = xp.ones_like(length2)
-        return xp.clip(xp.where(usable, scale / xp.sqrt(xp.where(usable, length2, one)), one), 1e-8, 1e8)
+        return clip(xp, xp.where(usable, scale / xp.sqrt(xp.where(usable, length2, one)), one), 1e-8, 1e8)
 
     occupied = D2 < 0
     for _ in range(METRIC_PASSES):
@@ -323,7 +335,7 @@ def equilibrate(problem: Problem) -> Metric:
     if problem.lb is not None and problem.ub is not None:
         span = problem.ub - problem.lb
         known = ~occupied & xp.isfinite(span) & (span > 0)
-        D2 = xp.where(known, xp.clip(span, 1e-6, 1e6) ** 2, D2)
+        D2 = xp.where(known, clip(xp, span, 1e-6, 1e6) ** 2, D2)
     D = xp.sqrt(D2)
     E = [xp.sqrt(e) for e in E2] + [1.0 / D for bound in (problem.lb, problem.ub) if bound is not None]
     if not E:
@@ -347,14 +359,13 @@ def take(xp, tree, index):
     return tree if tree.shape[0] == 1 else xp.take(tree, index, axis=0)
 
 
-def _gram(xp, K, weights):
-    """Kᵀ diag(weights) K; a product of an array with its own transpose is a symmetric rank-k update to BLAS."""
-    S = K * xp.sqrt(weights)[:, :, None]
-    return S.mT @ S
+def clip(xp, a, least: float, most: float):
+    """The nearest values in an interval. (array-api-compat's clip indexes by masks, which halts a GPU.)"""
+    return xp.minimum(xp.maximum(a, least), most)
 
 
 def _is_dense(hessian) -> bool:
-    """Whether it is F⁻¹ of Q = F Fᵀ, not the square root of a diagonal Q with the bounds' weights."""
+    """Whether it is F⁻¹ of Q = F Fᵀ, not a diagonal Q with the bounds' weights."""
     return hessian.ndim == 3
 
 

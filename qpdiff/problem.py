@@ -282,9 +282,14 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
     present = {name: value for name, value in operands.items() if value is not None}
     chosen, arrays = choose_backend(present, backend)
     dtype = working_dtype(chosen, arrays, present, dtype)
-    with np.errstate(over="ignore"):  # what overflows in the working type is refused as infinite
-        arrays = {k: v if v.dtype == dtype else chosen.xp.astype(v, dtype) for k, v in arrays.items()}
+    with chosen.quietly():  # what overflows in the working type is refused as infinite
+        return _one_batch_axis(
+            chosen, dtype, {k: v if v.dtype == dtype else chosen.xp.astype(v, dtype) for k, v in arrays.items()}
+        )
 
+
+def _one_batch_axis(chosen: Backend, dtype, arrays) -> Problem:
+    """The problem in the caller's arrays of the working type, their shapes looked at."""
     _check_core_shapes(arrays)
     batch_shape = _broadcast_batch(arrays)
     batch = math.prod(batch_shape)
@@ -305,7 +310,7 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
         dtype=dtype,
         batch_shape=batch_shape,
         shapes={name: tuple(value.shape) for name, value in arrays.items()},
-        **flat,
+        **{name: chosen.for_products(value) for name, value in flat.items()},
     )
 
 
@@ -439,7 +444,7 @@ def _largest(problem: Problem):
     xp = problem.backend.xp
     largest = xp.max(xp.abs(problem.Q), axis=(-2, -1), keepdims=True)
     smallest = float(xp.finfo(problem.dtype).smallest_normal)
-    return xp.clip(largest, smallest, None), 1e-8 if problem.dtype == xp.float64 else 1e-4
+    return xp.maximum(largest, smallest), 1e-8 if problem.dtype == xp.float64 else 1e-4
 
 
 def _asymmetric(problem: Problem):

@@ -448,7 +448,7 @@ def _run(parts, near: Point | None, settings: Settings, keep: bool, verbose: boo
         # How many are running and whether a step needs refinement: the one value an iteration that goes to the host.
         count, refine = divmod(int(2 * xp.sum(xp.astype(running, xp.int32)) + xp.astype(inexact, xp.int32)), 2)
         if verbose:
-            _report(state)
+            _report(xp, state)
         if 2 * count <= running.shape[0]:
             order = xp.argsort(xp.astype(~running, xp.int8), stable=True)
             done, rest = (order[count:], order[:count]) if count else (None, None)
@@ -536,12 +536,13 @@ def _restart(xp, settings: Settings, state: State, cold: State) -> State:
     return _choose(xp, failed, again, state)
 
 
-def _report(state: State) -> None:
+def _report(xp, state: State) -> None:
     running = state.status == RUNNING
-    worst = [float((value * running).max()) for value in (state.primal, state.dual, state.gap, state.mu)]
+    worst = (xp.max(xp.where(running, value, 0.0)) for value in (state.primal, state.dual, state.gap, state.mu))
+    primal, dual, gap, mu = map(float, worst)
     print(
-        f"{int(state.iterations.max()):4d}  running {int(running.sum()):6d}  primal {worst[0]:.1e}  dual {worst[1]:.1e}"
-        f"  gap {worst[2]:.1e}  mu {worst[3]:.1e}"
+        f"{int(xp.max(state.iterations)):4d}  running {int(xp.sum(xp.astype(running, xp.int32))):6d}  "
+        f"primal {primal:.1e}  dual {dual:.1e}  gap {gap:.1e}  mu {mu:.1e}"
     )
 
 
@@ -564,7 +565,8 @@ def initialize(part: Part, settings: Settings):
     sound = positive & xp.all(xp.isfinite(x), axis=-1, keepdims=True) & xp.all(xp.isfinite(v), axis=-1, keepdims=True)
     x, v = xp.where(sound, x, xp.zeros_like(x)), xp.where(sound, v, xp.zeros_like(v))
     z = xp.where(inequality, v / E, zero)
-    mu = xp.clip(_mean(part, xp.where(inequality, z + _max(xp, -z), zero), _max(xp, z) - z), settings.smallest, None)
+    mu = _mean(part, xp.where(inequality, z + _max(xp, -z), zero), _max(xp, z) - z)
+    mu = xp.maximum(mu, settings.smallest)
     infinite = backend.full((batch, 1), float("inf"), exact)
     count = backend.full((batch, 1), 0, xp.int32)
     state = State(
@@ -595,7 +597,7 @@ def start_near(part: Part, settings: Settings, near: Point, cold: State) -> Stat
     error = xp.maximum(_max(xp, amiss), _max(xp, xp.abs(D * (problem.hessian(x) + problem.q + problem.adjoint(v)))))
     difference = xp.where(inequality, v / E - slack, zero)
     mu = xp.minimum(0.1 * error, cold.mu)
-    mu = xp.clip(mu, max(settings.tol, settings.smallest), None)
+    mu = xp.maximum(mu, max(settings.tol, settings.smallest))
     v, s = _onto_path(part, v, difference, mu)
     state = cold._replace(x=x, v=v, s=s, mu=_mean(part, s, v))
     state = assess(part, settings, state, state)

@@ -25,6 +25,19 @@ METHOD = {
 
 def pytest_addoption(parser):
     parser.addoption("--engine", choices=["auto", "array"], default="auto", help="array: as if there were no Numba")
+    parser.addoption("--require-gpu", action="store_true", help="fail without a GPU, where its tests would be skipped")
+
+
+def pytest_report_header(config):
+    """The name of the GPU, where there has to be one."""
+    if not config.getoption("--require-gpu"):
+        return None
+    try:
+        import cupy
+
+        return f"GPU: {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}"
+    except Exception as error:  # whatever a missing package, a missing driver or a broken one raises is the answer
+        pytest.exit(f"--require-gpu: CuPy finds no GPU: {type(error).__name__}: {error}", returncode=1)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -103,6 +116,33 @@ class JAXLibrary:
         return np.asarray(value)
 
 
+@pytest.fixture
+def strict():
+    """array-api-strict without what depends on the numbers in arrays."""
+    module = pytest.importorskip("array_api_strict")
+    module.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False)
+    yield module
+    module.reset_array_api_strict_flags()
+
+
+@pytest.fixture
+def transfers(strict, monkeypatch):
+    """What has gone to the host from arrays of array-api-strict: a list to which each number adds the call."""
+    seen = []
+
+    def counted(name, method):
+        def call(self):
+            seen.append(name)
+            return method(self)
+
+        return call
+
+    array = type(strict.asarray(0.0))
+    for name in ("__bool__", "__float__", "__int__", "__index__"):
+        monkeypatch.setattr(array, name, counted(name, getattr(array, name)))
+    return seen
+
+
 @pytest.fixture(params=["numpy", "array-api-strict", "jax", "cupy"])
 def xp(request):
     """An array library with `asarray` (from NumPy, onto its device) and `to_numpy`."""
@@ -118,9 +158,4 @@ def xp(request):
             pytest.skip("no GPU")
         yield CuPyLibrary(cupy)
     else:
-        strict = pytest.importorskip("array_api_strict")
-        strict.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False)
-        try:
-            yield StrictLibrary(strict)
-        finally:
-            strict.reset_array_api_strict_flags()
+        yield StrictLibrary(request.getfixturevalue("strict"))

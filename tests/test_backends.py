@@ -1,49 +1,10 @@
-"""What depends on the array library: transfers to the host, and moving data."""
+"""What depends on the array library: that derivatives agree, and moving data."""
 
 import numpy as np
 import pytest
 from problems import random_problem
 
 import qpdiff
-
-
-@pytest.fixture
-def strict():
-    module = pytest.importorskip("array_api_strict")
-    module.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False)
-    yield module
-    module.reset_array_api_strict_flags()
-
-
-@pytest.mark.parametrize("parts", ["A G", "A lb ub", "G lb"])
-@pytest.mark.parametrize("cost", ["pd", "diagonal"])
-def test_at_most_one_transfer_to_the_host_an_iteration(strict, monkeypatch, parts, cost):
-    device = strict.Device("device1")
-    operands = random_problem(np.random.default_rng(0), parts, cost=cost, batch=(6,), n=5, m=3, p=1)
-    operands = {name: strict.asarray(value, device=device) for name, value in operands.items()}
-    count = 0
-
-    def counted(method):
-        def call(self):
-            nonlocal count
-            count += 1
-            return method(self)
-
-        return call
-
-    array = type(operands["Q"])
-    for name in ("__bool__", "__float__", "__int__", "__index__"):
-        monkeypatch.setattr(array, name, counted(getattr(array, name)))
-    observed = []
-    for limit in (2, 5, 200):
-        count = 0
-        sol = qpdiff.solve_qp(**operands, max_iterations=limit)
-        transfers = count
-        iterations = int(np.max(np.asarray(strict.asarray(sol.iterations, device=strict.Device("CPU_DEVICE")))))
-        observed.append((iterations, transfers))
-    assert observed[1][0] > observed[0][0]
-    for iterations, transfers in observed:
-        assert transfers <= iterations + 6
 
 
 def test_vjp_on_another_library(xp):
@@ -62,6 +23,29 @@ def test_the_backend_flag_moves_the_data(strict):
     operands = random_problem(np.random.default_rng(2), "A G")
     moved = qpdiff.solve_qp(**{name: strict.asarray(value) for name, value in operands.items()}, backend="numpy")
     assert isinstance(moved.x, np.ndarray)
+    np.testing.assert_allclose(moved.x, qpdiff.solve_qp(**operands).x)
+
+
+class TensorOnAGPU:
+    """An array that other libraries cannot look into, until it is moved to the host."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __dlpack__(self, **options):
+        raise BufferError("on a GPU")
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def to_device(self, device, **options):
+        assert device == "cpu"
+        return self.value
+
+
+def test_the_backend_flag_moves_data_from_a_gpu():
+    operands = random_problem(np.random.default_rng(2), "A G")
+    moved = qpdiff.solve_qp(**{name: TensorOnAGPU(value) for name, value in operands.items()}, backend="numpy")
     np.testing.assert_allclose(moved.x, qpdiff.solve_qp(**operands).x)
 
 

@@ -58,7 +58,7 @@ class Backend:
         return [function(item) for item in items]
 
     def quietly(self):
-        """A context in which overflow, division by zero and NaN pass without a word."""
+        """The context of all work on arrays, in which overflow, division by zero and NaN pass without a word."""
         return np.errstate(all="ignore")
 
     def while_loop(self, unfinished, body, carry: tuple, limit: int) -> tuple:
@@ -108,6 +108,20 @@ class Backend:
     def inverse(self, factor):
         """F⁻¹."""
         return factor[0].mT
+
+    def for_products(self, operand):
+        """An operand in a layout that products with it read without a copy."""
+        return operand
+
+    def gram(self, K):
+        """Kᵀ diag(w) K as a function of weights w (B, k), for matrices K (B or 1, k, n) that stay."""
+
+        def weighted(weights):
+            # A product of an array with its own transpose is a symmetric rank-k update to BLAS.
+            S = K * self.xp.sqrt(weights)[:, :, None]
+            return S.mT @ S
+
+        return weighted
 
     def add_diagonal(self, M, diagonal):
         """M + diag(d) for matrices (B or 1, n, n) and vectors d (B, n)."""

@@ -58,7 +58,7 @@ def choose_backend(operands, name=None):
     if name is not None:
         xp = _namespace(name)
         there = [value for value in operands.values() if _library_of(value) is xp]
-        backend = _backend(xp, _device(there[0]) if there else None)
+        backend = _backend(xp, _device(there[0]) if there else _current_device(xp))
         return backend, {key: _move(key, value, backend, name) for key, value in operands.items()}
     arrays = {
         key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))
@@ -105,8 +105,23 @@ def _library_of(value):
 
 
 def _device(value):
-    """Where an array is, or None where its library sees to that by itself: a traced array of JAX's is nowhere yet."""
-    return None if array_api_compat.is_jax_array(value) else array_api_compat.device(value)
+    """Where an array is, or None where its library sees to that by itself: a traced array of JAX's is nowhere yet.
+
+    A GPU of CuPy's is a number here, since a `cupy.cuda.Device` has no hash.
+    """
+    if array_api_compat.is_jax_array(value):
+        return None
+    device = array_api_compat.device(value)
+    return device.id if array_api_compat.is_cupy_array(value) else device
+
+
+def _current_device(xp):
+    """Where arrays from the host go, or None where the library or its backend sees to that by itself."""
+    if not array_api_compat.is_cupy_namespace(xp):
+        return None
+    if not xp.cuda.is_available():
+        raise RuntimeError("backend='cupy' needs an NVIDIA GPU with its driver; CuPy finds none")
+    return xp.cuda.runtime.getDevice()
 
 
 def working_dtype(backend, arrays, operands, dtype=None):
@@ -174,8 +189,12 @@ def _move(key, value, backend, name):
         return from_host(key, value, backend)
     if _library_of(value) is backend.xp:
         return value
+    refusals = (AttributeError, BufferError, RuntimeError, TypeError, ValueError)
     try:
-        return backend.xp.from_dlpack(value)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        kind = f"{type(value).__module__}.{type(value).__name__}"
-        raise TypeError(f"{key} is a {kind}, which does not move to backend={name!r}: {error}") from error
+        return backend.asarray(backend.xp.from_dlpack(value))
+    except refusals as error:
+        try:  # by way of the host, since DLPack does not move between it and a GPU
+            return backend.asarray(np.from_dlpack(array_api_compat.to_device(value, "cpu")))
+        except refusals:
+            kind = f"{type(value).__module__}.{type(value).__name__}"
+            raise TypeError(f"{key} is a {kind}, which does not move to backend={name!r}: {error}") from error

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from .base import Backend, _restore
 
 
 class CuPyBackend(Backend):
-    """CuPy arrays: batched Cholesky and triangular solves of cuSOLVER and cuBLAS, failures flagged on the device."""
+    """CuPy arrays: Cholesky and triangular solves of cuSOLVER and cuBLAS, failures flagged on the device.
+
+    The device is the number of a GPU; None is the current one.
+    """
 
     chunk_bytes = 2 * 2**30
 
@@ -14,31 +19,54 @@ class CuPyBackend(Backend):
         # Without the device: an array goes to the current one where it is unpickled, as in another process.
         return _restore, (type(self), self.xp.__name__, None)
 
+    def quietly(self):
+        from cupyx import errstate
+
+        stack = ExitStack()
+        # CuPy works on the current GPU wherever the arrays are, and array-api-compat ignores the device of new ones.
+        stack.enter_context(self.xp.cuda.Device(self.device))
+        # The caller's setting may be to look at the flags of every factorisation on the host, and to raise.
+        stack.enter_context(errstate(linalg="ignore"))
+        return stack
+
+    def for_products(self, operand):
+        return self.xp.ascontiguousarray(operand)
+
+    def gram(self, K):
+        # A batched matmul copies what is not contiguous, every time; so the transposes are made once.
+        K, Kt = self.xp.ascontiguousarray(K), self.xp.ascontiguousarray(K.mT)
+        return lambda weights: (Kt * weights[:, None, :]) @ K
+
     def factor(self, M):
         xp = self.xp
-        L = xp.linalg.cholesky(M)
-        # A failed matrix leaves unspecified numbers behind, so look at all of the factor's diagonal and at NaN.
-        diagonal = xp.linalg.diagonal(L)
-        positive = xp.all(xp.isfinite(diagonal) & (diagonal > 0), axis=-1) & xp.all(xp.isfinite(L), axis=(-2, -1))
-        eye = self.eye(M.shape[-1], M.dtype)
-        return (xp.where(positive[:, None, None], xp.tril(L), eye),), positive[:, None]
+        # A stack goes to the routine for many small matrices, whatever its length; one matrix alone has its own.
+        L = xp.linalg.cholesky(M[0, :, :])[None, :, :] if M.shape[0] == 1 else xp.linalg.cholesky(M)
+        # What a failed matrix leaves behind is unspecified and its flag out of reach. But the rows of a factor are as
+        # long as the diagonal of the matrix says, and NaN never is.
+        diagonal, wanted = xp.linalg.diagonal(L), xp.linalg.diagonal(M)
+        amiss = xp.abs(xp.sum(L * L, axis=-1) - wanted)
+        positive = xp.all((diagonal > 0) & (amiss <= xp.finfo(M.dtype).eps ** 0.5 * wanted), axis=-1)
+        return (xp.where(positive[:, None, None], L, self.eye(M.shape[-1], M.dtype)),), positive[:, None]
 
     def pivots(self, factor):
         return self.xp.linalg.diagonal(factor[0]) ** 2
 
     def solve(self, factor, r):
         (L,) = factor
-        R = r.T[None] if L.shape[0] == 1 else r[:, :, None]
-        out = self._triangular(L, self._triangular(L, R, trans=0), trans=1)
-        return out[0].T if L.shape[0] == 1 else out[:, :, 0]
+        if L.shape[0] == 1:
+            return _solve_lower(L, _solve_lower(L, r.T[None, :, :]), transposed=True)[0, :, :].T
+        return _solve_lower(L, _solve_lower(L, r[:, :, None]), transposed=True)[:, :, 0]
 
     def inverse(self, factor):
         (L,) = factor
-        eye = self.eye(L.shape[-1], L.dtype)
-        return self._triangular(L, self.xp.broadcast_to(eye, L.shape).copy(), trans=0)
+        eye = self.xp.broadcast_to(self.eye(L.shape[-1], L.dtype), L.shape)
+        return self.xp.ascontiguousarray(_solve_lower(L, eye))  # the triangular solve returns columns
 
-    @staticmethod
-    def _triangular(L, R, trans):
-        from cupyx.scipy.linalg import solve_triangular
 
-        return solve_triangular(L, R, lower=True, trans=trans, check_finite=False)
+def _solve_lower(L, R, *, transposed=False):
+    """L⁻¹ R or L⁻ᵀ R for stacks of matrices of the same length."""
+    from cupyx.scipy.linalg import solve_triangular
+
+    if L.shape[0] == 1:  # the routine for one matrix, which reads it by columns
+        return solve_triangular(L[0, :, :].T, R[0, :, :], lower=False, trans=int(not transposed))[None, :, :]
+    return solve_triangular(L, R, lower=True, trans=int(transposed))

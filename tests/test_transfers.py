@@ -1,0 +1,128 @@
+"""What goes to the host: on a GPU each number makes the processor wait for all that was asked of the device before.
+
+array-api-strict on a device that is not the CPU stands in for the GPU and counts.
+"""
+
+import numpy as np
+import pytest
+from problems import infeasible, parallel_rows, random_problem
+
+import qpdiff
+from qpdiff import kkt
+
+MIXED = "some dual, some primal"
+FORMS = {
+    "no constraints": ("", "pd", kkt.PrimalForm),
+    "bounds only": ("lb ub", "psd", kkt.PrimalForm),
+    "primal": ("A G", "psd", kkt.PrimalForm),
+    "linear program": ("A G lb ub", "lp", kkt.PrimalForm),
+    "dense dual": ("A", "pd", kkt.DualForm),
+    "diagonal dual": ("A lb ub", "diagonal", kkt.DualForm),
+    MIXED: ("A", "pd", kkt.DualForm),
+}
+A_SOLVE = 4
+"""On top of one an iteration: the check, two values to choose the form and, for each form, that all has ended."""
+A_DERIVATIVE = 19
+"""For problems that ended together: 3 rounds with the last factor, whether that did, a fresh factor and 12 rounds."""
+
+
+@pytest.fixture(params=["float64", "float32"])
+def on_device(request, strict):
+    """Onto a device that is not the CPU, in either type."""
+
+    def moved(value):
+        return strict.asarray(np.asarray(value), dtype=getattr(strict, request.param), device=strict.Device("device1"))
+
+    return moved
+
+
+def draw(form, batch):
+    parts, cost, _ = FORMS[form]
+    operands = random_problem(np.random.default_rng(0), parts, cost=cost, batch=(batch,), n=9, m=8, p=2)
+    if form == MIXED:
+        operands["Q"][0], operands["q"][0] = 0.0, 0.0  # too flat to invert
+    return operands
+
+
+def to_host(strict, value):
+    return np.asarray(strict.asarray(value, device=strict.Device("CPU_DEVICE")))
+
+
+def counted(transfers, function, *args, **kwargs):
+    transfers.clear()
+    value = function(*args, **kwargs)
+    return value, len(transfers)
+
+
+def rounds(strict, form, sol):
+    """The iterations of a solve, where the problems of the two forms take turns."""
+    iterations = to_host(strict, sol.iterations)
+    groups = (iterations[:1], iterations[1:]) if form == MIXED else (iterations,)
+    return sum(int(np.max(group, initial=0)) for group in groups)
+
+
+@pytest.mark.parametrize("batch", [1, 20])
+@pytest.mark.parametrize("form", FORMS)
+def test_one_an_iteration_and_a_few_a_solve(strict, transfers, on_device, form, batch):
+    operands = {name: on_device(value) for name, value in draw(form, batch).items()}
+    on_top = set()
+    for limit in (1, 3, 200):
+        sol, count = counted(transfers, qpdiff.solve_qp, **operands, max_iterations=limit)
+        on_top.add(count - rounds(strict, form, sol))
+    assert len(on_top) == 1, "the same few, however many iterations"
+    assert max(on_top) <= A_SOLVE
+    assert np.all(to_host(strict, sol.status) == qpdiff.Status.SOLVED)
+    forms = {kkt.PrimalForm} if form == MIXED else {FORMS[form][2]}
+    forms |= {kkt.DualForm} if form == MIXED and batch > 1 else set()
+    assert {piece.form for piece in sol.linearization.factors} == forms
+
+
+def test_the_check_of_the_numbers_takes_one(transfers, on_device):
+    operands = {name: on_device(value) for name, value in draw("linear program", 6).items()}
+    _, checked = counted(transfers, qpdiff.solve_qp, **operands)
+    _, unchecked = counted(transfers, qpdiff.solve_qp, **operands, check=False)
+    assert checked - unchecked == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_warm_start_takes_none(strict, transfers, on_device, form):
+    operands = draw(form, 6)
+    near = qpdiff.solve_qp(**{name: on_device(value) for name, value in operands.items()})
+    operands["q"] = operands["q"] * 1.01
+    operands = {name: on_device(value) for name, value in operands.items()}
+    cold, cold_count = counted(transfers, qpdiff.solve_qp, **operands)
+    warm, warm_count = counted(transfers, qpdiff.solve_qp, **operands, warm_start=near)
+    assert cold_count - rounds(strict, form, cold) == warm_count - rounds(strict, form, warm)
+
+
+@pytest.mark.parametrize("shared", [(), ("Q", "A", "G")], ids=["own", "shared"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_derivative_takes_a_few_whatever_the_batch(transfers, on_device, form, shared):
+    for batch in (1, 20):
+        operands = {name: on_device(v[0] if name in shared else v) for name, v in draw(form, batch).items()}
+        sol = qpdiff.solve_qp(**operands)
+        groups = len(sol.linearization.factors)
+        assert groups <= 2 * (1 + np.log2(batch))
+        _, count = counted(transfers, qpdiff.vjp, sol, x=sol.x)
+        assert 1 <= count <= A_DERIVATIVE * groups
+        _, count = counted(transfers, qpdiff.jvp, sol, q=sol.x)
+        assert 1 <= count <= A_DERIVATIVE * groups
+
+
+def test_smoothing_takes_one_a_newton_step(transfers, on_device):
+    sol = qpdiff.solve_qp(**{name: on_device(value) for name, value in draw("primal", 6).items()})
+    _, plain = counted(transfers, qpdiff.vjp, sol, x=sol.x)
+    _, smoothed = counted(transfers, qpdiff.vjp, sol, x=sol.x, smoothing=1e-2)
+    assert smoothed <= plain + 50
+
+
+def test_certificates_take_no_more(strict, transfers, on_device):
+    operands = infeasible(np.random.default_rng(0), parallel_rows, "pd", (5, 4, 2))
+    sol, count = counted(transfers, qpdiff.solve_qp, **{name: on_device(value) for name, value in operands.items()})
+    assert np.all(to_host(strict, sol.status) == qpdiff.Status.PRIMAL_INFEASIBLE)
+    assert count <= np.max(to_host(strict, sol.iterations)) + A_SOLVE
+
+
+def test_verbose_works_where_only_the_standard_does(strict, on_device, capsys):
+    sol = qpdiff.solve_qp(**{name: on_device(value) for name, value in draw("primal", 6).items()}, verbose=True)
+    assert capsys.readouterr().out.count("\n") == 1 + int(np.max(to_host(strict, sol.iterations)))
