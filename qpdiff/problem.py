@@ -282,7 +282,7 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
     present = {name: value for name, value in operands.items() if value is not None}
     chosen, arrays = choose_backend(present, backend)
     dtype = working_dtype(chosen, arrays, present, dtype)
-    with chosen.quietly():  # what overflows in the working type is refused as infinite
+    with chosen.context():  # what overflows in the working type is refused as infinite
         return _one_batch_axis(
             chosen, dtype, {k: v if v.dtype == dtype else chosen.xp.astype(v, dtype) for k, v in arrays.items()}
         )

@@ -57,9 +57,13 @@ class Backend:
         """The function's value for each chunk of a batch, in order."""
         return [function(item) for item in items]
 
-    def quietly(self):
+    def context(self):
         """The context of all work on arrays, in which overflow, division by zero and NaN pass without a word."""
         return np.errstate(all="ignore")
+
+    def quietly(self):
+        """The context of work that is not to be differentiated by the library itself."""
+        return self.context()
 
     def while_loop(self, unfinished, body, carry: tuple, limit: int) -> tuple:
         """Apply ``carry = body(*carry)`` while the truth value ``unfinished(*carry)`` holds, at most `limit` times."""

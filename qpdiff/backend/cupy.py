@@ -19,7 +19,7 @@ class CuPyBackend(Backend):
         # Without the device: an array goes to the current one where it is unpickled, as in another process.
         return _restore, (type(self), self.xp.__name__, None)
 
-    def quietly(self):
+    def context(self):
         from cupyx import errstate
 
         stack = ExitStack()

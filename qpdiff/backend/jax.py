@@ -20,7 +20,7 @@ class JAXBackend(Backend):
     def exact(self):
         return self.xp.float64 if jax.config.jax_enable_x64 else self.xp.float32
 
-    def quietly(self):
+    def context(self):
         return nullcontext()
 
     def abstract(self, array) -> bool:
