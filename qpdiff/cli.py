@@ -57,6 +57,7 @@ def solve(
     """Solve the problems of FILE; exit code 1 if one is not solved, 2 for bad input."""
     options = {"backend": backend, "dtype": dtype, "tol": tol, "rtol": rtol, "max_iterations": max_iterations}
     options = {name: value for name, value in options.items() if value is not None}
+    in_double_precision(backend)
     with bad_input_exits(file):
         problem = read_problem(file)
         result = solve_in_blocks(problem.operands, options)
@@ -80,6 +81,7 @@ def check(
     """Compare the gradients of the problems of FILE with central differences; exit code 1 where they differ."""
     rng = np.random.default_rng(seed)
     tight = {"backend": backend, "tol": 1e-12, "rtol": 1e-12}
+    in_double_precision(backend)
     with bad_input_exits(file):
         operands = read_problem(file).operands
         sol = qpdiff.solve_qp(**operands, **tight)
@@ -262,6 +264,14 @@ def bad_input_exits(file: Path) -> Iterator[None]:
 
 
 # ---- what is installed
+
+
+def in_double_precision(backend: str | None) -> None:
+    """Let JAX keep the float64 of a file, which it would not by itself."""
+    if backend == "jax" and importlib_has("jax"):
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
 
 
 def importlib_has(package: str) -> bool:

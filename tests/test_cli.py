@@ -33,6 +33,22 @@ def save(tmp_path):
     return write
 
 
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_another_library_solves_as_accurately(run, save, tmp_path, backend):
+    module = pytest.importorskip(backend)
+    operands = random_problem(np.random.default_rng(0), "A G lb ub")
+    before = module.config.jax_enable_x64 if backend == "jax" else None
+    try:
+        result = run("solve", save(operands), "-o", tmp_path / "out.npz", "--backend", backend)
+    finally:
+        if backend == "jax":
+            module.config.update("jax_enable_x64", before)
+    assert result.exit_code == 0
+    with np.load(tmp_path / "out.npz") as out:
+        assert out["x"].dtype == np.float64
+        np.testing.assert_allclose(out["x"], qpdiff.solve_qp(**operands).x, atol=1e-7)
+
+
 def test_solve_prints_a_row_a_problem_and_writes_the_solution(run, save, tmp_path):
     operands = random_problem(np.random.default_rng(0), "A G lb ub")
     result = run("solve", save(operands | {"r": np.zeros(1)}), "-o", tmp_path / "out.npz")
