@@ -479,7 +479,7 @@ def _run_traced(operands, near: Point | None, layout: Layout, settings: Settings
     """
     problem, backend, xp = layout.problem(operands), layout.backend, layout.backend.xp
     keep = _keeps_factor(problem)
-    assert problem.k is not None  # made here, where all branches and loops may use it
+    _ = problem.k  # kept by the problem, so it has to be made here, where all branches and loops may use it
 
     def run(form):
         part = make_part(form)
