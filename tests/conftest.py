@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -56,6 +57,14 @@ def engine(request):
             yield
     else:
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """What JAX has compiled for one file's shapes is of no use to the next, and takes gigabytes in the end."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 class NumPyLibrary:
