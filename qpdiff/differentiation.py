@@ -456,7 +456,7 @@ def solution_vjp(problem: Problem, x, v, u_x, u_v, names=None) -> dict[str, Any]
     )  # fmt: skip
 
 
-def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v):
+def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v, names=None):
     """Gradients of x, v and the operands from t = K⁻¹ ū, where u = K⁻¹ r; that of r is t itself.
 
     The matrix moves with Q, A, G, and with θ = (k − Kx)/v at the inequalities.
@@ -467,10 +467,22 @@ def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v):
     k_bar = xp.where(inequality, t_v * u_v / safe_v, zero)
     theta = xp.where(inequality, (problem.k - problem.constraints(x)) / safe_v, zero)
     gradients = _operand_gradients(
-        problem, v, None, q=xp.zeros_like(u_x), k=k_bar,
+        problem, v, names, q=xp.zeros_like(u_x), k=k_bar,
         Q=[(-0.5 * t_x, u_x)], K=[(-u_v, t_x), (-t_v, u_x), (-k_bar, x)],
     )  # fmt: skip
     return -problem.adjoint(k_bar), -k_bar * theta, gradients
+
+
+def kkt_jvp(problem: Problem, x, v, u_x, u_v, dx, dv, tangents: dict[str, Any]):
+    """What K⁻¹ is to be applied to for the tangent of u = K⁻¹ r, but for that of r: −dK u."""
+    xp, inequality = problem.backend.xp, problem.inequality
+    matrices = {name: tangent for name, tangent in tangents.items() if name in ("Q", "G", "A")}
+    r_x, r_v = right_hand_side(problem, u_x, u_v, matrices)
+    safe_v = xp.where(inequality, v, xp.ones_like(v))
+    theta = (problem.k - problem.constraints(x)) / safe_v
+    d_slack = right_hand_side(problem, x, v, tangents)[1] - problem.constraints(dx)
+    d_theta = xp.where(inequality, (d_slack - theta * dv) / safe_v, xp.zeros_like(v))
+    return r_x, r_v + d_theta * u_v
 
 
 def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, Any]:

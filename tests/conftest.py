@@ -43,9 +43,10 @@ def pytest_report_header(config):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--engine") == "array":
-        others = {"array-api-strict", "cupy"}  # which always use it
         chosen = [item for item in items if item.path.name in METHOD]
-        items[:] = [i for i in chosen if not (hasattr(i, "callspec") and i.callspec.params.get("xp") in others)]
+        libraries = [i.callspec.params.get("xp", "numpy") if hasattr(i, "callspec") else "numpy" for i in chosen]
+        # The other libraries always use it.
+        items[:] = [item for item, library in zip(chosen, libraries, strict=True) if library == "numpy"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -125,6 +126,19 @@ class JAXLibrary:
         return np.asarray(value)
 
 
+class TorchLibrary:
+    """torch on the CPU or a GPU."""
+
+    def __init__(self, torch, name, device):
+        self.torch, self.name, self.device = torch, name, device
+
+    def asarray(self, value):
+        return self.torch.asarray(np.asarray(value), device=self.device)
+
+    def to_numpy(self, value):
+        return value.cpu().numpy()
+
+
 @pytest.fixture
 def strict():
     """array-api-strict without what depends on the numbers in arrays."""
@@ -152,7 +166,7 @@ def transfers(strict, monkeypatch):
     return seen
 
 
-@pytest.fixture(params=["numpy", "array-api-strict", "jax", "cupy"])
+@pytest.fixture(params=["numpy", "array-api-strict", "jax", "torch", "cupy", "torch-cuda"])
 def xp(request):
     """An array library with `asarray` (from NumPy, onto its device) and `to_numpy`."""
     if request.param == "numpy":
@@ -166,5 +180,10 @@ def xp(request):
         if not cupy.cuda.is_available():
             pytest.skip("no GPU")
         yield CuPyLibrary(cupy)
+    elif request.param.startswith("torch"):
+        torch = pytest.importorskip("torch")
+        if request.param == "torch-cuda" and not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        yield TorchLibrary(torch, request.param, "cuda" if request.param == "torch-cuda" else "cpu")
     else:
         yield StrictLibrary(request.getfixturevalue("strict"))

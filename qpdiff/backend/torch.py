@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 
@@ -23,8 +23,14 @@ class TorchBackend(Backend):
         # The iterations are not what is to be differentiated: nothing of them is recorded.
         stack = ExitStack()
         stack.enter_context(torch.no_grad())
+        stack.enter_context(self.in_full_precision())
         stack.enter_context(super().quietly())
         return stack
+
+    def in_full_precision(self):
+        """A context in which autocast leaves matrix products as they are."""
+        kind = self.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     def none(self, mask) -> bool:
         return self.device.type == "cpu" and not bool(torch.any(mask))

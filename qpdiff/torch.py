@@ -1,0 +1,480 @@
+"""torch: `solve_qp` whose solution differentiates, to any order and in both modes; the layer `OptNet`; `QPFunction`.
+
+Two functions with rules of their own: the solution as a function of the operands, and the solve with its KKT matrix as
+a function of the operands, the solution and the right-hand side (see `qpdiff.differentiation`). Their derivatives are
+made of the second and of torch's operations. Under `torch.func.vmap` they solve all problems as one batch.
+
+Tensors on the CPU go to the solver as the NumPy arrays that share their memory, so that the compiled engine runs. On
+any other device they are solved there, in torch's operations: that takes no second library, and stays on torch's stream
+and in its memory. It has not been measured against moving them to CuPy through DLPack.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from . import solver
+from .differentiation import kkt_jvp, kkt_vjp, right_hand_side, solution_vjp, solve_kkt
+from .problem import Problem, make_problem
+from .solution import Solution, raise_if_unsolved
+from .solver import multipliers
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("qpdiff.torch needs torch: pip install 'qpdiff[torch]'") from error
+from torch import nn
+from torch.autograd import Function
+
+
+def solve_qp(
+    Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "raise", warm_start=None, **options
+) -> Solution:
+    """Solve a batch of convex quadratic programs; `qpdiff.solve_qp` for torch.
+
+    Parameters
+    ----------
+    Q, q, G, h, A, b, lb, ub : tensor
+        As for `qpdiff.solve_qp`; any of them may require a gradient. Arrays, lists and numbers become tensors on the
+        device of the others.
+    unsolved : {"raise", "nan", "zero"}
+        What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients.
+    warm_start : Solution, optional
+        As for `qpdiff.solve_qp`; of this function or that one. No gradient goes through it.
+    **options
+        Further options of `qpdiff.solve_qp`, but for `backend`.
+
+    Returns
+    -------
+    Solution
+        Whose x, y, z, z_lb and z_ub differentiate. The other fields are constants. Under `torch.func.vmap` all are those
+        of one sample; the function that is mapped returns the ones that it wants.
+
+    Raises
+    ------
+    RuntimeError
+        With ``unsolved="raise"``, when a problem is not SOLVED; the error counts them and names the first. The axes that
+        `torch.func.vmap` maps over come first in its position.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import qpdiff.torch
+    >>> point = torch.tensor([2.0, -3.0], requires_grad=True)
+    >>> projection = qpdiff.torch.solve_qp(torch.eye(2), -point, lb=torch.zeros(2)).x
+    >>> torch.sum((projection - point) ** 2).backward()
+    >>> point.grad.round(decimals=3).abs().tolist()
+    [0.0, 6.0]
+    """
+    if unsolved not in ("raise", "nan", "zero"):
+        raise ValueError(f"unsolved is {unsolved!r}; expected 'raise', 'nan' or 'zero'")
+    operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    problem = make_problem(operands, backend="torch", dtype=options.pop("dtype", None))
+    near: list[Any] = []
+    if isinstance(warm_start, Solution):
+        near = [torch.as_tensor(getattr(warm_start, k), device=problem.backend.device).detach() for k in _WARM]
+    elif warm_start is not None:
+        options["warm_start"] = warm_start  # for the solver to refuse
+    layer = _Layer(problem, unsolved, options)
+    x, v, *constants = _Solution.apply(layer, problem.batch_shape, *problem.operands.values(), *near)
+    parts = dict(zip(("x", "y", "z", "z_lb", "z_ub"), (x, *multipliers(problem, v)), strict=True))
+    parts |= dict(zip(_CONSTANT, constants, strict=True))
+    return Solution(**{name: part.reshape((*problem.batch_shape, *part.shape[1:])) for name, part in parts.items()})
+
+
+# ---- the two functions; operands and solutions have one batch axis, of length 1 where an operand is shared
+
+
+_WARM = ("x", "y", "z", "z_lb", "z_ub", "status")
+_CONSTANT = tuple(field.name for field in fields(Solution) if field.name not in (*_WARM[:-1], "linearization"))
+
+
+class _Layer:
+    """What both functions take beside tensors, and what the first leaves for the second."""
+
+    def __init__(self, problem: Problem, unsolved: str, options: dict[str, Any]):
+        self.backend: Any = problem.backend
+        self.names = tuple(problem.operands)
+        self.unsolved, self.options = unsolved, options
+        self.linearization: Any = None
+
+    def solve(self, batch_shape, operands, near):
+        host = self.backend.device.type == "cpu"
+        arrays = {name: _unflattened(_array(a), batch_shape) for name, a in zip(self.names, operands, strict=True)}
+        options = dict(self.options)
+        if near:
+            known = dict.fromkeys(_CONSTANT) | dict(zip(_WARM, map(_array, near), strict=True))
+            options["warm_start"] = Solution(**known)
+        sol = solver.solve_qp(**arrays, backend="numpy" if host else "torch", **options)
+        if self.unsolved == "raise":
+            raise_if_unsolved(np.asarray(sol.status if host else sol.status.cpu()))
+        self.linearization = sol.linearization
+        batch = math.prod(batch_shape)
+        constants = (getattr(sol, name) for name in _CONSTANT)
+        flat = [a.reshape((batch, *a.shape[len(batch_shape) :])) for a in constants]
+        return tuple(map(_tensor, (sol.linearization.x, sol.linearization.v, *flat)))
+
+    def solve_kkt(self, r_x, r_v):
+        unsolved = "zero" if self.unsolved == "raise" else self.unsolved
+        with self.linearization.problem.backend.quietly():
+            return tuple(map(_tensor, solve_kkt(self.linearization, _array(r_x), _array(r_v), unsolved=unsolved)))
+
+    def problem(self, x, operands) -> Problem:
+        """The problem in torch's operands and operations."""
+        return Problem(self.backend, x.dtype, (x.shape[0],), {}, **dict(zip(self.names, operands, strict=True)))
+
+
+def _array(tensor):
+    """What the solver gets of a tensor: where it is on the CPU the NumPy array in the same memory."""
+    try:
+        tensor = tensor.detach()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "qpdiff.torch does not run under torch's first vmap, which torch.autograd.grad(is_grads_batched=True) and "
+            "torch.autograd.functional.jacobian(vectorize=True) use; take torch.func.jacrev, jacfwd or vmap instead"
+        ) from error
+    return tensor.resolve_neg().numpy() if tensor.device.type == "cpu" else tensor
+
+
+def _tensor(array):
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+
+
+def _unflattened(array, batch_shape):
+    """An operand (B or 1, core) with all batch axes, or none where it is shared."""
+    core = array.shape[1:]
+    return array.reshape((*batch_shape, *core)) if array.shape[0] == math.prod(batch_shape) else array.reshape(core)
+
+
+class _Solution(Function):
+    """The variables (B, n), the multipliers of all rows (B, rows), and what of a Solution is constant."""
+
+    @staticmethod
+    def forward(layer, batch_shape, *tensors):
+        count = len(layer.names)
+        return layer.solve(batch_shape, tensors[:count], tensors[count:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.layer, ctx.others = inputs[0], len(inputs) - 2 - len(inputs[0].names)
+        ctx.mark_non_differentiable(*output[2:])
+        _save(ctx, *inputs[2 : len(inputs) - ctx.others], *output[:2])
+
+    @staticmethod
+    def backward(ctx, g_x, g_v, *_):
+        layer = ctx.layer
+        *operands, x, v = ctx.saved_tensors
+        wanted = [name for name, needed in zip(layer.names, ctx.needs_input_grad[2:], strict=False) if needed]
+        u_x, u_v = _KKTSolve.apply(layer, g_x, g_v, x, v, *operands)
+        with layer.backend.in_full_precision():
+            gradients = solution_vjp(layer.problem(x, operands), x, v, u_x, u_v, wanted)
+        return None, None, *map(gradients.get, layer.names), *[None] * ctx.others
+
+    @staticmethod
+    def jvp(ctx, _, __, *tangents):
+        layer = ctx.layer
+        *operands, x, v = ctx.saved_tensors
+        with layer.backend.in_full_precision():
+            r_x, r_v = right_hand_side(layer.problem(x, operands), x, v, _given(layer, tangents))
+        return *_KKTSolve.apply(layer, r_x, r_v, x, v, *operands), *[None] * len(_CONSTANT)
+
+    @staticmethod
+    def vmap(info, in_dims, layer, batch_shape, *tensors):
+        size, batch, count = info.batch_size, math.prod(batch_shape), len(layer.names)
+        pairs = list(zip(tensors, in_dims[2:], strict=True))
+        operands = [_joined(tensor, dim, size, batch) for tensor, dim in pairs[:count]]
+        cores = [name != "status" for name in _WARM]
+        near = [
+            _padded(*pair, len(batch_shape) + core) for pair, core in zip(pairs[count:], cores, strict=False)
+        ]
+        output = _Solution.apply(layer, (size, *batch_shape), *operands, *near)
+        return tuple(_parted(part, size, batch) for part in output), (0,) * len(output)
+
+
+class _KKTSolve(Function):
+    """K⁻¹ r with the KKT matrix K at the solution x, v of the operands: (B, n) and (B, rows)."""
+
+    @staticmethod
+    def forward(layer, r_x, r_v, x, v, *operands):
+        return layer.solve_kkt(r_x, r_v)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.layer = inputs[0]
+        _save(ctx, *inputs[3:], *output)
+
+    @staticmethod
+    def backward(ctx, g_x, g_v):
+        layer = ctx.layer
+        x, v, *operands, u_x, u_v = ctx.saved_tensors
+        wanted = [name for name, needed in zip(layer.names, ctx.needs_input_grad[5:], strict=True) if needed]
+        t_x, t_v = _KKTSolve.apply(layer, g_x, g_v, x, v, *operands)
+        with layer.backend.in_full_precision():
+            x_bar, v_bar, gradients = kkt_vjp(layer.problem(x, operands), x, v, u_x, u_v, t_x, t_v, wanted)
+        return None, t_x, t_v, x_bar, v_bar, *map(gradients.get, layer.names)
+
+    @staticmethod
+    def jvp(ctx, _, dr_x, dr_v, dx, dv, *tangents):
+        layer = ctx.layer
+        x, v, *operands, u_x, u_v = ctx.saved_tensors
+        with layer.backend.in_full_precision():
+            problem = layer.problem(x, operands)
+            r_x, r_v = kkt_jvp(problem, x, v, u_x, u_v, _or_zeros(dx, x), _or_zeros(dv, v), _given(layer, tangents))
+        return _KKTSolve.apply(layer, _or_zeros(dr_x, x) + r_x, _or_zeros(dr_v, v) + r_v, x, v, *operands)
+
+    @staticmethod
+    def vmap(info, in_dims, layer, *tensors):
+        size, pairs = info.batch_size, list(zip(tensors, in_dims[1:], strict=True))
+        if in_dims[3] is None:  # several right-hand sides for each problem
+            columns = [t.unbind(dim) if dim is not None else (t,) * size for t, dim in pairs[:2]]
+            solved = [_KKTSolve.apply(layer, *r, *tensors[2:]) for r in zip(*columns, strict=True)]
+            return tuple(map(torch.stack, zip(*solved, strict=True))), (0, 0)
+        batch = tensors[2].movedim(in_dims[3], 0).shape[1]
+        vectors = [_joined(*pair, size, batch).expand(size * batch, -1) for pair in pairs[:4]]
+        output = _KKTSolve.apply(layer, *vectors, *(_joined(*pair, size, batch) for pair in pairs[4:]))
+        return tuple(_parted(part, size, batch) for part in output), (0, 0)
+
+
+def _save(ctx, *tensors) -> None:
+    """For derivatives in either mode."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def _given(layer: _Layer, tangents) -> dict[str, Any]:
+    return {name: t for name, t in zip(layer.names, tangents, strict=False) if t is not None}
+
+
+def _or_zeros(tangent, value):
+    return torch.zeros_like(value) if tangent is None else tangent
+
+
+# ---- an axis that is mapped over and the batch axis
+
+
+def _joined(tensor, dim: int | None, size: int, batch: int):
+    """A tensor (batch or 1, core) with `size` times the batch; of length 1 still where all problems share it."""
+    if dim is None and tensor.shape[0] == 1:
+        return tensor
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    core = tensor.shape[2:]
+    return tensor.expand(size, batch, *core).reshape(size * batch, *core)
+
+
+def _parted(tensor, size: int, batch: int):
+    """The two axes again."""
+    return tensor.reshape(size, batch, *tensor.shape[1:])
+
+
+def _padded(tensor, dim: int | None, axes: int):
+    """A tensor of up to `axes` axes with the mapped axis in front of so many."""
+    if dim is None:
+        return tensor
+    tensor = tensor.movedim(dim, 0)
+    return tensor.reshape(tensor.shape[0], *[1] * (axes + 1 - tensor.ndim), *tensor.shape[1:])
+
+
+# ---- layers
+
+
+class OptNet(nn.Module):
+    """A layer that minimises ½ xᵀQx + qᵀx over learned constraints, for its input q.
+
+    ::
+
+        Q = L Lᵀ + εI                          L lower triangular
+        G x ≤ h,   h = G z₀ + softplus(s₀)
+        A x = b,   b = A z₀
+        x ≥ 0                                  where asked for; z₀ is softplus(z₀) then
+
+    Whatever the parameters, z₀ satisfies all constraints and Q is positive definite, so that every problem has exactly
+    one solution.
+
+    Parameters
+    ----------
+    n : int
+        Variables: features of input and output.
+    m, p : int
+        Learned inequalities and equalities.
+    nonnegative : bool
+        Whether x ≥ 0 is required.
+    eps : float
+        ε > 0.
+    device, dtype
+        Of the parameters.
+    **options
+        Further options of `qpdiff.torch.solve_qp`, such as ``dtype="float64"`` to solve in that type whatever the
+        parameters have, or ``unsolved="zero"``.
+
+    Attributes
+    ----------
+    L : Parameter (n, n)
+        Entries above the diagonal do not matter.
+    G, A : Parameter (m, n), (p, n), or None
+    z0 : Parameter (n), or None
+    s0 : Parameter (m), or None
+
+    Notes
+    -----
+    The paper's layer [1]_, with the initial values of its code [2]_: L and A uniform in [0, 1], G in [−1, 1], z₀ = 0 (with
+    x ≥ 0: 1), slack 1. There the slack is a parameter that training may make negative; here softplus keeps it positive.
+
+    References
+    ----------
+    .. [1] B. Amos, J. Z. Kolter, "OptNet: differentiable optimization as a layer in neural networks", ICML 2017,
+       section 3.
+    .. [2] https://github.com/locuslab/optnet
+
+    Examples
+    --------
+    >>> import torch
+    >>> import qpdiff.torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(5, 3), qpdiff.torch.OptNet(3, m=4))
+    >>> net(torch.randn(10, 5)).shape
+    torch.Size([10, 3])
+    """
+
+    def __init__(
+        self, n: int, m: int = 0, p: int = 0, *, nonnegative=False, eps=1e-4, device=None, dtype=None, **options
+    ):
+        super().__init__()
+        if not eps > 0:
+            raise ValueError(f"eps is {eps!r}; expected a number > 0, which makes the solution unique")
+        self.nonnegative, self.eps, self.options = nonnegative, eps, options
+
+        def parameter(*shape):
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if shape[0] else None
+
+        self.L = parameter(n, n)
+        self.register_parameter("G", parameter(m, n))
+        self.register_parameter("A", parameter(p, n))
+        self.register_parameter("z0", parameter(n) if m or p else None)
+        self.register_parameter("s0", parameter(m))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        one = math.log(math.e - 1)  # softplus of it is 1
+        with torch.no_grad():
+            nn.init.uniform_(self.L).tril_()
+            if self.G is not None:
+                nn.init.uniform_(self.G, -1, 1)
+                nn.init.constant_(self.s0, one)
+            if self.A is not None:
+                nn.init.uniform_(self.A)
+            if self.z0 is not None:
+                nn.init.constant_(self.z0, one if self.nonnegative else 0.0)
+
+    def operands(self) -> dict[str, torch.Tensor]:
+        """The operands of `solve_qp` but for q, by name."""
+        L = self.L.tril()
+        out = {"Q": L @ L.mT + self.eps * torch.eye(len(L), dtype=L.dtype, device=L.device)}
+        point = nn.functional.softplus(self.z0) if self.nonnegative and self.z0 is not None else self.z0
+        if self.G is not None:
+            out |= {"G": self.G, "h": self.G @ point + nn.functional.softplus(self.s0)}
+        if self.A is not None:
+            out |= {"A": self.A, "b": self.A @ point}
+        if self.nonnegative:
+            out["lb"] = torch.zeros_like(L[0])
+        return out
+
+    def forward(self, q):
+        """The solutions x (..., n) for linear terms q (..., n), in the type of q.
+
+        They are computed in the type of the parameters, also under autocast.
+        """
+        with torch.autocast(q.device.type, enabled=False):
+            return solve_qp(q=q.to(self.L.dtype), **self.operands(), **self.options).x.to(q.dtype)
+
+    def extra_repr(self) -> str:
+        sizes = {"n": self.L, "m": self.G, "p": self.A}
+        shown = {k: 0 if value is None else len(value) for k, value in sizes.items()}
+        shown |= {"nonnegative": self.nonnegative, "eps": self.eps, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+# ---- qpth's function
+
+
+class QPSolvers(enum.Enum):
+    """qpth's names of its solvers."""
+
+    PDIPM_BATCHED = 1
+    CVXPY = 2
+
+
+def QPFunction(  # noqa: N802 (qpth's name)
+    eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolvers.PDIPM_BATCHED, check_Q_spd=True
+):
+    """qpth's ``QPFunction``, so that its users change one import: ``from qpdiff.torch import QPFunction``.
+
+    The function that it returns takes ``(Q, p, G, h, A, b)`` and returns the variables (batch, n) that minimise
+    ½ zᵀQz + pᵀz subject to Gz ≤ h, Az = b, for Q (n, n) or (batch, n, n), p (n) or (batch, n), and so on; an empty
+    tensor stands for constraints that are not there. As with qpth the gradient of an operand without batch axis is the
+    **mean** over the batch; that of `solve_qp` is the sum, which is the derivative.
+
+    Parameters
+    ----------
+    eps : float
+        Tolerance, where it is above that of `qpdiff.solve_qp`.
+    verbose : int
+        1: a line an iteration.
+    notImprovedLim, maxIter, solver
+        Without effect. qpth returns the best point so far when its iterations come to these limits.
+    check_Q_spd : bool
+        Look at the numbers in the operands before solving. Q may also be semidefinite; only its symmetric part counts.
+
+    Raises
+    ------
+    RuntimeError
+        When a problem cannot be solved; qpth prints a warning and returns what it has.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from qpdiff.torch import QPFunction
+    >>> e = torch.Tensor()
+    >>> QPFunction()(torch.eye(2), torch.tensor([1.0, -1.0]), -torch.eye(2), torch.zeros(2), e, e).round(decimals=2)
+    tensor([[0., 1.]])
+    """
+
+    def solve(Q, p, G, h, A, b):
+        axes = {"Q": 3, "p": 2, "G": 3, "h": 2, "A": 3, "b": 2}
+        given = {k: v for k, v in zip(axes, (Q, p, G, h, A, b), strict=True) if v.numel()}
+        for name, value in given.items():
+            if value.ndim not in (axes[name] - 1, axes[name]):
+                few = axes[name] - 1
+                raise ValueError(f"{name} has {value.ndim} axes; expected {few}, or {few + 1} with that of the batch")
+        batch = next((len(value) for name, value in given.items() if value.ndim == axes[name]), 1)
+        given = {k: v if v.ndim == axes[k] else _MeanGradient.apply(v, batch) for k, v in given.items()}
+        single = all(value.dtype == torch.float32 for value in given.values())
+        Q, q = given.pop("Q"), given.pop("p")
+        sol = solve_qp(
+            (Q + Q.mT) / 2, q, **given, tol=max(eps, 1e-4 if single else 1e-8), check=check_Q_spd, verbose=verbose == 1
+        )
+        return sol.x.reshape(batch, -1)
+
+    return solve
+
+
+class _MeanGradient(Function):
+    """The identity, whose gradient is divided by a number."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value, count):
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.count = inputs[1]
+
+    @staticmethod
+    def backward(ctx, g):
+        return g / ctx.count, None
