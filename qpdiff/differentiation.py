@@ -199,6 +199,8 @@ def jvp(
 
 
 def _smoothed(sol: Solution, smoothing) -> Solution:
+    if sol.linearization is None:
+        raise ValueError("sol keeps nothing to differentiate with; pass a solution of qpdiff.solve_qp itself")
     if smoothing is None:
         return sol
     if not isinstance(smoothing, (int, float, np.number)) or not 0 < smoothing < float("inf"):

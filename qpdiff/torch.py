@@ -12,6 +12,7 @@ and in its memory. It has not been measured against moving them to CuPy through 
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from dataclasses import fields
 from typing import Any
@@ -32,6 +33,18 @@ from torch import nn
 from torch.autograd import Function
 
 
+def _not_traced(function):
+    """The function, at which torch.compile breaks its graph instead of tracing the solver."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        run = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+        return run(*args, **kwargs)
+
+    return call
+
+
+@_not_traced
 def solve_qp(
     Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "raise", warm_start=None, **options
 ) -> Solution:
@@ -52,14 +65,14 @@ def solve_qp(
     Returns
     -------
     Solution
-        Whose x, y, z, z_lb and z_ub differentiate. The other fields are constants. Under `torch.func.vmap` all are those
-        of one sample; the function that is mapped returns the ones that it wants.
+        Whose x, y, z, z_lb and z_ub differentiate. The other fields are constants. Under `torch.func.vmap` all are
+        those of one sample; the function that is mapped returns the ones that it wants.
 
     Raises
     ------
     RuntimeError
-        With ``unsolved="raise"``, when a problem is not SOLVED; the error counts them and names the first. The axes that
-        `torch.func.vmap` maps over come first in its position.
+        With ``unsolved="raise"``, when a problem is not SOLVED; the error counts them and names the first. The axes
+        that `torch.func.vmap` maps over come first in its position.
 
     Examples
     --------
@@ -74,6 +87,7 @@ def solve_qp(
     if unsolved not in ("raise", "nan", "zero"):
         raise ValueError(f"unsolved is {unsolved!r}; expected 'raise', 'nan' or 'zero'")
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    operands = {name: _stacked(value) for name, value in operands.items()}
     problem = make_problem(operands, backend="torch", dtype=options.pop("dtype", None))
     near: list[Any] = []
     if isinstance(warm_start, Solution):
@@ -85,6 +99,15 @@ def solve_qp(
     parts = dict(zip(("x", "y", "z", "z_lb", "z_ub"), (x, *multipliers(problem, v)), strict=True))
     parts |= dict(zip(_CONSTANT, constants, strict=True))
     return Solution(**{name: part.reshape((*problem.batch_shape, *part.shape[1:])) for name, part in parts.items()})
+
+
+def _stacked(value):
+    """A list with tensors in it as one tensor."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    parts = [_stacked(part) for part in value]
+    tensors = any(isinstance(part, torch.Tensor) for part in parts)
+    return torch.stack([torch.as_tensor(part) for part in parts]) if tensors else value
 
 
 # ---- the two functions; operands and solutions have one batch axis, of length 1 where an operand is shared
@@ -104,7 +127,7 @@ class _Layer:
         self.linearization: Any = None
 
     def solve(self, batch_shape, operands, near):
-        host = self.backend.device.type == "cpu"
+        host = _on_host(self.backend.device)
         arrays = {name: _unflattened(_array(a), batch_shape) for name, a in zip(self.names, operands, strict=True)}
         options = dict(self.options)
         if near:
@@ -129,6 +152,10 @@ class _Layer:
         return Problem(self.backend, x.dtype, (x.shape[0],), {}, **dict(zip(self.names, operands, strict=True)))
 
 
+def _on_host(device) -> bool:
+    return device.type == "cpu"
+
+
 def _array(tensor):
     """What the solver gets of a tensor: where it is on the CPU the NumPy array in the same memory."""
     try:
@@ -138,11 +165,11 @@ def _array(tensor):
             "qpdiff.torch does not run under torch's first vmap, which torch.autograd.grad(is_grads_batched=True) and "
             "torch.autograd.functional.jacobian(vectorize=True) use; take torch.func.jacrev, jacfwd or vmap instead"
         ) from error
-    return tensor.resolve_neg().numpy() if tensor.device.type == "cpu" else tensor
+    return tensor.resolve_neg().numpy() if _on_host(tensor.device) else tensor
 
 
 def _tensor(array):
-    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array.detach()
 
 
 def _unflattened(array, batch_shape):
@@ -187,11 +214,10 @@ class _Solution(Function):
     def vmap(info, in_dims, layer, batch_shape, *tensors):
         size, batch, count = info.batch_size, math.prod(batch_shape), len(layer.names)
         pairs = list(zip(tensors, in_dims[2:], strict=True))
-        operands = [_joined(tensor, dim, size, batch) for tensor, dim in pairs[:count]]
+        operands = [_joined(*pair, size, batch) for pair in pairs[:count]]
+        operands[1] = operands[1].expand(size * batch, -1)  # q, so that an operand has the mapped axis in any case
         cores = [name != "status" for name in _WARM]
-        near = [
-            _padded(*pair, len(batch_shape) + core) for pair, core in zip(pairs[count:], cores, strict=False)
-        ]
+        near = [_padded(*pair, size, len(batch_shape) + core) for pair, core in zip(pairs[count:], cores, strict=False)]
         output = _Solution.apply(layer, (size, *batch_shape), *operands, *near)
         return tuple(_parted(part, size, batch) for part in output), (0,) * len(output)
 
@@ -271,12 +297,10 @@ def _parted(tensor, size: int, batch: int):
     return tensor.reshape(size, batch, *tensor.shape[1:])
 
 
-def _padded(tensor, dim: int | None, axes: int):
+def _padded(tensor, dim: int | None, size: int, axes: int):
     """A tensor of up to `axes` axes with the mapped axis in front of so many."""
-    if dim is None:
-        return tensor
-    tensor = tensor.movedim(dim, 0)
-    return tensor.reshape(tensor.shape[0], *[1] * (axes + 1 - tensor.ndim), *tensor.shape[1:])
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.reshape(size, *[1] * (axes + 1 - tensor.ndim), *tensor.shape[1:])
 
 
 # ---- layers
@@ -308,21 +332,18 @@ class OptNet(nn.Module):
     device, dtype
         Of the parameters.
     **options
-        Further options of `qpdiff.torch.solve_qp`, such as ``dtype="float64"`` to solve in that type whatever the
-        parameters have, or ``unsolved="zero"``.
+        Options of `qpdiff.torch.solve_qp`, such as ``unsolved="zero"``.
 
     Attributes
     ----------
     L : Parameter (n, n)
         Entries above the diagonal do not matter.
-    G, A : Parameter (m, n), (p, n), or None
-    z0 : Parameter (n), or None
-    s0 : Parameter (m), or None
+    G, A, z0, s0 : Parameter (m, n), (p, n), (n), (m)
 
     Notes
     -----
-    The paper's layer [1]_, with the initial values of its code [2]_: L and A uniform in [0, 1], G in [−1, 1], z₀ = 0 (with
-    x ≥ 0: 1), slack 1. There the slack is a parameter that training may make negative; here softplus keeps it positive.
+    The paper's layer [1]_, with the initial values of its code [2]_: L and A uniform in [0, 1], G in [−1, 1], z₀ = 0
+    (with x ≥ 0: 1), slack 1. There training may make the slack negative; softplus keeps it positive.
 
     References
     ----------
@@ -339,6 +360,12 @@ class OptNet(nn.Module):
     torch.Size([10, 3])
     """
 
+    L: nn.Parameter
+    G: nn.Parameter
+    A: nn.Parameter
+    z0: nn.Parameter
+    s0: nn.Parameter
+
     def __init__(
         self, n: int, m: int = 0, p: int = 0, *, nonnegative=False, eps=1e-4, device=None, dtype=None, **options
     ):
@@ -346,42 +373,33 @@ class OptNet(nn.Module):
         if not eps > 0:
             raise ValueError(f"eps is {eps!r}; expected a number > 0, which makes the solution unique")
         self.nonnegative, self.eps, self.options = nonnegative, eps, options
-
-        def parameter(*shape):
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if shape[0] else None
-
-        self.L = parameter(n, n)
-        self.register_parameter("G", parameter(m, n))
-        self.register_parameter("A", parameter(p, n))
-        self.register_parameter("z0", parameter(n) if m or p else None)
-        self.register_parameter("s0", parameter(m))
+        shapes = {"L": (n, n), "G": (m, n), "A": (p, n), "z0": (n,), "s0": (m,)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw new initial values."""
         one = math.log(math.e - 1)  # softplus of it is 1
         with torch.no_grad():
-            nn.init.uniform_(self.L).tril_()
-            if self.G is not None:
-                nn.init.uniform_(self.G, -1, 1)
-                nn.init.constant_(self.s0, one)
-            if self.A is not None:
-                nn.init.uniform_(self.A)
-            if self.z0 is not None:
-                nn.init.constant_(self.z0, one if self.nonnegative else 0.0)
+            self.L.uniform_().tril_()
+            self.G.uniform_(-1, 1)
+            self.A.uniform_()
+            self.z0.fill_(one if self.nonnegative else 0.0)
+            self.s0.fill_(one)
 
     def operands(self) -> dict[str, torch.Tensor]:
         """The operands of `solve_qp` but for q, by name."""
         L = self.L.tril()
-        out = {"Q": L @ L.mT + self.eps * torch.eye(len(L), dtype=L.dtype, device=L.device)}
-        point = nn.functional.softplus(self.z0) if self.nonnegative and self.z0 is not None else self.z0
-        if self.G is not None:
-            out |= {"G": self.G, "h": self.G @ point + nn.functional.softplus(self.s0)}
-        if self.A is not None:
-            out |= {"A": self.A, "b": self.A @ point}
-        if self.nonnegative:
-            out["lb"] = torch.zeros_like(L[0])
-        return out
+        point = nn.functional.softplus(self.z0) if self.nonnegative else self.z0
+        out = {
+            "Q": L @ L.mT + self.eps * torch.eye(len(L), dtype=L.dtype, device=L.device),
+            "G": self.G,
+            "h": self.G @ point + nn.functional.softplus(self.s0),
+            "A": self.A,
+            "b": self.A @ point,
+        }
+        return out | ({"lb": torch.zeros_like(point)} if self.nonnegative else {})
 
     def forward(self, q):
         """The solutions x (..., n) for linear terms q (..., n), in the type of q.
@@ -392,8 +410,7 @@ class OptNet(nn.Module):
             return solve_qp(q=q.to(self.L.dtype), **self.operands(), **self.options).x.to(q.dtype)
 
     def extra_repr(self) -> str:
-        sizes = {"n": self.L, "m": self.G, "p": self.A}
-        shown = {k: 0 if value is None else len(value) for k, value in sizes.items()}
+        shown = {"n": len(self.L), "m": len(self.G), "p": len(self.A)}
         shown |= {"nonnegative": self.nonnegative, "eps": self.eps, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
@@ -408,10 +425,8 @@ class QPSolvers(enum.Enum):
     CVXPY = 2
 
 
-def QPFunction(  # noqa: N802 (qpth's name)
-    eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolvers.PDIPM_BATCHED, check_Q_spd=True
-):
-    """qpth's ``QPFunction``, so that its users change one import: ``from qpdiff.torch import QPFunction``.
+def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolvers.PDIPM_BATCHED, check_Q_spd=True):
+    """The ``QPFunction`` of qpth, so that its users change one import: ``from qpdiff.torch import QPFunction``.
 
     The function that it returns takes ``(Q, p, G, h, A, b)`` and returns the variables (batch, n) that minimise
     ½ zᵀQz + pᵀz subject to Gz ≤ h, Az = b, for Q (n, n) or (batch, n, n), p (n) or (batch, n), and so on; an empty

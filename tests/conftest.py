@@ -133,7 +133,7 @@ class TorchLibrary:
         self.torch, self.name, self.device = torch, name, device
 
     def asarray(self, value):
-        return self.torch.asarray(np.asarray(value), device=self.device)
+        return self.torch.tensor(np.asarray(value), device=self.device)
 
     def to_numpy(self, value):
         return value.cpu().numpy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -650,6 +651,14 @@ def test_refused_derivatives(xp, row):
     derivative, arguments = DERIVATIVES[row]
     with raises(row):
         derivative(sol, **to_library(xp, arguments))
+
+
+@pytest.mark.parametrize("derivative", [qpdiff.vjp, qpdiff.jvp])
+@pytest.mark.parametrize("row", ["no-linearization"])
+def test_refused_solutions(row, derivative):
+    sol = replace(qpdiff.solve_qp(GOOD["Q"], GOOD["q"]), linearization=None)
+    with raises(row):
+        derivative(sol)
 
 
 @pytest.mark.parametrize("row", ["nan-cotangent", "nan-tangent"])

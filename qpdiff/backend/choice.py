@@ -57,8 +57,9 @@ def choose_backend(operands, name=None):
     """
     if name is not None:
         xp = _namespace(name)
-        there = [value for value in operands.values() if _library_of(value) is xp]
-        backend = _backend(xp, _device(there[0]) if there else _current_device(xp))
+        there = {key: _device(value) for key, value in operands.items() if _library_of(value) is xp}
+        _check_one_device(there)
+        backend = _backend(xp, next(iter(there.values())) if there else _current_device(xp))
         return backend, {key: _move(key, value, backend, name) for key, value in operands.items()}
     arrays = {
         key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))
@@ -84,15 +85,19 @@ def choose_backend(operands, name=None):
                 f"{key} is an array of {library} but {first} one of {other}; convert one of them, or pass backend= to "
                 "move all"
             )
-        if devices[key] != devices[first]:
-            raise ValueError(
-                f"{key} is on device {devices[key]} but {first} on {devices[first]}; move all to one device"
-            )
+    _check_one_device(devices)
     if array_api_compat.is_numpy_namespace(namespaces[first]):
         backend = _numpy_backend()
         return backend, {key: from_host(key, value, backend) for key, value in operands.items()}
     backend = _backend(namespaces[first], devices[first])
     return backend, {key: value if key in arrays else from_host(key, value, backend) for key, value in operands.items()}
+
+
+def _check_one_device(devices) -> None:
+    first = next(iter(devices), None)
+    for key, device in devices.items():
+        if device != devices[first]:
+            raise ValueError(f"{key} is on device {device} but {first} on {devices[first]}; move all to one device")
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 
+import numpy as np
 import torch
 
 from .base import Backend
@@ -18,6 +19,11 @@ class TorchBackend(Backend):
     @property
     def chunk_bytes(self):
         return (64 * 2**20) if self.device.type == "cpu" else 2 * 2**30
+
+    def asarray(self, value, dtype=None):
+        if isinstance(value, np.ndarray) and (not value.flags.writeable or min(value.strides, default=0) < 0):
+            value = value.copy()  # torch warns of the first and refuses the second
+        return super().asarray(value, dtype)
 
     def quietly(self):
         # The iterations are not what is to be differentiated: nothing of them is recorded.

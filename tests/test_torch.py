@@ -1,0 +1,814 @@
+"""The torch adapter against torch's own numerical checkers, NumPy, loops in place of vmap, and qpth."""
+
+import copy
+import gc
+import pickle
+import re
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from problems import random_problem
+
+pytest.importorskip("torch")
+import torch
+from torch import nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
+
+import qpdiff
+import qpdiff.torch
+
+TIGHT = {"tol": 1e-12, "rtol": 1e-13}
+OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
+DOUBLE = torch.float64
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def solved_by(request, monkeypatch):
+    """What solves: NumPy for the tensors on the CPU, or torch itself as on any other device."""
+    if request.param == "torch":
+        monkeypatch.setattr(qpdiff.torch, "_on_host", lambda device: False)
+    return request.param
+
+
+def problem(seed, parts, n=3, batch=2):
+    """Operands as tensors of which most constraints are active in some problem; some are shared."""
+    rng = np.random.default_rng(seed)
+    L = rng.normal(size=(batch, n, n))
+    operands = {"Q": L @ L.mT / n + np.eye(n), "q": 2 * rng.normal(size=(batch, n))}
+    if "A" in parts:
+        operands |= {"A": rng.normal(size=(1, n)), "b": 0.1 * rng.normal(size=(batch, 1))}
+    if "G" in parts:
+        operands |= {"G": rng.normal(size=(batch, 3, n)), "h": rng.uniform(0.5, 1.0, size=3)}
+    if "lb" in parts:
+        operands["lb"] = rng.uniform(-1.0, -0.5, size=(batch, n))
+    if "ub" in parts:
+        operands["ub"] = rng.uniform(0.5, 1.0, size=n)
+    return {name: torch.tensor(value, requires_grad=True) for name, value in operands.items()}
+
+
+def symmetric(Q):
+    return (Q + Q.mT) / 2
+
+
+def outputs_of(operands):
+    """All outputs that depend on the operands, as a function of them."""
+    needs = {"y": "A", "z": "G", "z_lb": "lb", "z_ub": "ub"}
+    names = [name for name in OUTPUTS if needs.get(name, "Q") in operands]
+
+    def solve(*values):
+        given = dict(zip(operands, values, strict=True))
+        sol = qpdiff.torch.solve_qp(**(given | {"Q": symmetric(given["Q"])}), **TIGHT)
+        return tuple(getattr(sol, name) for name in names)
+
+    return solve
+
+
+# ---- the solution
+
+
+@pytest.mark.parametrize("parts", ["", "A", "G", "A G lb ub"])
+@pytest.mark.parametrize("batch", [(), (1,), (3,), (2, 3), (0,)])
+def test_is_the_solution_of_qpdiff(solved_by, parts, batch):
+    operands = random_problem(np.random.default_rng(0), parts, batch=batch, shared=("Q", "A"))
+    ours = qpdiff.torch.solve_qp(**{name: torch.tensor(value) for name, value in operands.items()})
+    other = qpdiff.solve_qp(**operands)
+    for field in fields(ours):
+        if field.name != "linearization":
+            one, two = getattr(ours, field.name), getattr(other, field.name)
+            assert isinstance(one, torch.Tensor)
+            assert one.shape == two.shape
+            if field.name in (*OUTPUTS, "s", "status", "objective"):
+                np.testing.assert_allclose(one.numpy(), two, rtol=1e-6, atol=1e-6)
+
+
+def random_problem_in_torch(seed=0, parts="A G lb ub", **options):
+    operands = random_problem(np.random.default_rng(seed), parts, **options)
+    return {name: torch.tensor(value) for name, value in operands.items()}
+
+
+def test_nothing_is_copied(monkeypatch):
+    seen = {}
+
+    def spy(*args, **operands):
+        seen.update(operands)
+        seen["sol"] = solve(*args, **operands)
+        return seen["sol"]
+
+    solve = qpdiff.torch.solver.solve_qp
+    monkeypatch.setattr(qpdiff.torch.solver, "solve_qp", spy)
+    for batch in [(), (3,), (2, 2)]:
+        operands = {k: v.requires_grad_() for k, v in random_problem_in_torch(batch=batch, shared=("Q",)).items()}
+        sol = qpdiff.torch.solve_qp(**operands)
+        for name, tensor in operands.items():
+            assert isinstance(seen[name], np.ndarray)
+            assert seen[name].__array_interface__["data"][0] == tensor.data_ptr()
+        assert seen["sol"].linearization.problem.Q.__array_interface__["data"][0] == operands["Q"].data_ptr()
+        assert np.shares_memory(sol.x.detach().numpy(), seen["sol"].x)
+        assert np.shares_memory(sol.z.detach().numpy(), seen["sol"].z)
+
+
+def test_layouts():
+    operands = random_problem_in_torch(batch=(3,))
+    expected = qpdiff.torch.solve_qp(**operands).x
+    transposed = {k: v.movedim(0, -1).contiguous().movedim(-1, 0) for k, v in operands.items()}
+    assert not transposed["G"].is_contiguous()
+    torch.testing.assert_close(qpdiff.torch.solve_qp(**transposed).x, expected)
+    negated = operands | {"q": torch.complex(operands["q"], -operands["q"]).conj().imag}  # with torch's negative bit
+    assert negated["q"].is_neg()
+    torch.testing.assert_close(qpdiff.torch.solve_qp(**negated).x, expected)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_floating_point_types(solved_by, kind):
+    operands = {k: v.to(kind).requires_grad_() for k, v in random_problem_in_torch(parts="G", batch=(3,)).items()}
+    sol = qpdiff.torch.solve_qp(**operands)
+    assert sol.x.dtype == sol.z.dtype == sol.s.dtype == kind
+    sol.x.sum().backward()
+    assert {v.grad.dtype for v in operands.values()} == {kind}
+
+
+def test_mixed_types_and_conversion():
+    Q, q = torch.eye(2), torch.ones(2, dtype=DOUBLE, requires_grad=True)
+    assert qpdiff.torch.solve_qp(Q, q).x.dtype == DOUBLE
+    assert qpdiff.torch.solve_qp(Q, q, lb=torch.zeros(2, dtype=torch.int64)).x.dtype == DOUBLE
+    sol = qpdiff.torch.solve_qp(Q, q, dtype="float32")
+    assert sol.x.dtype == torch.float32
+    sol.x.sum().backward()
+    torch.testing.assert_close(q.grad, -torch.ones(2, dtype=DOUBLE))
+    half = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    with pytest.raises(TypeError, match="q has dtype bfloat16; expected float32 or float64, or pass dtype= to convert"):
+        qpdiff.torch.solve_qp(Q, half)
+    qpdiff.torch.solve_qp(Q, half, dtype="float32").x.sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_lists_numbers_and_arrays_become_tensors():
+    b = torch.ones((), requires_grad=True)
+    array = np.broadcast_to(1.0, 2)  # read-only
+    sol = qpdiff.torch.solve_qp([[1.0, 0.0], [0.0, 1.0]], array[::-1], A=[[1.0, 1.0]], b=[b])
+    torch.testing.assert_close(sol.x, torch.full((2,), 0.5, dtype=DOUBLE), atol=1e-6, rtol=0)
+    sol.x.sum().backward()
+    assert b.grad.item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_refused():
+    Q, q = torch.eye(2), torch.ones(2)
+    with pytest.raises(ValueError, match="unsolved is 'ignore'"):
+        qpdiff.torch.solve_qp(Q, q, unsolved="ignore")
+    with pytest.raises(TypeError, match="backend"):
+        qpdiff.torch.solve_qp(Q, q, backend="numpy")
+    with pytest.raises(TypeError, match="warm_start is a int"):
+        qpdiff.torch.solve_qp(Q, q, warm_start=1)
+    with pytest.raises(ValueError, match="q is on device meta but Q on cpu"):
+        qpdiff.torch.solve_qp(Q, q.to("meta"))
+    with pytest.raises(ValueError, match=r"q has NaN .* nan \(problem 1 of the batch\)"):
+        qpdiff.torch.solve_qp(Q, torch.stack([q, q * torch.nan]))
+    sol = qpdiff.torch.solve_qp(Q, q)
+    for derivative in (qpdiff.vjp, qpdiff.jvp):
+        with pytest.raises(ValueError, match=re.escape("pass a solution of qpdiff.solve_qp itself")):
+            derivative(sol)
+
+
+def test_unsolved(solved_by):
+    q, G = torch.ones(3, 1, dtype=DOUBLE, requires_grad=True), torch.tensor([[1.0], [-1.0]], dtype=DOUBLE)
+    h = torch.tensor([[1.0, 1.0], [1.0, -2.0], [1.0, -2.0]], dtype=DOUBLE)
+
+    def gradient(unsolved):
+        sol = qpdiff.torch.solve_qp([[1.0]], q, G, h, unsolved=unsolved)
+        assert sol.status.tolist() == [0, 2, 2]
+        return torch.autograd.grad(sol.x.sum(), q)[0]
+
+    with pytest.raises(RuntimeError, match="2 of 3 problems not solved; the first is problem 1: PRIMAL_INFEASIBLE"):
+        gradient("raise")
+    assert gradient("nan").isnan().tolist() == [[False], [True], [True]]
+    assert gradient("zero")[1:].tolist() == [[0.0], [0.0]]
+    with pytest.raises(RuntimeError, match=r"2 of 3 problems not solved; the first is problem 1: PRIMAL"):
+        vmap(lambda h: qpdiff.torch.solve_qp([[1.0]], [1.0], G, h).x)(h)
+    with pytest.raises(RuntimeError, match=r"2 of 6 problems not solved; the first is problem \(1, 0\): PRIMAL"):
+        vmap(lambda h: qpdiff.torch.solve_qp([[1.0]], torch.ones(2, 1), G, h).x)(
+            h[:, None].expand(-1, 2, -1)[[0, 1, 0]]
+        )
+
+
+@pytest.mark.parametrize("made_by", ["torch", "numpy"])
+def test_warm_start(solved_by, made_by):
+    operands = random_problem_in_torch(batch=(2, 3))
+    cold = qpdiff.torch.solve_qp(**operands)
+    if made_by == "torch":
+        near = qpdiff.torch.solve_qp(**{k: v.clone().requires_grad_() for k, v in operands.items()})
+    else:
+        near = qpdiff.solve_qp(**{k: v.numpy() for k, v in operands.items()})
+    moved = operands | {"q": (1.0001 * operands["q"]).requires_grad_()}
+    warm = qpdiff.torch.solve_qp(**moved, warm_start=near)
+    assert warm.iterations.sum() < 0.7 * cold.iterations.sum()
+    expected = qpdiff.torch.solve_qp(**moved)
+    torch.testing.assert_close(warm.x, expected.x, atol=1e-6, rtol=0)
+    for one, two in zip(*(torch.autograd.grad(s.x.sum(), moved["q"]) for s in (warm, expected)), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+def test_warm_start_inside_vmap():
+    operands = random_problem_in_torch(batch=(2, 3))
+    q = operands.pop("q")
+
+    def iterations(q, index):
+        shared = {name: value[index] for name, value in operands.items()}
+        first = qpdiff.torch.solve_qp(q=q, **shared)
+        return first.iterations, qpdiff.torch.solve_qp(q=1.0001 * q, **shared, warm_start=first).iterations
+
+    for mapped, index in ((vmap(iterations, (0, None)), 0), (vmap(vmap(iterations, (0, None)), (0, None)), (0, 0))):
+        cold, warm = mapped(q, index)
+        assert cold.shape == warm.shape == (2, 3)
+        assert warm.sum() < 0.7 * cold.sum()
+
+
+def test_vmap_over_the_warm_start_alone():
+    operands = random_problem_in_torch(batch=())
+    sol = qpdiff.torch.solve_qp(**operands)
+    warm = vmap(lambda x: qpdiff.torch.solve_qp(**operands, warm_start=replace(sol, x=x)).x)(sol.x.expand(4, -1))
+    torch.testing.assert_close(warm, sol.x.expand(4, -1), atol=1e-6, rtol=0)
+
+
+# ---- derivatives
+
+
+@pytest.mark.parametrize("parts", ["", "A", "G", "A G", "lb", "ub", "lb ub", "A lb ub", "A G lb ub"])
+def test_first_and_second_derivatives(parts):
+    operands = problem(0, parts.split())
+    solve, values = outputs_of(operands), tuple(operands.values())
+    assert gradcheck(solve, values, atol=1e-6, rtol=1e-5, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(solve, values, atol=1e-5, rtol=1e-5, check_fwd_over_rev=True, fast_mode=True)
+
+
+def test_every_entry_of_first_and_second_derivatives():
+    operands = problem(1, ["A", "G", "lb", "ub"], n=2)
+    solve, values = outputs_of(operands), tuple(operands.values())
+    assert gradcheck(solve, values, atol=1e-6, rtol=1e-5, check_forward_ad=True)
+    assert gradgradcheck(solve, values, atol=1e-5, rtol=1e-5, check_fwd_over_rev=True)
+
+
+def test_third_derivatives():
+    operands = problem(2, ["A", "G", "ub"])
+
+    def gradient(*values):
+        return torch.autograd.grad(
+            sum(out.sin().sum() for out in outputs_of(operands)(*values)), values, create_graph=True
+        )
+
+    assert gradgradcheck(gradient, tuple(operands.values()), atol=1e-4, rtol=1e-4, fast_mode=True)
+
+
+def test_derivatives_where_torch_solves(monkeypatch):
+    operands = problem(2, ["A", "G", "lb", "ub"])
+    values = tuple(operands.values())
+
+    def derivatives():
+        first = torch.autograd.grad(
+            sum(out.sin().sum() for out in outputs_of(operands)(*values)), values, create_graph=True
+        )
+        return first, torch.autograd.grad(sum(gradient.sin().sum() for gradient in first), values)
+
+    expected = derivatives()
+    monkeypatch.setattr(qpdiff.torch, "_on_host", lambda device: False)
+    torch.testing.assert_close(derivatives(), expected, rtol=1e-7, atol=1e-9)
+
+
+def test_fixed_and_infinite_bounds():
+    inf = torch.inf
+    lb, ub = torch.tensor([0.3, -inf, -1.0], dtype=DOUBLE), torch.tensor([0.3, 1.0, inf], dtype=DOUBLE)
+    Q = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE))
+
+    def solve(q, A):
+        sol = qpdiff.torch.solve_qp(Q, q, A=A, b=[0.5], lb=lb, ub=ub, **TIGHT)
+        return tuple(getattr(sol, name) for name in OUTPUTS)
+
+    q = torch.tensor([1.0, -2.0, 0.3], dtype=DOUBLE, requires_grad=True)
+    A = torch.tensor([[1.0, 1.0, -1.0]], dtype=DOUBLE, requires_grad=True)
+    assert gradcheck(solve, (q, A), atol=1e-6, rtol=1e-5, check_forward_ad=True)
+    assert gradgradcheck(solve, (q, A), atol=1e-5, rtol=1e-5, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("parts", ["G", "A G lb ub"])
+def test_matches_vjp_and_jvp(solved_by, parts):
+    operands = problem(3, parts.split())
+    rng = np.random.default_rng(4)
+    sol = qpdiff.torch.solve_qp(**operands)
+    plain = qpdiff.solve_qp(**{name: value.detach().numpy() for name, value in operands.items()})
+    cotangents = {name: rng.normal(size=getattr(sol, name).shape) for name in OUTPUTS}
+    scalar = sum((torch.tensor(c) * getattr(sol, name)).sum() for name, c in cotangents.items())
+    by_hand = qpdiff.vjp(plain, **cotangents)
+    for name, gradient in zip(operands, torch.autograd.grad(scalar, tuple(operands.values())), strict=True):
+        np.testing.assert_allclose(gradient, getattr(by_hand, name), rtol=1e-6, atol=1e-9)
+    tangents = {name: rng.normal(size=value.shape) for name, value in operands.items()}
+    tangents["Q"] = tangents["Q"] + tangents["Q"].mT
+    with forward_ad.dual_level():
+        duals = {k: forward_ad.make_dual(v.detach(), torch.tensor(tangents[k])) for k, v in operands.items()}
+        moved = qpdiff.torch.solve_qp(**duals)
+        pushed = qpdiff.jvp(plain, **tangents)
+        for name in OUTPUTS:
+            tangent = forward_ad.unpack_dual(getattr(moved, name)).tangent
+            tangent = torch.zeros_like(getattr(sol, name)) if tangent is None else tangent
+            np.testing.assert_allclose(tangent.detach(), getattr(pushed, name), rtol=1e-6, atol=1e-9)
+
+
+def test_constants_have_no_gradient():
+    sol = qpdiff.torch.solve_qp(**problem(0, ["G"]))
+    for name in ("s", "status", "iterations", "objective", "primal_residual", "dual_residual", "duality_gap"):
+        assert not getattr(sol, name).requires_grad
+
+
+def test_a_change_in_place_is_noticed():
+    for change in ("q", "x"):
+        operands = problem(0, ["G"])
+        q = operands["q"] * 1
+        sol = qpdiff.torch.solve_qp(**(operands | {"q": q}))
+        with torch.no_grad():
+            {"q": q, "x": sol.x}[change].mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            sol.z.sum().backward()
+
+
+def linearizations(monkeypatch):
+    """References to what the solutions from now on keep for the derivative."""
+    kept = []
+    solve = qpdiff.torch.solver.solve_qp
+
+    def spy(*args, **operands):
+        sol = solve(*args, **operands)
+        kept.append(weakref.ref(sol.linearization.problem))
+        return sol
+
+    monkeypatch.setattr(qpdiff.torch.solver, "solve_qp", spy)
+    return kept
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_kept_without_gradients(solved_by, monkeypatch, mode):
+    kept = linearizations(monkeypatch)
+    operands = problem(0, ["A", "G", "lb", "ub"])
+    recorded = qpdiff.torch.solve_qp(**operands)
+    assert recorded.x.requires_grad
+    with mode():
+        sol = qpdiff.torch.solve_qp(**operands)
+    assert not any(getattr(sol, name).requires_grad for name in OUTPUTS)
+    torch.testing.assert_close(sol.x, recorded.x.detach())
+    gc.disable()
+    try:
+        assert kept[0]() is not None
+        assert kept[1]() is None
+        del recorded
+        assert kept[0]() is None  # without a cycle that the garbage collector would have to find
+    finally:
+        gc.enable()
+
+
+def test_only_what_is_asked_for():
+    operands = problem(0, ["A", "G", "lb", "ub"])
+    for name, value in operands.items():
+        value.requires_grad_(name == "h")
+    qpdiff.torch.solve_qp(**operands).x.sum().backward()
+    assert [name for name, value in operands.items() if value.grad is not None] == ["h"]
+
+
+def test_autocast():
+    operands = {k: v.detach().float().requires_grad_() for k, v in problem(0, ["A", "G"]).items()}
+
+    def run():
+        return torch.autograd.grad(qpdiff.torch.solve_qp(**operands).x.sum(), tuple(operands.values()))
+
+    for host in (True, False):
+        with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+            patch.setattr(qpdiff.torch, "_on_host", lambda device, host=host: host)
+            with torch.autocast("cpu", enabled=False):
+                expected = run()
+            assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16
+            for one, two in zip(run(), expected, strict=True):
+                assert torch.equal(one, two)
+
+
+def test_threads():
+    problems = [problem(seed, ["A", "G", "lb", "ub"]) for seed in range(16)]
+
+    def gradients(operands):
+        sol = qpdiff.torch.solve_qp(**operands)
+        return torch.autograd.grad(sum(getattr(sol, name).sum() for name in OUTPUTS), tuple(operands.values()))
+
+    expected = [gradients(operands) for operands in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for one, two in zip(pool.map(gradients, problems), expected, strict=True):
+            assert all(map(torch.equal, one, two))
+
+
+def test_checkpoint():
+    operands = problem(0, ["A", "G"])
+
+    def solve(*values):
+        return qpdiff.torch.solve_qp(**dict(zip(operands, values, strict=True))).x.sin().sum()
+
+    values = tuple(operands.values())
+    expected = torch.autograd.grad(solve(*values), values)
+    again = torch.autograd.grad(torch.utils.checkpoint.checkpoint(solve, *values, use_reentrant=False), values)
+    torch.testing.assert_close(again, expected)
+
+
+# ---- torch.func
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """X (3) as a function of q, Q and G; five q; Q and G."""
+    operands = random_problem_in_torch(0, "A G lb ub", batch=(), n=3, m=4, p=1)
+    qs = operands.pop("q") + 3 * torch.tensor(np.random.default_rng(1).normal(size=(5, 3)))
+
+    def x(q, Q=operands["Q"], G=operands["G"]):
+        return qpdiff.torch.solve_qp(**(operands | {"Q": symmetric(Q), "q": q, "G": G}), **TIGHT).x
+
+    return x, qs, operands["Q"], operands["G"]
+
+
+def close(one, two):
+    torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)
+
+
+def test_vmap(solved_by, sample):
+    x, qs, Q, _ = sample
+    expected = torch.stack([x(q) for q in qs])
+    close(vmap(x)(qs), expected)
+    close(vmap(x, in_dims=1, out_dims=1)(qs.mT), expected.mT)
+    close(vmap(x, chunk_size=2)(qs), expected)
+    Qs = Q * torch.tensor([1.0, 2.0], dtype=DOUBLE)[:, None, None]
+    expected = torch.stack([torch.stack([x(q, Q) for q in qs]) for Q in Qs])
+    close(vmap(vmap(x, (0, None)), (None, 0))(qs, Qs), expected)
+    close(vmap(vmap(x, (None, 0)), (0, None), out_dims=1)(qs, Qs), expected)
+    close(vmap(x, (None, 0))(qs, Qs), expected)  # a batch axis, of some operands, beneath the mapped one
+    close(vmap(lambda Q: x(qs, Q[None]))(Qs), expected)
+    close(vmap(x, (0, None))(qs[None].expand(2, -1, -1), Qs[:, None]), expected[None].expand(2, -1, -1, -1))
+
+
+def test_vmap_gives_every_output(sample):
+    operands = random_problem_in_torch(batch=(4,))
+    names = [field.name for field in fields(qpdiff.Solution) if field.name != "linearization"]
+
+    def solve(*values):
+        sol = qpdiff.torch.solve_qp(**dict(zip(operands, values, strict=True)))
+        return tuple(getattr(sol, name) for name in names)
+
+    for one, two in zip(vmap(solve)(*operands.values()), solve(*operands.values()), strict=True):
+        assert torch.equal(one, two)
+
+
+SECOND = {
+    "hessian": hessian,
+    "jacrev(jacrev)": lambda f: jacrev(jacrev(f)),
+    "jacrev(jacfwd)": lambda f: jacrev(jacfwd(f)),
+    "jacfwd(jacfwd)": lambda f: jacfwd(jacfwd(f)),
+    "jacfwd(grad)": lambda f: jacfwd(grad(f)),
+}
+
+
+def test_first_derivatives_under_transforms(solved_by, sample):
+    x, qs, *_ = sample
+    expected = torch.autograd.functional.jacobian(x, qs)
+    for jacobian in (jacrev, jacfwd):
+        close(jacobian(x)(qs), expected)
+        close(jacobian(vmap(x))(qs), expected)
+        close(vmap(jacobian(x))(qs), torch.stack([expected[i, :, i] for i in range(len(qs))]))
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_derivatives_under_transforms(solved_by, sample, name):
+    x, qs, *_ = sample
+
+    def loss(q):
+        return (x(q) ** 3).sum()
+
+    expected = torch.stack([torch.autograd.functional.hessian(loss, q) for q in qs])
+    close(SECOND[name](loss)(qs[0]), expected[0])
+    close(vmap(SECOND[name](loss))(qs), expected)
+
+
+def test_gradients_of_shared_operands_under_transforms(solved_by, sample):
+    x, qs, Q, G = sample
+
+    def loss(q, Q, G):
+        return (x(q, Q, G) ** 3).sum()
+
+    expected = [torch.autograd.functional.jacobian(lambda Q, G, q=q: loss(q, Q, G), (Q, G)) for q in qs]
+    expected = [torch.stack(column) for column in zip(*expected, strict=True)]
+    for one, two in zip(vmap(grad(loss, (1, 2)), (0, None, None))(qs, Q, G), expected, strict=True):
+        close(one, two)
+    summed = grad(lambda Q, G: vmap(loss, (0, None, None))(qs, Q, G).sum(), (0, 1))(Q, G)
+    for one, two in zip(summed, expected, strict=True):
+        close(one, two.sum(0))
+    mixed = torch.autograd.functional.hessian(lambda Q, G: loss(qs[0], Q, G), (Q, G))[0][1]
+    close(jacfwd(jacrev(loss, 1), 2)(qs[0], Q, G), mixed)
+
+
+def test_the_first_vmap_of_torch_is_refused(sample):
+    x, qs, *_ = sample
+    with pytest.raises(RuntimeError, match=r"take torch\.func\.jacrev, jacfwd or vmap instead"):
+        torch.autograd.functional.jacobian(x, qs, vectorize=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's, about itself
+def test_compiled():
+    net = nn.Sequential(nn.Linear(3, 3), qpdiff.torch.OptNet(3, m=4, p=1))
+    inputs = torch.randn(5, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager")
+    torch.testing.assert_close(compiled(inputs), net(inputs))
+    expected = torch.autograd.grad(net(inputs).sum(), net[0].weight)
+    torch.testing.assert_close(torch.autograd.grad(compiled(inputs).sum(), net[0].weight), expected)
+    assert torch._dynamo.explain(net)(inputs).graph_break_count == 1
+
+
+# ---- tensors in qpdiff.solve_qp itself
+
+
+def test_the_array_engine_records_nothing():
+    operands = problem(0, ["A", "G", "lb", "ub"])
+    sol = qpdiff.solve_qp(**operands)
+    assert not any(getattr(sol, name).requires_grad for name in OUTPUTS)
+    gradients = qpdiff.vjp(sol, x=torch.ones_like(sol.x))
+    tangents = qpdiff.jvp(sol, q=torch.ones_like(sol.x))
+    assert not any(value.requires_grad for value in (*gradients, *tangents))
+    recorded = torch.autograd.grad(qpdiff.torch.solve_qp(**operands).x.sum(), tuple(operands.values()))
+    for name, gradient in zip(operands, recorded, strict=True):
+        torch.testing.assert_close(getattr(gradients, name), gradient, rtol=1e-5, atol=1e-7)
+
+
+# ---- OptNet
+
+
+SIZES = [(4, 0, 0, False), (4, 6, 0, False), (4, 3, 2, False), (4, 0, 2, True), (4, 3, 2, True)]
+
+
+def optnet(n, m, p, nonnegative, **options):
+    return qpdiff.torch.OptNet(n, m, p, nonnegative=nonnegative, **options)
+
+
+def violation(layer, x):
+    """The largest of any constraint, relative to the terms that it is a difference of."""
+    d = {name: value.detach().double() for name, value in layer.operands().items()}
+    x = x.detach().double()
+    parts = []
+    for matrix, vector in (("G", "h"), ("A", "b")):
+        product, size = x @ d[matrix].mT, 1 + x.abs() @ d[matrix].abs().mT + d[vector].abs()
+        over = (product - d[vector]) / size
+        parts.append(over if matrix == "G" else over.abs())
+    if layer.nonnegative:
+        parts.append(-x)
+    return max((part.max().item() for part in parts if part.numel()), default=0.0)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_optnet_is_the_problem_that_it_says(sizes):
+    torch.manual_seed(0)
+    n, m, p, nonnegative = sizes
+    layer = optnet(*sizes, dtype=DOUBLE)
+    q = 10 * torch.randn(2, 3, n, dtype=DOUBLE)
+    assert violation(layer, layer(q)) < 1e-8
+    L = np.tril(layer.L.detach().numpy())
+    point = np.log1p(np.exp(layer.z0.detach().numpy())) if nonnegative else layer.z0.detach().numpy()
+    operands = {"Q": L @ L.T + 1e-4 * np.eye(n), "q": q.numpy()}
+    if m:
+        G = layer.G.detach().numpy()
+        operands |= {"G": G, "h": G @ point + np.log1p(np.exp(layer.s0.detach().numpy()))}
+    if p:
+        A = layer.A.detach().numpy()
+        operands |= {"A": A, "b": A @ point}
+    if nonnegative:
+        operands["lb"] = np.zeros(n)
+    np.testing.assert_allclose(layer(q).detach(), qpdiff.solve_qp(**operands).x, rtol=1e-6, atol=1e-6)
+
+
+def test_optnet_starts_as_the_original():
+    torch.manual_seed(0)
+    layer = qpdiff.torch.OptNet(30, m=40, p=20)
+    assert torch.equal(layer.L, layer.L.tril())
+    lower = layer.L[torch.ones_like(layer.L).tril().bool()]
+    for value, low, high in ((lower, 0, 1), (layer.A, 0, 1), (layer.G, -1, 1)):
+        assert low <= value.min() < low + 0.05
+        assert high - 0.05 < value.max() <= high
+    operands = layer.operands()
+    torch.testing.assert_close(operands["h"], torch.ones(40))  # z₀ = 0, slack 1
+    torch.testing.assert_close(operands["b"], torch.zeros(20))
+    before = layer.L.clone()
+    layer.reset_parameters()
+    assert not torch.equal(before, layer.L)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_gradients_of_the_parameters_of_optnet(sizes):
+    torch.manual_seed(1)
+    layer = optnet(*sizes, dtype=DOUBLE, eps=0.5, **TIGHT)
+    parameters = dict(layer.named_parameters())
+    q = 3 * torch.randn(5, 4, dtype=DOUBLE, requires_grad=True)
+
+    def run(q, *values):
+        return functional_call(layer, dict(zip(parameters, values, strict=True)), (q,))
+
+    assert gradcheck(run, (q, *parameters.values()), atol=1e-6, rtol=1e-5, fast_mode=True, check_forward_ad=True)
+    above = torch.autograd.grad(layer(q).sum(), layer.L)[0].triu(1)
+    assert torch.equal(above, torch.zeros_like(above))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_optnet_is_feasible_wherever_the_optimiser_goes(sizes, kind):
+    torch.manual_seed(2)
+    layer = optnet(*sizes, dtype=kind)
+    q = torch.randn(8, 4, dtype=kind)
+    for _ in range(30):
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter += 10 ** (3 * torch.rand(()) - 2) * torch.randn_like(parameter)
+        assert violation(layer, layer(q)) < (1e-3 if kind == torch.float32 else 1e-7)
+
+
+@pytest.mark.parametrize("nonnegative", [False, True])
+def test_optnet_learns(nonnegative):
+    torch.manual_seed(3)
+    teacher = qpdiff.torch.OptNet(4, m=3, p=1, nonnegative=nonnegative, dtype=DOUBLE)
+    student = qpdiff.torch.OptNet(4, m=3, p=1, nonnegative=nonnegative, dtype=DOUBLE)
+    q = 3 * torch.randn(64, 4, dtype=DOUBLE)
+    target = teacher(q).detach()
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
+    losses = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = (student(q) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert violation(student, student(q)) < 1e-7
+
+
+def test_optnet_as_a_module():
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Linear(5, 4), qpdiff.torch.OptNet(4, m=3, p=1, nonnegative=True, unsolved="zero"))
+    inputs = torch.randn(2, 3, 5)
+    for shape in ((5,), (3, 5), (2, 3, 5), (0, 5)):
+        assert net(inputs[0, 0].expand(shape)).shape == (*shape[:-1], 4)
+    other = nn.Sequential(nn.Linear(5, 4), qpdiff.torch.OptNet(4, m=3, p=1, nonnegative=True))
+    other.load_state_dict(net.state_dict())
+    for same in (other, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(same(inputs), net(inputs))
+    assert str(net[1]) == "OptNet(n=4, m=3, p=1, nonnegative=True, eps=0.0001, unsolved='zero')"
+    assert {name for name, _ in net[1].named_parameters()} == {"L", "G", "A", "z0", "s0"}
+    double = copy.deepcopy(net).double()
+    assert double(inputs.double()).dtype == DOUBLE
+    torch.testing.assert_close(double(inputs.double()).float(), net(inputs), atol=1e-2, rtol=1e-2)
+    empty = copy.deepcopy(net).to("meta")
+    assert empty[1].L.device.type == "meta"
+    empty = empty.to_empty(device="cpu")
+    for layer in empty:
+        layer.reset_parameters()
+    assert empty(inputs).isfinite().all()
+
+
+def test_optnet_in_a_network_of_another_type():
+    net = nn.Sequential(nn.Linear(5, 4), qpdiff.torch.OptNet(4, m=3, dtype=DOUBLE), nn.Linear(4, 2))
+    inputs = torch.randn(7, 5)
+    net(inputs).sum().backward()
+    assert net[1].G.grad.dtype == DOUBLE
+    assert net[0].weight.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(inputs).dtype == torch.bfloat16
+        features = net[0](inputs)
+        assert torch.equal(net[1](features), net[1](features.float()).bfloat16())
+
+
+def test_ensembles_of_optnet():
+    layers = [qpdiff.torch.OptNet(4, m=3, p=1, dtype=DOUBLE) for _ in range(3)]
+    parameters, buffers = stack_module_state(layers)
+    q = torch.randn(5, 4, dtype=DOUBLE)
+
+    def loss(parameters, q):
+        return functional_call(layers[0], (parameters, buffers), (q,)).square().sum()
+
+    expected = [torch.autograd.grad(layer(q).square().sum(), tuple(layer.parameters())) for layer in layers]
+    gradients = vmap(grad(loss), (0, None))(parameters, q)
+    for (name, _), column in zip(layers[0].named_parameters(), zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(gradients[name], torch.stack(column), rtol=1e-6, atol=1e-8)
+    per_sample = vmap(grad(loss), (None, 0))(dict(layers[0].named_parameters()), q)
+    torch.testing.assert_close(per_sample["G"].sum(0), expected[0][1], rtol=1e-6, atol=1e-8)
+
+
+def test_optnet_refuses():
+    with pytest.raises(ValueError, match="eps is 0"):
+        qpdiff.torch.OptNet(3, eps=0)
+
+
+# ---- QPFunction
+
+
+def qpth_problem(seed, batched, kind=DOUBLE, m=6, p=2):
+    """Operands in qpth's order with a batch axis for the names in `batched`, some constraints active."""
+    rng = np.random.default_rng(seed)
+    n, batch = 5, 3
+
+    def draw(name, *core):
+        return rng.normal(size=(batch, *core) if name in batched else core)
+
+    L, G, A, z0 = draw("Q", n, n), draw("G", m, n), draw("A", p, n), rng.normal(size=n)
+    h = G @ z0 + rng.uniform(0.1, 0.5, size=m) if "G" not in batched or "h" in batched else None
+    h = h if h is not None else (np.abs(G) @ np.abs(z0)).max(0) + 0.1
+    h = h + np.zeros((batch, 1)) if "h" in batched else h
+    b = A @ z0 if "A" not in batched or "b" in batched else None
+    b = b if b is not None else np.zeros(p)
+    b = b + np.zeros((batch, 1)) if "b" in batched and b.ndim == 1 else b
+    values = (L @ L.mT + np.eye(n), 3 * draw("p", n), G, h, A, b)
+    return [torch.tensor(value, dtype=kind, requires_grad=True) for value in values]
+
+
+BATCHED = ["", "p", "Q p G h A b", "Q", "Q p", "G h", "p h", "p A b", "h b"]
+
+
+def run_with_gradients(function, operands, weights):
+    z = function(*operands)
+    (z * weights.to(z.dtype)).sum().backward()
+    gradients = [value.grad for value in operands]
+    for value in operands:
+        value.grad = None
+    return z.detach(), gradients
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [(6, 2), (6, 0), (6, 3)])
+@pytest.mark.parametrize("batched", BATCHED)
+def test_qpfunction_does_what_qpth_does(batched, rows, kind):
+    qpth = pytest.importorskip("qpth.qp")
+    operands = qpth_problem(5, batched.split(), kind, *rows)
+    weights = torch.randn(3 if batched else 1, 5, generator=torch.Generator().manual_seed(0))
+    ours, gradients = run_with_gradients(qpdiff.torch.QPFunction(), operands, weights)
+    theirs, expected = run_with_gradients(qpth.QPFunction(verbose=-1), operands, weights)
+    tolerance = 1e-5 if kind == DOUBLE else 2e-2
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+    for one, two in zip(gradients, expected, strict=True):
+        assert (one is None) == (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("batched", BATCHED)
+def test_qpfunction_by_its_definition(batched):
+    operands = qpth_problem(6, batched.split())
+    names = dict(zip("QpGhAb", ("Q", "q", "G", "h", "A", "b"), strict=True))
+    weights = torch.randn(3 if batched else 1, 5, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    z, gradients = run_with_gradients(qpdiff.torch.QPFunction(), operands, weights)
+    sol = qpdiff.solve_qp(**dict(zip(names.values(), (value.detach().numpy() for value in operands), strict=True)))
+    assert z.shape == (3 if batched else 1, 5)
+    np.testing.assert_allclose(z, sol.x.reshape(-1, 5), rtol=1e-7, atol=1e-7)
+    by_hand = qpdiff.vjp(sol, x=weights.numpy().reshape(sol.x.shape))
+    for (short, name), gradient in zip(names.items(), gradients, strict=True):
+        mean = 3 if batched and short not in batched.split() else 1
+        np.testing.assert_allclose(gradient, getattr(by_hand, name) / mean, rtol=1e-6, atol=1e-8)
+
+
+def test_qpfunction_without_constraints_and_with_an_odd_hessian():
+    e = torch.Tensor()
+    Q, p, G, h, A, b = qpth_problem(7, ["p"])
+    torch.testing.assert_close(qpdiff.torch.QPFunction()(Q, p, e, e, e, e), -torch.linalg.solve(Q, p.mT).mT)
+    function = qpdiff.torch.QPFunction(1e-12, -1, 3, 20, qpdiff.torch.QPSolvers.PDIPM_BATCHED, False)
+    expected = function(Q, p, G, h, A, b)
+    odd = Q + (skew := torch.randn(5, 5, dtype=DOUBLE)) - skew.mT
+    torch.testing.assert_close(function(odd, p, G, h, A, b), expected, atol=1e-6, rtol=1e-6)
+    linear = function(
+        torch.zeros_like(Q), p, torch.cat([G, torch.eye(5), -torch.eye(5)]), torch.cat([h, torch.ones(10)]), e, e
+    )
+    assert linear.isfinite().all()
+
+
+def test_qpfunction_prints_and_refuses(capsys):
+    operands = qpth_problem(8, ["p"])
+    qpdiff.torch.QPFunction(verbose=0)(*operands)
+    assert capsys.readouterr().out == ""
+    qpdiff.torch.QPFunction(verbose=1)(*operands)
+    assert "primal" in capsys.readouterr().out
+    Q, p, G, h, A, b = operands
+    with pytest.raises(RuntimeError, match="3 of 3 problems not solved; the first is problem 0: PRIMAL_INFEASIBLE"):
+        qpdiff.torch.QPFunction()(Q, p, torch.cat([G, -G]), torch.cat([h, -h - 1]), A, b)
+    with pytest.raises(ValueError, match="Q is not positive semidefinite"):
+        qpdiff.torch.QPFunction()(-Q, p, G, h, A, b)
+    with pytest.raises(ValueError, match="p has 3 axes; expected 1, or 2 with that of the batch"):
+        qpdiff.torch.QPFunction()(Q, p[None], G, h, A, b)
+
+
+# ---- the page about it
+
+
+def test_the_code_of_the_page_runs(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "torch.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert blocks
+    names = {}
+    for block in blocks:
+        exec(compile(block, "docs/torch.md", "exec"), names)
+    assert capsys.readouterr().out.count("torch.Size") == 4
