@@ -317,7 +317,8 @@ class OptNet(nn.Module):
         x ≥ 0                                  where asked for; z₀ is softplus(z₀) then
 
     Whatever the parameters, z₀ satisfies all constraints and Q is positive definite, so that every problem has exactly
-    one solution.
+    one solution. It is found in float64, whatever the type of the parameters and of the input, which is that of the
+    output: in float32 gradients of problems with a nearly active constraint are far off.
 
     Parameters
     ----------
@@ -389,25 +390,16 @@ class OptNet(nn.Module):
             self.s0.fill_(one)
 
     def operands(self) -> dict[str, torch.Tensor]:
-        """The operands of `solve_qp` but for q, by name."""
-        L = self.L.tril()
-        point = nn.functional.softplus(self.z0) if self.nonnegative else self.z0
-        out = {
-            "Q": L @ L.mT + self.eps * torch.eye(len(L), dtype=L.dtype, device=L.device),
-            "G": self.G,
-            "h": self.G @ point + nn.functional.softplus(self.s0),
-            "A": self.A,
-            "b": self.A @ point,
-        }
+        """The operands of `solve_qp` but for q, by name, in float64."""
+        L, G, A, z0, s0 = (value.double() for value in (self.L.tril(), self.G, self.A, self.z0, self.s0))
+        point = nn.functional.softplus(z0) if self.nonnegative else z0
+        Q = L @ L.mT + self.eps * torch.eye(len(L), dtype=L.dtype, device=L.device)
+        out = {"Q": Q, "G": G, "h": G @ point + nn.functional.softplus(s0), "A": A, "b": A @ point}
         return out | ({"lb": torch.zeros_like(point)} if self.nonnegative else {})
 
     def forward(self, q):
-        """The solutions x (..., n) for linear terms q (..., n), in the type of q.
-
-        They are computed in the type of the parameters, also under autocast.
-        """
-        with torch.autocast(q.device.type, enabled=False):
-            return solve_qp(q=q.to(self.L.dtype), **self.operands(), **self.options).x.to(q.dtype)
+        """The solutions x (..., n) for linear terms q (..., n), in the type of q."""
+        return solve_qp(q=q.double(), **self.operands(), **self.options).x.to(q.dtype)
 
     def extra_repr(self) -> str:
         shown = {"n": len(self.L), "m": len(self.G), "p": len(self.A)}
@@ -431,12 +423,13 @@ def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolv
     The function that it returns takes ``(Q, p, G, h, A, b)`` and returns the variables (batch, n) that minimise
     ½ zᵀQz + pᵀz subject to Gz ≤ h, Az = b, for Q (n, n) or (batch, n, n), p (n) or (batch, n), and so on; an empty
     tensor stands for constraints that are not there. As with qpth the gradient of an operand without batch axis is the
-    **mean** over the batch; that of `solve_qp` is the sum, which is the derivative.
+    **mean** over the batch; that of `solve_qp` is the sum, which is the derivative. All is computed in float64 and
+    returned in the type of p.
 
     Parameters
     ----------
     eps : float
-        Tolerance, where it is above that of `qpdiff.solve_qp`.
+        Tolerance, where it is above 1e-8, that of `qpdiff.solve_qp`.
     verbose : int
         1: a line an iteration.
     notImprovedLim, maxIter, solver
@@ -467,12 +460,11 @@ def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolv
                 raise ValueError(f"{name} has {value.ndim} axes; expected {few}, or {few + 1} with that of the batch")
         batch = next((len(value) for name, value in given.items() if value.ndim == axes[name]), 1)
         given = {k: v if v.ndim == axes[k] else _MeanGradient.apply(v, batch) for k, v in given.items()}
-        single = all(value.dtype == torch.float32 for value in given.values())
+        given = {name: value.double() for name, value in given.items()}
         Q, q = given.pop("Q"), given.pop("p")
-        sol = solve_qp(
-            (Q + Q.mT) / 2, q, **given, tol=max(eps, 1e-4 if single else 1e-8), check=check_Q_spd, verbose=verbose == 1
-        )
-        return sol.x.reshape(batch, -1)
+        options = {"tol": max(eps, 1e-8), "check": check_Q_spd, "verbose": verbose == 1}
+        x = solve_qp((Q + Q.mT) / 2, q, **given, **options).x
+        return x.reshape(batch, x.shape[-1]).to(p.dtype)
 
     return solve
 
