@@ -5,8 +5,8 @@ a function of the operands, the solution and the right-hand side (see `qpdiff.di
 made of the second and of torch's operations. Under `torch.func.vmap` they solve all problems as one batch.
 
 Tensors on the CPU go to the solver as the NumPy arrays that share their memory, so that the compiled engine runs. On
-any other device they are solved there, in torch's operations: that takes no second library, and stays on torch's stream
-and in its memory. It has not been measured against moving them to CuPy through DLPack.
+any other device they are solved there, in torch's operations (batched `cholesky_ex`): that takes no second library, and
+stays on torch's stream and in its memory. It has not been measured against moving them to CuPy through DLPack.
 """
 
 from __future__ import annotations
@@ -318,7 +318,7 @@ class OptNet(nn.Module):
 
     Whatever the parameters, z₀ satisfies all constraints and Q is positive definite, so that every problem has exactly
     one solution. It is found in float64, whatever the type of the parameters and of the input, which is that of the
-    output: in float32 gradients of problems with a nearly active constraint are far off.
+    output: in float32 the gradient of a problem with a nearly active constraint can be far off.
 
     Parameters
     ----------
@@ -447,7 +447,7 @@ def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolv
     >>> import torch
     >>> from qpdiff.torch import QPFunction
     >>> e = torch.Tensor()
-    >>> QPFunction()(torch.eye(2), torch.tensor([1.0, -1.0]), -torch.eye(2), torch.zeros(2), e, e).round(decimals=2)
+    >>> QPFunction()(torch.eye(2), torch.tensor([1.0, -1.0]), -torch.eye(2), torch.zeros(2), e, e).round(decimals=2) + 0
     tensor([[0., 1.]])
     """
 

@@ -7,7 +7,6 @@ import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -746,7 +745,7 @@ def run_with_gradients(function, operands, weights):
 def test_qpfunction_does_what_qpth_does(batched, rows, kind):
     qpth = pytest.importorskip("qpth.qp")
     operands = qpth_problem(5, batched.split(), kind, *rows)
-    precise = [value.detach().double().requires_grad_() for value in operands]  # in float32 qpth has large errors
+    precise = [value.detach().double().requires_grad_() for value in operands]  # in float32 qpth is not exact enough
     weights = torch.randn(3 if batched else 1, 5, generator=torch.Generator().manual_seed(0))
     ours, gradients = run_with_gradients(qpdiff.torch.QPFunction(), operands, weights)
     theirs, expected = run_with_gradients(qpth.QPFunction(verbose=-1), precise, weights)
@@ -787,6 +786,14 @@ def test_qpfunction_without_constraints_and_with_an_odd_hessian():
     assert linear.isfinite().all()
 
 
+def test_qpfunction_under_vmap():
+    Q, p, G, h, A, b = qpth_problem(9, ["p"])
+    function = qpdiff.torch.QPFunction()
+    torch.testing.assert_close(
+        vmap(function, (None, 0, None, None, None, None))(Q, p, G, h, A, b)[:, 0], function(Q, p, G, h, A, b)
+    )
+
+
 def test_qpfunction_prints_and_refuses(capsys):
     operands = qpth_problem(8, ["p"])
     qpdiff.torch.QPFunction(verbose=0)(*operands)
@@ -800,16 +807,3 @@ def test_qpfunction_prints_and_refuses(capsys):
         qpdiff.torch.QPFunction()(-Q, p, G, h, A, b)
     with pytest.raises(ValueError, match="p has 3 axes; expected 1, or 2 with that of the batch"):
         qpdiff.torch.QPFunction()(Q, p[None], G, h, A, b)
-
-
-# ---- the page about it
-
-
-def test_the_code_of_the_page_runs(capsys):
-    page = (Path(__file__).parents[1] / "docs" / "torch.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert blocks
-    names = {}
-    for block in blocks:
-        exec(compile(block, "docs/torch.md", "exec"), names)
-    assert capsys.readouterr().out.count("torch.Size") == 4
