@@ -120,7 +120,7 @@ def vjp(
     >>> qpdiff.vjp(sol, x=[1.0], smoothing=0.1).lb.round(3).tolist()
     [0.077]
     """
-    with sol.linearization.problem.backend.quietly():
+    with _quietly(sol):
         sol = _smoothed(sol, smoothing)
         r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
         return assemble_gradients(sol, *solve_kkt(sol.linearization, r_x, r_v, unsolved=unsolved))
@@ -171,7 +171,7 @@ def jvp(
     >>> np.round(qpdiff.jvp(sol, b=np.array([1.0])).x, 6).tolist()
     [0.5, 0.5]
     """
-    with sol.linearization.problem.backend.quietly():
+    with _quietly(sol):
         sol = _smoothed(sol, smoothing)
         lin = sol.linearization
         problem, xp = lin.problem, lin.problem.backend.xp
@@ -198,15 +198,18 @@ def jvp(
 # ---- the point at which to differentiate
 
 
-def _smoothed(sol: Solution, smoothing) -> Solution:
+def _quietly(sol: Solution):
     if sol.linearization is None:
         raise ValueError("sol keeps nothing to differentiate with; pass a solution of qpdiff.solve_qp itself")
+    return sol.linearization.problem.backend.quietly()
+
+
+def _smoothed(sol: Solution, smoothing) -> Solution:
     if smoothing is None:
         return sol
     if not isinstance(smoothing, (int, float, np.number)) or not 0 < smoothing < float("inf"):
         raise ValueError(f"smoothing is {smoothing!r}; expected a number > 0, or None for the derivative itself")
-    with sol.linearization.problem.backend.quietly():
-        return replace(sol, linearization=relax(sol.linearization, float(smoothing)))
+    return replace(sol, linearization=relax(sol.linearization, float(smoothing)))
 
 
 # ---- the linear system

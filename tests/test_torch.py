@@ -20,6 +20,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_mod
 
 import qpdiff
 import qpdiff.torch
+from qpdiff.backend import choose_backend
 
 TIGHT = {"tol": 1e-12, "rtol": 1e-13}
 OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
@@ -153,6 +154,15 @@ def test_lists_numbers_and_arrays_become_tensors():
     torch.testing.assert_close(sol.x, torch.full((2,), 0.5, dtype=DOUBLE), atol=1e-6, rtol=0)
     sol.x.sum().backward()
     assert b.grad.item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_lists_go_to_the_default_device():
+    operands = {"Q": [[1.0]], "q": [1.0]}
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            backend, tensors = choose_backend(operands, "torch")
+        assert backend.device.type == device
+        assert {value.device.type for value in tensors.values()} == {device}
 
 
 def test_refused():

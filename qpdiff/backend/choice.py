@@ -122,6 +122,8 @@ def _device(value):
 
 def _current_device(xp):
     """Where arrays from the host go, or None where the library or its backend sees to that by itself."""
+    if array_api_compat.is_torch_namespace(xp):
+        return xp.get_default_device()
     if not array_api_compat.is_cupy_namespace(xp):
         return None
     if not xp.cuda.is_available():

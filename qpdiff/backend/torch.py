@@ -13,9 +13,6 @@ from .base import Backend
 class TorchBackend(Backend):
     """torch tensors: LAPACK's, or MAGMA's and cuSOLVER's batched Cholesky, failures flagged on the device."""
 
-    def __init__(self, xp, device=None):
-        super().__init__(xp, torch.get_default_device() if device is None else torch.device(device))
-
     @property
     def chunk_bytes(self):
         return (64 * 2**20) if self.device.type == "cpu" else 2 * 2**30
