@@ -1,4 +1,4 @@
-"""The command line: solve the problems of a file, check their gradients, tell what is installed.
+"""The command line: solve the problems of a file, draw that, check their gradients, tell what is installed.
 
 A file is a NumPy ``.npz`` with the arrays Q, q and any of G, h, A, b, lb, ub, with or without batch axes, or an MPS,
 QPS or LP file. The objective is printed and saved as the file states it: with its constant term, and maximised where it
@@ -131,6 +131,22 @@ def check(
     console.print(table)
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    file: FileArgument,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="the picture, .png or .svg; by default FILE's name with .png")
+    ] = None,
+) -> None:
+    """Draw how the problems of FILE are solved: their convergence and, in two variables, the way to the solution."""
+    output = output or Path(file.stem).with_suffix(".png")
+    with bad_input_exits(file):
+        from .show import draw  # only here: Matplotlib is not needed for the rest
+
+        draw(read_problem(file).operands).savefig(output, dpi=150)
+    console.print(f"{output} written")
 
 
 @app.command()

@@ -102,7 +102,7 @@ def bare(projection):
     """What happens in a process that has none of the optional packages."""
     operands, cotangent, *_ = projection
     lists = {name: value.tolist() for name, value in operands.items()}
-    return run(BARE, optional=OPTIONAL, adapters=ADAPTERS, operands=lists, cotangent=cotangent.tolist())
+    return run(BARE, optional=OPTIONAL, adapters=[*ADAPTERS, "show"], operands=lists, cotangent=cotangent.tolist())
 
 
 def test_numpy_and_scipy_are_enough(bare, projection):
@@ -115,7 +115,13 @@ def test_numpy_and_scipy_are_enough(bare, projection):
 @pytest.mark.parametrize(
     ("what", "extra"),
     [(name, name) for name in ADAPTERS]
-    + [("backend=cupy", "cuda12"), ("backend=torch", "torch"), ("backend=jax", "jax"), ("engine=compiled", "cpu")],
+    + [
+        ("show", "plot"),
+        ("backend=cupy", "cuda12"),
+        ("backend=torch", "torch"),
+        ("backend=jax", "jax"),
+        ("engine=compiled", "cpu"),
+    ],
 )
 def test_what_is_missing_names_the_extra_to_install(bare, what, extra):
     named = re.findall(r"pip install 'qpdiff\[(\w+)\]'", bare["errors"][what] or "")
@@ -183,7 +189,8 @@ ALLOWED = {
     **{name: {"backend", "problem", "kkt", "solution", "solver", "differentiation"} for name in ADAPTERS},
     "__init__": {"solution", "solver", "differentiation"},
     "files": {"problem"},
-    "cli": {"__init__", "problem", "engine", "files"},
+    "show": {"problem", "kkt", "solver", "solution"},
+    "cli": {"__init__", "problem", "engine", "files", "show"},
     "__main__": {"cli"},
 }
 """Data flows one way: arrays → problem → solver (→ kkt → backend) → solution → differentiation → adapters."""

@@ -1,0 +1,155 @@
+"""A picture of a solve: how fast each problem converges and, in two variables, the way through the feasible set.
+
+The iterates are the states that the array engine's step takes a problem through: it is a function from state to state,
+so the history is had by keeping them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import kkt
+from .problem import OPERANDS, Problem, check_values, make_problem
+from .solution import Status
+from .solver import MAX_ITERATIONS, RUNNING, State, initialize, make_part, read_settings, step
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("qpdiff.show needs Matplotlib: pip install 'qpdiff[plot]'") from error
+
+CURVES, PLANES = 8, 4
+"""How many problems of a batch are drawn: as curves of convergence, and in the plane."""
+QUANTITIES = {"primal": "primal residual", "dual": "dual residual", "gap": "duality gap", "mu": "complementarity μ"}
+"""The fields of a state that are drawn, and their names."""
+
+
+def draw(operands: dict[str, np.ndarray]) -> Figure:
+    """Draw how the first problems of a batch are solved.
+
+    Parameters
+    ----------
+    operands : dict
+        NumPy arrays, those of `qpdiff.solve_qp` by name.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Primal residual, dual residual, duality gap and mean complementarity at each iterate of the first 8 problems. Of
+        problems in two variables also, for the first 4, the feasible set, lines of equal cost, the iterates and where
+        they end.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For operands that `qpdiff.solve_qp` refuses.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> figure = draw({"Q": np.eye(2), "q": np.array([-2.0, -1.0]), "ub": np.ones(2)})
+    >>> [axes.get_title() for axes in figure.axes]
+    ['primal residual', 'dual residual', 'duality gap', 'complementarity μ', 'problem 0: SOLVED']
+    """
+    problem = make_problem({name: operands.get(name) for name in OPERANDS}, backend="numpy")
+    check_values(problem)
+    shown = [problem.select(slice(i, i + 1)) for i in range(min(problem.batch, CURVES))]
+    histories = [history(one) for one in shown]
+    planes = list(zip(shown, histories, strict=True))[:PLANES] if problem.n == 2 else []
+    figure = Figure(figsize=(13, 3.2 + 3.6 * bool(planes)), layout="constrained")
+    rows = figure.subfigures(1 + bool(planes), 1, squeeze=False)[:, 0]
+    for axes, (name, title) in zip(rows[0].subplots(1, len(QUANTITIES)), QUANTITIES.items(), strict=True):
+        for number, states in enumerate(histories):
+            values = np.array([getattr(state, name).item() for state in states])
+            axes.semilogy(np.where(values > 0, values, np.nan), ".-", label=f"problem {number}")
+        axes.set(title=title, xlabel="iteration")
+        axes.grid(alpha=0.3)
+    if len(histories) > 1:
+        rows[0].legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(histories))
+    if planes:
+        for number, (axes, (one, states)) in enumerate(zip(rows[1].subplots(1, PLANES), planes, strict=False)):
+            draw_plane(axes, one, path(states))
+            axes.set_title(f"problem {number}: {Status(states[-1].status.item()).name}")
+        for axes in rows[1].axes[len(planes) :]:
+            axes.remove()
+    return figure
+
+
+def history(problem: Problem) -> list[State]:
+    """The states of one problem, from the starting point to the last; none is the same as the one before."""
+    settings = read_settings(problem, None, None, MAX_ITERATIONS)
+    form, safe = kkt.choose_form(problem)
+    part = make_part(form if safe is None or safe.all() else kkt.PrimalForm(problem))
+    with problem.backend.quietly():
+        state, _ = initialize(part, settings)
+        states = [state]
+        while state.status.item() == RUNNING:
+            state, _ = step(part, settings, state, refine=state.inexact.item())
+            if state.iterations.item() == states[-1].iterations.item():  # the last step was not worth taking
+                states.pop()
+            states.append(state)
+    return states
+
+
+def path(states: list[State]) -> np.ndarray:
+    """The iterates x (·, n), without the ray that takes the place of the last where the cost falls without end."""
+    ends_in_ray = states[-1].status.item() == Status.DUAL_INFEASIBLE
+    return np.concat([state.x for state in states])[: len(states) - ends_in_ray]
+
+
+def draw_plane(axes, problem: Problem, points: np.ndarray) -> None:
+    """The feasible set, lines of equal cost and the iterates (·, 2) of a problem in two variables."""
+    window = around(points)
+    corners = feasible_polygon(problem, window)
+    grid = np.stack(np.meshgrid(*(np.linspace(low, high, 100) for low, high in window.T)), axis=-1)
+    Qx = grid @ problem.Q[0]
+    cost = np.sum(grid * (Qx / 2 + problem.q[0]), axis=-1)
+    axes.contour(grid[..., 0], grid[..., 1], cost, 12, colors="0.75", linewidths=0.7, linestyles="solid")
+    axes.fill(*corners.T, facecolor="tab:blue", edgecolor="tab:blue", alpha=0.25, label="feasible")
+    axes.plot(*points.T, "o-", color="black", markersize=3, linewidth=1, label="iterates")
+    axes.plot(*points[-1:].T, "*", color="tab:red", markersize=12, label="last")
+    axes.set(xlim=window[:, 0], ylim=window[:, 1], xlabel="x₁", ylabel="x₂", aspect="equal")
+    axes.legend(fontsize="small")
+
+
+def around(points: np.ndarray) -> np.ndarray:
+    """The lower and upper corner, (2, 2), of a square with all points in its middle; around 0 where there are none."""
+    if not len(points):
+        return np.array([[-1.0, -1.0], [1.0, 1.0]])
+    middle = (points.min(axis=0) + points.max(axis=0)) / 2
+    radius = max(0.9 * float(np.max(np.ptp(points, axis=0))), 1.0)
+    return np.stack([middle - radius, middle + radius])
+
+
+def feasible_polygon(problem: Problem, window: np.ndarray) -> np.ndarray:
+    """The corners (·, 2) of what is feasible in a window, in order; none where nothing is.
+
+    The window is cut by one half-plane after the other (Sutherland & Hodgman, 1974), and by two for an equality, which
+    leaves a polygon without area.
+    """
+    (x0, y0), (x1, y1) = window
+    corners = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+    normals, k = problem.constraints(np.eye(2)).T, problem.k[0]
+    for normal, limit, equality, inequality in zip(normals, k, problem.equality[0], problem.inequality[0], strict=True):
+        if equality or inequality:
+            corners = cut(corners, normal, limit)
+        if equality:
+            corners = cut(corners, -normal, -limit)
+    return corners
+
+
+def cut(corners: np.ndarray, normal: np.ndarray, limit: float) -> np.ndarray:
+    """The part of a convex polygon with normalᵀx ≤ limit, to within rounding."""
+    if not len(corners):
+        return corners
+    excess = corners @ normal - limit
+    inside = excess <= 1e-12 * (np.abs(corners) @ np.abs(normal) + np.abs(limit))
+    kept = []
+    for i in range(len(corners)):
+        j = (i + 1) % len(corners)
+        if inside[i]:
+            kept.append(corners[i])
+        if inside[i] != inside[j] and excess[i] != excess[j]:
+            share = np.clip(excess[i] / (excess[i] - excess[j]), 0.0, 1.0)
+            kept.append(corners[i] + share * (corners[j] - corners[i]))
+    return np.array(kept).reshape(-1, 2)
