@@ -10,22 +10,31 @@ import pytest
 
 name = attrgetter("name")
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 RUN_ELSEWHERE = {"custom-autodiff.md", "scaling.md"}
 """Pages whose code has a test of its own, or needs a cluster."""
 CODE = {
     page: re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     for page in PAGES
 }
-NEEDED = {"jax.md": ["jax"], "torch.md": ["torch"]}
+NEEDED = {
+    "coming-from.md": ["cvxpy", "jax", "torch"],
+    "cvxpy.md": ["cvxpy", "torch"],
+    "jax.md": ["jax"],
+    "torch.md": ["torch"],
+    "tutorial.md": ["torch"],
+}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if CODE[page] and page.name not in RUN_ELSEWHERE], ids=name)
-def test_code_runs(page):
+def test_code_runs_and_prints_what_it_says(page):
     for module in NEEDED.get(page.name, []):
         pytest.importorskip(module)
     done = subprocess.run([sys.executable, "-c", "\n".join(CODE[page])], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    printed = iter(done.stdout.splitlines())
+    for expected in re.findall("# → (.*)$", "\n".join(CODE[page]), re.MULTILINE):
+        assert expected in printed  # after what was found before
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

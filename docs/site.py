@@ -1,0 +1,59 @@
+"""mkdocs: pages of the repository's root, and of source files that pages link to, so that links work as on GitHub."""
+
+import os
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+ROOT_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
+LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
+
+
+def on_files(files, config):
+    """Add the pages that are not in docs/."""
+    for name in ROOT_PAGES:
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    pages = [Path(file.abs_src_path) for file in files.documentation_pages()]
+    linked = {path for page in pages for path in map(lambda m: target(page, m[1]), LINK.finditer(page.read_text())) if path}
+    for path in sorted(linked):
+        if uri(path).startswith("source/"):
+            files.append(File.generated(config, uri(path), content=source_page(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Turn links to files of the repository into links to their pages."""
+    if page.file.generated_by and page.file.abs_src_path is None:
+        return markdown
+    here = Path(page.file.abs_src_path)
+
+    def moved(match):
+        path = target(here, match[1])
+        if path is None:
+            return match[0]
+        return f"]({os.path.relpath(uri(path), os.path.dirname(page.file.src_uri))}{match[2] or ''})"
+
+    return LINK.sub(moved, markdown)
+
+
+def target(page: Path, link: str) -> Path | None:
+    """The file of the repository that a link on a page leads to."""
+    path = (page.parent / link).resolve()
+    return path if path.is_file() and path.is_relative_to(ROOT) else None
+
+
+def uri(path: Path) -> str:
+    """Where the site has a file of the repository."""
+    if path.is_relative_to(DOCS):
+        return path.relative_to(DOCS).as_posix()
+    name = path.relative_to(ROOT).as_posix()
+    return name if name in ROOT_PAGES else f"source/{name}.md"
+
+
+def source_page(path: Path) -> str:
+    """A page that shows a file."""
+    language = {".py": "python"}.get(path.suffix, "text")
+    return f"# {path.relative_to(ROOT)}\n\n````{language}\n{path.read_text(encoding='utf-8')}\n````\n"
