@@ -17,7 +17,8 @@ def on_files(files, config):
     for name in ROOT_PAGES:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     pages = [Path(file.abs_src_path) for file in files.documentation_pages()]
-    linked = {path for page in pages for path in map(lambda m: target(page, m[1]), LINK.finditer(page.read_text())) if path}
+    links = [(page, link) for page in pages for link, _ in LINK.findall(page.read_text(encoding="utf-8"))]
+    linked = {path for page, link in links if (path := target(page, link))}
     for path in sorted(linked):
         if uri(path).startswith("source/"):
             files.append(File.generated(config, uri(path), content=source_page(path)))
