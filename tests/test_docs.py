@@ -50,3 +50,22 @@ def test_links_lead_somewhere(page):
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, target
+
+
+def test_every_page_is_in_the_navigation():
+    nav = re.findall(r"^ +- [^#\n]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = {page.relative_to(ROOT / "docs" if "docs" in page.parts else ROOT).as_posix() for page in PAGES}
+    assert pages - set(nav) == {"README.md"}
+
+
+def test_the_page_of_the_command_line_has_every_command_and_option():
+    typer = pytest.importorskip("typer")
+    from qpdiff.cli import app
+
+    commands = {
+        name: {name for option in command.params if option.param_type_name == "option" for name in option.opts}
+        for name, command in typer.main.get_command(app).commands.items()
+    }
+    text = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    assert {name: set(re.findall(r"`(--?[\w-]+)`", section)) for name, section in sections.items()} == commands
