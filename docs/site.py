@@ -48,7 +48,7 @@ def target(page: Path, link: str) -> Path | None:
 
 def uri(path: Path) -> str:
     """Where the site has a file of the repository."""
-    if path.is_relative_to(DOCS):
+    if path.is_relative_to(DOCS) and path.suffix != ".py":
         return path.relative_to(DOCS).as_posix()
     name = path.relative_to(ROOT).as_posix()
     return name if name in ROOT_PAGES else f"source/{name}.md"
