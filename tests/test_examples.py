@@ -1,4 +1,4 @@
-"""The examples run, and the Sudoku boards are what they are said to be."""
+"""The examples run; the Sudoku boards and the denoised signals are what they are said to be."""
 
 import importlib.util
 import subprocess
@@ -81,3 +81,101 @@ def test_quick_training_lowers_the_loss(sudoku, tmp_path, capsys, monkeypatch):
     for history in histories:
         assert history.train_loss[-1] < history.train_loss[0]
     assert "OptNet, seed 0" in capsys.readouterr().out
+
+
+# ---- denoising
+
+
+@pytest.fixture(scope="module")
+def denoising():
+    for package in ("torch", "matplotlib", "rich"):
+        pytest.importorskip(package)
+    return load("denoising")
+
+
+def test_signals_have_one_to_nine_pieces_and_noise_of_deviation_ten(denoising):
+    noisy, clean = denoising.make_signals(np.random.default_rng(0), 2000)
+    jumps = (clean[:, 1:] != clean[:, :-1]).sum(-1)
+    assert set(jumps.tolist()) == set(range(9))
+    assert clean.min() == 10
+    assert clean.max() == 99
+    assert abs((noisy - clean).std() - 10) < 0.1
+
+
+@pytest.mark.parametrize("penalty", [0.5, 13.0, 100.0])
+def test_the_dual_denoises_by_total_variation(denoising, penalty):
+    """A z is optimal if y − z = Dᵀu for a u with |u| ≤ λ and uᵀDz = λ‖Dz‖₁; D being differences, u is a running sum."""
+    y, _ = denoising.make_signals(np.random.default_rng(1), 50)
+    z = denoising.TotalVariation(denoising.differences(), penalty)(y).detach()
+    u = (y - z).cumsum(-1)
+    Dz = z[:, :-1] - z[:, 1:]
+    assert u[:, -1].abs().max() < 1e-8
+    assert u.abs().max() < penalty + 1e-6
+    assert ((u[:, :-1] * Dz).sum(-1) - penalty * Dz.abs().sum(-1)).abs().max() < 1e-5
+
+
+def test_the_dual_and_the_slack_form_agree_for_any_operator(denoising):
+    import torch
+
+    import qpdiff
+
+    rng = np.random.default_rng(2)
+    y, D, penalty = denoising.make_signals(rng, 20)[0].numpy(), 0.3 * rng.normal(size=(99, 100)), 13.0
+    eye = np.eye(99)
+    Q = np.diag(np.r_[np.ones(100), np.zeros(99)])
+    q = np.hstack([-y, np.full((20, 99), penalty)])
+    slack = qpdiff.solve_qp(Q, q, np.block([[D, -eye], [-D, -eye]]), np.zeros(198))
+    z = denoising.TotalVariation(torch.from_numpy(D), penalty)(torch.from_numpy(y)).detach()
+    np.testing.assert_allclose(z, slack.x[:, :100], atol=1e-4)
+
+
+def test_the_gradient_of_the_learned_operator_is_a_difference_quotient(denoising):
+    import torch
+
+    torch.manual_seed(3)
+    noisy, clean = denoising.make_signals(np.random.default_rng(3), 10)
+    model = denoising.AffineTotalVariation(denoising.differences() + 0.1 * torch.randn(99, 100).double(), 5.0)
+    parameters = dict(model.named_parameters())
+    directions = {name: torch.randn_like(value) for name, value in parameters.items()}
+
+    def loss(step=0.0):
+        moved = {name: value + step * directions[name] for name, value in parameters.items()}
+        return (torch.func.functional_call(model, moved, (noisy,)) - clean).square().mean()
+
+    loss().backward()
+    slope = sum((value.grad * directions[name]).sum() for name, value in parameters.items())
+    with torch.no_grad():
+        quotient = (loss(1e-6) - loss(-1e-6)) / 2e-6
+    np.testing.assert_allclose(slope, quotient, rtol=1e-4)
+
+
+def test_quick_denoising_learns(denoising, tmp_path, monkeypatch):
+    histories = []
+    train = denoising.train
+    monkeypatch.setattr(denoising, "train", lambda *a, **k: histories.append(train(*a, **k)) or histories[-1])
+    assert denoising.main(["--quick", "--output", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    network, scratch, total_variation, *_ = histories
+    assert network.train[-1] < 0.1 * network.train[0]
+    assert scratch.train[-1] < scratch.train[0]
+    assert total_variation.test[-1] < 0.3 * denoising.NOISE**2
+
+
+# ---- classification
+
+
+def test_quick_classification_learns(tmp_path, monkeypatch):
+    for package in ("torch", "sklearn", "matplotlib", "rich"):
+        pytest.importorskip(package)
+    classification = load("classification")
+    histories = []
+    train = classification.train
+    monkeypatch.setattr(classification, "train", lambda *a, **k: histories.append(train(*a, **k)) or histories[-1])
+    assert classification.main(["--quick", "--output", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert len(histories) == 3
+    for history in histories:
+        assert history.train[-1] < history.train[0] - 0.2
+    train_images, test_images = classification.make_data(0)
+    rows = [{tuple(row) for row in images.pixels.tolist()} for images in (train_images, test_images)]
+    assert not rows[0] & rows[1]
