@@ -34,6 +34,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LENGTH, NOISE = 100, 10.0
+TV = "total variation"
 
 
 class Signals(NamedTuple):
@@ -100,6 +101,18 @@ def differences() -> torch.Tensor:
     """The operator of total variation, rows e_i − e_(i+1)."""
     eye = torch.eye(LENGTH, dtype=torch.float64)
     return eye[:-1] - eye[1:]
+
+
+def make_models(penalty: float, width: int) -> dict[str, nn.Module]:
+    """What is compared, untrained."""
+    random = 0.3 * torch.randn(LENGTH - 1, LENGTH, dtype=torch.float64)
+    return {
+        "fully connected": FullyConnected(width),
+        "D learned from scratch": TotalVariation(random, penalty),
+        TV: TotalVariation(differences(), penalty),
+        "D learned from TV": TotalVariation(differences(), penalty),
+        "D, W, c learned from TV": AffineTotalVariation(differences(), penalty),
+    }
 
 
 def mean_squared_error(model: nn.Module, signals: Signals) -> float:
@@ -169,9 +182,6 @@ def plot(histories: dict[str, History], models: dict[str, nn.Module], test: Sign
     figure.savefig(path, dpi=120)
 
 
-TV = "total variation"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Train all models, report, plot, and fail unless learning from total variation has improved on it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -188,24 +198,17 @@ def main(arguments: list[str] | None = None) -> int:
         options.train, options.test, options.epochs, options.batch = 300, 50, 2, 50
 
     rng = np.random.default_rng(options.seed)
-    torch.manual_seed(options.seed)
     signals, test = make_signals(rng, options.train), make_signals(rng, options.test)
     penalty = best_penalty(signals.select(slice(500)), np.arange(1.0, 31.0))
     print(f"{TV} is best with λ = {penalty:g}")
-    scratch = 0.3 * torch.randn(LENGTH - 1, LENGTH, dtype=torch.float64)
-    models: dict[str, nn.Module] = {
-        "fully connected": FullyConnected(options.width),
-        "D learned from scratch": TotalVariation(scratch, penalty),
-        TV: TotalVariation(differences(), penalty),
-        "D learned from TV": TotalVariation(differences(), penalty),
-        "D, W, c learned from TV": AffineTotalVariation(differences(), penalty),
-    }
-    rates = {"D learned from scratch": 1e-2}
+    torch.manual_seed(options.seed)
+    models = make_models(penalty, options.width)
 
     histories = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         for name, model in models.items():
+            torch.manual_seed(options.seed)
             epochs = {TV: 0, "fully connected": 4 * options.epochs}.get(name, options.epochs)
             task = progress.add_task(name, total=epochs * (options.train // options.batch))
             histories[name] = train(
@@ -214,12 +217,11 @@ def main(arguments: list[str] | None = None) -> int:
                 test,
                 epochs=epochs,
                 batch=options.batch,
-                rate=rates.get(name, 1e-3),
+                rate=1e-2 if name == "D learned from scratch" else 1e-3,
                 step=lambda task=task: progress.advance(task),
             )
-            progress.console.print(
-                f"{name}: MSE {histories[name].train[-1]:.2f} (train) {histories[name].test[-1]:.2f}"
-            )
+            ends = f"{histories[name].train[-1]:.2f} (train), {histories[name].test[-1]:.2f} (test)"
+            progress.console.print(f"{name}: mean squared error {ends}")
     plot(histories, models, test, options.output)
     print(f"plot: {options.output}")
     tuned = min(histories[name].test[-1] for name in ("D learned from TV", "D, W, c learned from TV"))
