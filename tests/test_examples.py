@@ -1,12 +1,14 @@
-"""The examples run; the Sudoku boards and the denoised signals are what they are said to be."""
+"""The examples run, and what they are made of is what it is said to be."""
 
 import importlib.util
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.linalg import solve_discrete_are
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -24,6 +26,14 @@ def sudoku():
     for package in ("autograd", "matplotlib", "rich"):
         pytest.importorskip(package)
     return load("sudoku")
+
+
+@pytest.fixture(scope="module")
+def example():
+    """A function that loads an example that needs torch, once."""
+    for package in ("torch", "matplotlib", "rich"):
+        pytest.importorskip(package)
+    return cache(load)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "custom_autodiff"])
@@ -179,3 +189,90 @@ def test_quick_classification_learns(tmp_path, monkeypatch):
     train_images, test_images = classification.make_data(0)
     rows = [{tuple(row) for row in images.pixels.tolist()} for images in (train_images, test_images)]
     assert not rows[0] & rows[1]
+
+
+# ---- layers
+
+
+@pytest.mark.parametrize("name", ["portfolio", "mpc", "projection"])
+def test_quick_run_of_a_layer(example, name, tmp_path):
+    assert example(name).main(["--quick", "--output", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_quick_run_of_timing(tmp_path, capsys):
+    for package in ("numba", "matplotlib", "rich"):
+        pytest.importorskip(package)
+    assert load("timing").main(["--quick", "--output", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert "one by one / batched" in capsys.readouterr().out
+
+
+def test_no_portfolio_beats_knowing_the_expected_returns(example):
+    portfolio = example("portfolio")
+    market = portfolio.make_market(3, 8, 200, 100)
+    investor = portfolio.Investor(market.covariance, 0.5)
+    rng = np.random.default_rng(0)
+    best = investor.utility(investor.portfolios(market.test.expected), market.test.expected)
+    for shares in rng.dirichlet(np.ones(portfolio.ASSETS) / 5, size=(50, 100)):
+        assert investor.utility(market.test.expected.new_tensor(shares), market.test.expected) < best
+    W = portfolio.train_on_error(market)
+    assert investor.regret(W, market.test) > investor.regret(W, market.test._replace(expected=market.test.features @ W))
+
+
+def test_training_on_regret_follows_the_slope_of_utility(example):
+    portfolio = example("portfolio")
+    market = portfolio.make_market(4, 8, 200, 100)
+    investor = portfolio.Investor(market.covariance, 0.5)
+    start = portfolio.train_on_error(market)
+
+    def utility(W):
+        return investor.utility(investor.portfolios(market.train.features @ W), market.train.returns)
+
+    W = start.clone().requires_grad_()
+    utility(W).backward()
+    direction = start.new_tensor(np.random.default_rng(0).normal(size=start.shape))
+    difference = (utility(start + 1e-6 * direction) - utility(start - 1e-6 * direction)) / 2e-6
+    assert abs(difference - (W.grad * direction).sum()) < 1e-3 * abs(difference)
+
+
+def test_a_controller_without_limits_is_the_linear_quadratic_regulator(example, monkeypatch):
+    mpc = example("mpc")
+    monkeypatch.setattr(mpc, "HORIZON", 60)
+    monkeypatch.setattr(mpc, "LIMIT", np.inf)
+    *states, torque = mpc.EXPERT
+    F, g = mpc.F.numpy(), mpc.g.numpy()[:, None]
+    P = solve_discrete_are(F, g, np.diag(states), np.array([[torque]]))
+    gain = np.linalg.solve(torque + g.T @ P @ g, g.T @ P @ F)
+    near = np.random.default_rng(0).normal(size=(20, mpc.STATES))
+    torques = mpc.Controller(mpc.EXPERT)(mpc.F.new_tensor(near)).detach().numpy()
+    np.testing.assert_allclose(torques, -(near @ gain.T)[:, 0], atol=1e-5)
+
+
+def test_the_expert_balances_every_start_and_nobody_could_one_farther_out(example):
+    mpc = example("mpc")
+    starts = mpc.starts(np.random.default_rng(0), 300, 0.98)
+    expert = mpc.Controller(mpc.EXPERT)
+    assert mpc.closed_loop(expert, starts, 80)[0][-1].abs().max() < 1e-2
+    # The unstable mode, wᵀstate with wᵀF = λ wᵀ: a torque of LIMIT cannot hold it from LIMIT |wᵀg| / (λ − 1) on.
+    values, left = np.linalg.eig(mpc.F.numpy().T)
+    w, growth = left[:, np.argmax(values)], np.max(values)
+    reach = mpc.LIMIT * abs(w @ mpc.g.numpy()) / (growth - 1)
+    assert 0.9 * reach < np.abs(starts.numpy() @ w).max() < 0.98 * reach
+    outside = starts * 1.02 * reach / np.abs(starts.numpy() @ w)[:, None]
+    assert mpc.closed_loop(expert, outside, 80)[0][-1, :, 0].abs().min() > 1
+
+
+def test_projected_dispatch_obeys_the_grid_and_is_nearer_to_the_operators(example):
+    projection = example("projection")
+    rng = np.random.default_rng(7)
+    grid = projection.make_grid(rng)
+    load, signals, dispatch = projection.Operator(rng, grid).cases(rng, 200)
+    assert grid.violations(dispatch, load).max() < 1e-6
+    answer = dispatch + dispatch.new_tensor(20 * rng.normal(size=dispatch.shape))
+    projected = grid.project(answer, load)
+    assert grid.violations(answer, load).max() > 1
+    assert grid.violations(projected, load).max() < 1e-6
+    assert (((projected - dispatch) ** 2).sum(1) <= ((answer - dispatch) ** 2).sum(1)).all()
+    balanced = grid.balance(answer, load)
+    np.testing.assert_allclose(balanced.sum(1), load.sum(1))
