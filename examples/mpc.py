@@ -175,7 +175,7 @@ class History(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A trained learner: its history, and what it does from starts farther out than those of the demonstrations."""
+    """A trained learner: its history, and what it does from starts as far out as FAR."""
 
     history: History
     far_loss: float
@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one seed and few epochs, to see that it runs")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.seeds, options.epochs = options.seeds[:1], 20
+        options.seeds, options.epochs = options.seeds[:1], 5
 
     outcomes: dict[str, list[Outcome]] = {"controller": [], "network": []}
     test, far = demonstrate(1000, 64, DEMONSTRATED, NEAR), demonstrate(1001, RUNS, 1, FAR)

@@ -251,7 +251,7 @@ def test_a_controller_without_limits_is_the_linear_quadratic_regulator(example, 
 
 def test_the_expert_balances_every_start_and_nobody_could_one_farther_out(example):
     mpc = example("mpc")
-    starts = mpc.starts(np.random.default_rng(0), 300, 0.98)
+    starts = mpc.starts(np.random.default_rng(0), 100, 0.98)
     expert = mpc.Controller(mpc.EXPERT)
     assert mpc.closed_loop(expert, starts, 80)[0][-1].abs().max() < 1e-2
     # The unstable mode, wᵀstate with wᵀF = λ wᵀ: a torque of LIMIT cannot hold it from LIMIT |wᵀg| / (λ − 1) on.
@@ -259,15 +259,15 @@ def test_the_expert_balances_every_start_and_nobody_could_one_farther_out(exampl
     w, growth = left[:, np.argmax(values)], np.max(values)
     reach = mpc.LIMIT * abs(w @ mpc.g.numpy()) / (growth - 1)
     assert 0.9 * reach < np.abs(starts.numpy() @ w).max() < 0.98 * reach
-    outside = starts * 1.02 * reach / np.abs(starts.numpy() @ w)[:, None]
-    assert mpc.closed_loop(expert, outside, 80)[0][-1, :, 0].abs().min() > 1
+    outside = starts.numpy() * 1.02 * reach / np.abs(starts.numpy() @ w)[:, None]
+    assert mpc.closed_loop(expert, starts.new_tensor(outside), 80)[0][-1, :, 0].abs().min() > 1
 
 
 def test_projected_dispatch_obeys_the_grid_and_is_nearer_to_the_operators(example):
     projection = example("projection")
     rng = np.random.default_rng(7)
     grid = projection.make_grid(rng)
-    load, signals, dispatch = projection.Operator(rng, grid).cases(rng, 200)
+    load, _, dispatch = projection.Operator(rng, grid).cases(rng, 200)
     assert grid.violations(dispatch, load).max() < 1e-6
     answer = dispatch + dispatch.new_tensor(20 * rng.normal(size=dispatch.shape))
     projected = grid.project(answer, load)
