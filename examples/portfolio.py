@@ -7,8 +7,8 @@ predictions, minimise γ/2 xᵀΣx − rᵀx over 1ᵀx = 1, x ≥ 0, the same m
 With little risk aversion the program is nearly linear: its solutions jump from asset to asset and their derivative is
 mostly 0. The third way trains through a program with a quadratic term ρ/2 xᵀx more, and uses the one without.
 
-A. N. Elmachtoub, P. Grigas, "Smart 'predict, then optimize'", Management Science, 2022, whose returns (section 6.2) are
-taken here.
+A. N. Elmachtoub, P. Grigas, "Smart 'predict, then optimize'", Management Science, 2022, whose portfolio experiment has
+such returns, with other noise and a limit on the risk.
 P. L. Donti, B. Amos, J. Z. Kolter, "Task-based end-to-end model learning in stochastic optimization", NeurIPS 2017.
 """
 
