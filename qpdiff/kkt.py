@@ -311,7 +311,7 @@ def equilibrate(problem: Problem) -> Metric:
     """Scales that bring the rows of [[Q, Kᵀ], [K, 0]] to about unit length (Ruiz, 2001, in the 2-norm).
 
     A bound row is scaled as its variable, and a variable that is in no row and not in Q by its bounds. Scales are
-    limited to [1e-6, 1e6], and to 1 for a row of zeros.
+    limited to [1e-4, 1e4], those by bounds to [1e-6, 1e6], and are 1 for a row of zeros.
     """
     xp = problem.backend.xp
     matrices = [K for K in (problem.A, problem.G) if K is not None]
