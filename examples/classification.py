@@ -50,7 +50,7 @@ def last_layers(name: str) -> list[nn.Module]:
     if name == "OptNet":
         # The features are the linear term of the QP, whose other operands are learned. A problem that is not solved
         # is left out of the gradient.
-        return [qpdiff.torch.OptNet(CLASSES, CLASSES, unsolved="zero")]
+        return [qpdiff.torch.OptNet(CLASSES, CLASSES)]
     if name == "fully connected":
         return [nn.ReLU(), nn.Linear(CLASSES, CLASSES)]
     return []

@@ -27,6 +27,8 @@ STEP_FRACTION = 0.99
 """Share of the step to the boundary of s > 0, z > 0 that is taken."""
 CENTERING_LIMIT = 50
 """Newton steps towards a point of the central path."""
+IMPATIENCE = 3
+"""Iterations without progress after which variables and multipliers move by the same step length."""
 PATIENCE = 30
 """Iterations without progress after which a problem counts as stalled."""
 LUCK = 1e-4
@@ -667,6 +669,9 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool):
     sigma = xp.minimum(_positive(xp, reached / (state.mu + settings.tiny)), 1.0) ** 3
     dx, dv, ds = direction(sz + ds * dv - sigma * state.mu, state.inexact if refine else None)
     alpha_s, alpha_z = _step_length(xp, s, ds, STEP_FRACTION), _step_length(xp, z, dv, STEP_FRACTION)
+    # Unequal steps leave Qx + Kᵀv behind, which now and then goes round in circles.
+    together, circling = xp.minimum(alpha_s, alpha_z), state.waiting >= IMPATIENCE
+    alpha_s, alpha_z = xp.where(circling, together, alpha_s), xp.where(circling, together, alpha_z)
 
     x = state.x + alpha_s * dx
     s = xp.where(inequality, xp.maximum(state.s + alpha_s * ds, settings.tiny), 0.0)

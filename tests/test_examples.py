@@ -166,7 +166,7 @@ def test_quick_denoising_learns(denoising, tmp_path, monkeypatch):
     assert denoising.main(["--quick", "--output", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     network, scratch, total_variation, *_ = histories
-    assert network.train[-1] < 0.1 * network.train[0]
+    assert network.train[-1] < 0.2 * network.train[0]
     assert scratch.train[-1] < scratch.train[0]
     assert total_variation.test[-1] < 0.3 * denoising.NOISE**2
 

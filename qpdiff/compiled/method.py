@@ -17,7 +17,7 @@ from numba.extending import overload
 from ..kkt import METRIC_PASSES
 from ..problem import INFINITE
 from ..solution import Status
-from ..solver import LUCK, PATIENCE, RUNNING, STEP_FRACTION
+from ..solver import IMPATIENCE, LUCK, PATIENCE, RUNNING, STEP_FRACTION
 from .lapack import (
     OPTIONS,
     add_gram,
@@ -736,7 +736,7 @@ def step_lengths(one, now, ds, dv, fraction):
 
 
 @hot
-def step(form, one, reduced, settings, mu, rho, delta, refine, before, now, work):
+def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before, now, work):
     """One predictor-corrector step from `before` to `now`.
 
     Returns whether it could be computed, whether the matrix could be factored, its lengths, and μ after it.
@@ -784,6 +784,8 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, before, now, work
         if one.kind[i] == INEQUALITY:
             ds[i] = -(complementarity[i] + before.s[i] * dv[i]) / before.v[i]
     alpha_s, alpha_z = step_lengths(one, before, ds, dv, STEP_FRACTION)
+    if circling:
+        alpha_s = alpha_z = min(alpha_s, alpha_z)
 
     for i in range(n):
         now.x[i] = before.x[i] + alpha_s * dx[i]
@@ -861,7 +863,7 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
         while verdict.status == RUNNING:
             now, before, past = before, now, verdict
             sound, factored, alpha_s, alpha_z, new_mu = step(
-                form, one, reduced, settings, mu, rho, delta, refine, before, now, work
+                form, one, reduced, settings, mu, rho, delta, refine, past.waiting >= IMPATIENCE, before, now, work
             )
             if not sound:
                 # A step that cannot be computed is not taken; stronger proximal terms come instead.
