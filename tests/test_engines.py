@@ -336,3 +336,17 @@ def test_arguments():
     strict = pytest.importorskip("array_api_strict")
     with pytest.raises(ValueError, match="takes NumPy arrays only"):
         qpdiff.solve_qp(strict.eye(1), strict.zeros(1), engine="compiled")
+
+
+def test_a_layer_in_training_does_not_go_round_in_circles():
+    """With a step length each for variables and multipliers, both engines repeated the same four iterates here."""
+    with np.load(pathlib.Path(__file__).with_name("circling.npz")) as file:
+        operands = dict(file)
+    for engine in ("array", "compiled"):
+        sol = qpdiff.solve_qp(**operands, engine=engine)
+        assert np.all(sol.status == qpdiff.Status.SOLVED)
+        stationary = np.einsum("...ij,...j->...i", operands["Q"], sol.x) + operands["q"]
+        stationary = stationary + np.einsum("...ji,...j->...i", operands["G"], sol.z)
+        assert np.abs(stationary).max() < 1e-7
+        assert (np.einsum("...ij,...j->...i", operands["G"], sol.x) - operands["h"]).max() < 1e-7
+        assert sol.z.min() >= 0
