@@ -16,7 +16,7 @@ from . import solver
 from .backend import Backend
 from .differentiation import kkt_vjp, solution_vjp, solve_kkt
 from .problem import OPERANDS, Problem
-from .solution import Solution, raise_if_unsolved
+from .solution import Solution, check_unsolved, raise_if_unsolved
 from .solver import multipliers
 
 try:
@@ -60,8 +60,7 @@ def solve_qp(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved
     >>> np.abs(np.round(grad(squared_distance)(np.array([2.0, -3.0])), 6)).tolist()
     [0.0, 6.0]
     """
-    if unsolved not in ("raise", "nan", "zero"):
-        raise ValueError(f"unsolved is {unsolved!r}; expected 'raise', 'nan' or 'zero'")
+    check_unsolved(unsolved)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     given = {
         name: anp.array(value) if isinstance(value, (list, tuple)) else value

@@ -27,6 +27,7 @@ import qpdiff
 from .engine import compiled_engine
 from .files import read_problem
 from .problem import OPERANDS
+from .solution import FIELDS
 
 app = typer.Typer(help=qpdiff.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console, errors = Console(), Console(stderr=True)
@@ -34,10 +35,6 @@ console, errors = Console(), Console(stderr=True)
 ROWS_SHOWN = 20
 BLOCK = 256
 """Problems solved between two moves of the progress bar."""
-FIELDS = (
-    "x", "y", "z", "z_lb", "z_ub", "s", "status", "iterations", "objective",
-    "primal_residual", "dual_residual", "duality_gap",
-)  # fmt: skip
 FileArgument = Annotated[
     Path, typer.Argument(help="a .npz with Q, q and any of G, h, A, b, lb, ub; or .mps, .qps, .lp")
 ]

@@ -8,7 +8,6 @@ worker loses, Dask computes again from the graph.
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
@@ -18,8 +17,8 @@ import numpy as np
 from . import differentiation, solver
 from .backend import choose_backend, from_host, single_threaded, working_dtype
 from .differentiation import Gradients, Tangents
-from .problem import OPERANDS, Problem, make_problem
-from .solution import Solution, raise_if_unsolved
+from .problem import OPERANDS, Problem, broadcasts, make_problem
+from .solution import FIELDS, Solution, check_unsolved, raise_if_unsolved
 
 try:
     import dask.array as da
@@ -31,7 +30,6 @@ except ImportError as error:
 
 _CORE = {"x": 1, "y": 1, "z": 1, "z_lb": 1, "z_ub": 1, "status": 0}
 """How many axes the parts of a solution that a warm start or a cotangent may have end with, after the batch's."""
-_FIELDS = tuple(field.name for field in fields(Solution) if field.name != "linearization")
 
 
 def solve_qp(
@@ -97,8 +95,7 @@ def solve_qp(
     >>> bool(abs(sol.x - da.clip(points, -1.0, 1.0)).max().compute() < 1e-6)
     True
     """
-    if unsolved not in ("raise", "nan", "zero"):
-        raise ValueError(f"unsolved is {unsolved!r}; expected 'raise', 'nan' or 'zero'")
+    check_unsolved(unsolved)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     given = {name: value for name, value in operands.items() if value is not None}
     metas = {name: value._meta if isinstance(value, da.Array) else value for name, value in given.items()}
@@ -332,7 +329,7 @@ class Blocks:
 
 
 def _fields(blocks: Blocks) -> Solution:
-    lazy = {name: blocks.read(blocks.solutions, name, getattr(blocks.empty, name)) for name in _FIELDS}
+    lazy = {name: blocks.read(blocks.solutions, name, getattr(blocks.empty, name)) for name in FIELDS}
     return Solution(**lazy, linearization=blocks)
 
 
@@ -368,7 +365,7 @@ def _solve_block(where, *values, names, near, unsolved: str, options) -> Solutio
     """Solve the block at the slices `where`; the values are those of the operands and of a warm start, by name."""
     parts = [_whole(value) for value in values]
     if near:
-        start = dict.fromkeys(_FIELDS) | dict(zip(near, parts[len(names) :], strict=True))
+        start = dict.fromkeys(FIELDS) | dict(zip(near, parts[len(names) :], strict=True))
         options = options | {"warm_start": Solution(**start)}
     try:
         with single_threaded():
@@ -409,8 +406,8 @@ def _whole(value):
 def _size_of_solution(sol: Solution) -> int:
     """What a block takes; its variables and multipliers are parts of its linearization."""
     if sol.linearization is None:
-        return sum(sizeof(getattr(sol, name)) for name in _FIELDS)
-    return sizeof(tuple(sol.linearization)) + sum(sizeof(getattr(sol, name)) for name in _FIELDS[6:])
+        return sum(sizeof(getattr(sol, name)) for name in FIELDS)
+    return sizeof(tuple(sol.linearization)) + sum(sizeof(getattr(sol, name)) for name in FIELDS[6:])
 
 
 @sizeof.register(Problem)
@@ -475,7 +472,7 @@ def _fitting(label: str, value, shape, blocks: Blocks):
     """A tangent or cotangent, which must broadcast to the shape."""
     if not isinstance(value, da.Array) and not hasattr(value, "dtype"):
         value = from_host(label, value, blocks.empty.linearization.problem.backend)
-    if not _broadcasts(value.shape, shape):
+    if not broadcasts(value.shape, shape):
         raise ValueError(f"{label} has shape {tuple(value.shape)}; expected {tuple(shape)}")
     return value
 
@@ -484,16 +481,5 @@ def _warm_parts(sol, problem: Problem):
     """What `solver.warm_point` looks at."""
     if sol is None:
         return {}
-    if not isinstance(sol, Solution):
-        raise TypeError(f"warm_start is a {type(sol).__name__}; expected a qpdiff.Solution")
-    sizes = {"x": problem.n, "y": problem.p, "z": problem.m, "z_lb": problem.n, "z_ub": problem.n}
-    near = {name: getattr(sol, name) for name in _CORE}
-    for name, size in sizes.items():
-        shape, expected = tuple(near[name].shape), (*problem.batch_shape, size)
-        if shape[-1] != size or not _broadcasts(shape, expected):
-            raise ValueError(f"warm_start.{name} has shape {shape}; expected one that broadcasts to {expected}")
-    return near
-
-
-def _broadcasts(shape, to) -> bool:
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+    solver.check_warm_start(problem, sol)
+    return {name: getattr(sol, name) for name in _CORE}

@@ -215,9 +215,13 @@ def _smoothed(sol: Solution, smoothing) -> Solution:
 # ---- the linear system
 
 
+FILL = {"nan": float("nan"), "zero": 0.0}
+"""What problems that are not SOLVED get."""
+
+
 def solve_kkt(lin: Linearization, r_x, r_v, *, unsolved: str = "nan"):
     """Solve the KKT system at a solution for right-hand sides (B, n) and (B, rows)."""
-    if unsolved not in ("nan", "zero"):
+    if unsolved not in FILL:
         raise ValueError(f"unsolved is {unsolved!r}; expected 'nan' or 'zero'")
     problem, backend = lin.problem, cast(Any, lin.problem.backend)
     if problem.batch == 0:
@@ -228,8 +232,7 @@ def solve_kkt(lin: Linearization, r_x, r_v, *, unsolved: str = "nan"):
     if isinstance(lin.factors, list):
         return _solve(lin, r_x, r_v, unsolved)
     solved = lin.status[:, 0] == Status.SOLVED
-    fill = float("nan") if unsolved == "nan" else 0.0
-    return compiled_engine()[0].solve_kkt(problem, lin.factors, lin.v, lin.s, solved, r_x, r_v, fill)
+    return compiled_engine()[0].solve_kkt(problem, lin.factors, lin.v, lin.s, solved, r_x, r_v, FILL[unsolved])
 
 
 def _solve_traced(arrays, right, layout: Layout, unsolved: str):
@@ -242,8 +245,7 @@ def _solve(lin: Linearization, r_x, r_v, unsolved: str):
     r_x = xp.where(solved, r_x, xp.zeros_like(r_x))
     r_v = xp.where(solved, r_v, xp.zeros_like(r_v))
     u_x, u_v = _solve_pieces(lin, r_x, r_v)
-    fill = float("nan") if unsolved == "nan" else 0.0
-    return xp.where(solved, u_x, xp.full_like(u_x, fill)), xp.where(solved, u_v, xp.full_like(u_v, fill))
+    return tuple(xp.where(solved, u, xp.full_like(u, FILL[unsolved])) for u in (u_x, u_v))
 
 
 def _solve_pieces(lin, r_x, r_v):
@@ -376,14 +378,14 @@ def _reduce(problem: Problem, name: str, gradient):
     shape = problem.shapes[name]
     if getattr(problem, name).shape[0] == 1:
         return xp.reshape(gradient, shape)
-    full = xp.reshape(gradient, problem.batch_shape + gradient.shape[1:])
-    if full.shape == shape:
-        return full
-    leading = full.ndim - len(shape)
-    axes = tuple(range(leading)) + tuple(
-        leading + i for i, size in enumerate(shape) if size == 1 and full.shape[leading + i] != 1
-    )
-    return xp.reshape(xp.sum(full, axis=axes), shape) if axes else full
+    return summed(xp, xp.reshape(gradient, problem.batch_shape + gradient.shape[1:]), shape)
+
+
+def summed(xp, value, shape: tuple[int, ...]):
+    """An array summed over the axes along which one of this shape was broadcast."""
+    extra = value.ndim - len(shape)
+    axes = [*range(extra), *(extra + i for i, size in enumerate(shape) if size == 1 != value.shape[extra + i])]
+    return xp.reshape(xp.sum(value, axis=tuple(axes)), shape) if axes else value
 
 
 def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
@@ -466,11 +468,9 @@ def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v, names=None):
 
     The matrix moves with Q, A, G, and with θ = (k − Kx)/v at the inequalities.
     """
-    xp, inequality = problem.backend.xp, problem.inequality
-    zero = xp.zeros_like(t_v * u_v)
-    safe_v = xp.where(inequality, v, zero + 1.0)
-    k_bar = xp.where(inequality, t_v * u_v / safe_v, zero)
-    theta = xp.where(inequality, (problem.k - problem.constraints(x)) / safe_v, zero)
+    xp = problem.backend.xp
+    safe_v, theta = _theta(problem, x, v)
+    k_bar = xp.where(problem.inequality, t_v * u_v / safe_v, xp.zeros_like(theta))
     gradients = _operand_gradients(
         problem, v, names, q=xp.zeros_like(u_x), k=k_bar,
         Q=[(-0.5 * t_x, u_x)], K=[(-u_v, t_x), (-t_v, u_x), (-k_bar, x)],
@@ -480,14 +480,20 @@ def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v, names=None):
 
 def kkt_jvp(problem: Problem, x, v, u_x, u_v, dx, dv, tangents: dict[str, Any]):
     """What K⁻¹ is to be applied to for the tangent of u = K⁻¹ r, but for that of r: −dK u."""
-    xp, inequality = problem.backend.xp, problem.inequality
+    xp = problem.backend.xp
     matrices = {name: tangent for name, tangent in tangents.items() if name in ("Q", "G", "A")}
     r_x, r_v = right_hand_side(problem, u_x, u_v, matrices)
-    safe_v = xp.where(inequality, v, xp.ones_like(v))
-    theta = (problem.k - problem.constraints(x)) / safe_v
+    safe_v, theta = _theta(problem, x, v)
     d_slack = right_hand_side(problem, x, v, tangents)[1] - problem.constraints(dx)
-    d_theta = xp.where(inequality, (d_slack - theta * dv) / safe_v, xp.zeros_like(v))
+    d_theta = xp.where(problem.inequality, (d_slack - theta * dv) / safe_v, xp.zeros_like(v))
     return r_x, r_v + d_theta * u_v
+
+
+def _theta(problem: Problem, x, v):
+    """The multipliers of the inequalities, and 1 in the other rows; θ = (k − Kx)/v, and 0 there."""
+    xp, inequality = problem.backend.xp, problem.inequality
+    safe_v = xp.where(inequality, v, xp.ones_like(v))
+    return safe_v, xp.where(inequality, (problem.k - problem.constraints(x)) / safe_v, xp.zeros_like(v))
 
 
 def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, Any]:

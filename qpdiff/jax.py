@@ -7,7 +7,7 @@ nothing goes to the host. The derivative is that of the KKT conditions: the tang
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from . import solver
 from .differentiation import right_hand_side, solve_kkt
 from .problem import Layout, Problem, check_values, make_problem
-from .solution import Solution, Status, raise_if_unsolved
+from .solution import FIELDS, Solution, Status, check_unsolved, raise_if_unsolved
 from .solver import Outcome, Settings
 
 try:
@@ -24,8 +24,7 @@ try:
 except ImportError as error:
     raise ImportError("qpdiff.jax needs JAX: pip install 'qpdiff[jax]'") from error
 
-_NAMES = [field.name for field in fields(Solution) if field.name != "linearization"]
-jax.tree_util.register_dataclass(Solution, data_fields=_NAMES, meta_fields=[], drop_fields=["linearization"])
+jax.tree_util.register_dataclass(Solution, data_fields=FIELDS, meta_fields=[], drop_fields=["linearization"])
 
 
 def solve_qp(
@@ -83,8 +82,7 @@ def solve_qp(
     >>> jnp.round(jax.jit(jax.jacrev(project))(jnp.array([2.0, -3.0])), 3).tolist()
     [[1.0, 0.0], [0.0, 0.0]]
     """
-    if unsolved not in ("raise", "nan", "zero"):
-        raise ValueError(f"unsolved is {unsolved!r}; expected 'raise', 'nan' or 'zero'")
+    check_unsolved(unsolved)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem({name: _joined(value) for name, value in operands.items()}, backend="jax", dtype=dtype)
     settings = solver.read_settings(problem, tol, rtol, max_iterations)

@@ -360,6 +360,11 @@ def _broadcast_batch(arrays) -> tuple[int, ...]:
     return batch_shape
 
 
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of one shape broadcasts to another."""
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+
+
 # ---- the numbers
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import kkt
 from .problem import OPERANDS, Problem, check_values, make_problem
 from .solution import Status
-from .solver import MAX_ITERATIONS, RUNNING, State, initialize, make_part, read_settings, step
+from .solver import MAX_ITERATIONS, RUNNING, State, forms, initialize, make_part, read_settings, step
 
 try:
     from matplotlib.figure import Figure
@@ -78,9 +77,9 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
 def history(problem: Problem) -> list[State]:
     """The states of one problem, from the starting point to the last; none is the same as the one before."""
     settings = read_settings(problem, None, None, MAX_ITERATIONS)
-    form, safe = kkt.choose_form(problem)
-    part = make_part(form if safe is None or safe.all() else kkt.PrimalForm(problem))
     with problem.backend.quietly():
+        ((form, _),) = forms(problem)
+        part = make_part(form)
         state, _ = initialize(part, settings)
         states = [state]
         while state.status.item() == RUNNING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,16 @@ class Solution:
     duality_gap: Any
     linearization: Any = field(default=None, repr=False, compare=False)
     """What the derivative needs: the problem and the last factorisation (not part of the public interface)."""
+
+
+FIELDS = tuple(each.name for each in fields(Solution) if each.name != "linearization")
+"""The public fields of a solution."""
+
+
+def check_unsolved(unsolved: str) -> None:
+    """A ValueError for what an adapter does not know how to do about problems that are not SOLVED."""
+    if unsolved not in ("raise", "nan", "zero"):
+        raise ValueError(f"unsolved is {unsolved!r}; expected 'raise', 'nan' or 'zero'")
 
 
 def raise_if_unsolved(status: np.ndarray) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import kkt
 from .engine import choose_engine
-from .problem import INFINITE, Layout, Problem, check_values, make_problem
+from .problem import INFINITE, Layout, Problem, broadcasts, check_values, make_problem
 from .solution import Solution, Status
 
 MAX_ITERATIONS = 200
@@ -244,7 +244,8 @@ def solve_qp(
     """
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem(operands, backend=backend, dtype=dtype)
-    _refuse_traced(problem, verbose)
+    if problem.backend.traced:
+        _refuse_traced(problem, verbose)
     settings = read_settings(problem, tol, rtol, max_iterations)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
@@ -266,7 +267,7 @@ def _refuse_traced(problem: Problem, verbose: bool) -> None:
             raise TypeError(
                 f"{name} has no numbers yet, because JAX traces it (in jit, vmap or grad); use qpdiff.jax.solve_qp"
             )
-    if verbose and problem.backend.traced:
+    if verbose:
         raise ValueError("verbose is True, which JAX cannot do: the iterations are one compiled loop")
 
 
@@ -352,7 +353,7 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bo
 
     def solve_chunk(chunk: slice) -> list[Ended]:
         index = backend.arange(chunk.stop)[chunk.start :]
-        parts = [(make_part(form), _rows_at(xp, index, where)) for form, where in _forms(problem.select(chunk))]
+        parts = [(make_part(form), _rows_at(xp, index, where)) for form, where in forms(problem.select(chunk))]
         pieces = []
         while parts:
             pieces += _run(parts, near, settings, keep, verbose)
@@ -372,19 +373,8 @@ def warm_point(problem: Problem, sol: Solution | None) -> Point | None:
     """The solution to start from, flattened to the batch axis and the rows of `problem`."""
     if sol is None:
         return None
-    if not isinstance(sol, Solution):
-        raise TypeError(f"warm_start is a {type(sol).__name__}; expected a qpdiff.Solution")
+    sizes = check_warm_start(problem, sol)
     xp, backend = problem.backend.xp, problem.backend
-    sizes = {"x": problem.n, "y": problem.p, "z": problem.m, "z_lb": problem.n, "z_ub": problem.n}
-    batch = tuple(sol.status.shape)
-    fits = len(batch) <= len(problem.batch_shape) and all(
-        a in (1, b) for a, b in zip(batch[::-1], problem.batch_shape[::-1], strict=False)
-    )
-    for name, size in sizes.items():
-        shape = tuple(getattr(sol, name).shape)
-        if not fits or shape[-1] != size:
-            expected = (*problem.batch_shape, size)
-            raise ValueError(f"warm_start.{name} has shape {shape}; expected one that broadcasts to {expected}")
 
     def flat(value, *core):
         value = backend.asarray(value, dtype=problem.dtype)
@@ -406,12 +396,26 @@ def warm_point(problem: Problem, sol: Solution | None) -> Point | None:
     return Point(parts["x"], v, usable & finite[0] & finite[1])
 
 
+def check_warm_start(problem: Problem, sol) -> dict[str, int]:
+    """Refuse what is no solution of such problems; the sizes of its parts, by name."""
+    if not isinstance(sol, Solution):
+        raise TypeError(f"warm_start is a {type(sol).__name__}; expected a qpdiff.Solution")
+    sizes = {"x": problem.n, "y": problem.p, "z": problem.m, "z_lb": problem.n, "z_ub": problem.n}
+    fits = broadcasts(tuple(sol.status.shape), problem.batch_shape)
+    for name, size in sizes.items():
+        shape = tuple(getattr(sol, name).shape)
+        if not fits or shape[-1] != size:
+            expected = (*problem.batch_shape, size)
+            raise ValueError(f"warm_start.{name} has shape {shape}; expected one that broadcasts to {expected}")
+    return sizes
+
+
 def _keeps_factor(problem: Problem) -> bool:
     """Whether a factor a problem is in proportion to the data, which it is not where the matrices are shared."""
     return problem.n**2 * problem.batch <= min(2**26, problem.entries)
 
 
-def _forms(problem: Problem):
+def forms(problem: Problem):
     """Split a chunk by the reduced form that suits each of its problems."""
     xp = problem.backend.xp
     if problem.backend.traced:
@@ -842,7 +846,7 @@ def _relax(lin: Linearization, kappa: float) -> Linearization:
     pieces, points = [], []
     for chunk in problem.chunks():
         index = backend.arange(chunk.stop)[chunk.start :]
-        for form, where in _forms(problem.select(chunk)):
+        for form, where in forms(problem.select(chunk)):
             at = _rows_at(xp, index, where)
             part = make_part(form)
             point, factor = _center(part, settings, kappa, *kkt.take(xp, (lin.x, lin.v, lin.s), at))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import enum
 import functools
 import math
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import numpy as np
 from . import solver
 from .differentiation import kkt_jvp, kkt_vjp, right_hand_side, solution_vjp, solve_kkt
 from .problem import Problem, make_problem
-from .solution import Solution, raise_if_unsolved
+from .solution import FIELDS, Solution, check_unsolved, raise_if_unsolved
 from .solver import multipliers
 
 try:
@@ -84,8 +83,7 @@ def solve_qp(
     >>> point.grad.round(decimals=3).abs().tolist()
     [0.0, 6.0]
     """
-    if unsolved not in ("raise", "nan", "zero"):
-        raise ValueError(f"unsolved is {unsolved!r}; expected 'raise', 'nan' or 'zero'")
+    check_unsolved(unsolved)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     operands = {name: _stacked(value) for name, value in operands.items()}
     problem = make_problem(operands, backend="torch", dtype=options.pop("dtype", None))
@@ -114,7 +112,7 @@ def _stacked(value):
 
 
 _WARM = ("x", "y", "z", "z_lb", "z_ub", "status")
-_CONSTANT = tuple(field.name for field in fields(Solution) if field.name not in (*_WARM[:-1], "linearization"))
+_CONSTANT = tuple(name for name in FIELDS if name not in _WARM[:-1])
 
 
 class _Layer:

@@ -112,7 +112,7 @@ class CuPyLibrary:
 
 
 class JAXLibrary:
-    """JAX, its loops taken step by step: compiling the solver for every shape in the tests would take hours."""
+    """JAX in double precision."""
 
     name = "jax"
 

@@ -445,3 +445,21 @@ DEGENERATE = [
     weakly_active, dependent_active, unique_vertex, degenerate_vertex, optimal_face,
 ]  # fmt: skip
 SCALED = [scaled_rows, scaled_columns, scaled_both]
+
+
+def mostly_active(rng, parts, n=4, batch=2):
+    """Operands with those of A, G, lb, ub that `parts` names; most constraints are active in some problem of the batch.
+
+    Some operands are shared.
+    """
+    L = rng.normal(size=(batch, n, n))
+    operands = {"Q": L @ L.mT / n + np.eye(n), "q": 2 * rng.normal(size=(batch, n))}
+    if "A" in parts:
+        operands |= {"A": rng.normal(size=(1, n)), "b": 0.1 * rng.normal(size=(batch, 1))}
+    if "G" in parts:
+        operands |= {"G": rng.normal(size=(batch, 3, n)), "h": rng.uniform(0.5, 1.0, size=3)}
+    if "lb" in parts:
+        operands["lb"] = rng.uniform(-1.0, -0.5, size=(batch, n))
+    if "ub" in parts:
+        operands["ub"] = rng.uniform(0.5, 1.0, size=n)
+    return operands

@@ -7,6 +7,7 @@ pytest.importorskip("autograd")
 import autograd.numpy as anp
 from autograd import grad, jacobian
 from autograd.test_util import check_grads
+from problems import mostly_active
 
 import qpdiff
 import qpdiff.autograd
@@ -14,25 +15,10 @@ import qpdiff.autograd
 TIGHT = {"tol": 1e-12, "rtol": 1e-13}
 
 
-def problem(rng, parts):
-    n, batch = 4, 2
-    L = rng.normal(size=(batch, n, n))
-    operands = {"Q": L @ np.swapaxes(L, 1, 2) / n + np.eye(n), "q": 2 * rng.normal(size=(batch, n))}
-    if "A" in parts:
-        operands |= {"A": rng.normal(size=(1, n)), "b": 0.1 * rng.normal(size=(batch, 1))}
-    if "G" in parts:
-        operands |= {"G": rng.normal(size=(batch, 3, n)), "h": rng.uniform(0.5, 1.0, size=3)}
-    if "lb" in parts:
-        operands["lb"] = rng.uniform(-1.0, -0.5, size=(batch, n))
-    if "ub" in parts:
-        operands["ub"] = rng.uniform(0.5, 1.0, size=n)
-    return operands
-
-
 @pytest.mark.parametrize("parts", ["", "A", "G", "A G", "lb", "ub", "lb ub", "A lb ub", "A G lb ub"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_first_and_second_derivatives(parts, seed):
-    operands = problem(np.random.default_rng(seed), parts.split())
+    operands = mostly_active(np.random.default_rng(seed), parts.split())
     names = tuple(operands)
 
     def loss(*values):
@@ -69,7 +55,7 @@ def test_jacobian_of_a_projection_onto_the_simplex():
 
 
 def test_matches_vjp():
-    operands = problem(np.random.default_rng(2), ["A", "G"])
+    operands = mostly_active(np.random.default_rng(2), ["A", "G"])
     cotangent = np.random.default_rng(3).normal(size=(2, 4))
     by_hand = qpdiff.vjp(qpdiff.solve_qp(**operands), x=cotangent)
     for name in operands:

@@ -190,7 +190,7 @@ ALLOWED = {
     "__init__": {"solution", "solver", "differentiation"},
     "files": {"problem"},
     "show": {"problem", "kkt", "solver", "solution"},
-    "cli": {"__init__", "problem", "engine", "files", "show"},
+    "cli": {"__init__", "problem", "engine", "files", "show", "solution"},
     "__main__": {"cli"},
 }
 """Data flows one way: arrays → problem → solver (→ kkt → backend) → solution → differentiation → adapters."""

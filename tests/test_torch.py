@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from problems import random_problem
+from problems import mostly_active, random_problem
 
 pytest.importorskip("torch")
 import torch
@@ -36,18 +36,7 @@ def solved_by(request, monkeypatch):
 
 
 def problem(seed, parts, n=3, batch=2):
-    """Operands as tensors of which most constraints are active in some problem; some are shared."""
-    rng = np.random.default_rng(seed)
-    L = rng.normal(size=(batch, n, n))
-    operands = {"Q": L @ L.mT / n + np.eye(n), "q": 2 * rng.normal(size=(batch, n))}
-    if "A" in parts:
-        operands |= {"A": rng.normal(size=(1, n)), "b": 0.1 * rng.normal(size=(batch, 1))}
-    if "G" in parts:
-        operands |= {"G": rng.normal(size=(batch, 3, n)), "h": rng.uniform(0.5, 1.0, size=3)}
-    if "lb" in parts:
-        operands["lb"] = rng.uniform(-1.0, -0.5, size=(batch, n))
-    if "ub" in parts:
-        operands["ub"] = rng.uniform(0.5, 1.0, size=n)
+    operands = mostly_active(np.random.default_rng(seed), parts, n, batch)
     return {name: torch.tensor(value, requires_grad=True) for name, value in operands.items()}
 
 

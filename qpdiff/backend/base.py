@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+import array_api_compat
 import numpy as np
 
 
@@ -32,6 +33,16 @@ class Backend:
     def __init__(self, xp, device=None):
         self.xp = xp
         self.device = device
+
+    @staticmethod
+    def device_of(array):
+        """Where an array is, hashable; None where the library sees to that by itself."""
+        return array_api_compat.device(array)
+
+    @staticmethod
+    def current_device(xp):
+        """Where arrays from the host go; None where the library or the backend sees to that by itself."""
+        return None
 
     def __reduce__(self):
         return _restore, (type(self), self.xp.__name__, self.device)  # a module does not pickle

@@ -28,13 +28,19 @@ _LIBRARIES = {
 
 
 @cache
-def _backend(namespace, device=None) -> Backend:
-    """The one backend of a namespace on a device."""
+def _kind(namespace) -> type[Backend]:
+    """The class of the backends of a namespace."""
     for library in _LIBRARIES.values():
         if library.namespace == namespace.__name__:
             module, name = library.backend
-            return getattr(importlib.import_module(module, __package__), name)(namespace, device)
-    return Backend(namespace, device)
+            return getattr(importlib.import_module(module, __package__), name)
+    return Backend
+
+
+@cache
+def _backend(namespace, device=None) -> Backend:
+    """The one backend of a namespace on a device."""
+    return _kind(namespace)(namespace, device)
 
 
 def choose_backend(operands, name=None):
@@ -57,9 +63,10 @@ def choose_backend(operands, name=None):
     """
     if name is not None:
         xp = _namespace(name)
-        there = {key: _device(value) for key, value in operands.items() if _library_of(value) is xp}
+        kind = _kind(xp)
+        there = {key: kind.device_of(value) for key, value in operands.items() if _library_of(value) is xp}
         _check_one_device(there)
-        backend = _backend(xp, next(iter(there.values())) if there else _current_device(xp))
+        backend = _backend(xp, next(iter(there.values())) if there else kind.current_device(xp))
         return backend, {key: _move(key, value, backend, name) for key, value in operands.items()}
     arrays = {
         key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))
@@ -76,7 +83,7 @@ def choose_backend(operands, name=None):
                 f"{key} is a {type(value).__module__}.{type(value).__name__}; expected an array of a library that "
                 "follows the array API standard, a list or a number"
             ) from error
-        devices[key] = _device(value)
+        devices[key] = _kind(namespaces[key]).device_of(value)
     first = next(iter(arrays))
     for key in arrays:
         if namespaces[key] is not namespaces[first]:
@@ -107,28 +114,6 @@ def _numpy_backend() -> Backend:
 
 def _library_of(value):
     return array_api_compat.array_namespace(value) if array_api_compat.is_array_api_obj(value) else None
-
-
-def _device(value):
-    """Where an array is, or None where its library sees to that by itself: a traced array of JAX's is nowhere yet.
-
-    A GPU of CuPy's is a number here, since a `cupy.cuda.Device` has no hash.
-    """
-    if array_api_compat.is_jax_array(value):
-        return None
-    device = array_api_compat.device(value)
-    return device.id if array_api_compat.is_cupy_array(value) else device
-
-
-def _current_device(xp):
-    """Where arrays from the host go, or None where the library or its backend sees to that by itself."""
-    if array_api_compat.is_torch_namespace(xp):
-        return xp.get_default_device()
-    if not array_api_compat.is_cupy_namespace(xp):
-        return None
-    if not xp.cuda.is_available():
-        raise RuntimeError("backend='cupy' needs an NVIDIA GPU with its driver; CuPy finds none")
-    return xp.cuda.runtime.getDevice()
 
 
 def working_dtype(backend, arrays, operands, dtype=None):

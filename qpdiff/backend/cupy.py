@@ -15,6 +15,16 @@ class CuPyBackend(Backend):
 
     chunk_bytes = 2 * 2**30
 
+    @staticmethod
+    def device_of(array):
+        return array.device.id  # a `cupy.cuda.Device` has no hash
+
+    @staticmethod
+    def current_device(xp):
+        if not xp.cuda.is_available():
+            raise RuntimeError("backend='cupy' needs an NVIDIA GPU with its driver; CuPy finds none")
+        return xp.cuda.runtime.getDevice()
+
     def __reduce__(self):
         # Without the device: an array goes to the current one where it is unpickled, as in another process.
         return _restore, (type(self), self.xp.__name__, None)

@@ -13,6 +13,10 @@ from .base import Backend
 class TorchBackend(Backend):
     """torch tensors: LAPACK's, or MAGMA's and cuSOLVER's batched Cholesky, failures flagged on the device."""
 
+    @staticmethod
+    def current_device(xp):
+        return torch.get_default_device()
+
     @property
     def chunk_bytes(self):
         return (64 * 2**20) if self.device.type == "cpu" else 2 * 2**30

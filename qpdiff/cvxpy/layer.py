@@ -22,7 +22,7 @@ import numpy as np
 
 from .. import differentiation, solver
 from ..backend import choose_backend, working_dtype
-from ..differentiation import Gradients, as_tangent
+from ..differentiation import Gradients, as_tangent, summed
 from ..problem import OPERANDS
 from ..solution import Solution, Status
 from .attributes import check_parameter
@@ -300,7 +300,7 @@ class Layer:
                 if i in matrices:
                     part = matrices[i].T.product(backend, _flattened(xp, gradient, shape))
                     part = xp.reshape(part, (*part.shape[:-1], *parameter.shape))
-                    total = total + _summed(xp, part, total.shape)
+                    total = total + summed(xp, part, total.shape)
             out.append(total)
         return tuple(out)
 
@@ -376,10 +376,3 @@ def _flattened(xp, value, core: tuple[int, ...]):
     """An array (..., *core) with its core axes made one, in row-major order."""
     leading = value.shape[: value.ndim - len(core)]
     return xp.reshape(value, (*leading, int(np.prod(core))))
-
-
-def _summed(xp, value, shape):
-    """An array summed over the axes along which one of this shape was broadcast."""
-    extra = value.ndim - len(shape)
-    axes = [*range(extra), *(extra + i for i, size in enumerate(shape) if size == 1 != value.shape[extra + i])]
-    return xp.reshape(xp.sum(value, axis=tuple(axes)), shape) if axes else value
