@@ -1,9 +1,8 @@
 """The examples run, and what they are made of is what it is said to be."""
 
-import importlib.util
 import subprocess
 import sys
-from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,27 +12,19 @@ from scipy.linalg import solve_discrete_are
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def sudoku():
     for package in ("autograd", "matplotlib", "rich"):
         pytest.importorskip(package)
-    return load("sudoku")
+    return import_module("sudoku")
 
 
 @pytest.fixture(scope="module")
 def example():
-    """A function that loads an example that needs torch, once."""
-    for package in ("torch", "matplotlib", "rich"):
+    """A function that imports an example that needs torch."""
+    for package in ("autograd", "torch", "matplotlib", "rich"):
         pytest.importorskip(package)
-    return cache(load)
+    return import_module
 
 
 @pytest.mark.parametrize("name", ["quickstart", "custom_autodiff"])
@@ -52,15 +43,16 @@ def test_a_cluster_loses_a_worker_and_nothing_else():
 
 
 def test_there_are_288_grids(sudoku):
-    grids = sudoku.all_grids()
+    grids = np.array(list(sudoku.Sudoku(2).completions([-1] * 16)))
     assert len(np.unique(grids, axis=0)) == 288
     for unit in (grids.reshape(-1, 4, 4), grids.reshape(-1, 4, 4).swapaxes(1, 2)):
         assert np.all(np.sort(unit, axis=-1) == np.arange(4))
 
 
 def test_every_puzzle_has_one_solution_and_no_grid_is_in_both_sets(sudoku):
-    train, test = sudoku.make_data(0, 300, 100)
-    grids = sudoku.all_grids()
+    game = sudoku.Sudoku(2)
+    train, test = sudoku.make_data(0, game, 300, 100)
+    grids = np.array(list(game.completions([-1] * 16)))
     for boards in (train, test):
         puzzles = boards.puzzles.reshape(-1, 16, 4)
         solutions = boards.solutions.reshape(-1, 16, 4).argmax(-1)
@@ -72,9 +64,43 @@ def test_every_puzzle_has_one_solution_and_no_grid_is_in_both_sets(sudoku):
     assert not {tuple(s) for s in train.solutions} & {tuple(s) for s in test.solutions}
 
 
+@pytest.mark.parametrize("box", [2, 3])
+def test_boards_obey_the_rules_and_the_rules_give_their_blanks(sudoku, box):
+    game = sudoku.Sudoku(box)
+    train, _ = sudoku.make_data(2, game, 20, 1)
+    R = game.rules()
+    side = box**2
+    assert R.shape == (4 * side**2, side**3)
+    assert np.linalg.matrix_rank(R) == {2: 40, 3: 249}[box]
+    np.testing.assert_array_equal(train.solutions @ R.T, 1)
+    grids = game.digits_of(train.solutions).reshape(-1, side, side)
+    boxes = grids.reshape(-1, box, box, box, box).swapaxes(2, 3).reshape(-1, side, side)
+    for units in (grids, grids.swapaxes(1, 2), boxes):
+        assert np.all(np.sort(units, axis=-1) == np.arange(side))
+    given = train.puzzles.reshape(20, side**2, side).any(-1)
+    np.testing.assert_array_equal(train.puzzles, train.solutions * np.repeat(given, side, axis=1))
+    assert sudoku.solve_by_rules(game, train) <= 0.5
+    for puzzle, solution, known in zip(train.puzzles, train.solutions, given, strict=True):
+        board = np.where(known, game.digits_of(puzzle)[0], -1)
+        (only,) = game.completions(board)
+        np.testing.assert_array_equal(only, game.digits_of(solution)[0])
+
+
+def test_rules_are_recognised_in_combinations_of_them_and_in_nothing_else(sudoku):
+    game, rng = sudoku.Sudoku(2), np.random.default_rng(4)
+    mix = rng.normal(size=(40, 64))
+    same = sudoku.compare(game, mix @ game.rules(), mix @ np.ones(64))
+    np.testing.assert_allclose(same.distance, 0, atol=1e-9)
+    np.testing.assert_allclose(same.right, 1, atol=1e-9)
+    other = sudoku.compare(game, rng.normal(size=(40, 64)), np.ones(40))
+    assert other.distance.min() > 0.3
+    assert abs(np.mean(other.distance**2) - 24 / 64) < 0.05
+
+
 def test_the_layer_knows_its_gradient_two_ways(sudoku):
-    boards, _ = sudoku.make_data(1, 10, 1)
-    model = sudoku.OptNet(np.random.default_rng(0), "numpy")
+    game = sudoku.Sudoku(2)
+    boards, _ = sudoku.make_data(1, game, 10, 1)
+    model = sudoku.OptNet(np.random.default_rng(0), game, "numpy")
     loss, gradient = model.loss_and_gradient(boards)
     other_loss, other_gradient = model._by_hand(boards)
     assert np.isclose(loss, other_loss)
@@ -93,6 +119,22 @@ def test_quick_training_lowers_the_loss(sudoku, tmp_path, capsys, monkeypatch):
     assert "OptNet, seed 0" in capsys.readouterr().out
 
 
+def test_sudoku_through_torch_has_the_same_program(sudoku, example):
+    """Torch's layer and this one, given the same A and point that satisfies them, agree."""
+    import torch
+
+    game = sudoku.Sudoku(2)
+    boards, _ = sudoku.make_data(3, game, 10, 1)
+    model = sudoku.OptNet(np.random.default_rng(0), game, "numpy")
+    layer = example("sudoku_torch").make_layer(game, 0)
+    A, w = model.parameters
+    with torch.no_grad():
+        layer.A.copy_(torch.from_numpy(A))
+        layer.z0.copy_(torch.from_numpy(np.log(np.expm1(np.exp(w)))))
+        answers = layer(-torch.from_numpy(boards.puzzles)).numpy()
+    np.testing.assert_allclose(answers, model.answers(boards.puzzles), atol=1e-6)
+
+
 # ---- denoising
 
 
@@ -100,7 +142,7 @@ def test_quick_training_lowers_the_loss(sudoku, tmp_path, capsys, monkeypatch):
 def denoising():
     for package in ("torch", "matplotlib", "rich"):
         pytest.importorskip(package)
-    return load("denoising")
+    return import_module("denoising")
 
 
 def test_signals_have_one_to_nine_pieces_and_noise_of_deviation_ten(denoising):
@@ -177,7 +219,7 @@ def test_quick_denoising_learns(denoising, tmp_path, monkeypatch):
 def test_quick_classification_learns(tmp_path, monkeypatch):
     for package in ("torch", "sklearn", "matplotlib", "rich"):
         pytest.importorskip(package)
-    classification = load("classification")
+    classification = import_module("classification")
     histories = []
     train = classification.train
     monkeypatch.setattr(classification, "train", lambda *a, **k: histories.append(train(*a, **k)) or histories[-1])
@@ -194,7 +236,7 @@ def test_quick_classification_learns(tmp_path, monkeypatch):
 # ---- layers
 
 
-@pytest.mark.parametrize("name", ["portfolio", "mpc", "projection"])
+@pytest.mark.parametrize("name", ["portfolio", "mpc", "projection", "sudoku_torch"])
 def test_quick_run_of_a_layer(example, name, tmp_path):
     assert example(name).main(["--quick", "--output", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").stat().st_size > 10_000
@@ -203,7 +245,7 @@ def test_quick_run_of_a_layer(example, name, tmp_path):
 def test_quick_run_of_timing(tmp_path, capsys):
     for package in ("numba", "matplotlib", "rich"):
         pytest.importorskip(package)
-    assert load("timing").main(["--quick", "--output", str(tmp_path / "plot.png")]) == 0
+    assert import_module("timing").main(["--quick", "--output", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     assert "one by one / batched" in capsys.readouterr().out
 
