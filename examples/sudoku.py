@@ -82,14 +82,13 @@ class Boards(NamedTuple):
     solutions: np.ndarray
 
 
-def make_boards(rng: np.random.Generator, game: Sudoku, grids: np.ndarray, count: int) -> Boards:
+def make_boards(rng: np.random.Generator, game: Sudoku, grids: np.ndarray, blanks: range, count: int) -> Boards:
     """Distinct puzzles with exactly one solution: cells of a grid are blanked in random order while it stays one."""
-    fewest, most = {2: (6, 16), 3: (30, 50)}[game.box]
     puzzles = {}
     while len(puzzles) < count:
         grid = grids[rng.integers(len(grids))]
         puzzle = grid.copy()
-        for cell in rng.permutation(game.cells)[: rng.integers(fewest, most)]:
+        for cell in rng.permutation(game.cells)[: rng.integers(blanks.start, blanks.stop)]:
             puzzle[cell] = -1
             if len(list(itertools.islice(game.completions(puzzle), 2))) > 1:
                 puzzle[cell] = grid[cell]
@@ -99,16 +98,21 @@ def make_boards(rng: np.random.Generator, game: Sudoku, grids: np.ndarray, count
 
 
 def make_data(seed: int, game: Sudoku, train: int, test: int) -> tuple[Boards, Boards]:
-    """Training and test boards from disjoint sets of solved grids: of all there are, or of one for each board."""
+    """Training and test boards from disjoint sets of solved grids: of all there are, or of one for each board.
+
+    9 × 9 boards to learn from have few blanks: each teaches more of the rules, of which there are many.
+    """
     rng = np.random.default_rng(seed)
     blank = -np.ones(game.cells, dtype=int)
     if game.box == 2:
+        few = many = range(6, 16)
         grids, held_out = np.split(rng.permutation(sorted(map(tuple, game.completions(blank)))), [200])
     else:
+        few, many = range(1, 10), range(30, 50)
         grids, held_out = (
             np.array([next(game.completions(blank, rng)) for _ in range(count)]) for count in (train, test)
         )
-    return make_boards(rng, game, grids, train), make_boards(rng, game, held_out, test)
+    return make_boards(rng, game, grids, few, train), make_boards(rng, game, held_out, many, test)
 
 
 # ---- the two models: parameters, answers, and the loss with its gradient
@@ -121,7 +125,7 @@ class OptNet:
     """
 
     def __init__(self, rng: np.random.Generator, game: Sudoku, backend: str):
-        self.backend, self.learning_rate = backend, {2: 0.1, 3: 0.03}[game.box]
+        self.backend, self.learning_rate = backend, {2: 0.1, 3: 0.01}[game.box]
         equalities = np.linalg.matrix_rank(game.rules())
         w = np.full(game.variables, -np.log(game.digits))
         self.parameters = [rng.uniform(size=(equalities, game.variables)), w]
