@@ -100,7 +100,7 @@ def make_boards(rng: np.random.Generator, game: Sudoku, grids: np.ndarray, blank
 def make_data(seed: int, game: Sudoku, train: int, test: int) -> tuple[Boards, Boards]:
     """Training and test boards from disjoint sets of solved grids: of all there are, or of one for each board.
 
-    9 × 9 boards to learn from have few blanks: each teaches more of the rules, of which there are many.
+    Many of the 9 × 9 boards to learn from have few blanks: each teaches more of the rules, of which there are many.
     """
     rng = np.random.default_rng(seed)
     blank = -np.ones(game.cells, dtype=int)
@@ -108,7 +108,7 @@ def make_data(seed: int, game: Sudoku, train: int, test: int) -> tuple[Boards, B
         few = many = range(6, 16)
         grids, held_out = np.split(rng.permutation(sorted(map(tuple, game.completions(blank)))), [200])
     else:
-        few, many = range(1, 10), range(30, 50)
+        few, many = range(1, 40), range(30, 50)
         grids, held_out = (
             np.array([next(game.completions(blank, rng)) for _ in range(count)]) for count in (train, test)
         )

@@ -122,8 +122,13 @@ def vjp(
     """
     with _quietly(sol):
         sol = _smoothed(sol, smoothing)
+        lin = sol.linearization
         r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
-        return assemble_gradients(sol, *solve_kkt(sol.linearization, r_x, r_v, unsolved=unsolved))
+        u_x, u_v, own = _solve_kkt(lin, r_x, r_v, unsolved, of_matrices=True)
+        problem = lin.problem
+        rest = [name for name in problem.operands if name not in own]
+        out = own | solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest)
+        return Gradients(**{name: _reduce(problem, name, value) for name, value in out.items()})
 
 
 def jvp(
@@ -221,18 +226,23 @@ FILL = {"nan": float("nan"), "zero": 0.0}
 
 def solve_kkt(lin: Linearization, r_x, r_v, *, unsolved: str = "nan"):
     """Solve the KKT system at a solution for right-hand sides (B, n) and (B, rows)."""
+    return _solve_kkt(lin, r_x, r_v, unsolved)[:2]
+
+
+def _solve_kkt(lin: Linearization, r_x, r_v, unsolved: str, of_matrices: bool = False):
+    """u, and of the gradients of matrices, by name, those that are cheap beside it; they are asked for in the vjp."""
     if unsolved not in FILL:
         raise ValueError(f"unsolved is {unsolved!r}; expected 'nan' or 'zero'")
     problem, backend = lin.problem, cast(Any, lin.problem.backend)
     if problem.batch == 0:
-        return r_x, r_v
+        return r_x, r_v, {}
     if backend.traced:
         arrays, layout = pack(lin)
-        return backend.jit(_solve_traced)(arrays, (r_x, r_v), layout, unsolved)
+        return *backend.jit(_solve_traced)(arrays, (r_x, r_v), layout, unsolved), {}
     if isinstance(lin.factors, list):
-        return _solve(lin, r_x, r_v, unsolved)
-    solved = lin.status[:, 0] == Status.SOLVED
-    return compiled_engine()[0].solve_kkt(problem, lin.factors, lin.v, lin.s, solved, r_x, r_v, FILL[unsolved])
+        return *_solve(lin, r_x, r_v, unsolved), {}
+    solved, x = lin.status[:, 0] == Status.SOLVED, lin.x if of_matrices else None
+    return compiled_engine()[0].solve_kkt(problem, lin.factors, lin.v, lin.s, solved, r_x, r_v, FILL[unsolved], x)
 
 
 def _solve_traced(arrays, right, layout: Layout, unsolved: str):
@@ -361,15 +371,6 @@ def _to_rows(sol: Solution, given):
     parts += [z_lb] if problem.lb is not None else []
     parts += [z_ub] if problem.ub is not None else []
     return x, xp.concat(parts, axis=-1)
-
-
-def assemble_gradients(sol: Solution, u_x, u_v) -> Gradients:
-    """The gradients of the operands in terms of the adjoint solution."""
-    lin = sol.linearization
-    problem, x, v = lin.problem, lin.x, lin.v
-    own = {} if isinstance(lin.factors, list) else compiled_engine()[0].outer_products(problem, x, v, u_x, u_v)
-    out = own | solution_vjp(problem, x, v, u_x, u_v, [name for name in problem.operands if name not in own])
-    return Gradients(**{name: _reduce(problem, name, value) for name, value in out.items()})
 
 
 def _reduce(problem: Problem, name: str, gradient):

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
+from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,22 +55,18 @@ class Problem:
     b: Any = None
     lb: Any = None
     ub: Any = None
+    batch: int = field(init=False)
+    n: int = field(init=False)
+    m: int = field(init=False)
+    p: int = field(init=False)
+    rows: int = field(init=False)
+    """Of K: those of A, of G, and n for each kind of bound."""
 
-    @cached_property
-    def batch(self) -> int:
-        return math.prod(self.batch_shape)
-
-    @cached_property
-    def n(self) -> int:
-        return self.q.shape[-1]
-
-    @cached_property
-    def m(self) -> int:
-        return 0 if self.G is None else self.G.shape[-2]
-
-    @cached_property
-    def p(self) -> int:
-        return 0 if self.A is None else self.A.shape[-2]
+    def __post_init__(self):
+        n = self.q.shape[-1]
+        m, p = (0 if M is None else M.shape[-2] for M in (self.G, self.A))
+        rows = p + m + n * (self.lb is not None) + n * (self.ub is not None)
+        self.__dict__.update(batch=math.prod(self.batch_shape), n=n, m=m, p=p, rows=rows)  # past `frozen`, once
 
     @cached_property
     def operands(self) -> dict[str, Any]:
@@ -103,7 +100,7 @@ class Problem:
             parts = {k: self.backend.xp.take(v, index, axis=0) for k, v in self.operands.items() if v.shape[0] != 1}
         return replace(self, batch_shape=(size,), **parts)
 
-    @cached_property
+    @property
     def bytes_per_problem(self) -> int:
         """About what iterating on one problem takes: its own matrices, the reduced KKT matrix, the whitened rows."""
         n, linear = self.n, self.m + self.p
@@ -128,19 +125,10 @@ class Problem:
 
     # ---- the constraint rows
 
-    @cached_property
+    @property
     def blocks(self) -> dict[str, slice]:
         """Where the rows of each kind lie: those of A, of G, of lb and of ub."""
-        sizes = {"A": self.p, "G": self.m, "lb": self.n * (self.lb is not None), "ub": self.n * (self.ub is not None)}
-        blocks, start = {}, 0
-        for name, size in sizes.items():
-            blocks[name] = slice(start, start + size)
-            start += size
-        return blocks
-
-    @cached_property
-    def rows(self) -> int:
-        return self.blocks["ub"].stop
+        return _blocks(self.p, self.m, self.n * (self.lb is not None), self.n * (self.ub is not None))
 
     @cached_property
     def _row_data(self):
@@ -220,6 +208,12 @@ class Problem:
         if self.ub is not None:
             out = v[:, blocks["ub"]] if out is None else out + v[:, blocks["ub"]]
         return self.backend.full((v.shape[0], self.n), 0.0, self.dtype) if out is None else out
+
+
+@cache
+def _blocks(*sizes: int) -> dict[str, slice]:
+    edges = list(accumulate(sizes, initial=0))
+    return dict(zip(("A", "G", "lb", "ub"), starmap(slice, pairwise(edges)), strict=True))
 
 
 class Layout(NamedTuple):

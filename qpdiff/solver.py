@@ -251,14 +251,16 @@ def solve_qp(
         raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
     compiled = choose_engine(engine, problem, verbose)
     with problem.backend.quietly():
-        if check and problem.batch and not (compiled and compiled.check(problem)):
-            check_values(problem)
         near = warm_point(problem, warm_start)
-        if compiled is None:
-            outcome, factors = _solve(problem, settings, near, verbose, progress)
-        else:
-            outcome, factors = compiled.solve(problem, settings, near, progress)
-        return make_solution(problem, outcome, factors)
+        solved = compiled.solve(problem, settings, near, progress, check) if compiled else None
+        if solved is None:
+            if check and problem.batch:
+                check_values(problem)
+            if compiled:  # whose check is stricter
+                solved = compiled.solve(problem, settings, near, progress, False)
+            else:
+                solved = _solve(problem, settings, near, verbose, progress)
+        return make_solution(problem, *solved)
 
 
 def _refuse_traced(problem: Problem, verbose: bool) -> None:
@@ -716,12 +718,19 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool):
     delta = xp.where(sound, delta, 100.0 * state.delta)
     moved = moved._replace(rho=rho, delta=delta, inexact=inexact)
     # From a point within the tolerance one more step is worth it only if it halves the residuals; else it was the last.
+    # Where the residuals are above tol it gets a second chance, with step lengths that are the same.
     running = state.status == RUNNING
     settled = running & state.near & ~(moved.worst <= 0.5 * state.worst)
     stays = settled | ~running
     if backend.none(stays):
         return moved, factor
-    return _choose(xp, stays, state._replace(status=xp.where(settled, int(Status.SOLVED), state.status)), moved), factor
+    again = settled & (state.worst > settings.tol) & (state.waiting < IMPATIENCE) & (moved.iterations < state.limit)
+    stayed = state._replace(
+        status=xp.where(settled & ~again, int(Status.SOLVED), state.status),
+        waiting=xp.where(again, IMPATIENCE, state.waiting),
+        iterations=state.iterations + xp.astype(again, state.iterations.dtype),
+    )
+    return _choose(xp, stays, stayed, moved), factor
 
 
 def residuals(problem: Problem, x, v, s):

@@ -7,6 +7,7 @@ BLAS gets one thread while several are at work.
 from __future__ import annotations
 
 import math
+from collections import deque
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -55,20 +56,13 @@ def cache_folder() -> str:
     return method.solve_batch.stats.cache_path
 
 
-def check(problem: Problem) -> bool:
-    """Whether the operands pass every rule of `problem.check_values`."""
-    passed = []
+def solve(
+    problem: Problem, settings: Settings, near: Point | None, progress, check: bool
+) -> tuple[Outcome, Factors] | None:
+    """The outcome of every problem of a batch, and what the derivative needs.
 
-    def check_range(where: slice) -> None:
-        batch = _operands(problem, where, np.dtype(problem.dtype))
-        passed.append(method.check_batch(batch, where.stop - where.start, _room(problem)))
-
-    work_on(problem, 0, check_range, SWEEP)
-    return all(passed)
-
-
-def solve(problem: Problem, settings: Settings, near: Point | None, progress) -> tuple[Outcome, Factors]:
-    """The outcome of every problem of a batch, and what the derivative needs."""
+    None where an operand does not pass every rule of `problem.check_values`, if that is to be checked.
+    """
     n, rows, count, dtype = problem.n, problem.rows, problem.batch, np.dtype(problem.dtype)
     form = _form(problem)
     shared = all(distinct(problem, name).shape[0] == 1 for name in problem.operands if name in _DECIDING)
@@ -80,15 +74,19 @@ def solve(problem: Problem, settings: Settings, near: Point | None, progress) ->
         np.empty((count, 1), np.int32), np.empty((count, 1), np.int32), *np.empty((4, count, 1)),
     )  # fmt: skip
     forms, factored = np.empty(count, np.int64), np.empty(count, np.bool_)
+    refused = deque[slice]()
     points = (metric[0][:1], metric[1][:1], factored[:1]) if near is None else (near.x, near.v, near.usable[:, 0])
 
     def solve_range(where: slice, prepared: bool) -> None:
-        batch = _operands(problem, where, dtype)
+        batch, room = _operands(problem, where, dtype), _room(problem)
+        if refused or (check and not method.check_batch(batch, where.stop - where.start, where.start == 0, room)):
+            refused.append(where)
+            return
         method.solve_batch(
             batch, _operands(problem, where, np.dtype(np.float64)) if dtype == np.float32 else None, settings, form,
             prepared, near is not None, tuple(_frozen(_part(a, where)) for a in points),
             _stored(problem, store, form, where), tuple(_part(a, where) for a in metric),
-            Outcome(*(a[where] for a in outcome)), forms[where], factored[where], _room(problem),
+            Outcome(*(a[where] for a in outcome)), forms[where], factored[where], room,
         )  # fmt: skip
 
     prepared = shared and count > 1
@@ -97,37 +95,32 @@ def solve(problem: Problem, settings: Settings, near: Point | None, progress) ->
             solve_range(slice(0, 1), False)
         forms[1:] = forms[0]
     work_on(problem, int(prepared), lambda where: solve_range(where, prepared), SOLVE, progress)
-    return outcome, Factors(form, store, metric, forms, factored)
+    return None if refused else (outcome, Factors(form, store, metric, forms, factored))
 
 
-def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: float):
-    """Solve the KKT system at the solutions; problems that are not solved get the number `fill`."""
+def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: float, x=None):
+    """Solve the KKT system at the solutions; problems that are not solved get the number `fill`.
+
+    With x, also the gradients of the matrices that every problem has its own of, by name.
+    """
     u_x, u_v = np.empty_like(r_x), np.empty_like(r_v)
+    matrices = {"Q": (problem.n, problem.n), "A": (problem.p, problem.n), "G": (problem.m, problem.n)}
+    own = [k for k in matrices if x is not None and k in problem.operands and len(getattr(problem, k)) == len(x)]
+    gradients = {k: np.empty((len(x) if k in own else 0, *core), r_x.dtype) for k, core in matrices.items()}
 
     def solve_range(where: slice) -> None:
+        v_there, *others = (_frozen(a[where]) for a in (v, s, solved, r_x, r_v))
+        u = u_x[where], u_v[where]
         method.solve_kkt_batch(
             _operands(problem, where, np.dtype(problem.dtype)), _stored(problem, factors.store, factors.form, where),
             tuple(_part(a, where) for a in factors.metric), factors.forms[where], factors.factored[where],
-            *(_frozen(a[where]) for a in (v, s, solved, r_x, r_v)), fill, u_x[where], u_v[where], _room(problem),
+            v_there, *others, fill, *u, _room(problem),
         )  # fmt: skip
+        if own:
+            method.outer_products(_frozen(x[where]), v_there, *u, *(a[where] for a in gradients.values()))
 
     work_on(problem, 0, solve_range, SWEEP)
-    return u_x, u_v
-
-
-def outer_products(problem: Problem, x, v, u_x, u_v) -> dict[str, Any]:
-    """The gradients of the matrices that every problem has its own of, by name."""
-    matrices = {"Q": (problem.n, problem.n), "A": (problem.p, problem.n), "G": (problem.m, problem.n)}
-    own = [k for k in matrices if k in problem.operands and getattr(problem, k).shape[0] == problem.batch]
-    kind = np.dtype(problem.dtype)
-    gradients = {k: np.empty((problem.batch if k in own else 0, *core), kind) for k, core in matrices.items()}
-
-    def fill_range(where: slice) -> None:
-        method.outer_products(*(_frozen(a[where]) for a in (x, v, u_x, u_v)), *(a[where] for a in gradients.values()))
-
-    if own:
-        work_on(problem, 0, fill_range, SWEEP)
-    return {name: gradients[name] for name in own}
+    return u_x, u_v, {name: gradients[name] for name in own}
 
 
 # ---- the arrays that the compiled functions take
@@ -166,8 +159,9 @@ def _part(array, where: slice):
 
 def _frozen(array):
     """A contiguous array that counts as read-only, as the caller's may be: one type for the compiled functions."""
-    array = np.ascontiguousarray(array).view() if array.flags.aligned else array.copy()
-    array.flags.writeable = False
+    flags = array.flags
+    array = array.view() if flags.c_contiguous and flags.aligned else array.copy("C")
+    array.setflags(write=False)
     return array
 
 

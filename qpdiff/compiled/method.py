@@ -843,6 +843,14 @@ def with_status(verdict, status):
 
 
 @jit
+def impatient(verdict):
+    return Verdict(
+        verdict.status, verdict.objective, verdict.primal, verdict.dual, verdict.gap, verdict.near, verdict.worst,
+        verdict.best, verdict.proof, IMPATIENCE,
+    )  # fmt: skip
+
+
+@jit
 def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, before, work):
     """Carry one problem to its end: the iterate there, how it stands, its iterations, whether its factor is of use."""
     iterations, limit = np.int64(0), settings.max_iterations
@@ -874,7 +882,11 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
             verdict = assess(one, settings, now, before, past, iterations, limit, work)
             if past.near and not verdict.worst <= 0.5 * past.worst:
                 # From a point within the tolerance one more step is worth it only if it halves the residuals.
-                now, before, verdict = before, now, with_status(past, SOLVED)
+                now, before = before, now
+                if past.worst > settings.tol and past.waiting < IMPATIENCE and iterations < limit:
+                    verdict = impatient(past)
+                    continue
+                verdict = with_status(past, SOLVED)
                 iterations -= 1
                 break
             if verdict.status != RUNNING:
@@ -1237,7 +1249,7 @@ def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_
 
 @entry
 def outer_products(x, v, u_x, u_v, of_Q, of_A, of_G):
-    """The gradients of the matrices that are a problem's own, `differentiation.assemble_gradients`."""
+    """The gradients of the matrices that are a problem's own, `differentiation.solution_vjp`."""
     for i in range(of_Q.shape[0]):
         for j in range(x.shape[1]):
             for k in range(x.shape[1]):
@@ -1264,20 +1276,23 @@ def within(a, below, above):
 
 
 @entry
-def check_batch(batch, count, room):
-    """Whether the operands pass all rules of `problem`; the rules themselves find out what is wrong."""
+def check_batch(batch, count, shared, room):
+    """Whether the operands pass all rules of `problem`; the rules themselves find out what is wrong.
+
+    `shared` is whether to look at those that the problems share, too.
+    """
     M = room.square[0]
     single = M.itemsize == 4
     tolerance, smallest = (1e-4, SMALLEST_SINGLE) if single else (1e-8, SMALLEST)
     for i in range(count):
         if not (within(at(batch.q, i), -np.inf, np.inf) and within(at(batch.b, i), -np.inf, np.inf)):
             return False
-        if i == 0 or batch.h.shape[0] > 1:
+        if (shared and i == 0) or batch.h.shape[0] > 1:
             h = at(batch.h, i)
             for j in range(h.shape[0]):
                 if not h[j] > -np.inf:
                     return False
-        if i == 0 or batch.lb.shape[0] > 1 or batch.ub.shape[0] > 1:
+        if (shared and i == 0) or batch.lb.shape[0] > 1 or batch.ub.shape[0] > 1:
             lb, ub = at(batch.lb, i), at(batch.ub, i)
             for j in range(lb.shape[0]):
                 if not lb[j] < np.inf or (ub.shape[0] and lb[j] > ub[j]):
@@ -1285,17 +1300,17 @@ def check_batch(batch, count, room):
             for j in range(ub.shape[0]):
                 if not ub[j] > -np.inf:
                     return False
-        if i == 0 or batch.A.shape[0] > 1:
+        if (shared and i == 0) or batch.A.shape[0] > 1:
             A = at(batch.A, i)
             for j in range(A.shape[0]):
                 if not within(A[j], -np.inf, np.inf):
                     return False
-        if i == 0 or batch.G.shape[0] > 1:
+        if (shared and i == 0) or batch.G.shape[0] > 1:
             G = at(batch.G, i)
             for j in range(G.shape[0]):
                 if not within(G[j], -np.inf, np.inf):
                     return False
-        if i == 0 or batch.Q.shape[0] > 1:
+        if (shared and i == 0) or batch.Q.shape[0] > 1:
             Q = at(batch.Q, i)
             largest = smallest
             for j in range(Q.shape[0]):
