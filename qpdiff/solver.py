@@ -193,8 +193,8 @@ def solve_qp(
         `Solution`), and scale the largest of the terms that each is a sum of (‖Kx‖∞, ‖k‖∞ for the primal residual;
         ‖Qx‖∞, ‖q‖∞, ‖Kᵀv‖∞ for the dual; |xᵀQx|, |qᵀx|, |kᵀv| for the gap; K, k, v all constraints together), a
         problem is SOLVED when all three r ≤ tol + rtol·scale. The iteration goes on from such a point while a step
-        still halves the largest r, down to tol / 10, so that rtol decides only where rounding, or the conditioning of
-        the problem, stands in the way of tol. Norms are infinity norms, in the caller's units and freshly computed.
+        still halves the largest r, down to tol / 10, so that rtol decides only where rounding or bad conditioning is in
+        the way of tol. ``rtol=0`` insists on tol. Norms are infinity norms, in the caller's units and freshly computed.
     max_iterations : int
         Limit on the interior-point iterations.
     warm_start : Solution, optional
@@ -204,7 +204,7 @@ def solve_qp(
     check : bool
         Look at the numbers in the operands (not finite, asymmetric Q, negative curvature, lb > ub) before solving.
     verbose : bool
-        Print a line an iteration with the worst residuals of the problems that are still running (array engine).
+        Print a line per iteration with the worst residuals of the problems that are still running (array engine).
     engine : {"auto", "array", "compiled"}
         "array" is the solver in the operations of the array library; "compiled" is the same method for NumPy arrays in
         compiled code, one problem after the other, and needs the extra ``cpu``. "auto" takes it where it can.
