@@ -241,7 +241,7 @@ def _solve_kkt(lin: Linearization, r_x, r_v, unsolved: str, of_matrices: bool = 
         return *backend.jit(_solve_traced)(arrays, (r_x, r_v), layout, unsolved), {}
     if isinstance(lin.factors, list):
         return *_solve(lin, r_x, r_v, unsolved), {}
-    solved, x = lin.status[:, 0] == Status.SOLVED, lin.x if of_matrices else None
+    solved, x = lin.status[:, 0] == int(Status.SOLVED), lin.x if of_matrices else None
     return compiled_engine()[0].solve_kkt(problem, lin.factors, lin.v, lin.s, solved, r_x, r_v, FILL[unsolved], x)
 
 

@@ -133,20 +133,17 @@ def distinct(problem: Problem, name: str):
 
 
 def _operands(problem: Problem, where: slice, dtype) -> Batch:
-    parts = []
-    for name, core in OPERANDS.items():
-        if getattr(problem, name) is None:
-            parts.append(
-                _absent(tuple(problem.n if i and letter == "n" else 0 for i, letter in enumerate(core)), dtype)
-            )
-        else:
-            parts.append(_frozen(_part(distinct(problem, name), where).astype(dtype, copy=False)))
-    return Batch(*parts)
+    given = {
+        name: _frozen(_part(distinct(problem, name), where).astype(dtype, copy=False)) for name in problem.operands
+    }
+    return Batch(**_absent(problem.n, dtype) | given)
 
 
 @cache
-def _absent(core: tuple[int, ...], dtype):
-    return _frozen(np.empty((1, *core), dtype))
+def _absent(n: int, dtype) -> dict[str, Any]:
+    """What stands for operands that a problem does not have: no rows, no bounds."""
+    shapes = {name: (0,) if len(core) == 1 else (0, n) for name, core in OPERANDS.items()}
+    return {name: _frozen(np.empty((1, *shape), dtype)) for name, shape in shapes.items()}
 
 
 def _room(problem: Problem) -> Room:

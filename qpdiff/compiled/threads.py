@@ -29,6 +29,11 @@ def work_on(problem: Problem, first: int, solve_range: Callable[[slice], None], 
     The calling thread is one of them, and the one that reports progress.
     """
     count = problem.batch - first
+    if count == 1:  # what comes next would take a good part of a small solve
+        solve_range(slice(first, problem.batch))
+        if progress is not None:
+            progress(problem.batch, problem.batch)
+        return
     worth = int(count * passes * _operations(problem) / WORTH_A_THREAD)
     workers = max(1, min(problem.backend.workers, count, worth))
     least = -(-count * problem.bytes_per_problem // RANGE_BYTES)
