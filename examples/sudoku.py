@@ -100,7 +100,7 @@ def make_boards(rng: np.random.Generator, game: Sudoku, grids: np.ndarray, blank
 def make_data(seed: int, game: Sudoku, train: int, test: int) -> tuple[Boards, Boards]:
     """Training and test boards from disjoint sets of solved grids: of all there are, or of one for each board.
 
-    Many of the 9 × 9 boards to learn from have few blanks: each teaches more of the rules, of which there are many.
+    The 9 × 9 boards to learn from have few blanks: each teaches more of the rules, of which there are many.
     """
     rng = np.random.default_rng(seed)
     blank = -np.ones(game.cells, dtype=int)
@@ -108,7 +108,7 @@ def make_data(seed: int, game: Sudoku, train: int, test: int) -> tuple[Boards, B
         few = many = range(6, 16)
         grids, held_out = np.split(rng.permutation(sorted(map(tuple, game.completions(blank)))), [200])
     else:
-        few, many = range(1, 40), range(30, 50)
+        few, many = range(1, 10), range(30, 50)
         grids, held_out = (
             np.array([next(game.completions(blank, rng)) for _ in range(count)]) for count in (train, test)
         )
@@ -263,9 +263,14 @@ def train(
 # ---- what was learned
 
 
+def wrong_cells(game: Sudoku, answers: np.ndarray, boards: Boards) -> np.ndarray:
+    """Which cells are not answered rightly, (boards, cells)."""
+    return game.digits_of(answers) != game.digits_of(boards.solutions)
+
+
 def share_wrong(game: Sudoku, answers: np.ndarray, boards: Boards) -> float:
     """Share of boards with at least one wrong cell."""
-    return float(np.mean((game.digits_of(answers) != game.digits_of(boards.solutions)).any(-1)))
+    return float(np.mean(wrong_cells(game, answers, boards).any(-1)))
 
 
 class Rules(NamedTuple):
@@ -285,7 +290,7 @@ def compare(game: Sudoku, A: np.ndarray, b: np.ndarray) -> Rules:
 
 
 def solve_by_rules(game: Sudoku, boards: Boards) -> float:
-    """Share of boards that are solved wrongly by the same program with the true rules: more, no layer can learn."""
+    """Share of boards that are solved wrongly by the same program with the true rules."""
     R = game.rules()
     eye, zeros = np.eye(game.variables), np.zeros(game.variables)
     return share_wrong(game, qpdiff.solve_qp(0.1 * eye, -boards.puzzles, A=R, b=np.ones(len(R)), lb=zeros).x, boards)
@@ -358,10 +363,11 @@ def main(arguments: list[str] | None = None) -> int:
                     step=lambda progress=progress, task=task: progress.advance(task),
                 )
             histories[name].append(history)
+            cells = np.mean(wrong_cells(game, model.answers(test_boards.puzzles), test_boards))
             print(
                 f"{name}, seed {seed}: {time.perf_counter() - start:.1f} s, loss {history.train_loss[-1]:.2e} (train) "
-                f"{history.test_loss[-1]:.2e} (test), wrong {100 * history.train_wrong[-1]:.1f}% of training "
-                f"boards, {100 * history.test_wrong[-1]:.1f}% of {options.test} test boards"
+                f"{history.test_loss[-1]:.2e} (test), wrong {100 * history.train_wrong[-1]:.1f}% of training boards, "
+                f"{100 * history.test_wrong[-1]:.1f}% of {options.test} test boards, {100 * cells:.1f}% of their cells"
             )
         learned = compare(game, *layer.constraints())
         rules.append((before, learned))
