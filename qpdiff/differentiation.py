@@ -377,6 +377,8 @@ def _reduce(problem: Problem, name: str, gradient):
     """Sum a gradient (B or 1, core) over the batch axes that the operand lacks, in the caller's shape."""
     xp = problem.backend.xp
     shape = problem.shapes[name]
+    if gradient.shape == shape:
+        return gradient
     if getattr(problem, name).shape[0] == 1:
         return xp.reshape(gradient, shape)
     return summed(xp, xp.reshape(gradient, problem.batch_shape + gradient.shape[1:]), shape)

@@ -980,7 +980,8 @@ def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
         return value if len(problem.batch_shape) == 1 else xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
 
     def scalar(name):
-        return xp.reshape(getattr(outcome, name), problem.batch_shape)
+        value = getattr(outcome, name)
+        return value[:, 0] if len(problem.batch_shape) == 1 else xp.reshape(value, problem.batch_shape)
 
     return Solution(
         x=shaped(x),
