@@ -118,6 +118,11 @@ def make_data(seed: int, game: Sudoku, train: int, test: int) -> tuple[Boards, B
 # ---- the two models: parameters, answers, and the loss with its gradient
 
 
+def fixed_operands(game: Sudoku) -> dict[str, np.ndarray]:
+    """What the program has beside a puzzle and equalities."""
+    return {"Q": 0.1 * np.eye(game.variables), "lb": np.zeros(game.variables)}
+
+
 class OptNet:
     """The quadratic program with learned equalities A x = A exp(w), always feasible at x = exp(w) > 0.
 
@@ -129,7 +134,7 @@ class OptNet:
         equalities = np.linalg.matrix_rank(game.rules())
         w = np.full(game.variables, -np.log(game.digits))
         self.parameters = [rng.uniform(size=(equalities, game.variables)), w]
-        self.fixed = {"Q": 0.1 * np.eye(game.variables), "lb": np.zeros(game.variables)}
+        self.fixed = fixed_operands(game)
 
     def constraints(self) -> tuple[np.ndarray, np.ndarray]:
         """A and b."""
@@ -154,7 +159,8 @@ class OptNet:
     def _by_hand(self, boards: Boards):
         """The same where autograd cannot go: solve_qp and vjp on the other library's arrays, then the chain rule."""
         A, w = self.parameters
-        sol = qpdiff.solve_qp(**self.fixed, q=-boards.puzzles, A=A, b=A @ np.exp(w), backend=self.backend)
+        _, b = self.constraints()
+        sol = qpdiff.solve_qp(**self.fixed, q=-boards.puzzles, A=A, b=b, backend=self.backend)
         error = to_numpy(sol.x) - boards.solutions
         grads = qpdiff.vjp(sol, x=2 * error / error.size, unsolved="zero")
         gA, gb = to_numpy(grads.A), to_numpy(grads.b)
@@ -292,8 +298,8 @@ def compare(game: Sudoku, A: np.ndarray, b: np.ndarray) -> Rules:
 def solve_by_rules(game: Sudoku, boards: Boards) -> float:
     """Share of boards that are solved wrongly by the same program with the true rules."""
     R = game.rules()
-    eye, zeros = np.eye(game.variables), np.zeros(game.variables)
-    return share_wrong(game, qpdiff.solve_qp(0.1 * eye, -boards.puzzles, A=R, b=np.ones(len(R)), lb=zeros).x, boards)
+    sol = qpdiff.solve_qp(**fixed_operands(game), q=-boards.puzzles, A=R, b=np.ones(len(R)))
+    return share_wrong(game, sol.x, boards)
 
 
 # ---- the report
@@ -320,22 +326,32 @@ def plot(histories: dict[str, list[History]], rules: list[tuple[Rules, Rules]], 
     figure.savefig(path, dpi=100)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Train both networks for each seed, report, plot, and fail if OptNet has not learned the rules."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--box", type=int, default=2, choices=[2, 3], help="2: digits 1 to 4, 3: digits 1 to 9")
+def make_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """The options of a training, and where its plot goes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--train", type=int, default=1500, help="training boards")
     parser.add_argument("--test", type=int, default=300, help="test boards")
     parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--backend", default="numpy", choices=["numpy", "cupy"], help="where the layer is solved")
-    parser.add_argument("--output", default="sudoku.png", help="the plot")
+    parser.add_argument("--output", default=output, help="the plot")
     parser.add_argument("--quick", action="store_true", help="two epochs on few boards, to see that it runs")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.epochs, options.train, options.test, options.batch = options.seeds[:1], 2, 200, 50, 50
+    return options
 
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train both networks for each seed, report, plot, and fail if OptNet has not learned the rules."""
+    parser = make_parser(__doc__, "sudoku.png")
+    parser.add_argument("--box", type=int, default=2, choices=[2, 3], help="2: digits 1 to 4, 3: digits 1 to 9")
+    parser.add_argument("--backend", default="numpy", choices=["numpy", "cupy"], help="where the layer is solved")
+    options = parse(parser, arguments)
     game = Sudoku(options.box)
     histories: dict[str, list[History]] = {"OptNet": [], "fully connected": []}
     rules, missed = [], []

@@ -5,7 +5,6 @@ The layer's quadratic program is that of sudoku.py. Its cost stays 0.05 xáµ€x âˆ
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from functools import partial
@@ -14,7 +13,7 @@ import matplotlib
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from sudoku import Boards, Sudoku, compare, make_data, share_wrong
+from sudoku import Boards, Sudoku, compare, make_data, make_parser, parse, share_wrong
 from torch import nn
 
 import qpdiff.torch
@@ -39,7 +38,7 @@ def train(layer, game: Sudoku, boards: Boards, test: Boards, epochs: int, batch:
     puzzles, solutions = map(torch.from_numpy, boards)
     learned = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     adam = torch.optim.Adam(learned, lr=0.1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, epochs * (len(puzzles) // batch))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, epochs * -(-len(puzzles) // batch))
     out, norms, bound = [], [], float("inf")
     for _ in range(epochs):
         for part in torch.randperm(len(puzzles)).split(batch):
@@ -59,18 +58,7 @@ def train(layer, game: Sudoku, boards: Boards, test: Boards, epochs: int, batch:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train the layer for each seed, report, plot, and fail if it has not learned the rules."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--train", type=int, default=1500, help="training boards")
-    parser.add_argument("--test", type=int, default=300, help="test boards")
-    parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--output", default="sudoku_torch.png", help="the plot")
-    parser.add_argument("--quick", action="store_true", help="two epochs on few boards, to see that it runs")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.seeds, options.epochs, options.train, options.test, options.batch = options.seeds[:1], 2, 200, 50, 50
-
+    options = parse(make_parser(__doc__, "sudoku_torch.png"), arguments)
     game = Sudoku(2)
     figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

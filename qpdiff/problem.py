@@ -59,14 +59,16 @@ class Problem:
     n: int = field(init=False)
     m: int = field(init=False)
     p: int = field(init=False)
+    blocks: dict[str, slice] = field(init=False)
+    """Where the rows of each kind lie: those of A, of G, of lb and of ub."""
     rows: int = field(init=False)
-    """Of K: those of A, of G, and n for each kind of bound."""
 
     def __post_init__(self):
         n = self.q.shape[-1]
         m, p = (0 if M is None else M.shape[-2] for M in (self.G, self.A))
-        rows = p + m + n * (self.lb is not None) + n * (self.ub is not None)
-        self.__dict__.update(batch=math.prod(self.batch_shape), n=n, m=m, p=p, rows=rows)  # past `frozen`, once
+        blocks = _blocks(p, m, n * (self.lb is not None), n * (self.ub is not None))
+        sizes = {"batch": math.prod(self.batch_shape), "n": n, "m": m, "p": p, "rows": blocks["ub"].stop}
+        self.__dict__.update(sizes, blocks=blocks)  # past `frozen`, once
 
     @cached_property
     def operands(self) -> dict[str, Any]:
@@ -124,11 +126,6 @@ class Problem:
         return [slice(start, min(start + size, self.batch)) for start in range(0, self.batch, size)]
 
     # ---- the constraint rows
-
-    @property
-    def blocks(self) -> dict[str, slice]:
-        """Where the rows of each kind lie: those of A, of G, of lb and of ub."""
-        return _blocks(self.p, self.m, self.n * (self.lb is not None), self.n * (self.ub is not None))
 
     @cached_property
     def _row_data(self):

@@ -252,14 +252,12 @@ def solve_qp(
     compiled = choose_engine(engine, problem, verbose)
     with problem.backend.quietly():
         near = warm_point(problem, warm_start)
-        solved = compiled.solve(problem, settings, near, progress, check) if compiled else None
-        if solved is None:
+        if compiled:
+            solved = compiled.solve(problem, settings, near, progress, check)
+        else:
             if check and problem.batch:
                 check_values(problem)
-            if compiled:  # whose check is stricter
-                solved = compiled.solve(problem, settings, near, progress, False)
-            else:
-                solved = _solve(problem, settings, near, verbose, progress)
+            solved = _solve(problem, settings, near, verbose, progress)
         return make_solution(problem, *solved)
 
 

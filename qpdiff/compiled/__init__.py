@@ -7,7 +7,7 @@ BLAS gets one thread while several are at work.
 from __future__ import annotations
 
 import math
-from collections import deque
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import kkt
 from ..backend import single_threaded_blas
-from ..problem import OPERANDS, Problem
+from ..problem import OPERANDS, Problem, check_values
 from ..solver import Outcome, Point, Settings
 from . import method
 from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
@@ -56,13 +56,22 @@ def cache_folder() -> str:
     return method.solve_batch.stats.cache_path
 
 
-def solve(
-    problem: Problem, settings: Settings, near: Point | None, progress, check: bool
-) -> tuple[Outcome, Factors] | None:
+class _Refused(Exception):
+    """An operand may break a rule of `problem.check_values`."""
+
+
+def solve(problem: Problem, settings: Settings, near: Point | None, progress, check: bool) -> tuple[Outcome, Factors]:
     """The outcome of every problem of a batch, and what the derivative needs.
 
-    None where an operand does not pass every rule of `problem.check_values`, if that is to be checked.
+    With `check`, operands that break a rule of `problem.check_values` are a ValueError.
     """
+    with suppress(_Refused):
+        return _solve(problem, settings, near, progress, check)
+    check_values(problem)  # says what is wrong, or that nothing is: what refuses on the way is stricter
+    return _solve(problem, settings, near, progress, False)
+
+
+def _solve(problem: Problem, settings: Settings, near: Point | None, progress, check: bool) -> tuple[Outcome, Factors]:
     n, rows, count, dtype = problem.n, problem.rows, problem.batch, np.dtype(problem.dtype)
     form = _form(problem)
     shared = all(distinct(problem, name).shape[0] == 1 for name in problem.operands if name in _DECIDING)
@@ -74,14 +83,12 @@ def solve(
         np.empty((count, 1), np.int32), np.empty((count, 1), np.int32), *np.empty((4, count, 1)),
     )  # fmt: skip
     forms, factored = np.empty(count, np.int64), np.empty(count, np.bool_)
-    refused = deque[slice]()
     points = (metric[0][:1], metric[1][:1], factored[:1]) if near is None else (near.x, near.v, near.usable[:, 0])
 
     def solve_range(where: slice, prepared: bool) -> None:
         batch, room = _operands(problem, where, dtype), _room(problem)
-        if refused or (check and not method.check_batch(batch, where.stop - where.start, where.start == 0, room)):
-            refused.append(where)
-            return
+        if check and not method.check_batch(batch, where.stop - where.start, where.start == 0, room):
+            raise _Refused
         method.solve_batch(
             batch, _operands(problem, where, np.dtype(np.float64)) if dtype == np.float32 else None, settings, form,
             prepared, near is not None, tuple(_frozen(_part(a, where)) for a in points),
@@ -95,7 +102,7 @@ def solve(
             solve_range(slice(0, 1), False)
         forms[1:] = forms[0]
     work_on(problem, int(prepared), lambda where: solve_range(where, prepared), SOLVE, progress)
-    return None if refused else (outcome, Factors(form, store, metric, forms, factored))
+    return outcome, Factors(form, store, metric, forms, factored)
 
 
 def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: float, x=None):

@@ -835,18 +835,10 @@ def begin(form, one, reduced, settings, now, before, work):
 
 
 @jit
-def with_status(verdict, status):
+def revised(verdict, status, waiting):
     return Verdict(
         status, verdict.objective, verdict.primal, verdict.dual, verdict.gap, verdict.near, verdict.worst,
-        verdict.best, verdict.proof, verdict.waiting,
-    )  # fmt: skip
-
-
-@jit
-def impatient(verdict):
-    return Verdict(
-        verdict.status, verdict.objective, verdict.primal, verdict.dual, verdict.gap, verdict.near, verdict.worst,
-        verdict.best, verdict.proof, IMPATIENCE,
+        verdict.best, verdict.proof, waiting,
     )  # fmt: skip
 
 
@@ -865,7 +857,7 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
         near_verdict = assess(one, settings, before, before, verdict, iterations, limit, work)
         if near_verdict.status in (RUNNING, SOLVED):
             # Also from a solution one step is taken: the derivative needs its factor.
-            now, before, mu, verdict = before, now, near_mu, with_status(near_verdict, RUNNING)
+            now, before, mu, verdict = before, now, near_mu, revised(near_verdict, RUNNING, near_verdict.waiting)
     while True:
         rho, delta, refine = settings.rho, settings.delta, np.bool_(True)
         while verdict.status == RUNNING:
@@ -884,9 +876,9 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
                 # From a point within the tolerance one more step is worth it only if it halves the residuals.
                 now, before = before, now
                 if past.worst > settings.tol and past.waiting < IMPATIENCE and iterations < limit:
-                    verdict = impatient(past)
+                    verdict = revised(past, RUNNING, IMPATIENCE)
                     continue
-                verdict = with_status(past, SOLVED)
+                verdict = revised(past, SOLVED, past.waiting)
                 iterations -= 1
                 break
             if verdict.status != RUNNING:
@@ -1285,14 +1277,15 @@ def check_batch(batch, count, shared, room):
     single = M.itemsize == 4
     tolerance, smallest = (1e-4, SMALLEST_SINGLE) if single else (1e-8, SMALLEST)
     for i in range(count):
+        first = shared and i == 0
         if not (within(at(batch.q, i), -np.inf, np.inf) and within(at(batch.b, i), -np.inf, np.inf)):
             return False
-        if (shared and i == 0) or batch.h.shape[0] > 1:
+        if first or batch.h.shape[0] > 1:
             h = at(batch.h, i)
             for j in range(h.shape[0]):
                 if not h[j] > -np.inf:
                     return False
-        if (shared and i == 0) or batch.lb.shape[0] > 1 or batch.ub.shape[0] > 1:
+        if first or batch.lb.shape[0] > 1 or batch.ub.shape[0] > 1:
             lb, ub = at(batch.lb, i), at(batch.ub, i)
             for j in range(lb.shape[0]):
                 if not lb[j] < np.inf or (ub.shape[0] and lb[j] > ub[j]):
@@ -1300,17 +1293,17 @@ def check_batch(batch, count, shared, room):
             for j in range(ub.shape[0]):
                 if not ub[j] > -np.inf:
                     return False
-        if (shared and i == 0) or batch.A.shape[0] > 1:
+        if first or batch.A.shape[0] > 1:
             A = at(batch.A, i)
             for j in range(A.shape[0]):
                 if not within(A[j], -np.inf, np.inf):
                     return False
-        if (shared and i == 0) or batch.G.shape[0] > 1:
+        if first or batch.G.shape[0] > 1:
             G = at(batch.G, i)
             for j in range(G.shape[0]):
                 if not within(G[j], -np.inf, np.inf):
                     return False
-        if (shared and i == 0) or batch.Q.shape[0] > 1:
+        if first or batch.Q.shape[0] > 1:
             Q = at(batch.Q, i)
             largest = smallest
             for j in range(Q.shape[0]):

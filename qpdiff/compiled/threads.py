@@ -29,15 +29,8 @@ def work_on(problem: Problem, first: int, solve_range: Callable[[slice], None], 
     The calling thread is one of them, and the one that reports progress.
     """
     count = problem.batch - first
-    if count == 1:  # what comes next would take a good part of a small solve
-        solve_range(slice(first, problem.batch))
-        if progress is not None:
-            progress(problem.batch, problem.batch)
-        return
-    worth = int(count * passes * _operations(problem) / WORTH_A_THREAD)
-    workers = max(1, min(problem.backend.workers, count, worth))
-    least = -(-count * problem.bytes_per_problem // RANGE_BYTES)
-    number = min(count, max(min(worth, workers * RANGES), least))
+    # To count operations would take a good part of a small solve.
+    workers, number = _plan(problem, count, passes) if count > 1 else (1, count)
     edges = [first + i * count // number for i in range(number + 1)] if count else []
     ranges = deque(slice(start, stop) for start, stop in pairwise(edges))
     finished = deque([first])
@@ -69,6 +62,14 @@ def work_on(problem: Problem, first: int, solve_range: Callable[[slice], None], 
                 raise error
     if progress is not None and count:
         progress(problem.batch, problem.batch)
+
+
+def _plan(problem: Problem, count: int, passes: int) -> tuple[int, int]:
+    """How many threads help with so many problems, and in how many ranges to take these."""
+    worth = int(count * passes * _operations(problem) / WORTH_A_THREAD)
+    workers = max(1, min(problem.backend.workers, count, worth))
+    least = -(-count * problem.bytes_per_problem // RANGE_BYTES)
+    return workers, min(count, max(min(worth, workers * RANGES), least))
 
 
 def _operations(problem: Problem) -> float:
