@@ -19,6 +19,7 @@ from ..problem import OPERANDS, Problem, check_values
 from ..solver import Outcome, Point, Settings
 from . import method
 from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
+from .tiles import padded
 from .threads import SOLVE, SWEEP, work_on
 
 _DECIDING = {"Q", "G", "A", "lb", "ub"}
@@ -87,14 +88,14 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
 
     def solve_range(where: slice, prepared: bool) -> None:
         batch, room = _operands(problem, where, dtype), _room(problem)
-        if check and not method.check_batch(batch, where.stop - where.start, where.start == 0, room):
+        exact = _operands(problem, where, np.dtype(np.float64)) if dtype == np.float32 else None
+        if not method.solve_batch(
+            batch, exact, check, where.start == 0, settings, form, prepared, near is not None,
+            tuple(_frozen(_part(a, where)) for a in points), _stored(problem, store, form, where),
+            tuple(_part(a, where) for a in metric), Outcome(*(a[where] for a in outcome)), forms[where],
+            factored[where], room,
+        ):  # fmt: skip
             raise _Refused
-        method.solve_batch(
-            batch, _operands(problem, where, np.dtype(np.float64)) if dtype == np.float32 else None, settings, form,
-            prepared, near is not None, tuple(_frozen(_part(a, where)) for a in points),
-            _stored(problem, store, form, where), tuple(_part(a, where) for a in metric),
-            Outcome(*(a[where] for a in outcome)), forms[where], factored[where], room,
-        )  # fmt: skip
 
     prepared = shared and count > 1
     if prepared:
@@ -175,22 +176,24 @@ def _form(problem: Problem) -> int:
 
 
 @cache
-def _core_shapes(form: int, n: int, linear: int, rows: int) -> Reduced:
+def _core_shapes(form: int, n: int, linear: int, rows: int, itemsize: int) -> Reduced:
     """Shapes of what one problem keeps of its reduced form."""
+    square, wide, small = ((padded(*shape, itemsize)) for shape in ((n, n), (n, linear), (linear, linear)))
     if form == PRIMAL:
-        return Reduced((0, 0), (0, 0), (0, 0), (0,), (n, n), (rows,))
+        return Reduced((0, 0), (0, 0), (0, 0), (0,), square, (rows,))
     if form == DENSE_DUAL:
-        return Reduced((n, n), (linear, n), (linear, linear), (0,), (linear, linear), (0,))
-    return Reduced((1, n), (linear, n), (0, 0), (n,), (linear, linear), (rows,))
+        return Reduced(square, wide, small, (0,), small, (0,))
+    return Reduced((1, n), wide, (0, 0), (n,), small, (rows,))
 
 
 def _shapes(problem: Problem, form: int) -> Reduced:
-    return _core_shapes(form, problem.n, problem.m + problem.p, problem.rows)
+    itemsize = np.dtype(problem.dtype).itemsize
+    return _core_shapes(form, problem.n, problem.m + problem.p, problem.rows, itemsize)
 
 
-_CONSTANT = {PRIMAL: set(), DENSE_DUAL: {"hessian", "rows", "S"}, DIAGONAL_DUAL: {"diagonal"}}
+_CONSTANT = {PRIMAL: set(), DENSE_DUAL: {"hessian", "V", "S"}, DIAGONAL_DUAL: {"diagonal"}}
 """What does not change in an iteration."""
-_NEEDED = {PRIMAL: {"L", "weights"}, DENSE_DUAL: {"hessian", "rows", "L"}, DIAGONAL_DUAL: {"diagonal", "L", "weights"}}
+_NEEDED = {PRIMAL: {"U", "weights"}, DENSE_DUAL: {"hessian", "V", "U"}, DIAGONAL_DUAL: {"diagonal", "U", "weights"}}
 """What the derivative needs."""
 
 

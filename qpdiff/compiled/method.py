@@ -18,23 +18,8 @@ from ..kkt import METRIC_PASSES
 from ..problem import INFINITE
 from ..solution import Status
 from ..solver import IMPATIENCE, LUCK, PATIENCE, RUNNING, STEP_FRACTION
-from .lapack import (
-    OPTIONS,
-    add_gram,
-    add_product_transposed,
-    cholesky,
-    dot,
-    entry,
-    finite,
-    hot,
-    inline,
-    invert_lower,
-    jit,
-    multiply_nt,
-    product,
-    row_gram,
-    solve_cholesky,
-)
+from .blas import OPTIONS, add_product_transposed, dot, entry, finite, hot, inline, jit, product
+from .tiles import add_gram, backward, cholesky, forward, padded, solve_rows_above
 
 SOLVED, MAX_ITERATIONS = int(Status.SOLVED), int(Status.MAX_ITERATIONS)
 PRIMAL_INFEASIBLE, DUAL_INFEASIBLE = int(Status.PRIMAL_INFEASIBLE), int(Status.DUAL_INFEASIBLE)
@@ -83,17 +68,17 @@ class One(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """The reduced KKT matrix of one problem: what does not change, and the factor."""
+    """The reduced KKT matrix of one problem: what does not change, and the factor. Matrices are `padded`."""
 
     hessian: Any
-    """F⁻¹ of Q = F Fᵀ; of a diagonal Q with what the bounds add, one row with the square root instead."""
-    rows: Any
-    """K F⁻ᵀ."""
+    """The factor F of Q = FᵀF; of a diagonal Q with what the bounds add, one row with the square root instead."""
+    V: Any
+    """F⁻ᵀKᵀ."""
     S: Any
     """K Q⁻¹ Kᵀ."""
     diagonal: Any
     """Of a diagonal Q, with the dual form's own proximal terms."""
-    L: Any
+    U: Any
     weights: Any
 
 
@@ -132,18 +117,24 @@ class Room(NamedTuple):
     v64: Any
     flags: Any
     """Vectors of rows of small integers."""
-    wide: Any
-    """Matrices of (A and G) rows times variables."""
-    wide64: Any
+    stacked: Any
+    """The rows of A and G; and in float64."""
+    stacked64: Any
+    scaled: Any
+    """The same padded, and their transpose."""
+    turned: Any
     square: Any
-    """Matrices of variables times variables."""
+    """A padded matrix of variables times variables."""
 
 
 def make_room(n, linear, rows, dtype) -> Room:
+    def matrix(*shape):
+        return np.zeros(padded(*shape, dtype.itemsize), dtype)
+
     return Room(
         np.zeros((12, n), dtype), np.zeros((19, rows), dtype), np.zeros((5, n)), np.zeros((5, rows)),
-        np.zeros((2, rows), np.int8), np.empty((2, linear, n), dtype), np.empty((linear, n)),
-        np.empty((2, n, n), dtype),
+        np.zeros((2, rows), np.int8), np.empty((linear, n), dtype), np.empty((linear, n)),
+        matrix(linear, n), matrix(n, linear), matrix(n, n),
     )  # fmt: skip
 
 
@@ -159,7 +150,6 @@ class Work(NamedTuple):
     k64: Any
     kind: Any
     stacked: Any
-    """The rows of A and G."""
     stacked64: Any
     right_x: Any
     right_v: Any
@@ -183,10 +173,8 @@ class Work(NamedTuple):
     e_v: Any
     columns: Any
     scaled: Any
-    """(A and G) rows times variables."""
+    turned: Any
     square: Any
-    """Variables times variables."""
-    inverse: Any
 
 
 # ---- vectors and products
@@ -206,23 +194,18 @@ def copy_matrix(M, out):
 
 
 @jit
-def product_lower(L, x, out):
-    """Put L x in `out` for a lower triangular L."""
-    for i in range(L.shape[0]):
-        total = out.dtype.type(0.0)
-        for j in range(i + 1):
-            total += L[i, j] * x[j]
-        out[i] = total
+def copy_upper(M, out, n):
+    """Copy the upper triangle of the first n rows and columns."""
+    for i in range(n):
+        copy(M[i, i:n], out[i, i:n])
 
 
 @jit
-def product_lower_transposed(L, x, out):
-    """Put Lᵀ x in `out` for a lower triangular L."""
-    out[:] = 0.0
-    for i in range(L.shape[0]):
-        value = x[i]
-        for j in range(i + 1):
-            out[j] += L[i, j] * value
+def turn(K, out):
+    """Put Kᵀ in `out`."""
+    for i in range(K.shape[0]):
+        for j in range(K.shape[1]):
+            out[j, i] = K[i, j]
 
 
 @jit
@@ -320,22 +303,23 @@ def own_terms(diagonal, single):
 
 
 @jit
-def prepare_dense(one, reduced, work, single):
+def prepare_dense(one, reduced, single):
     """What the dual form keeps of a dense Q without bounds; whether Q is conditioned well enough for it."""
-    Q, M = one.Q, work.square
-    n = Q.shape[0]
-    copy_matrix(Q, M)
+    Q, F = one.Q, reduced.hessian
+    n, linear = Q.shape[0], one.K.shape[0]
+    copy_upper(Q, F, n)
     for i in range(n):
-        M[i, i] += own_terms(Q[i, i], single)
-    if not cholesky(M):
+        F[i, i] += own_terms(Q[i, i], single)
+    if not cholesky(F, n):
         return False
     enough = 1e-2 if single else 1e-6
     for i in range(n):
-        if not (Q[i, i] > 0.0 and M[i, i] * M[i, i] > enough * Q[i, i]):
+        if not (Q[i, i] > 0.0 and 1.0 > enough * Q[i, i] * F[i, i] * F[i, i]):
             return False
-    invert_lower(M, reduced.hessian, work.inverse)
-    multiply_nt(1.0, one.K, reduced.hessian, 0.0, reduced.rows)
-    row_gram(reduced.rows, reduced.S)
+    turn(one.K, reduced.V)
+    solve_rows_above(F, n, reduced.V, linear)
+    reduced.S[:, :] = 0.0
+    add_gram(reduced.V, n, reduced.S, linear)
     return True
 
 
@@ -363,54 +347,57 @@ def bound_weights(one, weights, i):
 
 
 @jit
-def whiten_diagonal(one, reduced):
-    """The square root of a diagonal Q with what bounds add to it, and the rows divided by it."""
-    root = reduced.hessian[0]
+def whiten_diagonal(one, reduced, turned):
+    """The square root of a diagonal Q with what bounds add to it, and Kᵀ divided by it."""
+    root, linear = reduced.hessian[0], one.K.shape[0]
     for j in range(root.shape[0]):
         root[j] = np.sqrt(reduced.diagonal[j] + bound_weights(one, reduced.weights, j))
-    for i in range(one.K.shape[0]):
-        for j in range(root.shape[0]):
-            reduced.rows[i, j] = one.K[i, j] / root[j]
+        inverse = 1.0 / root[j]
+        row, out = turned[j], reduced.V[j]
+        for i in range(linear):
+            out[i] = row[i] * inverse
 
 
 @hot
 def factor(form, one, reduced, theta, rho, delta, work):
     """Factor the reduced KKT matrix in `reduced`; whether it was positive definite."""
     n, linear, rows = one.K.shape[1], one.K.shape[0], theta.shape[0]
-    L, weights = reduced.L, reduced.weights
+    U, weights = reduced.U, reduced.weights
     if form != DENSE_DUAL:
         for i in range(rows):
             weights[i] = 1.0 / (theta[i] + delta[i])
     if form == PRIMAL:
-        copy_matrix(one.Q, L)
+        copy_upper(one.Q, U, n)
         for i in range(linear):
-            root = np.sqrt(weights[i])
+            root, row, out = np.sqrt(weights[i]), one.K[i], work.scaled[i]
             for j in range(n):
-                work.scaled[i, j] = root * one.K[i, j]
-        if linear:
-            add_gram(work.scaled, L)
+                out[j] = root * row[j]
+        add_gram(work.scaled, linear, U, n)
         for i in range(n):
-            L[i, i] += rho[i] + bound_weights(one, weights, i)
-        return cholesky(L)
+            U[i, i] += rho[i] + bound_weights(one, weights, i)
+        return cholesky(U, n)
     if form == DENSE_DUAL:
-        copy_matrix(reduced.S, L)
+        copy_upper(reduced.S, U, linear)
     else:
-        whiten_diagonal(one, reduced)
-        row_gram(reduced.rows, L)
-    huge = np.sqrt(np.finfo(L.dtype).max)
+        whiten_diagonal(one, reduced, work.turned)
+        U[:, :] = 0.0
+        add_gram(reduced.V, n, U, linear)
+    huge = np.sqrt(np.finfo(U.dtype).max)
     for i in range(linear):
         entry = theta[i] + delta[i]
         # Rows that do not exist get a diagonal that is huge but harmless to the factorisation.
-        L[i, i] += entry if finite(entry) else huge
-    return cholesky(L)
+        U[i, i] += entry if finite(entry) else huge
+    return cholesky(U, linear)
 
 
 @hot
 def eliminate(form, one, reduced, r_x, work):
     """What a solve needs of the right-hand side of the variables alone, in `work`: done once for many solves."""
     if form == DENSE_DUAL:
-        product_lower(reduced.hessian, r_x, work.t)
-        product(reduced.rows, work.t, work.Vt)
+        copy(r_x, work.t)
+        forward(reduced.hessian, work.t)
+        work.Vt[:] = 0.0
+        add_product_transposed(1.0, reduced.V, work.t, work.Vt)
 
 
 @hot
@@ -422,7 +409,8 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
     if form == DENSE_DUAL:
         for i in range(linear):
             dv[i] = work.Vt[i] - r_v[i]
-        solve_cholesky(reduced.L, dv)
+        forward(reduced.U, dv)
+        backward(reduced.U, dv)
         return
     if form == PRIMAL:
         for i in range(rows):
@@ -430,7 +418,8 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
         adjoint(K, lower, upper, dv, dx)
         for i in range(n):
             dx[i] += r_x[i]
-        solve_cholesky(reduced.L, dx)
+        forward(reduced.U, dx)
+        backward(reduced.U, dx)
         constraints(K, lower, upper, dx, dv)
         for i in range(rows):
             dv[i] = weights[i] * (dv[i] - r_v[i])
@@ -443,13 +432,15 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
         if upper:
             value += weights[linear + lower + j] * r_v[linear + lower + j]
         t[j] = value / root[j]
-    product(reduced.rows, t, dv)
+    y = dv[:linear]
     for i in range(linear):
-        dv[i] -= r_v[i]
-    solve_cholesky(reduced.L, dv)
-    add_product_transposed(-1.0, reduced.rows, dv, t)
+        y[i] = -r_v[i]
+    add_product_transposed(1.0, reduced.V, t, y)
+    forward(reduced.U, y)
+    backward(reduced.U, y)
+    product(reduced.V, y, dx)
     for j in range(n):
-        dx[j] = t[j] / root[j]
+        dx[j] = (t[j] - dx[j]) / root[j]
         if lower:
             dv[linear + j] = weights[linear + j] * (-dx[j] - r_v[linear + j])
         if upper:
@@ -461,9 +452,10 @@ def solve(form, one, reduced, r_x, r_v, dx, dv, work):
     """Solve for right-hand sides of the variables and of the rows, after `eliminate`."""
     solve_rows(form, one, reduced, r_x, r_v, dx, dv, work)
     if form == DENSE_DUAL:
-        copy(work.t, work.columns)
-        add_product_transposed(-1.0, reduced.rows, dv, work.columns)
-        product_lower_transposed(reduced.hessian, work.columns, dx)
+        product(reduced.V, dv, dx)
+        for i in range(dx.shape[0]):
+            dx[i] = work.t[i] - dx[i]
+        backward(reduced.hessian, dx)
 
 
 @jit
@@ -899,6 +891,77 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
         mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
 
 
+# ---- the operands
+
+
+@jit
+def within(a, below, above):
+    """Whether all entries lie strictly between two numbers, which NaN does not."""
+    result = True
+    for i in range(a.shape[0]):
+        result &= below < a[i] < above
+    return result
+
+
+@jit
+def plausible(batch, i, all_shared):
+    """Whether the operands of a problem pass the rules of `problem` but that of definiteness.
+
+    The rules themselves find out what is wrong. `all_shared` is whether to look at what the problems share, too.
+    """
+    if not (within(at(batch.q, i), -np.inf, np.inf) and within(at(batch.b, i), -np.inf, np.inf)):
+        return False
+    if all_shared or batch.h.shape[0] > 1:
+        h = at(batch.h, i)
+        for j in range(h.shape[0]):
+            if not h[j] > -np.inf:
+                return False
+    if all_shared or batch.lb.shape[0] > 1 or batch.ub.shape[0] > 1:
+        lb, ub = at(batch.lb, i), at(batch.ub, i)
+        for j in range(lb.shape[0]):
+            if not lb[j] < np.inf or (ub.shape[0] and lb[j] > ub[j]):
+                return False
+        for j in range(ub.shape[0]):
+            if not ub[j] > -np.inf:
+                return False
+    for operand in (batch.A, batch.G):
+        if all_shared or operand.shape[0] > 1:
+            M = at(operand, i)
+            for j in range(M.shape[0]):
+                if not within(M[j], -np.inf, np.inf):
+                    return False
+    if all_shared or batch.Q.shape[0] > 1:
+        Q = at(batch.Q, i)
+        single = Q.itemsize == 4
+        difference, largest = 0.0, largest_entry(Q)
+        for j in range(Q.shape[0]):
+            for k in range(j):
+                difference = larger(abs(Q[j, k] - Q[k, j]), difference)
+        return largest < np.inf and difference <= (1e-4 if single else 1e-8) * largest
+    return True
+
+
+@jit
+def largest_entry(Q):
+    largest = SMALLEST_SINGLE if Q.itemsize == 4 else SMALLEST
+    for j in range(Q.shape[0]):
+        for k in range(Q.shape[1]):
+            largest = larger(abs(Q[j, k]), largest)
+    return largest
+
+
+@jit
+def convex(Q, M):
+    """Whether Q is positive semidefinite as far as `problem` wants it."""
+    n, scale = Q.shape[0], 1.0 / largest_entry(Q)
+    for j in range(n):
+        row, out = Q[j, j:n], M[j, j:n]
+        for k in range(n - j):
+            out[k] = row[k] * scale
+        M[j, j] += 1e-4 if Q.itemsize == 4 else 1e-8
+    return cholesky(M, n)
+
+
 # ---- a batch
 
 
@@ -908,8 +971,8 @@ def make_work(room):
     x, v, x64, v64, flags = room.x, room.v, room.x64, room.v64, room.flags
     return Work(
         x=x64[0], ray=x64[1], Kv=x64[2], v=v64[0], farkas=v64[1], k64=v64[2],
-        kind=flags[0], heavy=flags[1], stacked=room.wide[0], scaled=room.wide[1], stacked64=room.wide64,
-        square=room.square[0], inverse=room.square[1],
+        kind=flags[0], heavy=flags[1], stacked=room.stacked, stacked64=room.stacked64, scaled=room.scaled,
+        turned=room.turned, square=room.square,
         rho=x[0], b_x=x[1], t=x[2], dx=x[3], cx=x[4], e_x=x[5], columns=x[6], right_x=x[7],
         theta=v[0], delta=v[1], shifted=v[2], complementarity=v[3], weights=v[4], Vt=v[5], dv=v[6], ds=v[7], cv=v[8],
         e_v=v[9], k=v[10], right_v=v[11], theta_exact=v[12],
@@ -996,7 +1059,7 @@ def _in_double(batch, exact, i, K, room):
 def reduced_at(store, i):
     """What problem i keeps, or the room for one problem."""
     return Reduced(
-        at(store.hessian, i), at(store.rows, i), at(store.S, i), at(store.diagonal, i), at(store.L, i),
+        at(store.hessian, i), at(store.V, i), at(store.S, i), at(store.diagonal, i), at(store.U, i),
         at(store.weights, i),
     )  # fmt: skip
 
@@ -1004,17 +1067,22 @@ def reduced_at(store, i):
 @jit
 def in_primal_form(reduced, work):
     """With room for the factor of the primal form, which is not kept."""
-    return Reduced(reduced.hessian, reduced.rows, reduced.S, reduced.diagonal, work.square, work.weights)
+    return Reduced(reduced.hessian, reduced.V, reduced.S, reduced.diagonal, work.square, work.weights)
 
 
 @entry
-def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, metric, outcome, forms, factored, room):
-    """Solve problems one after the other.
+def solve_batch(
+    batch, exact, check, all_shared, settings, preferred, prepared, warm, near, store, metric, outcome, forms, factored,
+    room,
+):  # fmt: skip
+    """Solve problems one after the other; whether all have been, which none is after one that `check` refuses.
 
     Parameters
     ----------
     batch, exact : Batch
         The operands, and the same in float64 (None where they are).
+    check, all_shared : bool
+        Whether to look for operands that are against the rules, and for that also at those that the problems share.
     settings : Settings
     preferred : int
         The reduced form to take where it is safe.
@@ -1039,6 +1107,9 @@ def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, 
     k, k64, kind = work.k, work.k64, work.kind
     single = batch.q.itemsize == 4
     for i in range(count):
+        whole = all_shared and i == 0
+        if check and not plausible(batch, i, whole):
+            return False
         lb, ub = at(batch.lb, i), at(batch.ub, i)
         fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
         copy(k, k64)
@@ -1055,12 +1126,17 @@ def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, 
             form = forms[i]
         else:
             equilibrate(one, lb, ub, work)
-            if form == DENSE_DUAL and not prepare_dense(one, reduced, work, single):
+            if form == DENSE_DUAL and not prepare_dense(one, reduced, single):
                 form = PRIMAL
             if form == DIAGONAL_DUAL and not prepare_diagonal(one, reduced, single):
                 form = PRIMAL
+            # The other forms exist only for a Q that is positive definite.
+            if check and form == PRIMAL and (whole or batch.Q.shape[0] > 1) and not convex(one.Q, work.square):
+                return False
         if form != preferred:
             reduced = in_primal_form(reduced, work)
+        if form == DIAGONAL_DUAL:
+            turn(K, work.turned)
         now, verdict, iterations, useful = iterate(
             form, one, reduced, settings, warm, at(near[0], i), at(near[1], i), at(near[2], i), first, second, work
         )
@@ -1073,6 +1149,7 @@ def solve_batch(batch, exact, settings, preferred, prepared, warm, near, store, 
         outcome.primal[i, 0], outcome.dual[i, 0], outcome.gap[i, 0] = verdict.primal, verdict.dual, verdict.gap
         forms[i] = form
         factored[i] = useful and form == preferred
+    return True
 
 
 # ---- the derivative
@@ -1158,15 +1235,16 @@ def solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, refinemen
 
 
 @jit
-def pivots_count(L):
+def pivots_count(U, squares):
     """Whether the pivots are more than rounding; where x is not unique, weights of the last iteration may drown ρ."""
-    limit = np.finfo(L.dtype).eps
-    for i in range(L.shape[0]):
-        diagonal = 0.0
-        for j in range(i + 1):
-            diagonal += L[i, j] * L[i, j]
-        if not L[i, i] * L[i, i] > limit * diagonal:
+    limit = np.finfo(U.dtype).eps
+    squares[:] = 0.0
+    for i in range(squares.shape[0]):
+        pivot = 1.0 / (U[i, i] * U[i, i])
+        if not pivot > limit * (squares[i] + pivot):
             return False
+        for j in range(i + 1, squares.shape[0]):
+            squares[j] += U[i, j] * U[i, j]
     return True
 
 
@@ -1195,7 +1273,7 @@ def solve_afresh(one, reduced, theta, heavy, r_x, r_v, u_x, u_v, work):
     for _ in range(4):
         for i in range(n):
             work.rho[i] = rho / one.D[i] ** 2
-        if factor(form, one, reduced, diagonal, work.rho, work.delta, work) and pivots_count(reduced.L):
+        if factor(form, one, reduced, diagonal, work.rho, work.delta, work) and pivots_count(reduced.U, work.columns):
             break
         rho *= 100.0
     solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, np.int64(12), work)
@@ -1230,9 +1308,10 @@ def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_
             heavy[j] = kind[j] == EQUALITY or (kind[j] == INEQUALITY and theta[j] * E[j] ** 2 < 1.0)
         good = False
         reduced = reduced_at(store, i)
-        if factored[i] and (forms[i] != PRIMAL or pivots_count(reduced.L)):
+        if factored[i] and (forms[i] != PRIMAL or pivots_count(reduced.U, work.columns)):
             if forms[i] == DIAGONAL_DUAL:
-                whiten_diagonal(one, reduced)
+                turn(K, work.turned)
+                whiten_diagonal(one, reduced, work.turned)
             left, moved = solve_nearby(forms[i], one, reduced, theta, heavy, b_x, b_v, u_x[i], u_v[i], rounds, work)
             good = left <= 0.1 * accuracy and moved <= 100.0 * accuracy
         if not good:
@@ -1253,70 +1332,3 @@ def outer_products(x, v, u_x, u_v, of_Q, of_A, of_G):
                 v_j, u_j = v[i, start + j], u_v[i, start + j]
                 for k in range(x.shape[1]):
                     matrix[i, j, k] = -(v_j * u_x[i, k] + u_j * x[i, k])
-
-
-# ---- the operands
-
-
-@jit
-def within(a, below, above):
-    """Whether all entries lie strictly between two numbers, which NaN does not."""
-    result = True
-    for i in range(a.shape[0]):
-        result &= below < a[i] < above
-    return result
-
-
-@entry
-def check_batch(batch, count, shared, room):
-    """Whether the operands pass all rules of `problem`; the rules themselves find out what is wrong.
-
-    `shared` is whether to look at those that the problems share, too.
-    """
-    M = room.square[0]
-    single = M.itemsize == 4
-    tolerance, smallest = (1e-4, SMALLEST_SINGLE) if single else (1e-8, SMALLEST)
-    for i in range(count):
-        first = shared and i == 0
-        if not (within(at(batch.q, i), -np.inf, np.inf) and within(at(batch.b, i), -np.inf, np.inf)):
-            return False
-        if first or batch.h.shape[0] > 1:
-            h = at(batch.h, i)
-            for j in range(h.shape[0]):
-                if not h[j] > -np.inf:
-                    return False
-        if first or batch.lb.shape[0] > 1 or batch.ub.shape[0] > 1:
-            lb, ub = at(batch.lb, i), at(batch.ub, i)
-            for j in range(lb.shape[0]):
-                if not lb[j] < np.inf or (ub.shape[0] and lb[j] > ub[j]):
-                    return False
-            for j in range(ub.shape[0]):
-                if not ub[j] > -np.inf:
-                    return False
-        if first or batch.A.shape[0] > 1:
-            A = at(batch.A, i)
-            for j in range(A.shape[0]):
-                if not within(A[j], -np.inf, np.inf):
-                    return False
-        if first or batch.G.shape[0] > 1:
-            G = at(batch.G, i)
-            for j in range(G.shape[0]):
-                if not within(G[j], -np.inf, np.inf):
-                    return False
-        if first or batch.Q.shape[0] > 1:
-            Q = at(batch.Q, i)
-            largest = smallest
-            for j in range(Q.shape[0]):
-                for k in range(Q.shape[1]):
-                    largest = larger(abs(Q[j, k]), largest)
-            if not largest < np.inf:
-                return False
-            difference = 0.0
-            for j in range(Q.shape[0]):
-                for k in range(j):
-                    difference = larger(abs(Q[j, k] - Q[k, j]), difference)
-                    M[j, k] = Q[j, k] / largest
-                M[j, j] = Q[j, j] / largest + tolerance
-            if not difference <= tolerance * largest or not cholesky(M):
-                return False
-    return True
