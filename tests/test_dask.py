@@ -365,7 +365,7 @@ def test_a_solution_pickles_with_what_the_derivative_needs(engine, dtype):
 def compiled_signatures():
     from qpdiff.compiled import method
 
-    return [list(f.signatures) for f in (method.solve_batch, method.solve_kkt_batch, method.outer_products)]
+    return [list(f.signatures) for f in (method.solve_batch, method.solve_kkt_batch)]
 
 
 @pytest.mark.parametrize("shared", [(), ("Q", "G")])

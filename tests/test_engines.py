@@ -317,7 +317,7 @@ import qpdiff
 sol = qpdiff.solve_qp(np.eye(2), np.ones(2), np.ones((1, 2)), [1.0], engine="compiled")
 qpdiff.vjp(sol, x=np.ones(2))
 from qpdiff.compiled import method
-for function in (method.check_batch, method.solve_batch, method.solve_kkt_batch, method.outer_products):
+for function in (method.solve_batch, method.solve_kkt_batch):
     assert function.stats.cache_hits and not function.stats.cache_misses, function
 """
     run(code)

@@ -1,7 +1,7 @@
 """The compiled engine: the method of `qpdiff.solver` and its derivative for NumPy arrays, by Numba.
 
-The batch is cut into a few ranges of problems for each processor. A thread a processor takes one after the other, and
-BLAS gets one thread while several are at work.
+A thread for each processor takes problems as long as there are any, and BLAS gets one thread while several are at work.
+A batch that takes much memory on the way goes through in ranges.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..problem import OPERANDS, Problem, check_values
 from ..solver import Outcome, Point, Settings
 from . import method
 from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
-from .tiles import padded
 from .threads import SOLVE, SWEEP, work_on
+from .tiles import padded
 
 _DECIDING = {"Q", "G", "A", "lb", "ub"}
 """Operands that the metric and the reduced form are made of."""
@@ -86,23 +86,28 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
     forms, factored = np.empty(count, np.int64), np.empty(count, np.bool_)
     points = (metric[0][:1], metric[1][:1], factored[:1]) if near is None else (near.x, near.v, near.usable[:, 0])
 
-    def solve_range(where: slice, prepared: bool) -> None:
-        batch, room = _operands(problem, where, dtype), _room(problem)
+    def prepare(where: slice, prepared: bool):
+        batch = _operands(problem, where, dtype)
         exact = _operands(problem, where, np.dtype(np.float64)) if dtype == np.float32 else None
-        if not method.solve_batch(
-            batch, exact, check, where.start == 0, settings, form, prepared, near is not None,
-            tuple(_frozen(_part(a, where)) for a in points), _stored(problem, store, form, where),
-            tuple(_part(a, where) for a in metric), Outcome(*(a[where] for a in outcome)), forms[where],
-            factored[where], room,
-        ):  # fmt: skip
-            raise _Refused
+        start = tuple(_frozen(_part(a, where)) for a in points)
+        metric_there, outcome_there = tuple(_part(a, where) for a in metric), Outcome(*(a[where] for a in outcome))
+
+        def run(turn, at_once) -> None:
+            if not method.solve_batch(
+                batch, exact, check, where.start == 0, settings, form, prepared, near is not None, start,
+                _stored(problem, store, form, where), metric_there, outcome_there, forms[where], factored[where],
+                turn, at_once, _room(problem),
+            ):  # fmt: skip
+                raise _Refused
+
+        return run
 
     prepared = shared and count > 1
     if prepared:
         with single_threaded_blas():
-            solve_range(slice(0, 1), False)
+            prepare(slice(0, 1), False)(np.zeros(1, np.int64), 1)
         forms[1:] = forms[0]
-    work_on(problem, int(prepared), lambda where: solve_range(where, prepared), SOLVE, progress)
+    work_on(problem, int(prepared), lambda where: prepare(where, prepared), SOLVE, progress)
     return outcome, Factors(form, store, metric, forms, factored)
 
 
@@ -116,18 +121,22 @@ def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: 
     own = [k for k in matrices if x is not None and k in problem.operands and len(getattr(problem, k)) == len(x)]
     gradients = {k: np.empty((len(x) if k in own else 0, *core), r_x.dtype) for k, core in matrices.items()}
 
-    def solve_range(where: slice) -> None:
-        v_there, *others = (_frozen(a[where]) for a in (v, s, solved, r_x, r_v))
-        u = u_x[where], u_v[where]
-        method.solve_kkt_batch(
-            _operands(problem, where, np.dtype(problem.dtype)), _stored(problem, factors.store, factors.form, where),
-            tuple(_part(a, where) for a in factors.metric), factors.forms[where], factors.factored[where],
-            v_there, *others, fill, *u, _room(problem),
-        )  # fmt: skip
-        if own:
-            method.outer_products(_frozen(x[where]), v_there, *u, *(a[where] for a in gradients.values()))
+    def prepare(where: slice):
+        batch = _operands(problem, where, np.dtype(problem.dtype))
+        metric = tuple(_part(a, where) for a in factors.metric)
+        given = tuple(_frozen(a[where]) for a in (r_x if x is None else x, v, s, solved, r_x, r_v))
+        there = tuple(a[where] for a in (u_x, u_v, *gradients.values()))
+        forms, factored = factors.forms[where], factors.factored[where]
 
-    work_on(problem, 0, solve_range, SWEEP)
+        def run(turn, at_once) -> None:
+            method.solve_kkt_batch(
+                batch, _stored(problem, factors.store, factors.form, where), metric, forms, factored, *given, fill,
+                *there, turn, at_once, _room(problem),
+            )  # fmt: skip
+
+        return run
+
+    work_on(problem, 0, prepare, SWEEP)
     return u_x, u_v, {name: gradients[name] for name in own}
 
 
@@ -215,7 +224,7 @@ def _stored(problem: Problem, store: Reduced, form: int, where: slice) -> Reduce
     shapes = _shapes(problem, form)
     return Reduced(
         *(
-            _part(a, where) if a.shape[0] else np.empty((1, *shape), a.dtype)
+            _part(a, where) if a.shape[0] else np.zeros((1, *shape), a.dtype)
             for a, shape in zip(store, shapes, strict=True)
         )
     )

@@ -18,8 +18,9 @@ from ..kkt import METRIC_PASSES
 from ..problem import INFINITE
 from ..solution import Status
 from ..solver import IMPATIENCE, LUCK, PATIENCE, RUNNING, STEP_FRACTION
-from .blas import OPTIONS, add_product_transposed, dot, entry, finite, hot, inline, jit, product
-from .tiles import add_gram, backward, cholesky, forward, padded, solve_rows_above
+from .compiler import OPTIONS, claim, entry, finite, hot, inline, jit, larger
+from .products import add_product_transposed, backward, dot, forward, product
+from .tiles import add_gram, cholesky, padded, solve_rows_above
 
 SOLVED, MAX_ITERATIONS = int(Status.SOLVED), int(Status.MAX_ITERATIONS)
 PRIMAL_INFEASIBLE, DUAL_INFEASIBLE = int(Status.PRIMAL_INFEASIBLE), int(Status.DUAL_INFEASIBLE)
@@ -195,17 +196,24 @@ def copy_matrix(M, out):
 
 @jit
 def copy_upper(M, out, n):
-    """Copy the upper triangle of the first n rows and columns."""
+    """Copy the upper triangle of n rows and columns to a padded matrix, and zeros into the padding."""
     for i in range(n):
         copy(M[i, i:n], out[i, i:n])
+        out[i, n:] = 0.0
+    out[n:, :] = 0.0
 
 
 @jit
-def turn(K, out):
-    """Put Kᵀ in `out`."""
-    for i in range(K.shape[0]):
-        for j in range(K.shape[1]):
-            out[j, i] = K[i, j]
+def transpose(K, out):
+    """Put Kᵀ in a padded matrix, and zeros into the padding."""
+    rows, n = K.shape
+    for start in range(0, n, 8):  # what a line of the cache holds
+        for i in range(rows):
+            for j in range(start, min(start + 8, n)):
+                out[j, i] = K[i, j]
+    for j in range(n):
+        out[j, rows:] = 0.0
+    out[n:, :] = 0.0
 
 
 @jit
@@ -224,19 +232,13 @@ def constraints(K, lower, upper, x, out):
 def adjoint(K, lower, upper, v, out):
     """The multipliers of all rows mapped to the variables."""
     out[:] = 0.0
-    add_product_transposed(1.0, K, v, out)
+    add_product_transposed(K, v, out)
     row = K.shape[0]
     for i in range(lower):
         out[i] -= v[row + i]
     row += lower
     for i in range(upper):
         out[i] += v[row + i]
-
-
-@jit
-def larger(a, b):
-    """The larger of two numbers, NaN if one of them is."""
-    return a if a > b or a != a else b
 
 
 @jit
@@ -314,9 +316,9 @@ def prepare_dense(one, reduced, single):
         return False
     enough = 1e-2 if single else 1e-6
     for i in range(n):
-        if not (Q[i, i] > 0.0 and 1.0 > enough * Q[i, i] * F[i, i] * F[i, i]):
+        if not (Q[i, i] > 0.0 and enough * Q[i, i] * F[i, i] * F[i, i] < 1.0):
             return False
-    turn(one.K, reduced.V)
+    transpose(one.K, reduced.V)
     solve_rows_above(F, n, reduced.V, linear)
     reduced.S[:, :] = 0.0
     add_gram(reduced.V, n, reduced.S, linear)
@@ -397,7 +399,7 @@ def eliminate(form, one, reduced, r_x, work):
         copy(r_x, work.t)
         forward(reduced.hessian, work.t)
         work.Vt[:] = 0.0
-        add_product_transposed(1.0, reduced.V, work.t, work.Vt)
+        add_product_transposed(reduced.V, work.t, work.Vt)
 
 
 @hot
@@ -435,7 +437,7 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
     y = dv[:linear]
     for i in range(linear):
         y[i] = -r_v[i]
-    add_product_transposed(1.0, reduced.V, t, y)
+    add_product_transposed(reduced.V, t, y)
     forward(reduced.U, y)
     backward(reduced.U, y)
     product(reduced.V, y, dx)
@@ -934,9 +936,10 @@ def plausible(batch, i, all_shared):
         Q = at(batch.Q, i)
         single = Q.itemsize == 4
         difference, largest = 0.0, largest_entry(Q)
-        for j in range(Q.shape[0]):
-            for k in range(j):
-                difference = larger(abs(Q[j, k] - Q[k, j]), difference)
+        for start in range(0, Q.shape[0], 8):
+            for k in range(Q.shape[0]):
+                for j in range(max(start, k), min(start + 8, Q.shape[0])):
+                    difference = larger(abs(Q[j, k] - Q[k, j]), difference)
         return largest < np.inf and difference <= (1e-4 if single else 1e-8) * largest
     return True
 
@@ -1070,12 +1073,19 @@ def in_primal_form(reduced, work):
     return Reduced(reduced.hessian, reduced.V, reduced.S, reduced.diagonal, work.square, work.weights)
 
 
+@jit
+def following(i, turn, at_once):
+    """The problem after i that is for this thread: so many at once, of which `turn` has where the next begin."""
+    i += 1
+    return claim(turn, at_once) if i % at_once == 0 else i
+
+
 @entry
 def solve_batch(
     batch, exact, check, all_shared, settings, preferred, prepared, warm, near, store, metric, outcome, forms, factored,
-    room,
+    turn, at_once, room,
 ):  # fmt: skip
-    """Solve problems one after the other; whether all have been, which none is after one that `check` refuses.
+    """Solve problems one after the other as long as there are any; False if `check` refused one, which ends it.
 
     Parameters
     ----------
@@ -1099,6 +1109,8 @@ def solve_batch(
         The form that each problem has been solved with.
     factored : boolean array
         Whether its factor in `store` is of use.
+    turn, at_once
+        As `following` takes them.
     room : Room
     """
     count = outcome.x.shape[0]
@@ -1106,9 +1118,14 @@ def solve_batch(
     first, second = make_iterates(room)
     k, k64, kind = work.k, work.k64, work.kind
     single = batch.q.itemsize == 4
-    for i in range(count):
+    i = np.int64(-1)
+    while True:
+        i = following(i, turn, at_once)
+        if i >= count:
+            return True
         whole = all_shared and i == 0
         if check and not plausible(batch, i, whole):
+            turn[0] = count
             return False
         lb, ub = at(batch.lb, i), at(batch.ub, i)
         fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
@@ -1132,11 +1149,12 @@ def solve_batch(
                 form = PRIMAL
             # The other forms exist only for a Q that is positive definite.
             if check and form == PRIMAL and (whole or batch.Q.shape[0] > 1) and not convex(one.Q, work.square):
+                turn[0] = count
                 return False
         if form != preferred:
             reduced = in_primal_form(reduced, work)
         if form == DIAGONAL_DUAL:
-            turn(K, work.turned)
+            transpose(K, work.turned)
         now, verdict, iterations, useful = iterate(
             form, one, reduced, settings, warm, at(near[0], i), at(near[1], i), at(near[2], i), first, second, work
         )
@@ -1149,7 +1167,6 @@ def solve_batch(
         outcome.primal[i, 0], outcome.dual[i, 0], outcome.gap[i, 0] = verdict.primal, verdict.dual, verdict.gap
         forms[i] = form
         factored[i] = useful and form == preferred
-    return True
 
 
 # ---- the derivative
@@ -1279,56 +1296,77 @@ def solve_afresh(one, reduced, theta, heavy, r_x, r_v, u_x, u_v, work):
     solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, np.int64(12), work)
 
 
-@entry
-def solve_kkt_batch(batch, store, metric, forms, factored, v, s, solved, r_x, r_v, fill, u_x, u_v, room):
-    """Solve the KKT system at the solutions of a batch, one problem after the other.
-
-    `batch`, `store`, `metric`, `forms` and `factored` are those of `solve_batch`; problems
-    that are not solved get the number `fill`.
-    """
-    rows = u_v.shape[1]
-    work = make_work(room)
-    k, kind = work.k, work.kind
-    b_x, b_v, theta, heavy, rounds = work.right_x, work.right_v, work.theta_exact, work.heavy, np.int64(3)
+@jit
+def solve_kkt(batch, store, metric, form, factored, v, s, i, r_x, r_v, u_x, u_v, work):
+    """Solve the KKT system at the solution of problem i."""
+    k, kind, theta, heavy, rounds = work.k, work.kind, work.theta_exact, work.heavy, np.int64(3)
     accuracy = np.sqrt(np.finfo(u_x.dtype).eps)
-    for i in range(u_x.shape[0]):
-        if not solved[i]:
+    lb, ub = at(batch.lb, i), at(batch.ub, i)
+    fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
+    Q, q, K = at(batch.Q, i), at(batch.q, i), stack(at(batch.A, i), at(batch.G, i), work.stacked)
+    D, E = at(metric[0], i), at(metric[1], i)
+    one = One(Q, q, K, k, kind, batch.b.shape[1], lb.shape[0], ub.shape[0], D, E, Q, q, K, k)
+    for j in range(v.shape[0]):
+        theta[j] = s[j] / v[j] if kind[j] == INEQUALITY else (0.0 if kind[j] == EQUALITY else np.inf)
+        heavy[j] = kind[j] == EQUALITY or (kind[j] == INEQUALITY and theta[j] * E[j] ** 2 < 1.0)
+    reduced = reduced_at(store, i)
+    if factored and (form != PRIMAL or pivots_count(reduced.U, work.columns)):
+        if form == DIAGONAL_DUAL:
+            transpose(K, work.turned)
+            whiten_diagonal(one, reduced, work.turned)
+        left, moved = solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, rounds, work)
+        if left <= 0.1 * accuracy and moved <= 100.0 * accuracy:
+            return
+    solve_afresh(one, in_primal_form(reduced, work), theta, heavy, r_x, r_v, u_x, u_v, work)
+
+
+@entry
+def solve_kkt_batch(
+    batch, store, metric, forms, factored, x, v, s, solved, r_x, r_v, fill, u_x, u_v, of_Q, of_A, of_G, turn, at_once,
+    room,
+):  # fmt: skip
+    """Solve the KKT system at the solutions of a batch, one problem after the other as long as there are any.
+
+    `batch`, `store`, `metric`, `forms`, `factored`, `turn` and `at_once` are those of `solve_batch`. Problems that are
+    not solved get the number `fill`. `of_Q`, `of_A` and `of_G` are for the gradients of the matrices, or empty.
+    """
+    work = make_work(room)
+    i, p = np.int64(-1), of_A.shape[1]
+    while True:
+        i = following(i, turn, at_once)
+        if i >= u_x.shape[0]:
+            return
+        if solved[i]:
+            copy(r_x[i], work.right_x)
+            copy(r_v[i], work.right_v)
+            solve_kkt(
+                batch, store, metric, forms[i], factored[i], v[i], s[i], i, work.right_x, work.right_v, u_x[i], u_v[i],
+                work,
+            )  # fmt: skip
+        else:
             u_x[i] = fill
             u_v[i] = fill
-            continue
-        lb, ub = at(batch.lb, i), at(batch.ub, i)
-        fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
-        copy(r_x[i], b_x)
-        copy(r_v[i], b_v)
-        Q, q, K = at(batch.Q, i), at(batch.q, i), stack(at(batch.A, i), at(batch.G, i), work.stacked)
-        D, E = at(metric[0], i), at(metric[1], i)
-        one = One(Q, q, K, k, kind, batch.b.shape[1], lb.shape[0], ub.shape[0], D, E, Q, q, K, k)
-        for j in range(rows):
-            theta[j] = s[i, j] / v[i, j] if kind[j] == INEQUALITY else (0.0 if kind[j] == EQUALITY else np.inf)
-            heavy[j] = kind[j] == EQUALITY or (kind[j] == INEQUALITY and theta[j] * E[j] ** 2 < 1.0)
-        good = False
-        reduced = reduced_at(store, i)
-        if factored[i] and (forms[i] != PRIMAL or pivots_count(reduced.U, work.columns)):
-            if forms[i] == DIAGONAL_DUAL:
-                turn(K, work.turned)
-                whiten_diagonal(one, reduced, work.turned)
-            left, moved = solve_nearby(forms[i], one, reduced, theta, heavy, b_x, b_v, u_x[i], u_v[i], rounds, work)
-            good = left <= 0.1 * accuracy and moved <= 100.0 * accuracy
-        if not good:
-            solve_afresh(one, in_primal_form(reduced, work), theta, heavy, b_x, b_v, u_x[i], u_v[i], work)
+        if of_Q.shape[0]:
+            symmetric_product(u_x[i], x[i], of_Q[i])
+        if of_A.shape[0]:
+            product_of_rows(v[i, :p], u_v[i, :p], x[i], u_x[i], of_A[i])
+        if of_G.shape[0]:
+            product_of_rows(v[i, p:], u_v[i, p:], x[i], u_x[i], of_G[i])
 
 
-@entry
-def outer_products(x, v, u_x, u_v, of_Q, of_A, of_G):
-    """The gradients of the matrices that are a problem's own, `differentiation.solution_vjp`."""
-    for i in range(of_Q.shape[0]):
-        for j in range(x.shape[1]):
-            for k in range(x.shape[1]):
-                of_Q[i, j, k] = -0.5 * (u_x[i, j] * x[i, k] + x[i, j] * u_x[i, k])
-    p = of_A.shape[1]
-    for matrix, start in ((of_A, 0), (of_G, p)):
-        for i in range(matrix.shape[0]):
-            for j in range(matrix.shape[1]):
-                v_j, u_j = v[i, start + j], u_v[i, start + j]
-                for k in range(x.shape[1]):
-                    matrix[i, j, k] = -(v_j * u_x[i, k] + u_j * x[i, k])
+@jit
+def symmetric_product(u, x, out):
+    """−½ (u xᵀ + x uᵀ), the gradient of Q."""
+    for j in range(x.shape[0]):
+        u_j, x_j, row = -0.5 * u[j], -0.5 * x[j], out[j]
+        for k in range(x.shape[0]):
+            row[k] = u_j * x[k] + x_j * u[k]
+
+
+@jit
+def product_of_rows(v, u_v, x, u_x, out):
+    """−(v u_xᵀ + u_v xᵀ), the gradient of A or G."""
+    for j in range(out.shape[0]):
+        v_j, u_j, row = v[j], u_v[j], out[j]
+        for k in range(x.shape[0]):
+            row[k] = -(v_j * u_x[k] + u_j * x[k])

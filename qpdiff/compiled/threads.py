@@ -1,75 +1,65 @@
-"""Threads for the ranges of a batch, with BLAS held to one thread each meanwhile."""
+"""Threads for the problems of a batch, with BLAS held to one thread each meanwhile."""
 
 from __future__ import annotations
 
 import contextvars
 import os
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
-from itertools import pairwise
+
+import numpy as np
 
 from ..backend import single_threaded_blas
 from ..problem import Problem
 
-RANGES = 4
-"""Ranges of problems for each thread, so that none waits long for the others."""
-RANGE_BYTES = 2**26
-"""Working memory of a range."""
+RANGE_BYTES = 2**28
+"""Working memory of a range of the batch."""
 WORTH_A_THREAD = 1e6
 """Operations that take about as long as it takes to wake a thread."""
+WORTH_A_REPORT = 1e9
+"""Operations after which progress is reported."""
 SOLVE, SWEEP = 10, 1
 """How often the work that `work_on` is for goes through a problem's matrices, in steps of the iteration."""
 
 
-def work_on(problem: Problem, first: int, solve_range: Callable[[slice], None], passes: int, progress=None) -> None:
-    """Call the function for ranges that make up the problems from the first on, on as many threads as help.
+def work_on(problem: Problem, first: int, prepare: Callable, passes: int, progress=None) -> None:
+    """Go through the problems from the first on, on as many threads as help.
 
-    The calling thread is one of them, and the one that reports progress.
+    The calling thread is one of them, and the one that reports progress. For each range of the batch, `prepare` makes a
+    function that solves problems of it and that all threads call with the same `turn`, from which they `claim` them.
     """
     count = problem.batch - first
     # To count operations would take a good part of a small solve.
-    workers, number = _plan(problem, count, passes) if count > 1 else (1, count)
-    edges = [first + i * count // number for i in range(number + 1)] if count else []
-    ranges = deque(slice(start, stop) for start, stop in pairwise(edges))
-    finished = deque([first])
-
-    def work(report: Callable | None) -> None:
-        while True:
-            try:
-                where = ranges.popleft()
-            except IndexError:
-                return
-            solve_range(where)
-            finished.append(where.stop - where.start)
-            if report is not None and ranges:
-                report(sum(list(finished)), problem.batch)
-
-    if workers == 1:
-        work(progress)
-    else:
-        with single_threaded_blas():
-            helpers = [_pool().submit(contextvars.copy_context().run, work, None) for _ in range(workers - 1)]
-            try:
-                work(progress)
-            finally:
-                ranges.clear()
-                # A helper that has not begun found every thread busy, and there is nothing left for it to do.
-                errors = [helper.exception() for helper in helpers if not helper.cancel()]
-        for error in errors:
-            if error is not None:
-                raise error
-    if progress is not None and count:
-        progress(problem.batch, problem.batch)
+    workers, number, at_once = _plan(problem, count, passes, progress is not None) if count > 1 else (1, count, 1)
+    with single_threaded_blas() if workers > 1 else nullcontext():
+        for i in range(number):
+            where = slice(first + i * count // number, first + (i + 1) * count // number)
+            _share(prepare(where), np.zeros(1, np.int64), at_once, workers)
+            if progress is not None:
+                progress(where.stop, problem.batch)
 
 
-def _plan(problem: Problem, count: int, passes: int) -> tuple[int, int]:
-    """How many threads help with so many problems, and in how many ranges to take these."""
-    worth = int(count * passes * _operations(problem) / WORTH_A_THREAD)
-    workers = max(1, min(problem.backend.workers, count, worth))
-    least = -(-count * problem.bytes_per_problem // RANGE_BYTES)
-    return workers, min(count, max(min(worth, workers * RANGES), least))
+def _share(run: Callable, turn: np.ndarray, at_once: int, workers: int) -> None:
+    """Call the function on all threads at a time."""
+    helpers = [_pool().submit(contextvars.copy_context().run, run, turn, at_once) for _ in range(workers - 1)]
+    try:
+        run(turn, at_once)
+    finally:
+        # A helper that has not begun found every thread busy, and there is nothing left for it to do.
+        errors = [helper.exception() for helper in helpers if not helper.cancel()]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _plan(problem: Problem, count: int, passes: int, reports: bool) -> tuple[int, int, int]:
+    """How many threads help with so many problems, in how many ranges, and how many problems one takes at once."""
+    operations = count * passes * _operations(problem)
+    workers = max(1, min(problem.backend.workers, count, int(operations / WORTH_A_THREAD)))
+    ranges = max(-(-count * problem.bytes_per_problem // RANGE_BYTES), int(operations / WORTH_A_REPORT) * reports)
+    return workers, max(1, min(count, ranges)), max(1, min(16, count // (16 * workers)))
 
 
 def _operations(problem: Problem) -> float:

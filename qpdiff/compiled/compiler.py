@@ -1,0 +1,59 @@
+"""How functions are compiled, and what the language of compiled functions lacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+OPTIONS: Any = {"nogil": True, "error_model": "numpy", "_nrt": False}
+"""Nothing is allocated and no references are counted, which would cost more than the arithmetic on small arrays."""
+_INNER: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+jit = njit(**OPTIONS, **_INNER, fastmath={"reassoc", "contract", "nsz"})
+"""For functions that compiled code calls. Sums may be reordered, which vectorises them; NaN and infinity keep their
+meaning."""
+hot = njit(**OPTIONS, **_INNER, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
+"""The same for functions of every iteration that take named tuples, which a call passes entry by entry."""
+entry = njit(**OPTIONS, cache=True)
+"""For functions that Python calls; they are kept on disk with all that they call."""
+inline = njit(**OPTIONS, inline="always")
+"""For functions that return an array, which without counting references must be part of their caller."""
+
+
+@jit
+def finite(a):
+    """Whether a number is finite. (`np.isfinite` takes a − a for 0, which sums that may be reordered are.)"""
+    return abs(a) < np.inf
+
+
+@intrinsic
+def claim(typing_context, turn, count):
+    """Add to the number in an array of one, which other threads do too; the number before."""
+
+    def generate(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        added = context.cast(builder, arguments[1], signature.args[1], types.int64)
+        return builder.atomic_rmw("add", array.data, added, "monotonic")
+
+    return types.int64(turn, count), generate
+
+
+@intrinsic
+def larger(typing_context, a, b):
+    """The larger of two numbers, NaN if one of them is: an instruction that LLVM makes vectors of."""
+    kind = typing_context.unify_types(a, b)
+
+    def generate(context, builder, signature, arguments):
+        a, b = (
+            context.cast(builder, value, of, kind) for value, of in zip(arguments, signature.args, strict=True)
+        )
+        function_type = ir.FunctionType(a.type, [a.type, a.type])
+        name = f"llvm.maximum.{a.type.intrinsic_name}"
+        maximum = cgutils.get_or_insert_function(builder.module, function_type, name)
+        return builder.call(maximum, (a, b), fastmath=("nsz",))
+
+    return kind(a, b), generate
