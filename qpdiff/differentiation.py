@@ -285,7 +285,7 @@ def _solve_piece(lin, piece, r_x, r_v):
         form, exact, piece.factor, piece.metric, _heavy(part, piece.metric, theta), r_x, r_v, 3
     )
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
-    good = (left <= 0.1 * accuracy) & (moved <= 100 * accuracy)
+    good = (left <= 0.1 * accuracy) & (moved <= accuracy)
     if problem.backend.traced:
         return problem.backend.cond(
             xp.all(good),

@@ -259,7 +259,8 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
     -------
     dx, dv
     left, moved : (B, 1)
-        The residual against the right-hand side, and the last correction against the solution, in the scaled problem.
+        The residual against the right-hand side, and what a next correction is likely to be against the solution, in
+        the scaled problem.
     """
     problem, xp = form.problem, form.problem.backend.xp
     weights = 1.0 / (system.theta + system.delta)
@@ -281,23 +282,23 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
     dx, dv, asked = correction(r_x, r_v)
     e_x, e_v = residual(problem, system, r_x, r_v, dx, dv)
     left = ratio(size(e_x, e_v, D, E), asked)
-    accuracy = xp.finfo(problem.dtype).eps ** 0.75
+    accuracy = xp.finfo(problem.dtype).eps ** 0.625
 
-    def inaccurate(dx, dv, e_x, e_v, left, moved):
-        return ~xp.all((left <= accuracy) & (moved <= 1e3 * accuracy))
+    def inaccurate(dx, dv, e_x, e_v, left, moved, last):
+        return ~xp.all((left <= accuracy) & (moved <= 10.0 * accuracy))
 
-    def refine(dx, dv, e_x, e_v, left, moved):
+    def refine(dx, dv, e_x, e_v, left, moved, last):
         cx, cv, _ = correction(e_x, e_v)
         d_x, d_v = residual(problem, system, r_x, r_v, dx + cx, dv + cv)
         after = ratio(size(d_x, d_v, D, E), asked)
         # A factor too far off makes it worse from round to round; the best is kept.
         better = after < left
-        moved = ratio(size(cx, cv, 1.0 / D, 1.0 / E), size(dx, dv, 1.0 / D, 1.0 / E))
+        now = ratio(size(cx, cv, 1.0 / D, 1.0 / E), size(dx, dv, 1.0 / D, 1.0 / E))
         pairs = ((dx + cx, dx), (dv + cv, dv), (d_x, e_x), (d_v, e_v), (after, left))
-        return (*(xp.where(better, new, old) for new, old in pairs), moved)
+        return (*(xp.where(better, new, old) for new, old in pairs), ratio(now * now, last), now)
 
-    start = (dx, dv, e_x, e_v, left, xp.ones_like(left))
-    dx, dv, _, _, left, moved = problem.backend.while_loop(inaccurate, refine, start, refinements)
+    start = (dx, dv, e_x, e_v, left, xp.ones_like(left), xp.ones_like(left))
+    dx, dv, _, _, left, moved, _ = problem.backend.while_loop(inaccurate, refine, start, refinements)
     return dx, dv, left, moved
 
 

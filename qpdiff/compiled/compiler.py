@@ -16,6 +16,8 @@ _INNER: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 jit = njit(**OPTIONS, **_INNER, fastmath={"reassoc", "contract", "nsz"})
 """For functions that compiled code calls. Sums may be reordered, which vectorises them; NaN and infinity keep their
 meaning."""
+literal = njit(**OPTIONS, **_INNER)
+"""Where no bit may depend on the order of the operands."""
 hot = njit(**OPTIONS, **_INNER, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 """The same for functions of every iteration that take named tuples, which a call passes entry by entry."""
 entry = njit(**OPTIONS, cache=True)

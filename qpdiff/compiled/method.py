@@ -18,7 +18,7 @@ from ..kkt import METRIC_PASSES
 from ..problem import INFINITE
 from ..solution import Status
 from ..solver import IMPATIENCE, LUCK, PATIENCE, RUNNING, STEP_FRACTION
-from .compiler import OPTIONS, claim, entry, finite, hot, inline, jit, larger
+from .compiler import OPTIONS, claim, entry, finite, hot, inline, jit, larger, literal
 from .products import add_product_transposed, backward, dot, forward, product
 from .tiles import add_gram, cholesky, padded, solve_rows_above
 
@@ -1214,7 +1214,7 @@ def correction(form, one, reduced, heavy, weights, e_x, e_v, c_x, c_v, work):
 
 @jit
 def solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, refinements, work):
-    """Solve a KKT system with the factor of another one, `kkt.solve_nearby`; the residual and the last correction."""
+    """Solve a KKT system with the factor of another one, `kkt.solve_nearby`; the residual and the next correction."""
     n, rows = u_x.shape[0], u_v.shape[0]
     weights, zero_x, zero_v = work.ds, work.rho, work.delta
     D_inverse, E_inverse = work.x, work.v
@@ -1225,16 +1225,17 @@ def solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, refinemen
     for i in range(rows):
         weights[i] = 1.0 / theta[i]
         E_inverse[i] = 1.0 / one.E[i]
-    accuracy = np.finfo(u_x.dtype).eps ** 0.75
+    accuracy = np.finfo(u_x.dtype).eps ** 0.625
     asked = correction(form, one, reduced, heavy, weights, r_x, r_v, u_x, u_v, work)
     residual(one, theta, zero_x, zero_v, r_x, r_v, u_x, u_v, work.e_x, work.e_v, work)
-    left, moved = ratio(size(heavy, one.D, one.E, work.e_x, work.e_v), asked), 1.0
+    left, moved, last = ratio(size(heavy, one.D, one.E, work.e_x, work.e_v), asked), 1.0, 1.0
     c_x, c_v, d_x, d_v = work.cx, work.cv, work.dx, work.dv
     for _ in range(refinements):
-        if left <= accuracy and moved <= 1e3 * accuracy:
+        if left <= accuracy and moved <= 10.0 * accuracy:
             break
         correction(form, one, reduced, heavy, weights, work.e_x, work.e_v, c_x, c_v, work)
-        moved = ratio(size(heavy, D_inverse, E_inverse, c_x, c_v), size(heavy, D_inverse, E_inverse, u_x, u_v))
+        now = ratio(size(heavy, D_inverse, E_inverse, c_x, c_v), size(heavy, D_inverse, E_inverse, u_x, u_v))
+        moved, last = ratio(now * now, last), now
         for i in range(n):
             c_x[i] += u_x[i]
         for i in range(rows):
@@ -1315,7 +1316,7 @@ def solve_kkt(batch, store, metric, form, factored, v, s, i, r_x, r_v, u_x, u_v,
             transpose(K, work.turned)
             whiten_diagonal(one, reduced, work.turned)
         left, moved = solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, rounds, work)
-        if left <= 0.1 * accuracy and moved <= 100.0 * accuracy:
+        if left <= 0.1 * accuracy and moved <= accuracy:
             return
     solve_afresh(one, in_primal_form(reduced, work), theta, heavy, r_x, r_v, u_x, u_v, work)
 
@@ -1354,7 +1355,7 @@ def solve_kkt_batch(
             product_of_rows(v[i, p:], u_v[i, p:], x[i], u_x[i], of_G[i])
 
 
-@jit
+@literal
 def symmetric_product(u, x, out):
     """−½ (u xᵀ + x uᵀ), the gradient of Q."""
     for j in range(x.shape[0]):
