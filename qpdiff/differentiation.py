@@ -516,17 +516,19 @@ def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, A
     for name in problem.operands if names is None else names:
         shared = getattr(problem, name).shape[0] == 1
         if name == "Q":
-            half = _outer(xp, Q, shared)
+            half = _outer(problem.backend, Q, shared)
             out[name] = half + xp.matrix_transpose(half)  # symmetric to the last bit
         elif name in ("A", "G"):
-            out[name] = _outer(xp, [(a[:, blocks[name]], b) for a, b in K], shared)
+            out[name] = _outer(problem.backend, [(a[:, blocks[name]], b) for a, b in K], shared)
         else:
             out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared else vectors[name]
     return out
 
 
-def _outer(xp, pairs, shared: bool):
+def _outer(backend, pairs, shared: bool):
     """Σ abᵀ over pairs of vectors (B, ·), for every problem or summed over the batch."""
+    xp = backend.xp
     if shared:
-        return sum(a.T @ b for a, b in pairs)[None, :, :]
+        with backend.briefly():
+            return sum(a.T @ b for a, b in pairs)[None, :, :]
     return xp.stack([a for a, _ in pairs], axis=-1) @ xp.stack([b for _, b in pairs], axis=-2)

@@ -279,7 +279,7 @@ def test_blas_has_one_thread_inside_and_its_own_again_outside():
         return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
 
     inside, before = [], threads()
-    operands = optnet(rng(), (256,), 30, 20, 0)
+    operands = optnet(rng(), (8,), 150, 20, 0)  # of a size at which BLAS takes part
     qpdiff.solve_qp(**operands, engine="compiled", progress=lambda done, batch: inside.append(threads()))
     assert threads() == before
     if os.cpu_count() > 1:

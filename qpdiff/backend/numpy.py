@@ -40,6 +40,10 @@ class NumPyBackend(Backend):
             futures = [pool.submit(contextvars.copy_context().run, function, item) for item in items]
             return [future.result() for future in futures]
 
+    def briefly(self):
+        """BLAS's threads keep their processors busy for a while after a product, which what comes next then lacks."""
+        return single_threaded_blas()
+
     def none(self, mask) -> bool:
         return not mask.any()
 

@@ -92,11 +92,11 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
         start = tuple(_frozen(_part(a, where)) for a in points)
         metric_there, outcome_there = tuple(_part(a, where) for a in metric), Outcome(*(a[where] for a in outcome))
 
-        def run(turn, at_once) -> None:
+        def run(turn, edges) -> None:
             if not method.solve_batch(
                 batch, exact, check, where.start == 0, settings, form, prepared, near is not None, start,
                 _stored(problem, store, form, where), metric_there, outcome_there, forms[where], factored[where],
-                turn, at_once, _room(problem),
+                turn, edges, _room(problem),
             ):  # fmt: skip
                 raise _Refused
 
@@ -105,7 +105,7 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
     prepared = shared and count > 1
     if prepared:
         with single_threaded_blas():
-            prepare(slice(0, 1), False)(np.zeros(1, np.int64), 1)
+            prepare(slice(0, 1), False)(np.zeros(1, np.int64), np.array([0, 1, 1]))
         forms[1:] = forms[0]
     work_on(problem, int(prepared), lambda where: prepare(where, prepared), SOLVE, progress)
     return outcome, Factors(form, store, metric, forms, factored)
@@ -128,10 +128,10 @@ def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: 
         there = tuple(a[where] for a in (u_x, u_v, *gradients.values()))
         forms, factored = factors.forms[where], factors.factored[where]
 
-        def run(turn, at_once) -> None:
+        def run(turn, edges) -> None:
             method.solve_kkt_batch(
                 batch, _stored(problem, factors.store, factors.form, where), metric, forms, factored, *given, fill,
-                *there, turn, at_once, _room(problem),
+                *there, turn, edges, _room(problem),
             )  # fmt: skip
 
         return run

@@ -33,15 +33,14 @@ def finite(a):
 
 
 @intrinsic
-def claim(typing_context, turn, count):
-    """Add to the number in an array of one, which other threads do too; the number before."""
+def claim(typing_context, turn):
+    """The number in an array of one, which is one more afterwards, though other threads do the same."""
 
     def generate(context, builder, signature, arguments):
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        added = context.cast(builder, arguments[1], signature.args[1], types.int64)
-        return builder.atomic_rmw("add", array.data, added, "monotonic")
+        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
 
-    return types.int64(turn, count), generate
+    return types.int64(turn), generate
 
 
 @intrinsic
@@ -50,9 +49,7 @@ def larger(typing_context, a, b):
     kind = typing_context.unify_types(a, b)
 
     def generate(context, builder, signature, arguments):
-        a, b = (
-            context.cast(builder, value, of, kind) for value, of in zip(arguments, signature.args, strict=True)
-        )
+        a, b = (context.cast(builder, value, of, kind) for value, of in zip(arguments, signature.args, strict=True))
         function_type = ir.FunctionType(a.type, [a.type, a.type])
         name = f"llvm.maximum.{a.type.intrinsic_name}"
         maximum = cgutils.get_or_insert_function(builder.module, function_type, name)

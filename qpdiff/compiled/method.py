@@ -1074,16 +1074,18 @@ def in_primal_form(reduced, work):
 
 
 @jit
-def following(i, turn, at_once):
-    """The problem after i that is for this thread: so many at once, of which `turn` has where the next begin."""
-    i += 1
-    return claim(turn, at_once) if i % at_once == 0 else i
+def following(i, end, turn, edges):
+    """The problem after i, in pieces of the batch of which `turn` has the number of the next; and the piece's end."""
+    if i + 1 < end:
+        return i + 1, end
+    piece = min(claim(turn), edges.shape[0] - 2)
+    return edges[piece], edges[piece + 1]
 
 
 @entry
 def solve_batch(
     batch, exact, check, all_shared, settings, preferred, prepared, warm, near, store, metric, outcome, forms, factored,
-    turn, at_once, room,
+    turn, edges, room,
 ):  # fmt: skip
     """Solve problems one after the other as long as there are any; False if `check` refused one, which ends it.
 
@@ -1109,7 +1111,7 @@ def solve_batch(
         The form that each problem has been solved with.
     factored : boolean array
         Whether its factor in `store` is of use.
-    turn, at_once
+    turn, edges : int array
         As `following` takes them.
     room : Room
     """
@@ -1118,14 +1120,14 @@ def solve_batch(
     first, second = make_iterates(room)
     k, k64, kind = work.k, work.k64, work.kind
     single = batch.q.itemsize == 4
-    i = np.int64(-1)
+    i = end = np.int64(0)
     while True:
-        i = following(i, turn, at_once)
+        i, end = following(i, end, turn, edges)
         if i >= count:
             return True
         whole = all_shared and i == 0
         if check and not plausible(batch, i, whole):
-            turn[0] = count
+            turn[0] = edges.shape[0]
             return False
         lb, ub = at(batch.lb, i), at(batch.ub, i)
         fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
@@ -1149,7 +1151,7 @@ def solve_batch(
                 form = PRIMAL
             # The other forms exist only for a Q that is positive definite.
             if check and form == PRIMAL and (whole or batch.Q.shape[0] > 1) and not convex(one.Q, work.square):
-                turn[0] = count
+                turn[0] = edges.shape[0]
                 return False
         if form != preferred:
             reduced = in_primal_form(reduced, work)
@@ -1323,18 +1325,19 @@ def solve_kkt(batch, store, metric, form, factored, v, s, i, r_x, r_v, u_x, u_v,
 
 @entry
 def solve_kkt_batch(
-    batch, store, metric, forms, factored, x, v, s, solved, r_x, r_v, fill, u_x, u_v, of_Q, of_A, of_G, turn, at_once,
+    batch, store, metric, forms, factored, x, v, s, solved, r_x, r_v, fill, u_x, u_v, of_Q, of_A, of_G, turn, edges,
     room,
 ):  # fmt: skip
     """Solve the KKT system at the solutions of a batch, one problem after the other as long as there are any.
 
-    `batch`, `store`, `metric`, `forms`, `factored`, `turn` and `at_once` are those of `solve_batch`. Problems that are
+    `batch`, `store`, `metric`, `forms`, `factored`, `turn` and `edges` are those of `solve_batch`. Problems that are
     not solved get the number `fill`. `of_Q`, `of_A` and `of_G` are for the gradients of the matrices, or empty.
     """
     work = make_work(room)
-    i, p = np.int64(-1), of_A.shape[1]
+    p = of_A.shape[1]
+    i = end = np.int64(0)
     while True:
-        i = following(i, turn, at_once)
+        i, end = following(i, end, turn, edges)
         if i >= u_x.shape[0]:
             return
         if solved[i]:

@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
 from ..backend import single_threaded_blas
 from ..problem import Problem
+from .tiles import BLOCK
 
 RANGE_BYTES = 2**28
 """Working memory of a range of the batch."""
@@ -28,24 +29,24 @@ def work_on(problem: Problem, first: int, prepare: Callable, passes: int, progre
     """Go through the problems from the first on, on as many threads as help.
 
     The calling thread is one of them, and the one that reports progress. For each range of the batch, `prepare` makes a
-    function that solves problems of it and that all threads call with the same `turn`, from which they `claim` them.
+    function that solves problems of it and that all threads call with the same `turn`, from which they claim them.
     """
     count = problem.batch - first
     # To count operations would take a good part of a small solve.
-    workers, number, at_once = _plan(problem, count, passes, progress is not None) if count > 1 else (1, count, 1)
-    with single_threaded_blas() if workers > 1 else nullcontext():
+    workers, number = _plan(problem, count, passes, progress is not None) if count > 1 else (1, count)
+    with single_threaded_blas() if workers > 1 and max(problem.n, problem.m + problem.p) > BLOCK else nullcontext():
         for i in range(number):
             where = slice(first + i * count // number, first + (i + 1) * count // number)
-            _share(prepare(where), np.zeros(1, np.int64), at_once, workers)
+            _share(prepare(where), np.zeros(1, np.int64), _pieces(where.stop - where.start, workers), workers)
             if progress is not None:
                 progress(where.stop, problem.batch)
 
 
-def _share(run: Callable, turn: np.ndarray, at_once: int, workers: int) -> None:
+def _share(run: Callable, turn: np.ndarray, edges: np.ndarray, workers: int) -> None:
     """Call the function on all threads at a time."""
-    helpers = [_pool().submit(contextvars.copy_context().run, run, turn, at_once) for _ in range(workers - 1)]
+    helpers = [_pool().submit(contextvars.copy_context().run, run, turn, edges) for _ in range(workers - 1)]
     try:
-        run(turn, at_once)
+        run(turn, edges)
     finally:
         # A helper that has not begun found every thread busy, and there is nothing left for it to do.
         errors = [helper.exception() for helper in helpers if not helper.cancel()]
@@ -54,12 +55,24 @@ def _share(run: Callable, turn: np.ndarray, at_once: int, workers: int) -> None:
             raise error
 
 
-def _plan(problem: Problem, count: int, passes: int, reports: bool) -> tuple[int, int, int]:
-    """How many threads help with so many problems, in how many ranges, and how many problems one takes at once."""
+@lru_cache
+def _pieces(count: int, workers: int) -> np.ndarray:
+    """Where the pieces begin that threads take of so many problems, and an empty one at the end.
+
+    Neighbours share lines of the cache, so a piece is large, but the last ones are small: no thread waits for another.
+    """
+    edges = [0]
+    while edges[-1] < count:
+        edges.append(edges[-1] + -(-(count - edges[-1]) // (2 * workers if workers > 1 else 1)))
+    return np.array([*edges, count])
+
+
+def _plan(problem: Problem, count: int, passes: int, reports: bool) -> tuple[int, int]:
+    """How many threads help with so many problems, and in how many ranges."""
     operations = count * passes * _operations(problem)
     workers = max(1, min(problem.backend.workers, count, int(operations / WORTH_A_THREAD)))
     ranges = max(-(-count * problem.bytes_per_problem // RANGE_BYTES), int(operations / WORTH_A_REPORT) * reports)
-    return workers, max(1, min(count, ranges)), max(1, min(16, count // (16 * workers)))
+    return workers, max(1, min(count, ranges))
 
 
 def _operations(problem: Problem) -> float:
