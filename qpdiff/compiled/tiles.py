@@ -123,8 +123,11 @@ def cholesky(U, n):
             _subtract_and_solve(U, U, U, i, 0, 0, start, start + lanes)
             _put(U, i, corner)
             _subtract_and_solve(U, U, U, i, first, i, start + lanes, stop)
-    # A pivot that is not positive leaves NaN or infinity in all rows below it, and so do these.
-    return n == 0 or (U[n - 1, n - 1] > 0.0 and finite(U[n - 1, n - 1]))
+    # A pivot that is not positive leaves NaN in all rows of the blocks below it, and so does NaN.
+    sound = True
+    for i in range(max(0, n - 1) // ROWS * ROWS, n):
+        sound &= U[i, i] > 0.0 and finite(U[i, i])
+    return sound
 
 
 @jit
