@@ -110,19 +110,19 @@ def _end(n, M):
 @jit
 def cholesky(U, n):
     """The upper factor of M = UᵀU in place of M, with the inverses on its diagonal; whether M was positive definite."""
-    lanes, stop = _lanes(U), _end(n, U)
+    width, stop = max(ROWS, _lanes(U)), _end(n, U)
     for first in range(0, n, BLOCK):
         end = min(first + BLOCK, n)
         if first > 0:
             add_product_tn(-1.0, U[:first, first:end], U[:first, first:n], U[first:end, first:n])
         for i in range(first, end, ROWS):
-            start = i - i % lanes
-            _subtract(U, U, U, i, first, i, start, start + lanes)
+            start = i - i % width
+            _subtract(U, U, U, i, first, i, start, start + width)
             corner = _factor(U, i)
             _put(U, i, corner)
-            _subtract_and_solve(U, U, U, i, 0, 0, start, start + lanes)
+            _subtract_and_solve(U, U, U, i, 0, 0, start, start + width)
             _put(U, i, corner)
-            _subtract_and_solve(U, U, U, i, first, i, start + lanes, stop)
+            _subtract_and_solve(U, U, U, i, first, i, start + width, stop)
     # A pivot that is not positive leaves NaN in all rows of the blocks below it, and so does NaN.
     sound = True
     for i in range(max(0, n - 1) // ROWS * ROWS, n):
