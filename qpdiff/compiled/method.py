@@ -207,10 +207,14 @@ def copy_upper(M, out, n):
 def transpose(K, out):
     """Put Kᵀ in a padded matrix, and zeros into the padding."""
     rows, n = K.shape
-    for start in range(0, n, 8):  # what a line of the cache holds
-        for i in range(rows):
-            for j in range(start, min(start + 8, n)):
-                out[j, i] = K[i, j]
+    whole = rows - rows % 4
+    for i in range(0, whole, 4):
+        a, b, c, d, columns = K[i], K[i + 1], K[i + 2], K[i + 3], out[:, i : i + 4]
+        for j in range(n):
+            columns[j, 0], columns[j, 1], columns[j, 2], columns[j, 3] = a[j], b[j], c[j], d[j]
+    for i in range(whole, rows):
+        for j in range(n):
+            out[j, i] = K[i, j]
     for j in range(n):
         out[j, rows:] = 0.0
     out[n:, :] = 0.0
@@ -934,29 +938,42 @@ def plausible(batch, i, all_shared):
                     return False
     if all_shared or batch.Q.shape[0] > 1:
         Q = at(batch.Q, i)
-        single = Q.itemsize == 4
-        difference, largest = 0.0, largest_entry(Q)
-        for start in range(0, Q.shape[0], 8):
-            for k in range(Q.shape[0]):
-                for j in range(max(start, k), min(start + 8, Q.shape[0])):
-                    difference = larger(abs(Q[j, k] - Q[k, j]), difference)
-        return largest < np.inf and difference <= (1e-4 if single else 1e-8) * largest
+        return asymmetry(Q) <= (1e-4 if Q.itemsize == 4 else 1e-8) * largest_on_diagonal(Q) < np.inf
     return True
 
 
 @jit
-def largest_entry(Q):
+def largest_on_diagonal(Q):
+    """The largest entry, of a matrix that is positive semidefinite."""
     largest = SMALLEST_SINGLE if Q.itemsize == 4 else SMALLEST
-    for j in range(Q.shape[0]):
-        for k in range(Q.shape[1]):
-            largest = larger(abs(Q[j, k]), largest)
+    for i in range(Q.shape[0]):
+        largest = larger(abs(Q[i, i]), largest)
     return largest
+
+
+@jit
+def asymmetry(Q):
+    """The largest difference from the transpose; NaN where an entry is not finite."""
+    d0 = d1 = d2 = d3 = 0.0
+    n = Q.shape[0]
+    for i in range(0, n, 4):
+        if i + 4 <= n:
+            q0, q1, q2, q3, columns = Q[i, :i], Q[i + 1, :i], Q[i + 2, :i], Q[i + 3, :i], Q[:i, i : i + 4]
+            for k in range(columns.shape[0]):
+                d0 = larger(abs(q0[k] - columns[k, 0]), d0)
+                d1 = larger(abs(q1[k] - columns[k, 1]), d1)
+                d2 = larger(abs(q2[k] - columns[k, 2]), d2)
+                d3 = larger(abs(q3[k] - columns[k, 3]), d3)
+        for j in range(i, min(i + 4, n)):
+            for k in range(i if i + 4 <= n else 0, j):
+                d0 = larger(abs(Q[j, k] - Q[k, j]), d0)
+    return larger(larger(d0, d1), larger(d2, d3))
 
 
 @jit
 def convex(Q, M):
     """Whether Q is positive semidefinite as far as `problem` wants it."""
-    n, scale = Q.shape[0], 1.0 / largest_entry(Q)
+    n, scale = Q.shape[0], 1.0 / largest_on_diagonal(Q)
     for j in range(n):
         row, out = Q[j, j:n], M[j, j:n]
         for k in range(n - j):
