@@ -4,8 +4,7 @@ With r = m + p rows of G and A, of n variables, the KKT system is reduced to the
 takes fewer operations (`qpdiff/kkt.py` says how and when):
 
 to variables        an iteration    r n²  Kᵀ W K, symmetric  +  n³/3  Cholesky  +  2 · 2n²  two solves
-to rows, once       set-up          n³/3 + n³/3  Cholesky of Q and its inverse  +  r n²  whitened rows  +  n r²  their
-                                    products, symmetric
+to rows, once       set-up          n³/3  Cholesky of Q  +  r n²  whitened rows  +  n r²  their products, symmetric
                     an iteration    r³/3  Cholesky  +  2 · 2r²  two solves  +  2 · (4 n r + 2n²)  to rows and back
 to rows, diagonal   an iteration    n r²  +  r³/3  +  2 · 2r²  +  2 · 4 n r
 each of them        an iteration    2 · (2n² + 4 n r)  products with Q, K and Kᵀ for the two residuals
@@ -28,7 +27,7 @@ def operations(row: Row, iterations: int) -> tuple[str, float]:
     if row.kind == "sudoku":
         forms["rows, diagonal"] = iterations * (n * r**2 + r**3 / 3 + 4 * r**2 + 8 * n * r + residuals)
     else:
-        set_up = 2 * n**3 / 3 + r * n**2 + n * r**2
+        set_up = n**3 / 3 + r * n**2 + n * r**2
         forms["rows"] = once * set_up + iterations * (r**3 / 3 + 4 * r**2 + 8 * n * r + 4 * n**2 + residuals)
     form = min(forms, key=forms.__getitem__)
     return form, forms[form]
