@@ -235,6 +235,16 @@ def test_empty_batch():
     assert qpdiff.vjp(sol, x=sol.x).Q.shape == (0, 3, 3)
 
 
+def test_cotangents_of_any_layout():
+    sol = qpdiff.solve_qp(**optnet(rng(), (30,), 10, 5, 3), engine="compiled")
+    x = rng().normal(size=sol.x.shape)
+    expected = qpdiff.vjp(sol, x=x)
+    for same in (np.asfortranarray(x), np.repeat(x, 2, axis=1)[:, ::2], x[::-1][::-1]):
+        for gradient, value in zip(qpdiff.vjp(sol, x=same), expected, strict=True):
+            if value is not None:
+                np.testing.assert_array_equal(gradient, value)
+
+
 @pytest.mark.parametrize("case", ["optnet", "larger", "everything", "diagonal", "shared matrices"])
 def test_where_factors_take_too_much_memory_the_derivative_makes_its_own(monkeypatch, case):
     operands = CASES[case]()

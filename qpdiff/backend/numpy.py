@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextvars
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 from scipy.linalg import get_lapack_funcs
@@ -41,8 +43,11 @@ class NumPyBackend(Backend):
             return [future.result() for future in futures]
 
     def briefly(self):
-        """BLAS's threads keep their processors busy for a while after a product, which what comes next then lacks."""
-        return single_threaded_blas()
+        """BLAS's threads keep their processors busy for a while after a product, which what comes next then lacks.
+
+        Only the compiled engine is fast enough to notice, and what it takes to hold them is there with it.
+        """
+        return single_threaded_blas() if "numba" in sys.modules else nullcontext()
 
     def none(self, mask) -> bool:
         return not mask.any()

@@ -116,7 +116,7 @@ def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: 
 
     With x, also the gradients of the matrices that every problem has its own of, by name.
     """
-    u_x, u_v = np.empty_like(r_x), np.empty_like(r_v)
+    u_x, u_v = np.empty(r_x.shape, r_x.dtype), np.empty(r_v.shape, r_v.dtype)
     matrices = {"Q": (problem.n, problem.n), "A": (problem.p, problem.n), "G": (problem.m, problem.n)}
     own = [k for k in matrices if x is not None and k in problem.operands and len(getattr(problem, k)) == len(x)]
     gradients = {k: np.empty((len(x) if k in own else 0, *core), r_x.dtype) for k, core in matrices.items()}

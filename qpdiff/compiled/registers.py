@@ -21,6 +21,8 @@ class Memory:
     """Addresses in an array, and vectors from and to it; the entries of a row follow each other."""
 
     def __init__(self, context, builder, kind, value):
+        if kind.layout != "C":
+            raise TypeError(f"{kind} may have entries that do not follow each other")
         array = context.make_array(kind)(context, builder, value)
         self.builder, self.size = builder, kind.dtype.bitwidth // 8
         self.scalar = context.get_value_type(kind.dtype)
