@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,29 @@ literal = njit(**OPTIONS, **_INNER)
 """Where no bit may depend on the order of the operands."""
 hot = njit(**OPTIONS, **_INNER, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 """The same for functions of every iteration that take named tuples, which a call passes entry by entry."""
-entry = njit(**OPTIONS, cache=True)
-"""For functions that Python calls; they are kept on disk with all that they call."""
 inline = njit(**OPTIONS, inline="always")
 """For functions that return an array, which without counting references must be part of their caller."""
+
+
+def _sources() -> str:
+    """A digest of what compiled functions are made from."""
+    folder = Path(__file__).parent
+    constants = (folder.parent / f"{name}.py" for name in ("kkt", "problem", "solution", "solver"))
+    files = [*sorted(folder.glob("*.py")), *(file for file in constants if file.exists())]
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+_SOURCES = _sources()
+
+
+def entry(function):
+    """For functions that Python calls; they are kept on disk with all that they call.
+
+    Numba takes what is on disk for valid as long as the function's own file has not changed. So that a change in
+    another one counts too, the name that it is kept under says which version of the package made it.
+    """
+    function.__qualname__ += f"_{_SOURCES}"
+    return njit(**OPTIONS, cache=True)(function)
 
 
 @jit
