@@ -187,7 +187,7 @@ def _form(problem: Problem) -> int:
 @cache
 def _core_shapes(form: int, n: int, linear: int, rows: int, itemsize: int) -> Reduced:
     """Shapes of what one problem keeps of its reduced form."""
-    square, wide, small = ((padded(*shape, itemsize)) for shape in ((n, n), (n, linear), (linear, linear)))
+    square, wide, small = (padded(*shape, itemsize) for shape in ((n, n), (n, linear), (linear, linear)))
     if form == PRIMAL:
         return Reduced((0, 0), (0, 0), (0, 0), (0,), square, (rows,))
     if form == DENSE_DUAL:

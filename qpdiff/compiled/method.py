@@ -19,7 +19,7 @@ from ..problem import INFINITE
 from ..solution import Status
 from ..solver import IMPATIENCE, LUCK, PATIENCE, RUNNING, STEP_FRACTION
 from .compiler import OPTIONS, claim, entry, finite, hot, inline, jit, larger, literal
-from .products import add_product_transposed, backward, dot, forward, product
+from .products import add_product_transposed, backward, dot, forward, product, solve_cholesky
 from .tiles import add_gram, cholesky, padded, solve_rows_above
 
 SOLVED, MAX_ITERATIONS = int(Status.SOLVED), int(Status.MAX_ITERATIONS)
@@ -415,8 +415,7 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
     if form == DENSE_DUAL:
         for i in range(linear):
             dv[i] = work.Vt[i] - r_v[i]
-        forward(reduced.U, dv)
-        backward(reduced.U, dv)
+        solve_cholesky(reduced.U, dv)
         return
     if form == PRIMAL:
         for i in range(rows):
@@ -424,8 +423,7 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
         adjoint(K, lower, upper, dv, dx)
         for i in range(n):
             dx[i] += r_x[i]
-        forward(reduced.U, dx)
-        backward(reduced.U, dx)
+        solve_cholesky(reduced.U, dx)
         constraints(K, lower, upper, dx, dv)
         for i in range(rows):
             dv[i] = weights[i] * (dv[i] - r_v[i])
@@ -442,8 +440,7 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
     for i in range(linear):
         y[i] = -r_v[i]
     add_product_transposed(reduced.V, t, y)
-    forward(reduced.U, y)
-    backward(reduced.U, y)
+    solve_cholesky(reduced.U, y)
     product(reduced.V, y, dx)
     for j in range(n):
         dx[j] = (t[j] - dx[j]) / root[j]

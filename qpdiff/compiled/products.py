@@ -1,4 +1,4 @@
-"""Products of a matrix and a vector, and solves with a triangular factor, written as LLVM instructions.
+"""Products of a matrix and a vector, written as LLVM instructions, and solves with a triangular factor.
 
 Sizes are seldom multiples of a vector register's, and a loop over what is left over takes as long as the rest at the
 sizes of most problems: here it is one more vector, under a mask.
@@ -11,19 +11,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .compiler import jit
-from .registers import Memory, span, whole, word
+from .registers import span, unpacked, whole, word
 
 ROWS = 4
 """Rows of a triangle that are solved for at a time."""
-
-
-def _arguments(context, builder, signature, arguments, arrays: int):
-    """The first arguments as memory, the others as words."""
-    pairs = list(zip(signature.args, arguments, strict=True))
-    return (
-        *(Memory(context, builder, kind, value) for kind, value in pairs[:arrays]),
-        *(context.cast(builder, value, kind, types.int64) for kind, value in pairs[arrays:]),
-    )
 
 
 @intrinsic
@@ -31,13 +22,13 @@ def _rows_times(typing_context, M, x, out, rows, columns):
     """Instructions for out = M x"""
 
     def generate(context, builder, signature, arguments):
-        m, x, out, rows, columns = _arguments(context, builder, signature, arguments, 3)
+        m, x, out, rows, columns = unpacked(context, builder, signature, arguments, 3)
         end = whole(builder, word(0), columns, m.lanes)
         mask = m.first(builder.sub(columns, end))
 
         def block(i, count):
             starts = [m.at(builder.add(i, word(r)), word(0)) for r in range(count)]
-            sums = [cgutils.alloca_once_value(builder, m.nothing) for _ in starts]
+            sums = [cgutils.alloca_once(builder, m.vector) for _ in starts]
             for place in sums:
                 builder.store(m.nothing, place)
 
@@ -72,7 +63,7 @@ def _columns_times(typing_context, M, v, out, rows, columns):
     """Instructions for out = out + Mᵀ v"""
 
     def generate(context, builder, signature, arguments):
-        m, v, out, rows, columns = _arguments(context, builder, signature, arguments, 3)
+        m, v, out, rows, columns = unpacked(context, builder, signature, arguments, 3)
 
         def tile(j, vectors, at_once, mask):
             sums = {(r, k): cgutils.alloca_once(builder, m.vector) for r in range(at_once) for k in range(vectors)}
@@ -182,3 +173,10 @@ def backward(U, r):
         x1 = (r[i + 1] - s1 - U[i + 1, i + 3] * x3 - U[i + 1, i + 2] * x2) * U[i + 1, i + 1]
         x0 = (r[i] - s0 - U[i, i + 3] * x3 - U[i, i + 2] * x2 - U[i, i + 1] * x1) * U[i, i]
         r[i], r[i + 1], r[i + 2], r[i + 3] = x0, x1, x2, x3
+
+
+@jit
+def solve_cholesky(U, r):
+    """Solve UᵀU x = r in place."""
+    forward(U, r)
+    backward(U, r)

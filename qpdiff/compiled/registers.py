@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llvmlite import binding, ir
+from numba import types
 from numba.core import cgutils
 
 _FEATURES = binding.get_host_cpu_features()
@@ -49,8 +50,8 @@ class Memory:
         if mask is None:
             return self.builder.load(place, align=self.size)
         align = ir.Constant(ir.IntType(32), self.size)
-        types = [place.type, align.type, mask.type, self.vector]
-        function = self._masked("load", ir.FunctionType(self.vector, types))
+        kinds = [place.type, align.type, mask.type, self.vector]
+        function = self._masked("load", ir.FunctionType(self.vector, kinds))
         return self.builder.call(function, (place, align, mask, self.nothing))
 
     def store(self, vector, address, number=0, mask=None):
@@ -59,8 +60,8 @@ class Memory:
             self.builder.store(vector, place, align=self.size)
             return
         align = ir.Constant(ir.IntType(32), self.size)
-        types = [self.vector, place.type, align.type, mask.type]
-        function = self._masked("store", ir.FunctionType(ir.VoidType(), types))
+        kinds = [self.vector, place.type, align.type, mask.type]
+        function = self._masked("store", ir.FunctionType(ir.VoidType(), kinds))
         self.builder.call(function, (vector, place, align, mask))
 
     def _masked(self, what: str, kind):
@@ -72,17 +73,15 @@ class Memory:
 
     def repeated(self, value):
         """A number in all lanes."""
-        undefined, index = ir.Constant(self.vector, ir.Undefined), ir.VectorType(ir.IntType(32), self.lanes)
-        first = self.builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
+        zero, index = ir.Constant(ir.IntType(32), 0), ir.VectorType(ir.IntType(32), self.lanes)
+        undefined = ir.Constant(ir.VectorType(value.type, self.lanes), ir.Undefined)
+        first = self.builder.insert_element(undefined, value, zero)
         return self.builder.shuffle_vector(first, undefined, ir.Constant(index, [0] * self.lanes))
 
     def first(self, count):
         """The mask of so many lanes."""
-        numbers = ir.VectorType(WORD, self.lanes)
-        limit = self.builder.insert_element(ir.Constant(numbers, ir.Undefined), count, ir.Constant(ir.IntType(32), 0))
-        index = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
-        limit = self.builder.shuffle_vector(limit, ir.Constant(numbers, ir.Undefined), index)
-        return self.builder.icmp_unsigned("<", ir.Constant(numbers, list(range(self.lanes))), limit)
+        numbers = ir.Constant(ir.VectorType(WORD, self.lanes), list(range(self.lanes)))
+        return self.builder.icmp_unsigned("<", numbers, self.repeated(count))
 
     def total(self, vector):
         """The sum of all lanes."""
@@ -99,6 +98,15 @@ class Memory:
 
     def minus(self, a, b):
         return self.builder.fsub(a, b, flags=FUSED)
+
+
+def unpacked(context, builder, signature, arguments, arrays: int):
+    """The first arguments as memory, the others as words."""
+    pairs = list(zip(signature.args, arguments, strict=True))
+    return (
+        *(Memory(context, builder, kind, value) for kind, value in pairs[:arrays]),
+        *(context.cast(builder, value, kind, types.int64) for kind, value in pairs[arrays:]),
+    )
 
 
 def span(builder, start, stop, step: int):

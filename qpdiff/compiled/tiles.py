@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from .blas import add_gram_tn, add_product_tn
 from .compiler import finite, jit
-from .registers import VECTOR, Memory, span, whole, word
+from .registers import VECTOR, span, unpacked, whole, word
 
 ROWS, ALIGNMENT = 4, 64
 """Rows of a tile; what the columns of a padded matrix fill, in bytes."""
@@ -43,11 +43,7 @@ def _tiles(sign: int, substitute: bool):
         signature = types.void(A, B, C, i, first, last, start, stop)
 
         def generate(context, builder, signature, arguments):
-            a, b, c = (Memory(context, builder, *pair) for pair in zip(signature.args[:3], arguments[:3], strict=True))
-            i, first, last, start, stop = (
-                context.cast(builder, value, kind, types.int64)
-                for value, kind in zip(arguments[3:], signature.args[3:], strict=True)
-            )
+            a, b, c, i, first, last, start, stop = unpacked(context, builder, signature, arguments, 3)
             rows = range(ROWS)
             triangle = {}
             for r in rows if substitute else ():
