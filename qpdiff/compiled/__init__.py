@@ -18,6 +18,7 @@ from ..backend import single_threaded_blas
 from ..problem import OPERANDS, Problem, check_values
 from ..solver import Outcome, Point, Settings
 from . import method
+from .memory import empty
 from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
 from .threads import SOLVE, SWEEP, work_on
 from .tiles import padded
@@ -78,9 +79,9 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
     shared = all(distinct(problem, name).shape[0] == 1 for name in problem.operands if name in _DECIDING)
     store = _store(problem, form, shared)
     own = 1 if shared else count
-    metric = np.empty((own, n), dtype), np.empty((own, rows), dtype)
+    metric = empty((own, n), dtype), empty((own, rows), dtype)
     outcome = Outcome(
-        np.empty((count, n), dtype), np.empty((count, rows), dtype), np.empty((count, rows), dtype),
+        empty((count, n), dtype), empty((count, rows), dtype), empty((count, rows), dtype),
         np.empty((count, 1), np.int32), np.empty((count, 1), np.int32), *np.empty((4, count, 1)),
     )  # fmt: skip
     forms, factored = np.empty(count, np.int64), np.empty(count, np.bool_)
@@ -116,10 +117,10 @@ def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: 
 
     With x, also the gradients of the matrices that every problem has its own of, by name.
     """
-    u_x, u_v = np.empty(r_x.shape, r_x.dtype), np.empty(r_v.shape, r_v.dtype)
+    u_x, u_v = empty(r_x.shape, r_x.dtype), empty(r_v.shape, r_v.dtype)
     matrices = {"Q": (problem.n, problem.n), "A": (problem.p, problem.n), "G": (problem.m, problem.n)}
     own = [k for k in matrices if x is not None and k in problem.operands and len(getattr(problem, k)) == len(x)]
-    gradients = {k: np.empty((len(x) if k in own else 0, *core), r_x.dtype) for k, core in matrices.items()}
+    gradients = {k: empty((len(x) if k in own else 0, *core), r_x.dtype) for k, core in matrices.items()}
 
     def prepare(where: slice):
         batch = _operands(problem, where, np.dtype(problem.dtype))
@@ -216,7 +217,7 @@ def _store(problem: Problem, form: int, shared: bool) -> Reduced:
     if size > few and size > min(many, sum(distinct(problem, name).nbytes for name in problem.operands)):
         kept = set()
     counts = {name: problem.batch if name in kept else int(name in once) for name in Reduced._fields}
-    return Reduced(*(np.empty((counts[k], *shape), dtype) for k, shape in zip(counts, shapes, strict=True)))
+    return Reduced(*(empty((counts[k], *shape), dtype) for k, shape in zip(counts, shapes, strict=True)))
 
 
 def _stored(problem: Problem, store: Reduced, form: int, where: slice) -> Reduced:

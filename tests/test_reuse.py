@@ -1,0 +1,92 @@
+"""Memory of the compiled engine's results: used again once nothing holds on to it, and never before."""
+
+import threading
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+import qpdiff
+from qpdiff.compiled import memory
+
+from .problems import optnet
+
+SHAPE = (memory.SMALLEST // 8 + 5,)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept():
+    memory._free.clear()
+
+
+def kept():
+    return sum(block.size for block in memory._free)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.bool_])
+@pytest.mark.parametrize("shape", [(0,), (3, 5), (100, 1000), (3, 5, 20_000)])
+def test_array(shape, dtype):
+    array = memory.empty(shape, dtype)
+    assert array.shape == shape
+    assert array.dtype == dtype
+    assert array.flags.c_contiguous
+    assert array.flags.aligned
+    assert array.flags.writeable
+    if memory.SMALLEST <= array.nbytes <= memory.LARGEST:
+        assert array.ctypes.data % memory.ALIGNMENT == 0
+
+
+def test_free_memory_is_used_again():
+    array = memory.empty(SHAPE, np.float64)
+    address = array.ctypes.data
+    other = memory.empty(SHAPE, np.float64)
+    assert not np.shares_memory(array, other)
+    del array
+    assert kept() == 8 * SHAPE[0]
+    again = memory.empty((SHAPE[0] * 2,), np.float32)
+    assert again.ctypes.data == address
+    assert kept() == 0
+
+
+@pytest.mark.parametrize(
+    "view", [lambda a: a[3:], lambda a: a.reshape(-1, 1).T, memoryview, lambda a: a.view(np.int64)]
+)
+def test_a_view_holds_on(view):
+    array = memory.empty(SHAPE, np.float64)
+    array[:] = 7.0
+    part = view(array)
+    del array
+    assert kept() == 0
+    assert not np.shares_memory(part, memory.empty(SHAPE, np.float64))
+
+
+def test_little_is_kept():
+    arrays = [memory.empty((memory.LARGEST // 8,), np.float64) for _ in range(10)]
+    del arrays
+    assert 0 < kept() <= memory.KEPT
+    huge = memory.empty((memory.LARGEST // 8 + 1,), np.float64)
+    before = kept()
+    del huge
+    assert kept() == before
+
+
+def solved(operands):
+    sol = qpdiff.solve_qp(**operands)
+    return sol.x, qpdiff.vjp(sol, x=np.ones_like(sol.x)).Q
+
+
+def test_results_of_other_threads_stay():
+    problems = [optnet(np.random.default_rng(seed), (64,), 30, 20, 5) for seed in range(4)]
+    expected = [solved(operands) for operands in problems]
+    same = []
+
+    def work(number):
+        for _ in range(20):
+            same.append(all(map(np.array_equal, solved(problems[number]), expected[number])))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same == [True] * 80
