@@ -8,7 +8,8 @@ from numba import njit
 
 from qpdiff.compiled import products, tiles
 from qpdiff.compiled.blas import add_product_tn
-from qpdiff.compiled.compiler import OPTIONS, claim, larger
+from qpdiff.compiled.compiler import OPTIONS, claim
+from qpdiff.compiled.lanes import larger
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17, 31, 33, 50, 64, 127, 128, 129, 133, 300]
 DTYPES = [np.float64, np.float32]

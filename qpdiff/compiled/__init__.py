@@ -18,11 +18,15 @@ from ..backend import single_threaded_blas
 from ..problem import OPERANDS, Problem, check_values
 from ..solver import Outcome, Point, Settings
 from . import method
+from .groups import make_group_room, solve_groups
+from .lanes import LANES
 from .memory import empty
 from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
 from .threads import SOLVE, SWEEP, work_on
 from .tiles import padded
 
+SMALL = 32
+"""Up to so many variables and rows of A and G, problems are solved in groups."""
 _DECIDING = {"Q", "G", "A", "lb", "ub"}
 """Operands that the metric and the reduced form are made of."""
 KEPT_BYTES = 2**26, 2**29
@@ -87,7 +91,9 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
     forms, factored = np.empty(count, np.int64), np.empty(count, np.bool_)
     points = (metric[0][:1], metric[1][:1], factored[:1]) if near is None else (near.x, near.v, near.usable[:, 0])
 
-    def prepare(where: slice, prepared: bool):
+    everything = np.ones(1, np.bool_)
+
+    def prepare(where: slice, prepared: bool, wanted=everything):
         batch = _operands(problem, where, dtype)
         exact = _operands(problem, where, np.dtype(np.float64)) if dtype == np.float32 else None
         start = tuple(_frozen(_part(a, where)) for a in points)
@@ -97,11 +103,32 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
             if not method.solve_batch(
                 batch, exact, check, where.start == 0, settings, form, prepared, near is not None, start,
                 _stored(problem, store, form, where), metric_there, outcome_there, forms[where], factored[where],
-                turn, edges, _room(problem),
+                _part(wanted, where), turn, edges, _room(problem),
             ):  # fmt: skip
                 raise _Refused
 
         return run
+
+    def prepare_groups(where: slice):
+        batch = _operands(problem, where, dtype)
+        metric_there, outcome_there = tuple(_part(a, where) for a in metric), Outcome(*(a[where] for a in outcome))
+
+        def run(turn, edges) -> None:
+            memory = make_group_room(n, problem.m + problem.p, rows, batch.lb.shape[1], batch.ub.shape[1], form)
+            if not solve_groups(
+                batch, check, where.start == 0, settings, form, _stored(problem, store, form, where), metric_there,
+                outcome_there, forms[where], factored[where], left[where], turn, edges, memory,
+            ):  # fmt: skip
+                raise _Refused
+
+        return run
+
+    if _in_groups(problem, near, shared):
+        left = np.empty(count, np.bool_)
+        work_on(problem, 0, prepare_groups, SOLVE, progress, LANES)
+        if left.any():
+            work_on(problem, 0, lambda where: prepare(where, False, left), SOLVE)
+        return outcome, Factors(form, store, metric, forms, factored)
 
     prepared = shared and count > 1
     if prepared:
@@ -178,6 +205,12 @@ def _frozen(array):
     array = array.view() if flags.c_contiguous and flags.aligned else array.copy("C")
     array.setflags(write=False)
     return array
+
+
+def _in_groups(problem: Problem, near: Point | None, shared: bool) -> bool:
+    """Whether to take problems several at a time."""
+    small = max(problem.n, problem.m + problem.p) <= SMALL and problem.dtype == np.float64
+    return small and near is None and not shared and problem.batch >= LANES // 2
 
 
 def _form(problem: Problem) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 OPTIONS: Any = {"nogil": True, "error_model": "numpy", "_nrt": False}
@@ -62,18 +61,3 @@ def claim(typing_context, turn):
         return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(turn), generate
-
-
-@intrinsic
-def larger(typing_context, a, b):
-    """The larger of two numbers, NaN if one of them is: an instruction that LLVM makes vectors of."""
-    kind = typing_context.unify_types(a, b)
-
-    def generate(context, builder, signature, arguments):
-        a, b = (context.cast(builder, value, of, kind) for value, of in zip(arguments, signature.args, strict=True))
-        function_type = ir.FunctionType(a.type, [a.type, a.type])
-        name = f"llvm.maximum.{a.type.intrinsic_name}"
-        maximum = cgutils.get_or_insert_function(builder.module, function_type, name)
-        return builder.call(maximum, (a, b), fastmath=("nsz",))
-
-    return kind(a, b), generate

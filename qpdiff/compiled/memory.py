@@ -56,6 +56,15 @@ def _take(size: int) -> np.ndarray:
             if memory.size == size:
                 return memory
             _free.append(memory)
-    memory = np.empty(size + ALIGNMENT, np.uint8)
+    return _aligned(size)
+
+
+def _aligned(size: int) -> np.ndarray:
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + size]
+
+
+def aligned(shape) -> np.ndarray:
+    """Zeros in float64, the first at the beginning of a line of the cache."""
+    return _aligned(8 * math.prod(shape)).view(np.float64).reshape(shape)

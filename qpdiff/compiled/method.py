@@ -18,9 +18,22 @@ from ..kkt import METRIC_PASSES
 from ..problem import INFINITE
 from ..solution import Status
 from ..solver import IMPATIENCE, LUCK, PATIENCE, RUNNING, STEP_FRACTION
-from .compiler import OPTIONS, claim, entry, finite, hot, inline, jit, larger, literal
-from .products import add_product_transposed, backward, dot, forward, product, solve_cholesky
-from .tiles import add_gram, cholesky, padded, solve_rows_above
+from .compiler import OPTIONS, claim, entry, finite, hot, inline, jit, literal
+from .lanes import every, larger, no, root, select, smaller, some, zero
+from .stacks import (
+    add_gram,
+    add_product_transposed,
+    backward,
+    cholesky,
+    copy_upper,
+    dot,
+    forward,
+    product,
+    solve_cholesky,
+    solve_rows_above,
+    transpose,
+)
+from .tiles import padded
 
 SOLVED, MAX_ITERATIONS = int(Status.SOLVED), int(Status.MAX_ITERATIONS)
 PRIMAL_INFEASIBLE, DUAL_INFEASIBLE = int(Status.PRIMAL_INFEASIBLE), int(Status.DUAL_INFEASIBLE)
@@ -29,6 +42,7 @@ ABSENT, EQUALITY, INEQUALITY = 0, 1, 2
 PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = 0, 1, 2
 """The reduced forms: `kkt.PrimalForm`, and `kkt.DualForm` with a dense and with a diagonal Q."""
 SMALLEST, SMALLEST_SINGLE = (float(np.finfo(kind).smallest_normal) for kind in (np.float64, np.float32))
+LARGEST_ROOT, LARGEST_ROOT_SINGLE = (float(np.sqrt(np.finfo(kind).max)) for kind in (np.float64, np.float32))
 EPS = float(np.finfo(np.float64).eps)
 
 
@@ -195,32 +209,6 @@ def copy_matrix(M, out):
 
 
 @jit
-def copy_upper(M, out, n):
-    """Copy the upper triangle of n rows and columns to a padded matrix, and zeros into the padding."""
-    for i in range(n):
-        copy(M[i, i:n], out[i, i:n])
-        out[i, n:] = 0.0
-    out[n:, :] = 0.0
-
-
-@jit
-def transpose(K, out):
-    """Put Kᵀ in a padded matrix, and zeros into the padding."""
-    rows, n = K.shape
-    whole = rows - rows % 4
-    for i in range(0, whole, 4):
-        a, b, c, d, columns = K[i], K[i + 1], K[i + 2], K[i + 3], out[:, i : i + 4]
-        for j in range(n):
-            columns[j, 0], columns[j, 1], columns[j, 2], columns[j, 3] = a[j], b[j], c[j], d[j]
-    for i in range(whole, rows):
-        for j in range(n):
-            out[j, i] = K[i, j]
-    for j in range(n):
-        out[j, rows:] = 0.0
-    out[n:, :] = 0.0
-
-
-@jit
 def constraints(K, lower, upper, x, out):
     """The left-hand side of every row."""
     product(K, x, out)
@@ -246,9 +234,14 @@ def adjoint(K, lower, upper, v, out):
 
 
 @jit
+def square(a):
+    return a * a
+
+
+@jit
 def positive(a):
     """The positive part; NaN stays."""
-    return 0.0 if a < 0.0 else a
+    return select(a < 0.0, 0.0, a)
 
 
 # ---- the reduced KKT system
@@ -280,13 +273,13 @@ def equilibrate(one, lb, ub, work):
             D[j] = rescaled(D[j], columns[j])
     for j in range(min(lb.shape[0], ub.shape[0])):
         span = ub[j] - lb[j]
-        if not columns[j] > 0.0 and finite(span) and span > 0.0:
-            D[j] = min(max(span, 1e-6), 1e6) ** 2
+        width = smaller(larger(span, 1e-6), 1e6)
+        D[j] = select(no(columns[j] > 0.0) & finite(span) & (span > 0.0), width * width, D[j])
     for i in range(linear):
-        E[i] = np.sqrt(E[i])
+        E[i] = root(E[i])
     row = linear
     for j in range(n):
-        D[j] = np.sqrt(D[j])
+        D[j] = root(D[j])
         if one.lower:
             E[row + j] = 1.0 / D[j]
         if one.upper:
@@ -295,9 +288,7 @@ def equilibrate(one, lb, ub, work):
 
 @jit
 def rescaled(scale, length2):
-    if finite(length2) and length2 > 0.0:
-        return min(max(scale / np.sqrt(length2), 1e-8), 1e8)
-    return 1.0
+    return select(finite(length2) & (length2 > 0.0), smaller(larger(scale / root(length2), 1e-8), 1e8), 1.0)
 
 
 @jit
@@ -316,28 +307,28 @@ def prepare_dense(one, reduced, single):
     copy_upper(Q, F, n)
     for i in range(n):
         F[i, i] += own_terms(Q[i, i], single)
-    if not cholesky(F, n):
-        return False
+    sound = cholesky(F, n)
     enough = 1e-2 if single else 1e-6
     for i in range(n):
-        if not (Q[i, i] > 0.0 and enough * Q[i, i] * F[i, i] * F[i, i] < 1.0):
-            return False
+        sound &= (Q[i, i] > 0.0) & (enough * Q[i, i] * F[i, i] * F[i, i] < 1.0)
+    if not some(sound):
+        return sound
     transpose(one.K, reduced.V)
     solve_rows_above(F, n, reduced.V, linear)
-    reduced.S[:, :] = 0.0
+    reduced.S[:] = 0.0
     add_gram(reduced.V, n, reduced.S, linear)
-    return True
+    return sound
 
 
 @jit
 def prepare_diagonal(one, reduced, single):
     """The same for a diagonal Q, with or without bounds."""
+    sound = True
     for i in range(one.Q.shape[0]):
         entry = one.Q[i, i]
-        if not entry * one.D[i] ** 2 > 1e-6:
-            return False
+        sound &= entry * one.D[i] * one.D[i] > 1e-6
         reduced.diagonal[i] = entry + own_terms(entry, single)
-    return True
+    return sound
 
 
 @hot
@@ -355,10 +346,10 @@ def bound_weights(one, weights, i):
 @jit
 def whiten_diagonal(one, reduced, turned):
     """The square root of a diagonal Q with what bounds add to it, and Kᵀ divided by it."""
-    root, linear = reduced.hessian[0], one.K.shape[0]
-    for j in range(root.shape[0]):
-        root[j] = np.sqrt(reduced.diagonal[j] + bound_weights(one, reduced.weights, j))
-        inverse = 1.0 / root[j]
+    roots, linear = reduced.hessian[0], one.K.shape[0]
+    for j in range(roots.shape[0]):
+        roots[j] = root(reduced.diagonal[j] + bound_weights(one, reduced.weights, j))
+        inverse = 1.0 / roots[j]
         row, out = turned[j], reduced.V[j]
         for i in range(linear):
             out[i] = row[i] * inverse
@@ -375,9 +366,9 @@ def factor(form, one, reduced, theta, rho, delta, work):
     if form == PRIMAL:
         copy_upper(one.Q, U, n)
         for i in range(linear):
-            root, row, out = np.sqrt(weights[i]), one.K[i], work.scaled[i]
+            scale, row, out = root(weights[i]), one.K[i], work.scaled[i]
             for j in range(n):
-                out[j] = root * row[j]
+                out[j] = scale * row[j]
         add_gram(work.scaled, linear, U, n)
         for i in range(n):
             U[i, i] += rho[i] + bound_weights(one, weights, i)
@@ -386,13 +377,13 @@ def factor(form, one, reduced, theta, rho, delta, work):
         copy_upper(reduced.S, U, linear)
     else:
         whiten_diagonal(one, reduced, work.turned)
-        U[:, :] = 0.0
+        U[:] = 0.0
         add_gram(reduced.V, n, U, linear)
-    huge = np.sqrt(np.finfo(U.dtype).max)
+    huge = LARGEST_ROOT_SINGLE if one.q.itemsize == 4 else LARGEST_ROOT
     for i in range(linear):
         entry = theta[i] + delta[i]
         # Rows that do not exist get a diagonal that is huge but harmless to the factorisation.
-        U[i, i] += entry if finite(entry) else huge
+        U[i, i] += select(finite(entry), entry, huge)
     return cholesky(U, linear)
 
 
@@ -428,14 +419,14 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
         for i in range(rows):
             dv[i] = weights[i] * (dv[i] - r_v[i])
         return
-    root = reduced.hessian[0]
+    roots = reduced.hessian[0]
     for j in range(n):
         value = r_x[j]
         if lower:
             value -= weights[linear + j] * r_v[linear + j]
         if upper:
             value += weights[linear + lower + j] * r_v[linear + lower + j]
-        t[j] = value / root[j]
+        t[j] = value / roots[j]
     y = dv[:linear]
     for i in range(linear):
         y[i] = -r_v[i]
@@ -443,7 +434,7 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
     solve_cholesky(reduced.U, y)
     product(reduced.V, y, dx)
     for j in range(n):
-        dx[j] = (t[j] - dx[j]) / root[j]
+        dx[j] = (t[j] - dx[j]) / roots[j]
         if lower:
             dv[linear + j] = weights[linear + j] * (-dx[j] - r_v[linear + j])
         if upper:
@@ -470,10 +461,7 @@ def residual(one, theta, rho, delta, r_x, r_v, dx, dv, e_x, e_v, work):
         e_x[i] = r_x[i] - e_x[i] - rho[i] * dx[i] - work.columns[i]
     constraints(one.K, one.lower, one.upper, dx, e_v)
     for i in range(dv.shape[0]):
-        if finite(theta[i]):
-            e_v[i] = r_v[i] - e_v[i] + (theta[i] + delta[i]) * dv[i]
-        else:
-            e_v[i] = 0.0
+        e_v[i] = select(finite(theta[i]), r_v[i] - e_v[i] + (theta[i] + delta[i]) * dv[i], 0.0)
 
 
 @jit
@@ -498,10 +486,10 @@ def onto_path(one, v, difference, mu, s):
     for i in range(v.shape[0]):
         if one.kind[i] == INEQUALITY:
             d = difference[i]
-            large = (abs(d) + np.sqrt(d * d + 4.0 * mu)) / 2.0
+            large = (abs(d) + root(d * d + 4.0 * mu)) / 2.0
             small = mu / large
-            s[i] = (small if d > 0.0 else large) / one.E[i]
-            v[i] = (large if d > 0.0 else small) * one.E[i]
+            s[i] = select(d > 0.0, small, large) / one.E[i]
+            v[i] = select(d > 0.0, large, small) * one.E[i]
         else:
             s[i] = 0.0
             if one.kind[i] == ABSENT:
@@ -511,7 +499,7 @@ def onto_path(one, v, difference, mu, s):
 @hot
 def mean(one, s, v):
     """Mean complementarity of the inequalities."""
-    total, count = 0.0, 0
+    total, count = zero(s), 0
     for i in range(s.shape[0]):
         if one.kind[i] == INEQUALITY:
             total += s[i] * v[i]
@@ -525,31 +513,34 @@ def initialize(form, one, reduced, settings, now, work):
     n, rows = now.x.shape[0], now.v.shape[0]
     D, E = one.D, one.E
     for i in range(n):
-        work.rho[i] = settings.rho / D[i] ** 2
+        work.rho[i] = settings.rho / square(D[i])
         now.r_x[i] = -one.q[i]
     for i in range(rows):
-        work.delta[i] = settings.delta / E[i] ** 2
+        work.delta[i] = settings.delta / square(E[i])
         kind = one.kind[i]
-        work.theta[i] = 1.0 / E[i] ** 2 if kind == INEQUALITY else (0.0 if kind == EQUALITY else np.inf)
+        work.theta[i] = 1.0 / square(E[i]) if kind == INEQUALITY else (0.0 if kind == EQUALITY else np.inf)
         now.r_v[i] = one.k[i]
     factored = factor(form, one, reduced, work.theta, work.rho, work.delta, work)
-    if factored:
+    if some(factored):
         eliminate(form, one, reduced, now.r_x, work)
         solve_refined(form, one, reduced, now.r_x, now.r_v, now.x, now.v, work)
-    if not (factored and all_finite(now.x) and all_finite(now.v)):
-        now.x[:] = 0.0
-        now.v[:] = 0.0
+    good = factored & all_finite(now.x) & all_finite(now.v)
+    if not every(good):
+        for i in range(n):
+            now.x[i] = select(good, now.x[i], 0.0)
+        for i in range(rows):
+            now.v[i] = select(good, now.v[i], 0.0)
     difference = work.shifted
-    most, least = 0.0, 0.0
+    most, least = zero(now.v), zero(now.v)
     for i in range(rows):
         difference[i] = now.v[i] / E[i] if one.kind[i] == INEQUALITY else 0.0
         most, least = larger(difference[i], most), larger(-difference[i], least)
-    total, count = 0.0, 0
+    total, count = zero(now.v), 0
     for i in range(rows):
         if one.kind[i] == INEQUALITY:
             total += (difference[i] + least) * (most - difference[i])
             count += 1
-    mu = max(total / max(count, 1), settings.smallest)
+    mu = larger(total / max(count, 1), settings.smallest)
     onto_path(one, now.v, difference, mu, now.s)
     return mean(one, now.s, now.v), factored
 
@@ -600,7 +591,7 @@ def assess(one, settings, now, before, past, iterations, limit, work):
     constraints(one.K64, one.lower, one.upper, x, now.Kx)
     adjoint(one.K64, one.lower, one.upper, v, Kv)
 
-    dual = size_Qx = size_q = size_Kv = terms = 0.0
+    dual = size_Qx = size_q = size_Kv = terms = zero(x)
     for i in range(n):
         Qx, q = now.Qx[i], one.q64[i]
         r_x = -(Qx + q + Kv[i])
@@ -608,7 +599,7 @@ def assess(one, settings, now, before, past, iterations, limit, work):
         dual = larger(abs(r_x), dual)
         size_Qx, size_q, size_Kv = larger(abs(Qx), size_Qx), larger(abs(q), size_q), larger(abs(Kv[i]), size_Kv)
         terms += abs(x[i]) * (abs(Qx) + abs(q))
-    primal = size_Kx = size_k = scaled_violation = scaled_k = 0.0
+    primal = size_Kx = size_k = scaled_violation = scaled_k = zero(x)
     for i in range(rows):
         k, E = one.k64[i], one.E[i]
         size_k, scaled_k = larger(abs(k), size_k), larger(abs(E * k), scaled_k)
@@ -624,7 +615,7 @@ def assess(one, settings, now, before, past, iterations, limit, work):
         size_Kx = larger(abs(Kx), size_Kx)
         primal, scaled_violation = larger(violation, primal), larger(E * violation, scaled_violation)
     xQx, qx = dot(x, now.Qx), dot(x, one.q64)
-    kv, gap = 0.0, xQx + qx
+    kv, gap = zero(x), xQx + qx
     # By blocks, each summed by itself, the last first: terms that cancel do so in the same way everywhere.
     p, upper = one.equalities, linear + one.lower
     for start, stop in ((p, linear), (0, p), (upper, rows), (linear, upper)):
@@ -636,40 +627,39 @@ def assess(one, settings, now, before, past, iterations, limit, work):
     worst = larger(primal, larger(dual, gap))
     tol, rtol = settings.tol, settings.rtol
     near = (
-        primal <= tol + rtol * larger(size_Kx, size_k)
-        and dual <= tol + rtol * larger(size_Qx, larger(size_q, size_Kv))
-        and gap + LUCK * EPS * terms <= tol + rtol * larger(abs(xQx), larger(abs(qx), abs(kv)))
-        and worst < np.inf
+        (primal <= tol + rtol * larger(size_Kx, size_k))
+        & (dual <= tol + rtol * larger(size_Qx, larger(size_q, size_Kv)))
+        & (gap + LUCK * EPS * terms <= tol + rtol * larger(abs(xQx), larger(abs(qx), abs(kv))))
+        & (worst < np.inf)
     )
-    best = worst if worst < past.best else past.best
+    best = select(worst < past.best, worst, past.best)
 
-    no_bottom = fall = no_point = gain = 0.0
-    if dual > tol:
+    no_bottom = fall = no_point = gain = zero(x)
+    if some(dual > tol):
         no_bottom, fall = unbounded(one, now, before, x, work)
-    if primal > tol:
+    if some(primal > tol):
         no_point, gain = infeasible(one, before, v, scaled_k, work)
+    no_bottom, no_point = select(dual > tol, no_bottom, 0.0), select(primal > tol, no_point, 0.0)
     proof = larger(no_point, no_bottom)
 
-    improved = worst < 0.9 * past.best or proof > 1.1 * past.proof
-    waiting = 0 if improved else past.waiting + 1
+    improved = (worst < 0.9 * past.best) | (proof > 1.1 * past.proof)
+    waiting = select(improved, 0, past.waiting + 1)
     at_limit = iterations >= limit
-    last = waiting >= PATIENCE or at_limit
-    enough = settings.certificate * (0.01 if last else 1.0)
-    status = MAX_ITERATIONS if at_limit else RUNNING
-    if waiting >= PATIENCE:
-        status = STALLED
-    if no_bottom > enough and (last or scaled_violation <= 1e-4 * larger(scaled_k, 1.0)):
-        status = DUAL_INFEASIBLE
-    if no_point > enough:
-        status = PRIMAL_INFEASIBLE
-    if near and (worst <= 0.1 * tol or last):
-        status = SOLVED
-    if status == DUAL_INFEASIBLE:
+    patient = waiting < PATIENCE
+    last = no(patient) | at_limit
+    enough = settings.certificate * select(last, 0.01, 1.0)
+    status = select(patient, select(at_limit, MAX_ITERATIONS, RUNNING), STALLED)
+    falls = (no_bottom > enough) & (last | (scaled_violation <= 1e-4 * larger(scaled_k, 1.0)))
+    contradicts = no_point > enough
+    status = select(falls, DUAL_INFEASIBLE, status)
+    status = select(contradicts, PRIMAL_INFEASIBLE, status)
+    status = select(near & ((worst <= 0.1 * tol) | last), SOLVED, status)
+    if some(status == DUAL_INFEASIBLE):
         for i in range(n):
-            now.x[i] = work.ray[i] / fall
-    if status == PRIMAL_INFEASIBLE:
+            now.x[i] = select(status == DUAL_INFEASIBLE, work.ray[i] / fall, now.x[i])
+    if some(status == PRIMAL_INFEASIBLE):
         for i in range(rows):
-            now.v[i] = work.farkas[i] / gain
+            now.v[i] = select(status == PRIMAL_INFEASIBLE, work.farkas[i] / gain, now.v[i])
     proof = larger(proof, past.proof)
     return Verdict(status, 0.5 * xQx + qx, primal, dual, gap, near, worst, best, proof, waiting)
 
@@ -678,7 +668,7 @@ def assess(one, settings, now, before, past, iterations, limit, work):
 def unbounded(one, now, before, x, work):
     """How near the last step in x is to a direction of unbounded descent, and how far it goes down."""
     ray = work.ray
-    total = size = uphill = hidden = cost = 0.0
+    total = size = uphill = hidden = cost = zero(x)
     for i in range(x.shape[0]):
         ray[i] = x[i] - before.x[i]
         term = one.q64[i] * ray[i]
@@ -688,41 +678,43 @@ def unbounded(one, now, before, x, work):
         uphill = larger(abs(D * (now.Qx[i] - before.Qx[i])), uphill)
         hidden = larger(abs(D * now.Qx[i]), hidden)
         cost = larger(abs(D * one.q64[i]), cost)
-    if not -total > 1e-8 * size:
-        return 0.0, -total
+    falls = -total > 1e-8 * size
+    if not some(falls):
+        return select(falls, 1.0, 0.0), -total
     for i in range(now.Kx.shape[0]):
         slope, E = now.Kx[i] - before.Kx[i], one.E[i]
         climb = abs(slope) if one.kind[i] == EQUALITY else positive(slope)
         uphill = larger(E * climb, uphill)
         hidden = larger(abs(E * now.Kx[i]), hidden)
     uphill = larger(uphill, EPS * hidden)
-    return -total / (uphill * larger(cost, 1.0)), -total
+    return select(falls, -total / (uphill * larger(cost, 1.0)), 0.0), -total
 
 
 @jit
 def infeasible(one, before, v, size_k, work):
     """How near the last step in the multipliers is to a Farkas certificate, and how much it gains."""
     farkas = work.farkas
-    total = size = 0.0
+    total = size = zero(v)
     for i in range(v.shape[0]):
         step = v[i] - before.v[i]
         farkas[i] = positive(step) if one.kind[i] == INEQUALITY else step
         term = one.k64[i] * farkas[i]
         total += term
         size += abs(term)
-    if not -total > 1e-8 * size:
-        return 0.0, -total
+    gains = -total > 1e-8 * size
+    if not some(gains):
+        return select(gains, 1.0, 0.0), -total
     adjoint(one.K64, one.lower, one.upper, farkas, work.Kv)
-    left = 0.0
+    left = zero(v)
     for i in range(work.Kv.shape[0]):
         left = larger(abs(one.D[i] * work.Kv[i]), left)
-    return -total / (left * larger(size_k, 1.0)), -total
+    return select(gains, -total / (left * larger(size_k, 1.0)), 0.0), -total
 
 
 @hot
 def step_lengths(one, now, ds, dv, fraction):
     """Largest steps in [0, 1] that keep s and z ≥ (1 − fraction) times what they are."""
-    of_s = of_z = 0.0
+    of_s = of_z = zero(ds)
     for i in range(ds.shape[0]):
         if one.kind[i] == INEQUALITY:
             of_s = larger(-ds[i] / now.s[i], of_s)
@@ -739,9 +731,9 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
     n, rows = before.x.shape[0], before.v.shape[0]
     dx, dv, ds, shifted = work.dx, work.dv, work.ds, work.shifted
     for i in range(n):
-        work.rho[i] = rho / one.D[i] ** 2
+        work.rho[i] = rho / square(one.D[i])
     for i in range(rows):
-        work.delta[i] = delta / one.E[i] ** 2
+        work.delta[i] = delta / square(one.E[i])
         kind = one.kind[i]
         shifted[i] = before.r_v[i]
         if kind == INEQUALITY:
@@ -749,8 +741,9 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
             shifted[i] += before.s[i]
         else:
             work.theta[i] = 0.0 if kind == EQUALITY else np.inf
-    if not factor(form, one, reduced, work.theta, work.rho, work.delta, work):
-        return False, False, 1.0, 1.0, mu
+    factored = factor(form, one, reduced, work.theta, work.rho, work.delta, work)
+    if not some(factored):
+        return factored, factored, 0.0 * mu, 0.0 * mu, mu
 
     eliminate(form, one, reduced, before.r_x, work)
     solve_rows(form, one, reduced, before.r_x, shifted, dx, dv, work)
@@ -758,13 +751,14 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
         s, z = before.s[i], before.v[i]
         ds[i] = -(s * z + s * dv[i]) / z if one.kind[i] == INEQUALITY else 0.0
     alpha_s, alpha_z = step_lengths(one, before, ds, dv, 1.0)
-    total, count = 0.0, 0
+    total, count = zero(dv), 0
     for i in range(rows):
         if one.kind[i] == INEQUALITY:
             total += (before.s[i] + alpha_s * ds[i]) * (before.v[i] + alpha_z * dv[i])
             count += 1
-    ratio = total / max(count, 1) / (mu + settings.tiny)
-    sigma = (0.0 if ratio < 0.0 else (1.0 if ratio > 1.0 else ratio)) ** 3
+    ratio = positive(total / max(count, 1) / (mu + settings.tiny))
+    ratio = select(ratio > 1.0, 1.0, ratio)
+    sigma = ratio * ratio * ratio
     complementarity = work.complementarity
     for i in range(rows):
         shifted[i] = before.r_v[i]
@@ -779,8 +773,8 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
         if one.kind[i] == INEQUALITY:
             ds[i] = -(complementarity[i] + before.s[i] * dv[i]) / before.v[i]
     alpha_s, alpha_z = step_lengths(one, before, ds, dv, STEP_FRACTION)
-    if circling:
-        alpha_s = alpha_z = min(alpha_s, alpha_z)
+    shorter = smaller(alpha_s, alpha_z)
+    alpha_s, alpha_z = select(circling, shorter, alpha_s), select(circling, shorter, alpha_z)
 
     for i in range(n):
         now.x[i] = before.x[i] + alpha_s * dx[i]
@@ -792,29 +786,27 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
         else:
             now.s[i] = 0.0
             now.v[i] = before.v[i] + alpha_z * dv[i] if kind == EQUALITY else 0.0
-    if not (all_finite(now.x) and all_finite(now.v) and all_finite(now.s)):
-        return False, True, alpha_s, alpha_z, mu
-    return True, True, alpha_s, alpha_z, mean(one, now.s, now.v)
+    sound = factored & all_finite(now.x) & all_finite(now.v) & all_finite(now.s)
+    return sound, factored, alpha_s, alpha_z, select(sound, mean(one, now.s, now.v), mu)
 
 
 @hot
 def needs_refinement(one, settings, rho, delta, alpha_s, alpha_z, before, now, past, work):
     """Whether the linear solve has left too much of its system; it shows in the products before and after the step."""
-    left = allowed = 0.0
+    left = allowed = zero(work.dx)
     for i in range(now.x.shape[0]):
         Q_dx = now.Qx[i] - before.Qx[i]
         Kt_dv = before.r_x[i] - now.r_x[i] - Q_dx
-        value = before.r_x[i] - Q_dx / alpha_s - Kt_dv / alpha_z - rho / one.D[i] ** 2 * work.dx[i]
+        value = before.r_x[i] - Q_dx / alpha_s - Kt_dv / alpha_z - rho / square(one.D[i]) * work.dx[i]
         left = larger(abs(value), left)
-    if not left <= max(1e-6 * past.dual, 0.01 * settings.tol):
-        return True
-    left = 0.0
+    enough = left <= larger(1e-6 * past.dual, 0.01 * settings.tol)
+    left = zero(work.dx)
     for i in range(now.v.shape[0]):
         r_v = before.r_v[i]
         allowed = larger(abs(r_v), allowed)
-        value = now.r_v[i] - (1.0 - alpha_s) * r_v + alpha_s * delta / one.E[i] ** 2 * work.dv[i]
+        value = now.r_v[i] - (1.0 - alpha_s) * r_v + alpha_s * delta / square(one.E[i]) * work.dv[i]
         left = larger(abs(value), left)
-    return not left <= max(1e-6 * allowed, 0.01 * settings.tol)
+    return no(enough & (left <= larger(1e-6 * allowed, 0.01 * settings.tol)))
 
 
 @jit
@@ -825,7 +817,10 @@ def begin(form, one, reduced, settings, now, before, work):
     before.v[:] = 0.0
     before.Qx[:] = 0.0
     before.Kx[:] = 0.0
-    nothing = Verdict(RUNNING, np.inf, np.inf, np.inf, np.inf, False, np.inf, np.inf, 0.0, 0)
+    here = mu > 0.0  # for each problem
+    bad = select(here, np.inf, np.inf)
+    running, none = select(here, RUNNING, RUNNING), select(here, 0, 0)
+    nothing = Verdict(running, bad, bad, bad, bad, here & no(here), bad, bad, select(here, 0.0, 0.0), none)
     return mu, assess(one, settings, now, before, nothing, np.int64(0), settings.max_iterations, work), sound
 
 
@@ -970,12 +965,12 @@ def asymmetry(Q):
 @jit
 def convex(Q, M):
     """Whether Q is positive semidefinite as far as `problem` wants it."""
-    n, scale = Q.shape[0], 1.0 / largest_on_diagonal(Q)
+    n, scale, margin = Q.shape[0], 1.0 / largest_on_diagonal(Q), 1e-4 if Q.itemsize == 4 else 1e-8
     for j in range(n):
-        row, out = Q[j, j:n], M[j, j:n]
-        for k in range(n - j):
+        row, out = Q[j], M[j]
+        for k in range(j, n):
             out[k] = row[k] * scale
-        M[j, j] += 1e-4 if Q.itemsize == 4 else 1e-8
+        out[j] += margin
     return cholesky(M, n)
 
 
@@ -1099,7 +1094,7 @@ def following(i, end, turn, edges):
 @entry
 def solve_batch(
     batch, exact, check, all_shared, settings, preferred, prepared, warm, near, store, metric, outcome, forms, factored,
-    turn, edges, room,
+    wanted, turn, edges, room,
 ):  # fmt: skip
     """Solve problems one after the other as long as there are any; False if `check` refused one, which ends it.
 
@@ -1125,6 +1120,8 @@ def solve_batch(
         The form that each problem has been solved with.
     factored : boolean array
         Whether its factor in `store` is of use.
+    wanted : boolean array
+        Which problems to solve; all if its length is 1.
     turn, edges : int array
         As `following` takes them.
     room : Room
@@ -1139,6 +1136,8 @@ def solve_batch(
         i, end = following(i, end, turn, edges)
         if i >= count:
             return True
+        if not at(wanted, i):
+            continue
         whole = all_shared and i == 0
         if check and not plausible(batch, i, whole):
             turn[0] = edges.shape[0]

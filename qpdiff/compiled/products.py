@@ -173,10 +173,3 @@ def backward(U, r):
         x1 = (r[i + 1] - s1 - U[i + 1, i + 3] * x3 - U[i + 1, i + 2] * x2) * U[i + 1, i + 1]
         x0 = (r[i] - s0 - U[i, i + 3] * x3 - U[i, i + 2] * x2 - U[i, i + 1] * x1) * U[i, i]
         r[i], r[i + 1], r[i + 2], r[i + 3] = x0, x1, x2, x3
-
-
-@jit
-def solve_cholesky(U, r):
-    """Solve UᵀU x = r in place."""
-    forward(U, r)
-    backward(U, r)

@@ -25,11 +25,12 @@ SOLVE, SWEEP = 10, 1
 """How often the work that `work_on` is for goes through a problem's matrices, in steps of the iteration."""
 
 
-def work_on(problem: Problem, first: int, prepare: Callable, passes: int, progress=None) -> None:
+def work_on(problem: Problem, first: int, prepare: Callable, passes: int, progress=None, group: int = 1) -> None:
     """Go through the problems from the first on, on as many threads as help.
 
     The calling thread is one of them, and the one that reports progress. For each range of the batch, `prepare` makes a
     function that solves problems of it and that all threads call with the same `turn`, from which they claim them.
+    What they claim is a multiple of `group` as long as there is so much.
     """
     count = problem.batch - first
     # To count operations would take a good part of a small solve.
@@ -37,7 +38,7 @@ def work_on(problem: Problem, first: int, prepare: Callable, passes: int, progre
     with single_threaded_blas() if workers > 1 and max(problem.n, problem.m + problem.p) > BLOCK else nullcontext():
         for i in range(number):
             where = slice(first + i * count // number, first + (i + 1) * count // number)
-            _share(prepare(where), np.zeros(1, np.int64), _pieces(where.stop - where.start, workers), workers)
+            _share(prepare(where), np.zeros(1, np.int64), _pieces(where.stop - where.start, workers, group), workers)
             if progress is not None:
                 progress(where.stop, problem.batch)
 
@@ -56,14 +57,15 @@ def _share(run: Callable, turn: np.ndarray, edges: np.ndarray, workers: int) -> 
 
 
 @lru_cache
-def _pieces(count: int, workers: int) -> np.ndarray:
+def _pieces(count: int, workers: int, group: int) -> np.ndarray:
     """Where the pieces begin that threads take of so many problems, and an empty one at the end.
 
     Neighbours share lines of the cache, so a piece is large, but the last ones are small: no thread waits for another.
     """
     edges = [0]
     while edges[-1] < count:
-        edges.append(edges[-1] + -(-(count - edges[-1]) // (2 * workers if workers > 1 else 1)))
+        share = -(-(count - edges[-1]) // (2 * workers if workers > 1 else 1))
+        edges.append(min(edges[-1] + -(-share // group) * group, count))
     return np.array([*edges, count])
 
 

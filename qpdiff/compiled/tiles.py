@@ -104,6 +104,34 @@ def _end(n, M):
 
 
 @jit
+def copy_upper(M, out, n):
+    """Copy the upper triangle of n rows and columns to a padded matrix, and zeros into the padding."""
+    for i in range(n):
+        row, to = M[i, i:n], out[i, i:n]
+        for j in range(n - i):
+            to[j] = row[j]
+        out[i, n:] = 0.0
+    out[n:, :] = 0.0
+
+
+@jit
+def transpose(K, out):
+    """Put Kᵀ in a padded matrix, and zeros into the padding."""
+    rows, n = K.shape
+    whole = rows - rows % ROWS
+    for i in range(0, whole, ROWS):
+        a, b, c, d, columns = K[i], K[i + 1], K[i + 2], K[i + 3], out[:, i : i + ROWS]
+        for j in range(n):
+            columns[j, 0], columns[j, 1], columns[j, 2], columns[j, 3] = a[j], b[j], c[j], d[j]
+    for i in range(whole, rows):
+        for j in range(n):
+            out[j, i] = K[i, j]
+    for j in range(n):
+        out[j, rows:] = 0.0
+    out[n:, :] = 0.0
+
+
+@jit
 def cholesky(U, n):
     """The upper factor of M = UᵀU in place of M, with the inverses on its diagonal; whether M was positive definite."""
     width, stop = max(ROWS, _lanes(U)), _end(n, U)

@@ -1,0 +1,284 @@
+"""Small problems, several at a time: the functions of `method` on `lanes`.
+
+A group of problems takes its steps together, and what a problem has come to is put aside when it is solved. A problem
+that does not take the ordinary course (a pivot that is not positive, a certificate, no progress) is left to
+`method.solve_batch`, which begins it anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..solver import IMPATIENCE
+from .compiler import claim, entry, hot, jit
+from .lanes import LANES, Lanes, every, first_lanes, holds, larger, no, of_lane, put, select, some, stacked, take
+from .memory import aligned
+from .method import (
+    DENSE_DUAL,
+    DIAGONAL_DUAL,
+    INEQUALITY,
+    PRIMAL,
+    RUNNING,
+    SOLVED,
+    Iterate,
+    One,
+    Reduced,
+    Room,
+    Verdict,
+    assess,
+    at,
+    begin,
+    convex,
+    equilibrate,
+    fill_rows,
+    make_iterates,
+    make_work,
+    needs_refinement,
+    plausible,
+    positive,
+    prepare_dense,
+    prepare_diagonal,
+    step,
+)
+from .stacks import transpose
+
+
+class GroupRoom(NamedTuple):
+    """Memory for a group: arrays whose last axis are the lanes."""
+
+    room: Room
+    reduced: Reduced
+    Q: Any
+    q: Any
+    bounds: Any
+    """Lower and upper bounds, or of length 0."""
+    D: Any
+    E: Any
+    k: Any
+    """The rows of one problem, and what they are."""
+    kind: Any
+
+
+def make_group_room(n: int, linear: int, rows: int, lower: int, upper: int, form: int) -> GroupRoom:
+    def lanes(*shape):
+        return aligned((*shape, LANES))
+
+    diagonal, dual = form == DIAGONAL_DUAL, form == DENSE_DUAL
+    size = n if form == PRIMAL else linear
+    room = Room(
+        lanes(12, n), lanes(19, rows), lanes(5, n), lanes(5, rows), np.zeros((2, rows), np.int8), lanes(linear, n),
+        lanes(0, 0), lanes(linear, n), lanes(n, linear), lanes(n, n),
+    )  # fmt: skip
+    reduced = Reduced(
+        lanes(n if dual else 1, n), lanes(n, linear), lanes(linear, linear), lanes(n), lanes(size, size), lanes(rows)
+    )
+    return GroupRoom(
+        room, reduced, lanes(n, n), lanes(n), (lanes(lower), lanes(upper)), lanes(n), lanes(rows), np.zeros(rows),
+        np.zeros(rows, np.int8),
+    )  # fmt: skip
+
+
+@jit
+def put_vector(stack, lane, a):
+    for i in range(a.shape[0]):
+        put(stack, i, lane, a[i])
+
+
+@jit
+def put_matrix(stack, first, lane, M):
+    """Put a matrix into the rows of a stack from the first on."""
+    for i in range(M.shape[0]):
+        row = stack[first + i]
+        for j in range(M.shape[1]):
+            put(row, j, lane, M[i, j])
+
+
+@jit
+def take_vector(stack, lane, out):
+    for i in range(stack.shape[0]):
+        out[i] = take(stack, i, lane)
+
+
+@jit
+def take_matrix(stack, lane, out, rows, columns):
+    for i in range(rows):
+        take_vector(stack[i][:columns], lane, out[i])
+
+
+@jit
+def load(batch, i, size, one, lower, upper, k, kind):
+    """Put so many problems from i on into the lanes; whether the rows of all are of the same kinds."""
+    p, alike = batch.b.shape[1], True
+    for lane in range(LANES):
+        j = i + min(lane, size - 1)
+        put_matrix(one.Q, 0, lane, at(batch.Q, j))
+        put_matrix(one.K, 0, lane, at(batch.A, j))
+        put_matrix(one.K, p, lane, at(batch.G, j))
+        put_vector(one.q, lane, at(batch.q, j))
+        lb, ub = at(batch.lb, j), at(batch.ub, j)
+        put_vector(lower, lane, lb)
+        put_vector(upper, lane, ub)
+        fill_rows(at(batch.b, j), at(batch.h, j), lb, ub, k, kind)
+        put_vector(one.k, lane, k)
+        for row in range(kind.shape[0]):
+            if lane == 0:
+                one.kind[row] = kind[row]
+            alike &= one.kind[row] == kind[row]
+    return alike
+
+
+@jit
+def exchange(where, a, b):
+    for i in range(a.shape[0]):
+        first, second = a[i], b[i]
+        a[i], b[i] = select(where, second, first), select(where, first, second)
+
+
+@jit
+def chosen(where, status, waiting, one, other):
+    """A verdict with another status and waiting for the problems of a mask, and the other verdict for the rest."""
+    return Verdict(
+        select(where, status, other.status), select(where, one.objective, other.objective),
+        select(where, one.primal, other.primal), select(where, one.dual, other.dual),
+        select(where, one.gap, other.gap), select(where, one.near, other.near),
+        select(where, one.worst, other.worst), select(where, one.best, other.best),
+        select(where, one.proof, other.proof), select(where, waiting, other.waiting),
+    )  # fmt: skip
+
+
+@jit
+def keep(i, lane, form, one, reduced, now, verdict, iterations, store, metric, outcome, forms, factored):
+    """What is kept of the problem in a lane."""
+    n, linear = one.K.shape[1], one.K.shape[0]
+    take_vector(now.x, lane, outcome.x[i])
+    take_vector(now.v, lane, outcome.v[i])
+    take_vector(now.s, lane, outcome.s[i])
+    outcome.status[i, 0], outcome.iterations[i, 0] = SOLVED, iterations
+    outcome.objective[i, 0], outcome.gap[i, 0] = of_lane(verdict.objective, lane), of_lane(verdict.gap, lane)
+    outcome.primal[i, 0], outcome.dual[i, 0] = of_lane(verdict.primal, lane), of_lane(verdict.dual, lane)
+    take_vector(one.D, lane, metric[0][i])
+    take_vector(one.E, lane, metric[1][i])
+    if form == DENSE_DUAL:
+        take_matrix(reduced.hessian, lane, at(store.hessian, i), n, n)
+        take_matrix(reduced.V, lane, at(store.V, i), n, linear)
+    else:
+        take_vector(reduced.weights, lane, at(store.weights, i))
+    if form == DIAGONAL_DUAL:
+        take_vector(reduced.diagonal, lane, at(store.diagonal, i))
+    size = reduced.U.shape[0]
+    take_matrix(reduced.U, lane, at(store.U, i), size, size)
+    forms[i], factored[i] = form, True
+
+
+@hot
+def solve_group(
+    i, size, form, one, reduced, settings, first, second, store, metric, outcome, forms, factored, left, work
+):
+    """Carry the problems in the lanes to their ends, or leave them."""
+    limit = settings.max_iterations
+    inequalities = False
+    for row in range(one.kind.shape[0]):
+        inequalities |= one.kind[row] == INEQUALITY
+    now, before = first, second
+    mu, verdict, sound = begin(form, one, reduced, settings, now, before, work)
+    active = first_lanes(size) & sound & (verdict.status == RUNNING)
+    for lane in range(size):
+        left[i + lane] = not holds(active, lane)
+    rho, delta, refine, iterations = 0.0 * mu + settings.rho, 0.0 * mu + settings.delta, True, 0
+    while some(active):
+        now, before, past = before, now, verdict
+        sound, _, alpha_s, alpha_z, new_mu = step(
+            form, one, reduced, settings, mu, rho, delta, refine, past.waiting >= IMPATIENCE, before, now, work
+        )
+        iterations += 1
+        verdict = assess(one, settings, now, before, past, iterations, limit, work)
+        refine = some(
+            active & needs_refinement(one, settings, rho, delta, alpha_s, alpha_z, before, now, past, work)
+        )
+        # From a point within the tolerance one more step is worth it only if it halves the residuals.
+        back = active & past.near & no(verdict.worst <= 0.5 * past.worst)
+        again = back & (past.worst > settings.tol) & (past.waiting < IMPATIENCE) & (iterations < limit)
+        if some(back):
+            verdict = chosen(back, SOLVED, past.waiting, past, verdict)
+            verdict = chosen(again, RUNNING, IMPATIENCE, past, verdict)
+            for a, b in (
+                (now.x, before.x), (now.v, before.v), (now.s, before.s), (now.r_x, before.r_x), (now.r_v, before.r_v),
+                (now.Qx, before.Qx), (now.Kx, before.Kx),
+            ):  # fmt: skip
+                exchange(back, a, b)
+        sound |= back
+        solved = active & sound & (verdict.status == SOLVED)
+        going_on = active & sound & (verdict.status == RUNNING)
+        for lane in range(size):
+            if holds(solved, lane):
+                keep(
+                    i + lane, lane, form, one, reduced, now, verdict, iterations - holds(back, lane), store, metric,
+                    outcome, forms, factored,
+                )  # fmt: skip
+            elif holds(active, lane) and not holds(going_on, lane):
+                left[i + lane] = True
+        active = going_on
+        rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else 0.0 * mu + 0.9
+        rho = select(again, rho, larger((1.0 - rate) * rho, settings.smallest))
+        delta = select(again, delta, larger((1.0 - rate) * delta, settings.smallest))
+        mu = select(again, mu, new_mu)
+
+
+@entry
+def solve_groups(
+    batch, check, all_shared, settings, form, store, metric, outcome, forms, factored, left, turn, edges, memory
+):
+    """Solve problems in groups as long as there are any; False if `check` refused one, which ends it.
+
+    The parameters are those of `method.solve_batch`; `left` becomes true for problems that are yet to be solved.
+    """
+    arrays, parts = memory.room, memory.reduced
+    room = Room(
+        stacked(arrays.x), stacked(arrays.v), stacked(arrays.x64), stacked(arrays.v64), arrays.flags,
+        stacked(arrays.stacked), stacked(arrays.stacked64), stacked(arrays.scaled), stacked(arrays.turned),
+        stacked(arrays.square),
+    )  # fmt: skip
+    reduced = Reduced(
+        stacked(parts.hessian), stacked(parts.V), stacked(parts.S), stacked(parts.diagonal), stacked(parts.U),
+        stacked(parts.weights),
+    )  # fmt: skip
+    work = make_work(room)
+    first, second = make_iterates(room)
+    Q, q, K, k = stacked(memory.Q), stacked(memory.q), work.stacked, work.k
+    lower, upper = stacked(memory.bounds[0]), stacked(memory.bounds[1])
+    one = One(
+        Q, q, K, k, work.kind, batch.b.shape[1], lower.shape[0], upper.shape[0], stacked(memory.D), stacked(memory.E),
+        Q, q, K, k,
+    )  # fmt: skip
+    while True:
+        piece = min(claim(turn), edges.shape[0] - 2)
+        start, stop = edges[piece], edges[piece + 1]
+        if start == stop:
+            return True
+        for i in range(start, stop, LANES):
+            size = min(LANES, stop - i)
+            if check:
+                for j in range(i, i + size):
+                    if not plausible(batch, j, all_shared and j == 0):
+                        turn[0] = edges.shape[0]
+                        return False
+            sound = load(batch, i, size, one, lower, upper, memory.k, memory.kind)
+            if sound:
+                equilibrate(one, lower, upper, work)
+                if form == DENSE_DUAL:
+                    sound = every(prepare_dense(one, reduced, False))
+                elif form == DIAGONAL_DUAL:
+                    sound = every(prepare_diagonal(one, reduced, False))
+                    transpose(K, work.turned)
+                elif check and not every(convex(Q, work.square)):
+                    turn[0] = edges.shape[0]
+                    return False
+            if sound:
+                solve_group(
+                    i, size, form, one, reduced, settings, first, second, store, metric, outcome, forms, factored,
+                    left, work,
+                )  # fmt: skip
+            else:
+                left[i : i + size] = True
