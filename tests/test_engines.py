@@ -88,9 +88,12 @@ def assert_same(a, b, accuracy):
         assert np.max(np.abs(one - other) / scale, initial=0.0) <= accuracy, name
 
 
+@pytest.mark.parametrize("way", ["in groups", "one by one"])
 @pytest.mark.parametrize("case", CASES)
-def test_iteration_by_iteration(case):
+def test_iteration_by_iteration(case, way, monkeypatch):
     """The first iterates to rounding, which grows from one to the next; then where each problem ends."""
+    if way == "one by one":
+        monkeypatch.setattr(qpdiff.compiled, "SMALL", 0)
     operands = CASES[case]()
     for k in range(3 if of_case(ROUNDING, case, 0) else 8):
         array, compiled = (

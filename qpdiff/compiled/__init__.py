@@ -22,7 +22,7 @@ from .groups import make_group_room, solve_groups
 from .lanes import LANES
 from .memory import empty
 from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
-from .threads import SOLVE, SWEEP, work_on
+from .threads import SOLVE, SWEEP, work_on, workers_for
 from .tiles import padded
 
 SMALL = 32
@@ -91,51 +91,52 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
     forms, factored = np.empty(count, np.int64), np.empty(count, np.bool_)
     points = (metric[0][:1], metric[1][:1], factored[:1]) if near is None else (near.x, near.v, near.usable[:, 0])
 
-    everything = np.ones(1, np.bool_)
+    def results(where: slice):
+        """Where the outcome of a range goes, and what is kept of it."""
+        metric_there = tuple(_part(a, where) for a in metric)
+        return metric_there, Outcome(*(a[where] for a in outcome)), forms[where], factored[where]
 
-    def prepare(where: slice, prepared: bool, wanted=everything):
+    def in_groups(where: slice):
+        batch = _operands(problem, where, dtype)
+        first, results_there = where.start == 0, results(where)
+
+        def run(turn, edges) -> None:
+            room = make_group_room(n, problem.m + problem.p, rows, batch.lb.shape[1], batch.ub.shape[1], form)
+            if not solve_groups(
+                batch, check, first, shared, settings, form, _stored(problem, store, form, where), *results_there,
+                wanted[where], turn, edges, room,
+            ):  # fmt: skip
+                raise _Refused
+
+        return run
+
+    def one_by_one(where: slice, prepared: bool):
         batch = _operands(problem, where, dtype)
         exact = _operands(problem, where, np.dtype(np.float64)) if dtype == np.float32 else None
         start = tuple(_frozen(_part(a, where)) for a in points)
-        metric_there, outcome_there = tuple(_part(a, where) for a in metric), Outcome(*(a[where] for a in outcome))
+        first, results_there = where.start == 0, results(where)
 
         def run(turn, edges) -> None:
             if not method.solve_batch(
-                batch, exact, check, where.start == 0, settings, form, prepared, near is not None, start,
-                _stored(problem, store, form, where), metric_there, outcome_there, forms[where], factored[where],
-                _part(wanted, where), turn, edges, _room(problem),
+                batch, exact, check, first, settings, form, prepared, near is not None, start,
+                _stored(problem, store, form, where), *results_there, wanted[where], turn, edges, _room(problem),
             ):  # fmt: skip
                 raise _Refused
 
         return run
 
-    def prepare_groups(where: slice):
-        batch = _operands(problem, where, dtype)
-        metric_there, outcome_there = tuple(_part(a, where) for a in metric), Outcome(*(a[where] for a in outcome))
-
-        def run(turn, edges) -> None:
-            memory = make_group_room(n, problem.m + problem.p, rows, batch.lb.shape[1], batch.ub.shape[1], form)
-            if not solve_groups(
-                batch, check, where.start == 0, settings, form, _stored(problem, store, form, where), metric_there,
-                outcome_there, forms[where], factored[where], left[where], turn, edges, memory,
-            ):  # fmt: skip
-                raise _Refused
-
-        return run
-
-    if _in_groups(problem, near, shared):
-        left = np.empty(count, np.bool_)
-        work_on(problem, 0, prepare_groups, SOLVE, progress, LANES)
-        if left.any():
-            work_on(problem, 0, lambda where: prepare(where, False, left), SOLVE)
-        return outcome, Factors(form, store, metric, forms, factored)
-
-    prepared = shared and count > 1
-    if prepared:
-        with single_threaded_blas():
-            prepare(slice(0, 1), False)(np.zeros(1, np.int64), np.array([0, 1, 1]))
-        forms[1:] = forms[0]
-    work_on(problem, int(prepared), lambda where: prepare(where, prepared), SOLVE, progress)
+    wanted = np.ones(count, np.bool_)
+    if near is None and _small(problem):
+        work_on(problem, 0, in_groups, SOLVE, progress, LANES)
+        progress = None
+    if wanted.any():
+        prepared = shared and count > 1
+        if prepared:
+            wanted[0] = True
+            with single_threaded_blas():
+                one_by_one(slice(0, 1), False)(np.zeros(1, np.int64), np.array([0, 1, 1]))
+            forms[1:] = forms[0]
+        work_on(problem, int(prepared), lambda where: one_by_one(where, prepared), SOLVE, progress)
     return outcome, Factors(form, store, metric, forms, factored)
 
 
@@ -207,10 +208,11 @@ def _frozen(array):
     return array
 
 
-def _in_groups(problem: Problem, near: Point | None, shared: bool) -> bool:
-    """Whether to take problems several at a time."""
-    small = max(problem.n, problem.m + problem.p) <= SMALL and problem.dtype == np.float64
-    return small and near is None and not shared and problem.batch >= LANES // 2
+def _small(problem: Problem) -> bool:
+    """Whether to take problems several at a time, which should leave no thread without work."""
+    if max(problem.n, problem.m + problem.p) > SMALL or problem.dtype != np.float64 or problem.batch < LANES // 2:
+        return False
+    return problem.batch >= LANES // 2 * workers_for(problem, problem.batch, SOLVE)
 
 
 def _form(problem: Problem) -> int:

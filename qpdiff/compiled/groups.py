@@ -13,16 +13,16 @@ import numpy as np
 
 from ..solver import IMPATIENCE
 from .compiler import claim, entry, hot, jit
-from .lanes import LANES, Lanes, every, first_lanes, holds, larger, no, of_lane, put, select, some, stacked, take
-from .memory import aligned
+from .lanes import LANES, every, first_lanes, holds, larger, no, of_lane, put, select, some, stacked, take
+from .memory import aligned, kept_by_thread
 from .method import (
     DENSE_DUAL,
     DIAGONAL_DUAL,
     INEQUALITY,
+    MAX_ITERATIONS,
     PRIMAL,
     RUNNING,
     SOLVED,
-    Iterate,
     One,
     Reduced,
     Room,
@@ -61,19 +61,20 @@ class GroupRoom(NamedTuple):
     kind: Any
 
 
+@kept_by_thread
 def make_group_room(n: int, linear: int, rows: int, lower: int, upper: int, form: int) -> GroupRoom:
     def lanes(*shape):
         return aligned((*shape, LANES))
 
-    diagonal, dual = form == DIAGONAL_DUAL, form == DENSE_DUAL
     size = n if form == PRIMAL else linear
     room = Room(
         lanes(12, n), lanes(19, rows), lanes(5, n), lanes(5, rows), np.zeros((2, rows), np.int8), lanes(linear, n),
         lanes(0, 0), lanes(linear, n), lanes(n, linear), lanes(n, n),
     )  # fmt: skip
     reduced = Reduced(
-        lanes(n if dual else 1, n), lanes(n, linear), lanes(linear, linear), lanes(n), lanes(size, size), lanes(rows)
-    )
+        lanes(n if form == DENSE_DUAL else 1, n), lanes(n, linear), lanes(linear, linear), lanes(n), lanes(size, size),
+        lanes(rows),
+    )  # fmt: skip
     return GroupRoom(
         room, reduced, lanes(n, n), lanes(n), (lanes(lower), lanes(upper)), lanes(n), lanes(rows), np.zeros(rows),
         np.zeros(rows, np.int8),
@@ -108,19 +109,25 @@ def take_matrix(stack, lane, out, rows, columns):
 
 
 @jit
-def load(batch, i, size, one, lower, upper, k, kind):
-    """Put so many problems from i on into the lanes; whether the rows of all are of the same kinds."""
-    p, alike = batch.b.shape[1], True
+def load_matrices(batch, i, size, one, lower, upper):
+    """Put what the reduced form is made of into the lanes, of so many problems from i on."""
     for lane in range(LANES):
         j = i + min(lane, size - 1)
         put_matrix(one.Q, 0, lane, at(batch.Q, j))
         put_matrix(one.K, 0, lane, at(batch.A, j))
-        put_matrix(one.K, p, lane, at(batch.G, j))
+        put_matrix(one.K, one.equalities, lane, at(batch.G, j))
+        put_vector(lower, lane, at(batch.lb, j))
+        put_vector(upper, lane, at(batch.ub, j))
+
+
+@jit
+def load(batch, i, size, one, k, kind):
+    """Put the rest into the lanes; whether the rows of all problems are of the same kinds."""
+    alike = True
+    for lane in range(LANES):
+        j = i + min(lane, size - 1)
         put_vector(one.q, lane, at(batch.q, j))
-        lb, ub = at(batch.lb, j), at(batch.ub, j)
-        put_vector(lower, lane, lb)
-        put_vector(upper, lane, ub)
-        fill_rows(at(batch.b, j), at(batch.h, j), lb, ub, k, kind)
+        fill_rows(at(batch.b, j), at(batch.h, j), at(batch.lb, j), at(batch.ub, j), k, kind)
         put_vector(one.k, lane, k)
         for row in range(kind.shape[0]):
             if lane == 0:
@@ -155,11 +162,11 @@ def keep(i, lane, form, one, reduced, now, verdict, iterations, store, metric, o
     take_vector(now.x, lane, outcome.x[i])
     take_vector(now.v, lane, outcome.v[i])
     take_vector(now.s, lane, outcome.s[i])
-    outcome.status[i, 0], outcome.iterations[i, 0] = SOLVED, iterations
+    outcome.status[i, 0], outcome.iterations[i, 0] = of_lane(verdict.status, lane), iterations
     outcome.objective[i, 0], outcome.gap[i, 0] = of_lane(verdict.objective, lane), of_lane(verdict.gap, lane)
     outcome.primal[i, 0], outcome.dual[i, 0] = of_lane(verdict.primal, lane), of_lane(verdict.dual, lane)
-    take_vector(one.D, lane, metric[0][i])
-    take_vector(one.E, lane, metric[1][i])
+    take_vector(one.D, lane, at(metric[0], i))
+    take_vector(one.E, lane, at(metric[1], i))
     if form == DENSE_DUAL:
         take_matrix(reduced.hessian, lane, at(store.hessian, i), n, n)
         take_matrix(reduced.V, lane, at(store.V, i), n, linear)
@@ -174,7 +181,7 @@ def keep(i, lane, form, one, reduced, now, verdict, iterations, store, metric, o
 
 @hot
 def solve_group(
-    i, size, form, one, reduced, settings, first, second, store, metric, outcome, forms, factored, left, work
+    i, size, form, one, reduced, settings, first, second, store, metric, outcome, forms, factored, wanted, work
 ):
     """Carry the problems in the lanes to their ends, or leave them."""
     limit = settings.max_iterations
@@ -185,7 +192,7 @@ def solve_group(
     mu, verdict, sound = begin(form, one, reduced, settings, now, before, work)
     active = first_lanes(size) & sound & (verdict.status == RUNNING)
     for lane in range(size):
-        left[i + lane] = not holds(active, lane)
+        wanted[i + lane] = not holds(active, lane)
     rho, delta, refine, iterations = 0.0 * mu + settings.rho, 0.0 * mu + settings.delta, True, 0
     while some(active):
         now, before, past = before, now, verdict
@@ -194,9 +201,7 @@ def solve_group(
         )
         iterations += 1
         verdict = assess(one, settings, now, before, past, iterations, limit, work)
-        refine = some(
-            active & needs_refinement(one, settings, rho, delta, alpha_s, alpha_z, before, now, past, work)
-        )
+        refine = some(active & needs_refinement(one, settings, rho, delta, alpha_s, alpha_z, before, now, past, work))
         # From a point within the tolerance one more step is worth it only if it halves the residuals.
         back = active & past.near & no(verdict.worst <= 0.5 * past.worst)
         again = back & (past.worst > settings.tol) & (past.waiting < IMPATIENCE) & (iterations < limit)
@@ -209,16 +214,16 @@ def solve_group(
             ):  # fmt: skip
                 exchange(back, a, b)
         sound |= back
-        solved = active & sound & (verdict.status == SOLVED)
+        ended = active & sound & ((verdict.status == SOLVED) | (verdict.status == MAX_ITERATIONS))
         going_on = active & sound & (verdict.status == RUNNING)
         for lane in range(size):
-            if holds(solved, lane):
+            if holds(ended, lane):
                 keep(
                     i + lane, lane, form, one, reduced, now, verdict, iterations - holds(back, lane), store, metric,
                     outcome, forms, factored,
                 )  # fmt: skip
             elif holds(active, lane) and not holds(going_on, lane):
-                left[i + lane] = True
+                wanted[i + lane] = True
         active = going_on
         rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else 0.0 * mu + 0.9
         rho = select(again, rho, larger((1.0 - rate) * rho, settings.smallest))
@@ -226,13 +231,27 @@ def solve_group(
         mu = select(again, mu, new_mu)
 
 
+@jit
+def prepare(check, form, one, lower, upper, reduced, work):
+    """Fill the metric and what does not change of the reduced form; whether the form is safe, and Q convex."""
+    equilibrate(one, lower, upper, work)
+    if form == DENSE_DUAL:
+        return every(prepare_dense(one, reduced, False)), True
+    if form == DIAGONAL_DUAL:
+        transpose(one.K, work.turned)
+        return every(prepare_diagonal(one, reduced, False)), True
+    return True, not check or every(convex(one.Q, work.square))
+
+
 @entry
 def solve_groups(
-    batch, check, all_shared, settings, form, store, metric, outcome, forms, factored, left, turn, edges, memory
-):
+    batch, check, all_shared, shared, settings, form, store, metric, outcome, forms, factored, wanted, turn, edges,
+    memory,
+):  # fmt: skip
     """Solve problems in groups as long as there are any; False if `check` refused one, which ends it.
 
-    The parameters are those of `method.solve_batch`; `left` becomes true for problems that are yet to be solved.
+    The parameters are those of `method.solve_batch`, and `shared` is whether all problems have the same matrices and
+    bounds. `wanted` is set to which problems are yet to be solved.
     """
     arrays, parts = memory.room, memory.reduced
     room = Room(
@@ -252,6 +271,7 @@ def solve_groups(
         Q, q, K, k, work.kind, batch.b.shape[1], lower.shape[0], upper.shape[0], stacked(memory.D), stacked(memory.E),
         Q, q, K, k,
     )  # fmt: skip
+    ready = safe = False
     while True:
         piece = min(claim(turn), edges.shape[0] - 2)
         start, stop = edges[piece], edges[piece + 1]
@@ -264,21 +284,18 @@ def solve_groups(
                     if not plausible(batch, j, all_shared and j == 0):
                         turn[0] = edges.shape[0]
                         return False
-            sound = load(batch, i, size, one, lower, upper, memory.k, memory.kind)
-            if sound:
-                equilibrate(one, lower, upper, work)
-                if form == DENSE_DUAL:
-                    sound = every(prepare_dense(one, reduced, False))
-                elif form == DIAGONAL_DUAL:
-                    sound = every(prepare_diagonal(one, reduced, False))
-                    transpose(K, work.turned)
-                elif check and not every(convex(Q, work.square)):
+            alike = load(batch, i, size, one, memory.k, memory.kind)
+            if not (ready and shared):
+                load_matrices(batch, i, size, one, lower, upper)
+                safe, definite = prepare(check, form, one, lower, upper, reduced, work)
+                if not definite:
                     turn[0] = edges.shape[0]
                     return False
-            if sound:
+                ready = True
+            if alike and safe:
                 solve_group(
                     i, size, form, one, reduced, settings, first, second, store, metric, outcome, forms, factored,
-                    left, work,
+                    wanted, work,
                 )  # fmt: skip
             else:
-                left[i : i + size] = True
+                wanted[i : i + size] = True

@@ -194,9 +194,7 @@ def _reduction(name: str):
             if signature.args[0] != Mask:
                 return value
             kind = ir.FunctionType(_BIT, [value.type])
-            function = cgutils.get_or_insert_function(
-                builder.module, kind, f"llvm.vector.reduce.{name}.v{LANES}i1"
-            )
+            function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.{name}.v{LANES}i1")
             return builder.call(function, (value,))
 
         return types.boolean(mask), generate

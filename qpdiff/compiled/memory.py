@@ -7,8 +7,10 @@ few milliseconds, that is a good part of it.
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from contextlib import suppress
+from functools import lru_cache, wraps
 
 import numpy as np
 
@@ -68,3 +70,16 @@ def _aligned(size: int) -> np.ndarray:
 def aligned(shape) -> np.ndarray:
     """Zeros in float64, the first at the beginning of a line of the cache."""
     return _aligned(8 * math.prod(shape)).view(np.float64).reshape(shape)
+
+
+def kept_by_thread(make):
+    """A function that makes memory to work in, so that each thread keeps what it was given last."""
+    local = threading.local()
+
+    @wraps(make)
+    def get(*sizes):
+        if not hasattr(local, "make"):
+            local.make = lru_cache(maxsize=1)(make)
+        return local.make(*sizes)
+
+    return get

@@ -1121,7 +1121,7 @@ def solve_batch(
     factored : boolean array
         Whether its factor in `store` is of use.
     wanted : boolean array
-        Which problems to solve; all if its length is 1.
+        Which problems to solve.
     turn, edges : int array
         As `following` takes them.
     room : Room
@@ -1136,7 +1136,7 @@ def solve_batch(
         i, end = following(i, end, turn, edges)
         if i >= count:
             return True
-        if not at(wanted, i):
+        if not wanted[i]:
             continue
         whole = all_shared and i == 0
         if check and not plausible(batch, i, whole):

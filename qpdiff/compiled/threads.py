@@ -33,8 +33,7 @@ def work_on(problem: Problem, first: int, prepare: Callable, passes: int, progre
     What they claim is a multiple of `group` as long as there is so much.
     """
     count = problem.batch - first
-    # To count operations would take a good part of a small solve.
-    workers, number = _plan(problem, count, passes, progress is not None) if count > 1 else (1, count)
+    workers, number = workers_for(problem, count, passes), _ranges(problem, count, passes, progress is not None)
     with single_threaded_blas() if workers > 1 and max(problem.n, problem.m + problem.p) > BLOCK else nullcontext():
         for i in range(number):
             where = slice(first + i * count // number, first + (i + 1) * count // number)
@@ -69,12 +68,19 @@ def _pieces(count: int, workers: int, group: int) -> np.ndarray:
     return np.array([*edges, count])
 
 
-def _plan(problem: Problem, count: int, passes: int, reports: bool) -> tuple[int, int]:
-    """How many threads help with so many problems, and in how many ranges."""
-    operations = count * passes * _operations(problem)
-    workers = max(1, min(problem.backend.workers, count, int(operations / WORTH_A_THREAD)))
-    ranges = max(-(-count * problem.bytes_per_problem // RANGE_BYTES), int(operations / WORTH_A_REPORT) * reports)
-    return workers, max(1, min(count, ranges))
+def workers_for(problem: Problem, count: int, passes: int) -> int:
+    """How many threads help with so many problems."""
+    if count <= 1:  # to count operations would take a good part of a small solve
+        return 1
+    return max(1, min(problem.backend.workers, count, int(count * passes * _operations(problem) / WORTH_A_THREAD)))
+
+
+def _ranges(problem: Problem, count: int, passes: int, reports: bool) -> int:
+    """In how many ranges so many problems are solved."""
+    ranges = -(-count * problem.bytes_per_problem // RANGE_BYTES)
+    if reports:
+        ranges = max(ranges, int(count * passes * _operations(problem) / WORTH_A_REPORT))
+    return max(1, min(count, ranges)) if count else 0
 
 
 def _operations(problem: Problem) -> float:
