@@ -11,11 +11,26 @@ from qpdiff import compiled
 from qpdiff.compiled import stacks
 from qpdiff.compiled.compiler import OPTIONS, finite
 from qpdiff.compiled.lanes import (
-    LANES, every, first_lanes, holds, larger, no, of_lane, put, root, select, smaller, some, stacked, take, zero,
+    LANES,
+    every,
+    first_lanes,
+    holds,
+    larger,
+    no,
+    of_lane,
+    put,
+    root,
+    select,
+    smaller,
+    some,
+    stacked,
+    take,
+    zero,
 )  # fmt: skip
 
 from .problems import equality_beyond_bounds, infeasible, optnet, random_problem
 
+ORDERS = np.arange(24), np.arange(24)[::-1]
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17]
 
 
@@ -229,3 +244,11 @@ def test_progress_of_groups_counts_up_to_the_batch():
     seen = []
     qpdiff.solve_qp(**optnet(rng(), (50,), 6, 4, 2), progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (50, 50)
+
+
+def test_the_mates_in_a_group_do_not_matter():
+    operands = optnet(rng(), (24,), 10, 8, 2)
+    operands["h"][5] *= 1e6  # a mate on another scale
+    sol, turned = (qpdiff.solve_qp(**{k: value[order] for k, value in operands.items()}) for order in ORDERS)
+    for name in ("x", "y", "z", "iterations", "duality_gap"):
+        np.testing.assert_array_equal(getattr(sol, name), getattr(turned, name)[ORDERS[1]])

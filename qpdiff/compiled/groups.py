@@ -193,7 +193,7 @@ def solve_group(
     active = first_lanes(size) & sound & (verdict.status == RUNNING)
     for lane in range(size):
         wanted[i + lane] = not holds(active, lane)
-    rho, delta, refine, iterations = 0.0 * mu + settings.rho, 0.0 * mu + settings.delta, True, 0
+    rho, delta, refine, iterations = 0.0 * mu + settings.rho, 0.0 * mu + settings.delta, first_lanes(LANES), 0
     while some(active):
         now, before, past = before, now, verdict
         sound, _, alpha_s, alpha_z, new_mu = step(
@@ -201,7 +201,7 @@ def solve_group(
         )
         iterations += 1
         verdict = assess(one, settings, now, before, past, iterations, limit, work)
-        refine = some(active & needs_refinement(one, settings, rho, delta, alpha_s, alpha_z, before, now, past, work))
+        unrefined = needs_refinement(one, settings, rho, delta, alpha_s, alpha_z, before, now, past, work)
         # From a point within the tolerance one more step is worth it only if it halves the residuals.
         back = active & past.near & no(verdict.worst <= 0.5 * past.worst)
         again = back & (past.worst > settings.tol) & (past.waiting < IMPATIENCE) & (iterations < limit)
@@ -229,6 +229,7 @@ def solve_group(
         rho = select(again, rho, larger((1.0 - rate) * rho, settings.smallest))
         delta = select(again, delta, larger((1.0 - rate) * delta, settings.smallest))
         mu = select(again, mu, new_mu)
+        refine = select(again, refine, unrefined)
 
 
 @jit

@@ -465,16 +465,18 @@ def residual(one, theta, rho, delta, r_x, r_v, dx, dv, e_x, e_v, work):
 
 
 @jit
-def solve_refined(form, one, reduced, r_x, r_v, dx, dv, work):
-    """`solve`, and one round of refinement."""
+def solve_refined(form, one, reduced, refine, r_x, r_v, dx, dv, work):
+    """`solve`, and one round of refinement for the problems that want it."""
     solve(form, one, reduced, r_x, r_v, dx, dv, work)
+    if not some(refine):
+        return
     residual(one, work.theta, work.rho, work.delta, r_x, r_v, dx, dv, work.e_x, work.e_v, work)
     eliminate(form, one, reduced, work.e_x, work)
     solve(form, one, reduced, work.e_x, work.e_v, work.cx, work.cv, work)
     for i in range(dx.shape[0]):
-        dx[i] += work.cx[i]
+        dx[i] += select(refine, work.cx[i], 0.0)
     for i in range(dv.shape[0]):
-        dv[i] += work.cv[i]
+        dv[i] += select(refine, work.cv[i], 0.0)
 
 
 # ---- the iteration
@@ -523,7 +525,7 @@ def initialize(form, one, reduced, settings, now, work):
     factored = factor(form, one, reduced, work.theta, work.rho, work.delta, work)
     if some(factored):
         eliminate(form, one, reduced, now.r_x, work)
-        solve_refined(form, one, reduced, now.r_x, now.r_v, now.x, now.v, work)
+        solve_refined(form, one, reduced, factored, now.r_x, now.r_v, now.x, now.v, work)
     good = factored & all_finite(now.x) & all_finite(now.v)
     if not every(good):
         for i in range(n):
@@ -765,10 +767,7 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
         if one.kind[i] == INEQUALITY:
             complementarity[i] = before.s[i] * before.v[i] + ds[i] * dv[i] - sigma * mu
             shifted[i] += complementarity[i] / before.v[i]
-    if refine:
-        solve_refined(form, one, reduced, before.r_x, shifted, dx, dv, work)
-    else:
-        solve(form, one, reduced, before.r_x, shifted, dx, dv, work)
+    solve_refined(form, one, reduced, refine, before.r_x, shifted, dx, dv, work)
     for i in range(rows):
         if one.kind[i] == INEQUALITY:
             ds[i] = -(complementarity[i] + before.s[i] * dv[i]) / before.v[i]
