@@ -20,13 +20,15 @@ from ..solver import Outcome, Point, Settings
 from . import method
 from .groups import make_group_room, solve_groups
 from .lanes import LANES
-from .memory import empty
+from .memory import empty, kept_by_thread
 from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
 from .threads import SOLVE, SWEEP, work_on, workers_for
 from .tiles import padded
 
 SMALL = 32
 """Up to so many variables and rows of A and G, problems are solved in groups."""
+KEPT_ENTRIES = 2**20
+"""A thread keeps its working memory where the matrices of a problem are not larger."""
 _DECIDING = {"Q", "G", "A", "lb", "ub"}
 """Operands that the metric and the reduced form are made of."""
 KEPT_BYTES = 2**26, 2**29
@@ -193,7 +195,12 @@ def _absent(n: int, dtype) -> dict[str, Any]:
 
 
 def _room(problem: Problem) -> Room:
-    return make_room(problem.n, problem.m + problem.p, problem.rows, np.dtype(problem.dtype))
+    size = problem.n * (problem.n + problem.m + problem.p)
+    make = _own_room if size <= KEPT_ENTRIES else make_room
+    return make(problem.n, problem.m + problem.p, problem.rows, np.dtype(problem.dtype))
+
+
+_own_room = kept_by_thread(make_room)
 
 
 def _part(array, where: slice):

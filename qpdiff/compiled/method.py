@@ -1249,11 +1249,17 @@ def solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, refinemen
             break
         correction(form, one, reduced, heavy, weights, work.e_x, work.e_v, c_x, c_v, work)
         now = ratio(size(heavy, D_inverse, E_inverse, c_x, c_v), size(heavy, D_inverse, E_inverse, u_x, u_v))
-        moved, last = ratio(now * now, last), now
+        # What is left is the difference of the two systems times the solution, and so shrinks as the corrections do.
+        expected, moved, last = left * ratio(now, last), ratio(now * now, last), now
         for i in range(n):
             c_x[i] += u_x[i]
         for i in range(rows):
             c_v[i] += u_v[i]
+        if left <= 1e-5 and expected <= 0.1 * accuracy and moved <= accuracy:
+            # Sure enough without the products that it takes to know.
+            copy(c_x, u_x)
+            copy(c_v, u_v)
+            return expected, moved
         residual(one, theta, zero_x, zero_v, r_x, r_v, c_x, c_v, d_x, d_v, work)
         after = ratio(size(heavy, one.D, one.E, d_x, d_v), asked)
         if after < left:
