@@ -215,10 +215,13 @@ def test_groups_of_every_kind(monkeypatch, kinds, cost, shared):
     np.testing.assert_allclose(grouped.objective, single.objective, rtol=1e-7, atol=1e-7)
 
 
-def test_rows_of_other_kinds(monkeypatch):
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_of_other_kinds(monkeypatch, shared):
     """Where h is infinite, a row does not exist for one problem and does for its neighbour."""
     operands = optnet(rng(), (30,), 10, 8, 2)
-    operands["h"][::7, 3] = np.inf
+    operands["h"][::17, 3] = np.inf
+    if shared:
+        operands |= {name: operands[name][0] for name in ("Q", "A", "G")}
     assert_same(*in_both_ways(monkeypatch, operands))
 
 

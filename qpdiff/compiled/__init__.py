@@ -137,7 +137,7 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
             wanted[0] = True
             with single_threaded_blas():
                 one_by_one(slice(0, 1), False)(np.zeros(1, np.int64), np.array([0, 1, 1]))
-            forms[1:] = forms[0]
+            forms[wanted] = forms[0]
         work_on(problem, int(prepared), lambda where: one_by_one(where, prepared), SOLVE, progress)
     return outcome, Factors(form, store, metric, forms, factored)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..solver import IMPATIENCE
 from .compiler import claim, entry, hot, jit
-from .lanes import LANES, every, first_lanes, holds, larger, no, of_lane, put, select, some, stacked, take
+from .lanes import LANES, every, first_lanes, holds, larger, no, of_lane, put, repeated, select, some, stacked, take
 from .memory import aligned, kept_by_thread
 from .method import (
     DENSE_DUAL,
@@ -156,24 +156,25 @@ def chosen(where, status, waiting, one, other):
 
 
 @jit
-def keep(i, lane, form, one, reduced, now, verdict, iterations, store, metric, outcome, forms, factored):
-    """What is kept of the problem in a lane."""
-    n, linear = one.K.shape[1], one.K.shape[0]
+def keep(i, lane, form, shared, one, reduced, now, verdict, iterations, store, metric, outcome, forms, factored):
+    """Put aside what problem i has come to, and what its derivative needs."""
     take_vector(now.x, lane, outcome.x[i])
     take_vector(now.v, lane, outcome.v[i])
     take_vector(now.s, lane, outcome.s[i])
     outcome.status[i, 0], outcome.iterations[i, 0] = of_lane(verdict.status, lane), iterations
     outcome.objective[i, 0], outcome.gap[i, 0] = of_lane(verdict.objective, lane), of_lane(verdict.gap, lane)
     outcome.primal[i, 0], outcome.dual[i, 0] = of_lane(verdict.primal, lane), of_lane(verdict.dual, lane)
-    take_vector(one.D, lane, at(metric[0], i))
-    take_vector(one.E, lane, at(metric[1], i))
-    if form == DENSE_DUAL:
-        take_matrix(reduced.hessian, lane, at(store.hessian, i), n, n)
-        take_matrix(reduced.V, lane, at(store.V, i), n, linear)
-    else:
+    if i == 0 or not shared:
+        n, linear = one.K.shape[1], one.K.shape[0]
+        take_vector(one.D, lane, at(metric[0], i))
+        take_vector(one.E, lane, at(metric[1], i))
+        if form == DENSE_DUAL:
+            take_matrix(reduced.hessian, lane, at(store.hessian, i), n, n)
+            take_matrix(reduced.V, lane, at(store.V, i), n, linear)
+        if form == DIAGONAL_DUAL:
+            take_vector(reduced.diagonal, lane, at(store.diagonal, i))
+    if form != DENSE_DUAL:
         take_vector(reduced.weights, lane, at(store.weights, i))
-    if form == DIAGONAL_DUAL:
-        take_vector(reduced.diagonal, lane, at(store.diagonal, i))
     size = reduced.U.shape[0]
     take_matrix(reduced.U, lane, at(store.U, i), size, size)
     forms[i], factored[i] = form, True
@@ -181,7 +182,7 @@ def keep(i, lane, form, one, reduced, now, verdict, iterations, store, metric, o
 
 @hot
 def solve_group(
-    i, size, form, one, reduced, settings, first, second, store, metric, outcome, forms, factored, wanted, work
+    i, size, form, shared, one, reduced, settings, first, second, store, metric, outcome, forms, factored, wanted, work
 ):
     """Carry the problems in the lanes to their ends, or leave them."""
     limit = settings.max_iterations
@@ -193,7 +194,7 @@ def solve_group(
     active = first_lanes(size) & sound & (verdict.status == RUNNING)
     for lane in range(size):
         wanted[i + lane] = not holds(active, lane)
-    rho, delta, refine, iterations = 0.0 * mu + settings.rho, 0.0 * mu + settings.delta, first_lanes(LANES), 0
+    rho, delta, refine, iterations = repeated(settings.rho), repeated(settings.delta), first_lanes(LANES), 0
     while some(active):
         now, before, past = before, now, verdict
         sound, _, alpha_s, alpha_z, new_mu = step(
@@ -219,13 +220,13 @@ def solve_group(
         for lane in range(size):
             if holds(ended, lane):
                 keep(
-                    i + lane, lane, form, one, reduced, now, verdict, iterations - holds(back, lane), store, metric,
-                    outcome, forms, factored,
+                    i + lane, lane, form, shared, one, reduced, now, verdict, iterations - holds(back, lane), store,
+                    metric, outcome, forms, factored,
                 )  # fmt: skip
             elif holds(active, lane) and not holds(going_on, lane):
                 wanted[i + lane] = True
         active = going_on
-        rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else 0.0 * mu + 0.9
+        rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else repeated(0.9)
         rho = select(again, rho, larger((1.0 - rate) * rho, settings.smallest))
         delta = select(again, delta, larger((1.0 - rate) * delta, settings.smallest))
         mu = select(again, mu, new_mu)
@@ -295,8 +296,8 @@ def solve_groups(
                 ready = True
             if alike and safe:
                 solve_group(
-                    i, size, form, one, reduced, settings, first, second, store, metric, outcome, forms, factored,
-                    wanted, work,
+                    i, size, form, shared, one, reduced, settings, first, second, store, metric, outcome, forms,
+                    factored, wanted, work,
                 )  # fmt: skip
             else:
                 wanted[i : i + size] = True

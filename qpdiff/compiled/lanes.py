@@ -213,6 +213,16 @@ def no(typing_context, condition):
 
 
 @intrinsic
+def repeated(typing_context, a):
+    """A number for every problem."""
+
+    def generate(context, builder, signature, arguments):
+        return context.cast(builder, arguments[0], signature.args[0], Lanes)
+
+    return Lanes(a), generate
+
+
+@intrinsic
 def first_lanes(typing_context, count):
     """The mask of so many lanes."""
 

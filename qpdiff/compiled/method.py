@@ -4,6 +4,9 @@ Every function here does for one problem what the function of the same name in `
 a batch, where the mathematics is explained; a test holds the two against each other iteration by iteration. One problem
 is carried from its start to its end before the next, so that its matrices stay in the cache, and what is the same for
 the predictor and the corrector is computed once.
+
+The functions of a step also take `lanes`, the numbers of several problems, for `groups`. Hence they branch on the kinds
+of rows, which are the same for all, but on numbers they `select`.
 """
 
 from __future__ import annotations
