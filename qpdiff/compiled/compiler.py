@@ -14,12 +14,14 @@ from numba.extending import intrinsic
 OPTIONS: Any = {"nogil": True, "error_model": "numpy", "_nrt": False}
 """Nothing is allocated and no references are counted, which would cost more than the arithmetic on small arrays."""
 _INNER: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-jit = njit(**OPTIONS, **_INNER, fastmath={"reassoc", "contract", "nsz"})
-"""For functions that compiled code calls. Sums may be reordered, which vectorises them; NaN and infinity keep their
-meaning."""
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+"""Sums may be reordered, which vectorises them, and divisions by the same number become products; NaN and infinity keep
+their meaning."""
+jit = njit(**OPTIONS, **_INNER, fastmath=FAST)
+"""For functions that compiled code calls."""
 literal = njit(**OPTIONS, **_INNER)
 """Where no bit may depend on the order of the operands."""
-hot = njit(**OPTIONS, **_INNER, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
+hot = njit(**OPTIONS, **_INNER, fastmath=FAST, forceinline=True)
 """The same for functions of every iteration that take named tuples, which a call passes entry by entry."""
 inline = njit(**OPTIONS, inline="always")
 """For functions that return an array, which without counting references must be part of their caller."""

@@ -68,7 +68,7 @@ def make_group_room(n: int, linear: int, rows: int, lower: int, upper: int, form
 
     size = n if form == PRIMAL else linear
     room = Room(
-        lanes(12, n), lanes(19, rows), lanes(5, n), lanes(5, rows), np.zeros((2, rows), np.int8), lanes(linear, n),
+        lanes(13, n), lanes(22, rows), lanes(5, n), lanes(5, rows), np.zeros((2, rows), np.int8), lanes(linear, n),
         lanes(0, 0), lanes(linear, n), lanes(n, linear), lanes(n, n),
     )  # fmt: skip
     reduced = Reduced(
@@ -202,7 +202,7 @@ def solve_group(
         )
         iterations += 1
         verdict = assess(one, settings, now, before, past, iterations, limit, work)
-        unrefined = needs_refinement(one, settings, rho, delta, alpha_s, alpha_z, before, now, past, work)
+        unrefined = needs_refinement(settings, alpha_s, alpha_z, before, now, past, work)
         # From a point within the tolerance one more step is worth it only if it halves the residuals.
         back = active & past.near & no(verdict.worst <= 0.5 * past.worst)
         again = back & (past.worst > settings.tol) & (past.waiting < IMPATIENCE) & (iterations < limit)

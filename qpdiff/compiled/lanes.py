@@ -18,12 +18,13 @@ from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, inf
 from numba.cpython.slicing import fix_slice
 from numba.extending import intrinsic, lower_builtin, lower_cast, lower_getattr, register_model
 
+from .compiler import FAST
 from .registers import WORD, word
 
 LANES = 8
 _SIZE = 8 * LANES
+_FAST = tuple(sorted(FAST))
 _DOUBLE, _BIT = ir.DoubleType(), ir.IntType(1)
-_FAST = ("reassoc", "contract", "nsz")
 
 
 class _InLanes(types.Type):

@@ -150,7 +150,7 @@ def make_room(n, linear, rows, dtype) -> Room:
         return np.zeros(padded(*shape, dtype.itemsize), dtype)
 
     return Room(
-        np.zeros((12, n), dtype), np.zeros((19, rows), dtype), np.zeros((5, n)), np.zeros((5, rows)),
+        np.zeros((13, n), dtype), np.zeros((22, rows), dtype), np.zeros((5, n)), np.zeros((5, rows)),
         np.zeros((2, rows), np.int8), np.empty((linear, n), dtype), np.empty((linear, n)),
         matrix(linear, n), matrix(n, linear), matrix(n, n),
     )  # fmt: skip
@@ -185,6 +185,10 @@ class Work(NamedTuple):
     dx: Any
     dv: Any
     ds: Any
+    metric_x: Any
+    metric_v: Any
+    per_s: Any
+    per_z: Any
     cx: Any
     cv: Any
     e_x: Any
@@ -518,12 +522,14 @@ def initialize(form, one, reduced, settings, now, work):
     n, rows = now.x.shape[0], now.v.shape[0]
     D, E = one.D, one.E
     for i in range(n):
-        work.rho[i] = settings.rho / square(D[i])
+        work.metric_x[i] = 1.0 / square(D[i])
+        work.rho[i] = settings.rho * work.metric_x[i]
         now.r_x[i] = -one.q[i]
     for i in range(rows):
-        work.delta[i] = settings.delta / square(E[i])
+        work.metric_v[i] = 1.0 / square(E[i])
+        work.delta[i] = settings.delta * work.metric_v[i]
         kind = one.kind[i]
-        work.theta[i] = 1.0 / square(E[i]) if kind == INEQUALITY else (0.0 if kind == EQUALITY else np.inf)
+        work.theta[i] = work.metric_v[i] if kind == INEQUALITY else (0.0 if kind == EQUALITY else np.inf)
         now.r_v[i] = one.k[i]
     factored = factor(form, one, reduced, work.theta, work.rho, work.delta, work)
     if some(factored):
@@ -717,13 +723,13 @@ def infeasible(one, before, v, size_k, work):
 
 
 @hot
-def step_lengths(one, now, ds, dv, fraction):
-    """Largest steps in [0, 1] that keep s and z ≥ (1 − fraction) times what they are."""
+def step_lengths(one, per_s, per_z, ds, dv, fraction):
+    """Largest steps in [0, 1] that keep s and z, given as 1/s and 1/z, ≥ (1 − fraction) times what they are."""
     of_s = of_z = zero(ds)
     for i in range(ds.shape[0]):
         if one.kind[i] == INEQUALITY:
-            of_s = larger(-ds[i] / now.s[i], of_s)
-            of_z = larger(-dv[i] / now.v[i], of_z)
+            of_s = larger(-ds[i] * per_s[i], of_s)
+            of_z = larger(-dv[i] * per_z[i], of_z)
     return 1.0 / larger(of_s / fraction, 1.0), 1.0 / larger(of_z / fraction, 1.0)
 
 
@@ -735,27 +741,29 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
     """
     n, rows = before.x.shape[0], before.v.shape[0]
     dx, dv, ds, shifted = work.dx, work.dv, work.ds, work.shifted
+    # A division takes as long as many products, so each is done once.
+    per_s, per_z, theta = work.per_s, work.per_z, work.theta
     for i in range(n):
-        work.rho[i] = rho / square(one.D[i])
+        work.rho[i] = rho * work.metric_x[i]
     for i in range(rows):
-        work.delta[i] = delta / square(one.E[i])
+        work.delta[i] = delta * work.metric_v[i]
         kind = one.kind[i]
         shifted[i] = before.r_v[i]
         if kind == INEQUALITY:
-            work.theta[i] = before.s[i] / before.v[i]
+            per_s[i], per_z[i] = 1.0 / before.s[i], 1.0 / before.v[i]
+            theta[i] = before.s[i] * per_z[i]
             shifted[i] += before.s[i]
         else:
-            work.theta[i] = 0.0 if kind == EQUALITY else np.inf
-    factored = factor(form, one, reduced, work.theta, work.rho, work.delta, work)
+            theta[i] = 0.0 if kind == EQUALITY else np.inf
+    factored = factor(form, one, reduced, theta, work.rho, work.delta, work)
     if not some(factored):
         return factored, factored, 0.0 * mu, 0.0 * mu, mu
 
     eliminate(form, one, reduced, before.r_x, work)
     solve_rows(form, one, reduced, before.r_x, shifted, dx, dv, work)
     for i in range(rows):
-        s, z = before.s[i], before.v[i]
-        ds[i] = -(s * z + s * dv[i]) / z if one.kind[i] == INEQUALITY else 0.0
-    alpha_s, alpha_z = step_lengths(one, before, ds, dv, 1.0)
+        ds[i] = -(before.s[i] + theta[i] * dv[i]) if one.kind[i] == INEQUALITY else 0.0
+    alpha_s, alpha_z = step_lengths(one, per_s, per_z, ds, dv, 1.0)
     total, count = zero(dv), 0
     for i in range(rows):
         if one.kind[i] == INEQUALITY:
@@ -769,12 +777,12 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
         shifted[i] = before.r_v[i]
         if one.kind[i] == INEQUALITY:
             complementarity[i] = before.s[i] * before.v[i] + ds[i] * dv[i] - sigma * mu
-            shifted[i] += complementarity[i] / before.v[i]
+            shifted[i] += complementarity[i] * per_z[i]
     solve_refined(form, one, reduced, refine, before.r_x, shifted, dx, dv, work)
     for i in range(rows):
         if one.kind[i] == INEQUALITY:
-            ds[i] = -(complementarity[i] + before.s[i] * dv[i]) / before.v[i]
-    alpha_s, alpha_z = step_lengths(one, before, ds, dv, STEP_FRACTION)
+            ds[i] = -(complementarity[i] * per_z[i] + theta[i] * dv[i])
+    alpha_s, alpha_z = step_lengths(one, per_s, per_z, ds, dv, STEP_FRACTION)
     shorter = smaller(alpha_s, alpha_z)
     alpha_s, alpha_z = select(circling, shorter, alpha_s), select(circling, shorter, alpha_z)
 
@@ -793,20 +801,21 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
 
 
 @hot
-def needs_refinement(one, settings, rho, delta, alpha_s, alpha_z, before, now, past, work):
+def needs_refinement(settings, alpha_s, alpha_z, before, now, past, work):
     """Whether the linear solve has left too much of its system; it shows in the products before and after the step."""
     left = allowed = zero(work.dx)
+    per_alpha_s, per_alpha_z = 1.0 / alpha_s, 1.0 / alpha_z
     for i in range(now.x.shape[0]):
         Q_dx = now.Qx[i] - before.Qx[i]
         Kt_dv = before.r_x[i] - now.r_x[i] - Q_dx
-        value = before.r_x[i] - Q_dx / alpha_s - Kt_dv / alpha_z - rho / square(one.D[i]) * work.dx[i]
+        value = before.r_x[i] - Q_dx * per_alpha_s - Kt_dv * per_alpha_z - work.rho[i] * work.dx[i]
         left = larger(abs(value), left)
     enough = left <= larger(1e-6 * past.dual, 0.01 * settings.tol)
     left = zero(work.dx)
     for i in range(now.v.shape[0]):
         r_v = before.r_v[i]
         allowed = larger(abs(r_v), allowed)
-        value = now.r_v[i] - (1.0 - alpha_s) * r_v + alpha_s * delta / square(one.E[i]) * work.dv[i]
+        value = now.r_v[i] - (1.0 - alpha_s) * r_v + alpha_s * work.delta[i] * work.dv[i]
         left = larger(abs(value), left)
     return no(enough & (left <= larger(1e-6 * allowed, 0.01 * settings.tol)))
 
@@ -876,7 +885,7 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
             if verdict.status != RUNNING:
                 break
             if sound:
-                refine = needs_refinement(one, settings, rho, delta, alpha_s, alpha_z, before, now, past, work)
+                refine = needs_refinement(settings, alpha_s, alpha_z, before, now, past, work)
                 rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else 0.9
                 rho = max((1.0 - rate) * rho, settings.smallest)
                 delta = max((1.0 - rate) * delta, settings.smallest)
@@ -988,6 +997,7 @@ def make_work(room):
         kind=flags[0], heavy=flags[1], stacked=room.stacked, stacked64=room.stacked64, scaled=room.scaled,
         turned=room.turned, square=room.square,
         rho=x[0], b_x=x[1], t=x[2], dx=x[3], cx=x[4], e_x=x[5], columns=x[6], right_x=x[7],
+        metric_x=x[12], metric_v=v[19], per_s=v[20], per_z=v[21],
         theta=v[0], delta=v[1], shifted=v[2], complementarity=v[3], weights=v[4], Vt=v[5], dv=v[6], ds=v[7], cv=v[8],
         e_v=v[9], k=v[10], right_v=v[11], theta_exact=v[12],
     )  # fmt: skip

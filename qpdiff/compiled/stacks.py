@@ -9,7 +9,7 @@ from __future__ import annotations
 from numba.extending import overload
 
 from . import products, tiles
-from .compiler import OPTIONS, jit
+from .compiler import FAST, OPTIONS, jit
 from .lanes import Stack, root
 
 
@@ -168,7 +168,7 @@ def _either(of_numbers, of_stacks):
     def function(*arguments):
         raise NotImplementedError("for compiled code")
 
-    @overload(function, jit_options=OPTIONS | {"fastmath": {"reassoc", "contract", "nsz"}}, strict=False)
+    @overload(function, jit_options=OPTIONS | {"fastmath": FAST}, strict=False)
     def choose(*arguments):
         return (of_stacks if isinstance(arguments[0], Stack) else of_numbers).py_func
 
