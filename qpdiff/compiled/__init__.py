@@ -25,8 +25,9 @@ from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, mak
 from .threads import SOLVE, SWEEP, work_on, workers_for
 from .tiles import padded
 
-SMALL = 32
-"""Up to so many variables and rows of A and G, problems are solved in groups."""
+SMALL, ENOUGH = 32, 6
+"""Up to so many variables and rows of A and G, problems are solved in groups; and from so many for each thread, as a
+group takes as long as two to five problems one by one."""
 KEPT_ENTRIES = 2**20
 """A thread keeps its working memory where the matrices of a problem are not larger."""
 _DECIDING = {"Q", "G", "A", "lb", "ub"}
@@ -217,9 +218,9 @@ def _frozen(array):
 
 def _small(problem: Problem) -> bool:
     """Whether to take problems several at a time, which should leave no thread without work."""
-    if max(problem.n, problem.m + problem.p) > SMALL or problem.dtype != np.float64 or problem.batch < LANES // 2:
+    if max(problem.n, problem.m + problem.p) > SMALL or problem.dtype != np.float64 or problem.batch < ENOUGH:
         return False
-    return problem.batch >= LANES // 2 * workers_for(problem, problem.batch, SOLVE)
+    return problem.batch >= ENOUGH * workers_for(problem, problem.batch, SOLVE)
 
 
 def _form(problem: Problem) -> int:
