@@ -322,15 +322,19 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_later_process_compiles_nothing():
-    """The compiled functions come from the cache on disk, which this process has filled."""
-    qpdiff.vjp(qpdiff.solve_qp(**CASES["optnet"](), engine="compiled"), x=np.ones((20, 10)))
+    """The compiled functions come from the cache on disk, which the one before has filled."""
     code = """
 import numpy as np
 import qpdiff
-sol = qpdiff.solve_qp(np.eye(2), np.ones(2), np.ones((1, 2)), [1.0], engine="compiled")
-qpdiff.vjp(sol, x=np.ones(2))
-from qpdiff.compiled import method
-for function in (method.solve_batch, method.solve_kkt_batch):
+for batch in (1, 20):
+    Q, q, G, h = np.tile(np.eye(2), (batch, 1, 1)), np.ones((batch, 2)), np.ones((batch, 1, 2)), np.ones((batch, 1))
+    sol = qpdiff.solve_qp(Q, q, G, h, engine="compiled")
+    qpdiff.vjp(sol, x=np.ones((batch, 2)))
+"""
+    run(code)
+    code += """
+from qpdiff.compiled import groups, method
+for function in (method.solve_batch, groups.solve_groups, method.solve_kkt_batch):
     assert function.stats.cache_hits and not function.stats.cache_misses, function
 """
     run(code)
