@@ -1,7 +1,7 @@
 """The compiled engine: the method of `qpdiff.solver` and its derivative for NumPy arrays, by Numba.
 
-A thread for each processor takes problems as long as there are any, small ones in groups, and BLAS gets one thread while
-several are at work. A batch that takes much memory on the way goes through in ranges.
+A thread for each processor takes problems as long as there are any, small ones in groups, and BLAS gets one thread
+while several are at work. A batch that takes much memory on the way goes through in ranges.
 """
 
 from __future__ import annotations
