@@ -128,19 +128,20 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
 
         return run
 
-    wanted = np.ones(count, np.bool_)
+    wanted, done = np.ones(count, np.bool_), (outcome, Factors(form, store, metric, forms, factored))
     if near is None and _small(problem):
         work_on(problem, 0, in_groups, SOLVE, progress, LANES)
-        progress = None
-    if wanted.any():
-        prepared = shared and count > 1
-        if prepared:
-            wanted[0] = True
-            with single_threaded_blas():
-                one_by_one(slice(0, 1), False)(np.zeros(1, np.int64), np.array([0, 1, 1]))
-            forms[wanted] = forms[0]
-        work_on(problem, int(prepared), lambda where: one_by_one(where, prepared), SOLVE, progress)
-    return outcome, Factors(form, store, metric, forms, factored)
+        if not wanted.any():
+            return done
+        progress = None  # of the few that are left
+    prepared = shared and count > 1
+    if prepared:
+        wanted[0] = True
+        with single_threaded_blas():
+            one_by_one(slice(0, 1), False)(np.zeros(1, np.int64), np.array([0, 1, 1]))
+        forms[wanted] = forms[0]
+    work_on(problem, int(prepared), lambda where: one_by_one(where, prepared), SOLVE, progress)
+    return done
 
 
 def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: float, x=None):
