@@ -14,7 +14,6 @@ from qpdiff.compiled.lanes import (
     LANES,
     every,
     first_lanes,
-    holds,
     larger,
     no,
     of_lane,
@@ -57,11 +56,11 @@ def arithmetic(a, b, out, truths):
     for i in range(a.shape[0]):
         condition &= finite(a[i])
     for lane in range(LANES):
-        truths[0, lane], truths[1, lane] = holds(x < y, lane), holds(x <= y, lane)
-        truths[2, lane], truths[3, lane] = holds(x > y, lane), holds(x >= y, lane)
-        truths[4, lane], truths[5, lane] = holds(x == y, lane), holds(no(x < y), lane)
-        truths[6, lane], truths[7, lane] = holds((x < y) | (x > 1.0), lane), holds((x < y) & (x > 0.0), lane)
-        truths[8, lane], truths[9, lane] = holds(condition, lane), holds(first_lanes(3), lane)
+        truths[0, lane], truths[1, lane] = of_lane(x < y, lane), of_lane(x <= y, lane)
+        truths[2, lane], truths[3, lane] = of_lane(x > y, lane), of_lane(x >= y, lane)
+        truths[4, lane], truths[5, lane] = of_lane(x == y, lane), of_lane(no(x < y), lane)
+        truths[6, lane], truths[7, lane] = of_lane((x < y) | (x > 1.0), lane), of_lane((x < y) & (x > 0.0), lane)
+        truths[8, lane], truths[9, lane] = of_lane(condition, lane), of_lane(first_lanes(3), lane)
         put(out, 14, lane, of_lane(x, lane) + lane)
         put(out, (15,), lane, take(b, 1, lane))
     return some(x < y), every(x < y), some(condition), every(first_lanes(LANES))

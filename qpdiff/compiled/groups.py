@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..solver import IMPATIENCE
-from .compiler import claim, entry, hot, jit
-from .lanes import LANES, every, first_lanes, holds, larger, no, of_lane, put, repeated, select, some, stacked, take
+from .compiler import entry, hot, jit
+from .lanes import LANES, each, every, first_lanes, larger, no, of_lane, put, select, some, stacked, take
 from .memory import aligned, kept_by_thread
 from .method import (
     DENSE_DUAL,
@@ -36,10 +36,12 @@ from .method import (
     make_iterates,
     make_work,
     needs_refinement,
+    next_piece,
     plausible,
     positive,
     prepare_dense,
     prepare_diagonal,
+    revised,
     step,
 )
 from .stacks import transpose
@@ -144,14 +146,14 @@ def exchange(where, a, b):
 
 
 @jit
-def chosen(where, status, waiting, one, other):
-    """A verdict with another status and waiting for the problems of a mask, and the other verdict for the rest."""
+def chosen(where, one, other):
+    """One verdict for the problems of a mask, and another for the rest."""
     return Verdict(
-        select(where, status, other.status), select(where, one.objective, other.objective),
+        select(where, one.status, other.status), select(where, one.objective, other.objective),
         select(where, one.primal, other.primal), select(where, one.dual, other.dual),
         select(where, one.gap, other.gap), select(where, one.near, other.near),
         select(where, one.worst, other.worst), select(where, one.best, other.best),
-        select(where, one.proof, other.proof), select(where, waiting, other.waiting),
+        select(where, one.proof, other.proof), select(where, one.waiting, other.waiting),
     )  # fmt: skip
 
 
@@ -193,8 +195,8 @@ def solve_group(
     mu, verdict, sound = begin(form, one, reduced, settings, now, before, work)
     active = first_lanes(size) & sound & (verdict.status == RUNNING)
     for lane in range(size):
-        wanted[i + lane] = not holds(active, lane)
-    rho, delta, refine, iterations = repeated(settings.rho), repeated(settings.delta), first_lanes(LANES), 0
+        wanted[i + lane] = not of_lane(active, lane)
+    rho, delta, refine, iterations = each(mu, settings.rho), each(mu, settings.delta), first_lanes(LANES), 0
     while some(active):
         now, before, past = before, now, verdict
         sound, _, alpha_s, alpha_z, new_mu = step(
@@ -207,8 +209,8 @@ def solve_group(
         back = active & past.near & no(verdict.worst <= 0.5 * past.worst)
         again = back & (past.worst > settings.tol) & (past.waiting < IMPATIENCE) & (iterations < limit)
         if some(back):
-            verdict = chosen(back, SOLVED, past.waiting, past, verdict)
-            verdict = chosen(again, RUNNING, IMPATIENCE, past, verdict)
+            status, waiting = select(again, RUNNING, SOLVED), select(again, IMPATIENCE, past.waiting)
+            verdict = chosen(back, revised(past, status, waiting), verdict)
             for a, b in (
                 (now.x, before.x), (now.v, before.v), (now.s, before.s), (now.r_x, before.r_x), (now.r_v, before.r_v),
                 (now.Qx, before.Qx), (now.Kx, before.Kx),
@@ -218,15 +220,15 @@ def solve_group(
         ended = active & sound & ((verdict.status == SOLVED) | (verdict.status == MAX_ITERATIONS))
         going_on = active & sound & (verdict.status == RUNNING)
         for lane in range(size):
-            if holds(ended, lane):
+            if of_lane(ended, lane):
                 keep(
-                    i + lane, lane, form, shared, one, reduced, now, verdict, iterations - holds(back, lane), store,
+                    i + lane, lane, form, shared, one, reduced, now, verdict, iterations - of_lane(back, lane), store,
                     metric, outcome, forms, factored,
                 )  # fmt: skip
-            elif holds(active, lane) and not holds(going_on, lane):
+            elif of_lane(active, lane) and not of_lane(going_on, lane):
                 wanted[i + lane] = True
         active = going_on
-        rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else repeated(0.9)
+        rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else each(mu, 0.9)
         rho = select(again, rho, larger((1.0 - rate) * rho, settings.smallest))
         delta = select(again, delta, larger((1.0 - rate) * delta, settings.smallest))
         mu = select(again, mu, new_mu)
@@ -275,8 +277,7 @@ def solve_groups(
     )  # fmt: skip
     ready = safe = False
     while True:
-        piece = min(claim(turn), edges.shape[0] - 2)
-        start, stop = edges[piece], edges[piece + 1]
+        start, stop = next_piece(turn, edges)
         if start == stop:
             return True
         for i in range(start, stop, LANES):

@@ -18,8 +18,9 @@ from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, inf
 from numba.cpython.slicing import fix_slice
 from numba.extending import intrinsic, lower_builtin, lower_cast, lower_getattr, register_model
 
+from . import registers
 from .compiler import FAST
-from .registers import WORD, word
+from .registers import word
 
 LANES = 8
 _SIZE = 8 * LANES
@@ -81,22 +82,14 @@ class _StackModel(models.StructModel):
         super().__init__(manager, kind, [("data", types.voidptr), ("shape", types.UniTuple(types.int64, kind.ndim))])
 
 
-def _repeated(builder, value):
-    zero, index = ir.Constant(ir.IntType(32), 0), ir.VectorType(ir.IntType(32), LANES)
-    undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-    return builder.shuffle_vector(
-        builder.insert_element(undefined, value, zero), undefined, ir.Constant(index, [0] * LANES)
-    )
-
-
 @lower_cast(types.Number, Lanes)
 def _number_to_lanes(context, builder, source, target, value):
-    return _repeated(builder, context.cast(builder, value, source, types.float64))
+    return registers.repeated(builder, context.cast(builder, value, source, types.float64), LANES)
 
 
 @lower_cast(types.Boolean, Mask)
 def _boolean_to_mask(context, builder, source, target, value):
-    return _repeated(builder, context.cast(builder, value, source, types.boolean))
+    return registers.repeated(builder, context.cast(builder, value, source, types.boolean), LANES)
 
 
 # ---- operators
@@ -214,13 +207,16 @@ def no(typing_context, condition):
 
 
 @intrinsic
-def repeated(typing_context, a):
-    """A number for every problem."""
+def each(typing_context, beside, value):
+    """A value as it is beside a number, and for each problem beside lanes."""
+    kind = types.unliteral(value)
+    if beside == Lanes:
+        kind = Mask if isinstance(kind, types.Boolean) else Lanes
 
     def generate(context, builder, signature, arguments):
-        return context.cast(builder, arguments[0], signature.args[0], Lanes)
+        return context.cast(builder, arguments[1], signature.args[1], kind)
 
-    return Lanes(a), generate
+    return kind(beside, value), generate
 
 
 @intrinsic
@@ -228,33 +224,21 @@ def first_lanes(typing_context, count):
     """The mask of so many lanes."""
 
     def generate(context, builder, signature, arguments):
-        numbers = ir.Constant(ir.VectorType(WORD, LANES), list(range(LANES)))
         count = context.cast(builder, arguments[0], signature.args[0], types.int64)
-        return builder.icmp_signed("<", numbers, _repeated(builder, count))
+        return registers.first_lanes(builder, count, LANES)
 
     return Mask(count), generate
 
 
 @intrinsic
-def holds(typing_context, mask, lane):
-    """Whether a condition holds for the problem of a lane."""
-
-    def generate(context, builder, signature, arguments):
-        lane = context.cast(builder, arguments[1], signature.args[1], types.int64)
-        return builder.extract_element(arguments[0], lane)
-
-    return types.boolean(mask, lane), generate
-
-
-@intrinsic
 def of_lane(typing_context, value, lane):
-    """The number of the problem of a lane."""
+    """What the problem of a lane has: a number, or whether a condition holds."""
 
     def generate(context, builder, signature, arguments):
         lane = context.cast(builder, arguments[1], signature.args[1], types.int64)
         return builder.extract_element(arguments[0], lane)
 
-    return types.float64(value, lane), generate
+    return (types.boolean if value == Mask else types.float64)(value, lane), generate
 
 
 # ---- arrays
@@ -407,16 +391,21 @@ def _sliced(context, builder, kind, value, index_kind, index):
     return part.start, length, data, columns[0] if columns else word(1)
 
 
+def _lane_address(context, builder, signature, arguments):
+    """Where the number of one problem lies, of arguments that begin with a stack, an index and a lane."""
+    (kind, index_kind, lane_kind, *_), (value, index, lane, *_) = signature.args, arguments
+    address, _ = _address(context, builder, kind, value, index_kind, index)
+    offset = builder.mul(context.cast(builder, lane, lane_kind, types.int64), word(8))
+    return builder.bitcast(builder.gep(address, [offset]), _DOUBLE.as_pointer())
+
+
 @intrinsic
 def put(typing_context, stack, index, lane, value):
     """Set the number of one problem in an entry."""
 
     def generate(context, builder, signature, arguments):
-        (kind, index_kind, lane_kind, of), (value, index, lane, number) = signature.args, arguments
-        address, _ = _address(context, builder, kind, value, index_kind, index)
-        offset = builder.mul(context.cast(builder, lane, lane_kind, types.int64), word(8))
-        place = builder.bitcast(builder.gep(address, [offset]), _DOUBLE.as_pointer())
-        builder.store(context.cast(builder, number, of, types.float64), place)
+        number = context.cast(builder, arguments[3], signature.args[3], types.float64)
+        builder.store(number, _lane_address(context, builder, signature, arguments))
         return context.get_dummy_value()
 
     return types.void(stack, index, lane, value), generate
@@ -427,9 +416,6 @@ def take(typing_context, stack, index, lane):
     """The number of one problem in an entry."""
 
     def generate(context, builder, signature, arguments):
-        (kind, index_kind, lane_kind), (value, index, lane) = signature.args, arguments
-        address, _ = _address(context, builder, kind, value, index_kind, index)
-        offset = builder.mul(context.cast(builder, lane, lane_kind, types.int64), word(8))
-        return builder.load(builder.bitcast(builder.gep(address, [offset]), _DOUBLE.as_pointer()))
+        return builder.load(_lane_address(context, builder, signature, arguments))
 
     return types.float64(stack, index, lane), generate

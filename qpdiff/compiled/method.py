@@ -22,7 +22,7 @@ from ..problem import INFINITE
 from ..solution import Status
 from ..solver import IMPATIENCE, LUCK, PATIENCE, RUNNING, STEP_FRACTION
 from .compiler import OPTIONS, claim, entry, finite, hot, inline, jit, literal
-from .lanes import every, larger, no, root, select, smaller, some, zero
+from .lanes import each, every, larger, no, root, select, smaller, some, zero
 from .stacks import (
     add_gram,
     add_product_transposed,
@@ -828,10 +828,8 @@ def begin(form, one, reduced, settings, now, before, work):
     before.v[:] = 0.0
     before.Qx[:] = 0.0
     before.Kx[:] = 0.0
-    here = mu > 0.0  # for each problem
-    bad = select(here, np.inf, np.inf)
-    running, none = select(here, RUNNING, RUNNING), select(here, 0, 0)
-    nothing = Verdict(running, bad, bad, bad, bad, here & no(here), bad, bad, select(here, 0.0, 0.0), none)
+    bad = each(mu, np.inf)
+    nothing = Verdict(each(mu, RUNNING), bad, bad, bad, bad, each(mu, False), bad, bad, each(mu, 0.0), each(mu, 0))
     return mu, assess(one, settings, now, before, nothing, np.int64(0), settings.max_iterations, work), sound
 
 
@@ -1099,6 +1097,12 @@ def following(i, end, turn, edges):
     """The problem after i, in pieces of the batch of which `turn` has the number of the next; and the piece's end."""
     if i + 1 < end:
         return i + 1, end
+    return next_piece(turn, edges)
+
+
+@jit
+def next_piece(turn, edges):
+    """Where the next piece of the batch that no thread has taken begins and ends; the last is empty."""
     piece = min(claim(turn), edges.shape[0] - 2)
     return edges[piece], edges[piece + 1]
 

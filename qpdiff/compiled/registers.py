@@ -18,6 +18,20 @@ def word(value: int):
     return ir.Constant(WORD, value)
 
 
+def repeated(builder, value, lanes: int):
+    """A value in all lanes."""
+    zero, index = ir.Constant(ir.IntType(32), 0), ir.VectorType(ir.IntType(32), lanes)
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, value, zero)
+    return builder.shuffle_vector(first, undefined, ir.Constant(index, [0] * lanes))
+
+
+def first_lanes(builder, count, lanes: int):
+    """The mask of so many lanes."""
+    numbers = ir.Constant(ir.VectorType(WORD, lanes), list(range(lanes)))
+    return builder.icmp_unsigned("<", numbers, repeated(builder, count, lanes))
+
+
 class Memory:
     """Addresses in an array, and vectors from and to it; the entries of a row follow each other."""
 
@@ -72,16 +86,10 @@ class Memory:
         return self.builder.load(self._typed(address, self.scalar, number, self.size), align=self.size)
 
     def repeated(self, value):
-        """A number in all lanes."""
-        zero, index = ir.Constant(ir.IntType(32), 0), ir.VectorType(ir.IntType(32), self.lanes)
-        undefined = ir.Constant(ir.VectorType(value.type, self.lanes), ir.Undefined)
-        first = self.builder.insert_element(undefined, value, zero)
-        return self.builder.shuffle_vector(first, undefined, ir.Constant(index, [0] * self.lanes))
+        return repeated(self.builder, value, self.lanes)
 
     def first(self, count):
-        """The mask of so many lanes."""
-        numbers = ir.Constant(ir.VectorType(WORD, self.lanes), list(range(self.lanes)))
-        return self.builder.icmp_unsigned("<", numbers, self.repeated(count))
+        return first_lanes(self.builder, count, self.lanes)
 
     def total(self, vector):
         """The sum of all lanes."""

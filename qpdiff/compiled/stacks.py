@@ -28,14 +28,6 @@ def _transpose(K, out):
 
 
 @jit
-def _dot(a, b):
-    total = 0.0
-    for i in range(a.shape[0]):
-        total += a[i] * b[i]
-    return total
-
-
-@jit
 def _product(M, x, out):
     rows, n = min(M.shape[0], out.shape[0]), min(M.shape[1], x.shape[0])
     whole = rows - rows % 4
@@ -177,7 +169,7 @@ def _either(of_numbers, of_stacks):
 
 copy_upper = _either(tiles.copy_upper, _copy_upper)
 transpose = _either(tiles.transpose, _transpose)
-dot = _either(products.dot, _dot)
+dot = products.dot
 product = _either(products.product, _product)
 add_product_transposed = _either(products.add_product_transposed, _add_product_transposed)
 forward = _either(products.forward, _forward)
