@@ -47,6 +47,9 @@ class Metric(NamedTuple):
 class PrimalForm:
     """The KKT system reduced to the variables: n × n, for any Q and any rows."""
 
+    definite = False
+    """Whether Q alone is safely positive definite, and needs no ρ."""
+
     def __init__(self, problem: Problem):
         self.problem = problem
 
@@ -94,14 +97,15 @@ class PrimalForm:
 class DualForm:
     """The KKT system reduced to the rows of A and G, for Q that is safely invertible once bounds are added.
 
-    ρ does not change, so without bounds K (Q + diag(ρ))⁻¹ Kᵀ is computed once, and once for the whole batch where Q, A
-    and G are shared. With bounds Q must be diagonal.
+    Without bounds K Q⁻¹ Kᵀ is computed once, and once for the whole batch where Q, A and G are shared. With bounds Q
+    must be diagonal.
     """
 
     def __init__(self, problem: Problem, constants=None):
         self.problem = problem
         self.constants = constants
-        if constants is not None and not _is_dense(constants[0]):
+        self.definite = constants is not None and _is_dense(constants[0])
+        if constants is not None and not self.definite:
             self.gram = problem.backend.gram(constants[1].mT)
 
     @classmethod

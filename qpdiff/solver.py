@@ -562,7 +562,7 @@ def initialize(part: Part, settings: Settings):
     batch, dtype, exact = problem.batch, problem.dtype, part.exact.dtype
     zero, one = backend.full((batch, problem.rows), 0.0, dtype), backend.full((batch, 1), 1.0, dtype)
     inequality = problem.inequality
-    rho, delta = settings.rho * one, settings.delta * one
+    rho, delta = (0.0 if part.form.definite else settings.rho) * one, settings.delta * one
     system = _system(part, xp.where(inequality, 1.0 / E**2 + zero, zero), rho, delta)
     factor, positive = part.form.factor(system)
     r_x, r_v = xp.broadcast_to(-problem.q, (batch, problem.n)), problem.k + zero
@@ -776,7 +776,7 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     ray, farkas = x - xp.astype(previous.x, x.dtype, copy=False), v - xp.astype(previous.v, x.dtype, copy=False)
     farkas = xp.where(inequality, _positive(xp, farkas), farkas)
     no_bottom = no_point = 0.0 * dual
-    falls, fall = _falls(xp, problem.q * ray, dual > tol)
+    falls, fall = _falls(xp, problem.q * ray, (dual > tol) & (not part.form.definite))
     if not backend.none(falls):
         slope = Kx - previous.Kx
         climb = xp.where(equality, xp.abs(slope), _positive(xp, slope))

@@ -363,9 +363,9 @@ def test_a_solution_pickles_with_what_the_derivative_needs(engine, dtype):
 
 
 def compiled_signatures():
-    from qpdiff.compiled import method
+    from qpdiff.compiled import derivative, one_by_one
 
-    return [list(f.signatures) for f in (method.solve_batch, method.solve_kkt_batch)]
+    return [list(f.signatures) for f in (one_by_one.solve_batch, derivative.solve_kkt_batch)]
 
 
 @pytest.mark.parametrize("shared", [(), ("Q", "G")])

@@ -333,8 +333,8 @@ for batch in (1, 20):
 """
     run(code)
     code += """
-from qpdiff.compiled import groups, method
-for function in (method.solve_batch, groups.solve_groups, method.solve_kkt_batch):
+from qpdiff.compiled import derivative, groups, one_by_one
+for function in (one_by_one.solve_batch, groups.solve_groups, derivative.solve_kkt_batch):
     assert function.stats.cache_hits and not function.stats.cache_misses, function
 """
     run(code)

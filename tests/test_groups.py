@@ -199,7 +199,7 @@ def test_ordinary_problems_never_leave_their_group(monkeypatch, batch, shape):
     def refuse(*arguments):
         raise AssertionError("a problem was begun anew")
 
-    monkeypatch.setattr(compiled.method, "solve_batch", refuse)
+    monkeypatch.setattr(compiled.one_by_one, "solve_batch", refuse)
     np.testing.assert_array_equal(qpdiff.solve_qp(**operands).x, grouped.x)
 
 

@@ -17,7 +17,7 @@ from .. import kkt
 from ..backend import single_threaded_blas
 from ..problem import OPERANDS, Problem, check_values
 from ..solver import Outcome, Point, Settings
-from . import method
+from . import derivative, one_by_one
 from .groups import make_group_room, solve_groups
 from .lanes import LANES
 from .memory import empty, kept_by_thread
@@ -62,7 +62,7 @@ def _restore(form, store, metric, forms, factored) -> Factors:
 
 def cache_folder() -> str:
     """Where Numba keeps the compiled functions for later processes."""
-    return method.solve_batch.stats.cache_path
+    return one_by_one.solve_batch.stats.cache_path
 
 
 class _Refused(Exception):
@@ -113,14 +113,14 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
 
         return run
 
-    def one_by_one(where: slice, prepared: bool):
+    def in_turn(where: slice, prepared: bool):
         batch = _operands(problem, where, dtype)
         exact = _operands(problem, where, np.dtype(np.float64)) if dtype == np.float32 else None
         start = tuple(_frozen(_part(a, where)) for a in points)
         first, results_there = where.start == 0, results(where)
 
         def run(turn, edges) -> None:
-            if not method.solve_batch(
+            if not one_by_one.solve_batch(
                 batch, exact, check, first, settings, form, prepared, near is not None, start,
                 _stored(problem, store, form, where), *results_there, wanted[where], turn, edges, _room(problem),
             ):  # fmt: skip
@@ -138,9 +138,9 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
     if prepared:
         wanted[0] = True
         with single_threaded_blas():
-            one_by_one(slice(0, 1), False)(np.zeros(1, np.int64), np.array([0, 1, 1]))
+            in_turn(slice(0, 1), False)(np.zeros(1, np.int64), np.array([0, 1, 1]))
         forms[wanted] = forms[0]
-    work_on(problem, int(prepared), lambda where: one_by_one(where, prepared), SOLVE, progress)
+    work_on(problem, int(prepared), lambda where: in_turn(where, prepared), SOLVE, progress)
     return done
 
 
@@ -162,7 +162,7 @@ def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: 
         forms, factored = factors.forms[where], factors.factored[where]
 
         def run(turn, edges) -> None:
-            method.solve_kkt_batch(
+            derivative.solve_kkt_batch(
                 batch, _stored(problem, factors.store, factors.form, where), metric, forms, factored, *given, fill,
                 *there, turn, edges, _room(problem),
             )  # fmt: skip

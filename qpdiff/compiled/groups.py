@@ -2,7 +2,7 @@
 
 A group of problems takes its steps together, and what a problem has come to is put aside when it is solved. A problem
 that does not take the ordinary course (a pivot that is not positive, a certificate, no progress) is left to
-`method.solve_batch`, which begins it anew.
+`one_by_one.solve_batch`, which begins it anew.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from .method import (
     DIAGONAL_DUAL,
     INEQUALITY,
     MAX_ITERATIONS,
+    OF_ROWS,
+    OF_VARIABLES,
     PRIMAL,
     RUNNING,
     SOLVED,
@@ -28,23 +30,20 @@ from .method import (
     Room,
     Verdict,
     assess,
-    at,
     begin,
-    convex,
     equilibrate,
-    fill_rows,
     make_iterates,
     make_work,
     needs_refinement,
-    next_piece,
-    plausible,
     positive,
     prepare_dense,
     prepare_diagonal,
     revised,
     step,
 )
+from .operands import at, convex, fill_rows, plausible
 from .stacks import transpose
+from .threads import next_piece
 
 
 class GroupRoom(NamedTuple):
@@ -70,8 +69,8 @@ def make_group_room(n: int, linear: int, rows: int, lower: int, upper: int, form
 
     size = n if form == PRIMAL else linear
     room = Room(
-        lanes(13, n), lanes(22, rows), lanes(5, n), lanes(5, rows), np.zeros((2, rows), np.int8), lanes(linear, n),
-        lanes(0, 0), lanes(linear, n), lanes(n, linear), lanes(n, n),
+        lanes(OF_VARIABLES, n), lanes(OF_ROWS, rows), lanes(5, n), lanes(5, rows), np.zeros((2, rows), np.int8),
+        lanes(linear, n), lanes(0, 0), lanes(linear, n), lanes(n, linear), lanes(n, n),
     )  # fmt: skip
     reduced = Reduced(
         lanes(n if form == DENSE_DUAL else 1, n), lanes(n, linear), lanes(linear, linear), lanes(n), lanes(size, size),
@@ -196,14 +195,15 @@ def solve_group(
     active = first_lanes(size) & sound & (verdict.status == RUNNING)
     for lane in range(size):
         wanted[i + lane] = not of_lane(active, lane)
-    rho, delta, refine, iterations = each(mu, settings.rho), each(mu, settings.delta), first_lanes(LANES), 0
+    rho, delta = each(mu, 0.0 if form == DENSE_DUAL else settings.rho), each(mu, settings.delta)
+    refine, iterations = first_lanes(LANES), 0
     while some(active):
         now, before, past = before, now, verdict
         sound, _, alpha_s, alpha_z, new_mu = step(
             form, one, reduced, settings, mu, rho, delta, refine, past.waiting >= IMPATIENCE, before, now, work
         )
         iterations += 1
-        verdict = assess(one, settings, now, before, past, iterations, limit, work)
+        verdict = assess(form, one, settings, now, before, past, iterations, limit, work)
         unrefined = needs_refinement(settings, alpha_s, alpha_z, before, now, past, work)
         # From a point within the tolerance one more step is worth it only if it halves the residuals.
         back = active & past.near & no(verdict.worst <= 0.5 * past.worst)
@@ -254,8 +254,8 @@ def solve_groups(
 ):  # fmt: skip
     """Solve problems in groups as long as there are any; False if `check` refused one, which ends it.
 
-    The parameters are those of `method.solve_batch`, and `shared` is whether all problems have the same matrices and
-    bounds. `wanted` is set to which problems are yet to be solved.
+    The parameters are those of `one_by_one.solve_batch`, and `shared` is whether all problems have the same matrices
+    and bounds. `wanted` is set to which problems are yet to be solved.
     """
     arrays, parts = memory.room, memory.reduced
     room = Room(

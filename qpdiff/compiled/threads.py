@@ -13,6 +13,7 @@ import numpy as np
 
 from ..backend import single_threaded_blas
 from ..problem import Problem
+from .compiler import claim, jit
 from .tiles import BLOCK
 
 RANGE_BYTES = 2**28
@@ -66,6 +67,21 @@ def _pieces(count: int, workers: int, group: int) -> np.ndarray:
         share = -(-(count - edges[-1]) // (2 * workers if workers > 1 else 1))
         edges.append(min(edges[-1] + -(-share // group) * group, count))
     return np.array([*edges, count])
+
+
+@jit
+def following(i, end, turn, edges):
+    """The problem after i, in pieces of the batch of which `turn` has the number of the next; and the piece's end."""
+    if i + 1 < end:
+        return i + 1, end
+    return next_piece(turn, edges)
+
+
+@jit
+def next_piece(turn, edges):
+    """Where the next piece of the batch that no thread has taken begins and ends; the last is empty."""
+    piece = min(claim(turn), edges.shape[0] - 2)
+    return edges[piece], edges[piece + 1]
 
 
 def workers_for(problem: Problem, count: int, passes: int) -> int:

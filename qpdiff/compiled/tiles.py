@@ -115,6 +115,18 @@ def copy_upper(M, out, n):
 
 
 @jit
+def mirror(M, n):
+    """Copy the upper triangle of n rows and columns to the lower one."""
+    for i in range(0, n, ROWS):
+        a, b, c, d = M[i], M[i + 1], M[i + 2], M[i + 3]
+        b[i], c[i], d[i] = a[i + 1], a[i + 2], a[i + 3]
+        c[i + 1], d[i + 1], d[i + 2] = b[i + 2], b[i + 3], c[i + 3]
+        for j in range(i + ROWS, n):
+            row = M[j, i : i + ROWS]
+            row[0], row[1], row[2], row[3] = a[j], b[j], c[j], d[j]
+
+
+@jit
 def transpose(K, out):
     """Put Kᵀ in a padded matrix, and zeros into the padding."""
     rows, n = K.shape

@@ -1,0 +1,212 @@
+"""Problems one after the other, each from its start to its end."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..solver import IMPATIENCE
+from .compiler import entry, jit
+from .method import (
+    DENSE_DUAL,
+    DIAGONAL_DUAL,
+    INEQUALITY,
+    PRIMAL,
+    RUNNING,
+    SOLVED,
+    One,
+    assess,
+    begin,
+    copy,
+    equilibrate,
+    make_iterates,
+    make_work,
+    needs_refinement,
+    positive,
+    prepare_dense,
+    prepare_diagonal,
+    revised,
+    rows_are_exact,
+    start_near,
+    step,
+)
+from .operands import at, convex, fill_rows, in_double, in_primal_form, plausible, reduced_at, stack
+from .rows import Glimpse, follow, glance, observe, recover, step_in_rows
+from .threads import following
+from .tiles import mirror, transpose
+
+
+@jit
+def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, before, work):
+    """Carry one problem to its end: the iterate there, how it stands, its iterations, whether its factor is of use."""
+    iterations, limit = np.int64(0), settings.max_iterations
+    inequalities = False
+    for i in range(one.kind.shape[0]):
+        inequalities |= one.kind[i] == INEQUALITY
+    in_rows = form == DENSE_DUAL and one.q.itemsize == 8
+    mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
+    if warm and usable:
+        copy(near_x, before.x)
+        copy(near_v, before.v)
+        near_mu = start_near(one, settings, mu, before, work)
+        near_verdict = assess(form, one, settings, before, before, verdict, iterations, limit, work)
+        if near_verdict.status in (RUNNING, SOLVED):
+            # Also from a solution one step is taken: the derivative needs its factor.
+            now, before, mu, verdict = before, now, near_mu, revised(near_verdict, RUNNING, near_verdict.waiting)
+    while True:
+        rho, delta, refine = 0.0 if form == DENSE_DUAL else settings.rho, settings.delta, np.bool_(True)
+        known = True
+        glimpse = Glimpse(0.0, 0.0, 0.0, 0.0, 0.0)
+        while verdict.status == RUNNING:
+            circling = verdict.waiting >= IMPATIENCE
+            if in_rows:
+                if known:
+                    glimpse = observe(one, reduced, now, work)
+                now, before, past = before, now, verdict
+                sound, factored, alpha_s, alpha_z, new_mu = step_in_rows(
+                    one, reduced, settings, mu, rho, delta, refine, circling, before, now, work
+                )
+            else:
+                now, before, past = before, now, verdict
+                sound, factored, alpha_s, alpha_z, new_mu = step(
+                    form, one, reduced, settings, mu, rho, delta, refine, circling, before, now, work
+                )
+            if not sound:
+                # A step that cannot be computed is not taken; stronger proximal terms come instead.
+                copy(before.x, now.x)
+                copy(before.v, now.v)
+                copy(before.s, now.s)
+            iterations += 1
+            known = True
+            if in_rows:
+                if sound:
+                    glimpse = follow(one, glimpse, alpha_s, alpha_z, before, now, work)
+                    verdict, enough = glance(one, settings, glimpse, before, now, past, work)
+                    known = not enough or iterations >= limit
+                if known:
+                    recover(reduced, glimpse, now, work)
+            if known:
+                verdict = assess(form, one, settings, now, before, past, iterations, limit, work)
+            if past.near and not verdict.worst <= 0.5 * past.worst:
+                # From a point within the tolerance one more step is worth it only if it halves the residuals.
+                now, before = before, now
+                if past.worst > settings.tol and past.waiting < IMPATIENCE and iterations < limit:
+                    verdict = revised(past, RUNNING, IMPATIENCE)
+                    continue
+                verdict = revised(past, SOLVED, past.waiting)
+                iterations -= 1
+                break
+            if verdict.status != RUNNING:
+                break
+            if sound:
+                if in_rows:
+                    refine = not rows_are_exact(settings, alpha_s, before, now, work)
+                else:
+                    refine = needs_refinement(settings, alpha_s, alpha_z, before, now, past, work)
+                rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else 0.9
+                rho = max((1.0 - rate) * rho, settings.smallest)
+                delta = max((1.0 - rate) * delta, settings.smallest)
+                mu = new_mu
+            else:
+                refine = True
+                rho, delta = 100.0 * rho, 100.0 * delta
+        if not warm or verdict.status == SOLVED or iterations == 0:
+            return now, verdict, iterations, factored
+        # Begin again from the ordinary start, once, where a start near another solution has led nowhere.
+        warm, limit = False, iterations + settings.max_iterations
+        mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
+
+
+@entry
+def solve_batch(
+    batch, exact, check, all_shared, settings, preferred, prepared, warm, near, store, metric, outcome, forms, factored,
+    wanted, turn, edges, room,
+):  # fmt: skip
+    """Solve problems one after the other as long as there are any; False if `check` refused one, which ends it.
+
+    Parameters
+    ----------
+    batch, exact : Batch
+        The operands, and the same in float64 (None where they are).
+    check, all_shared : bool
+        Whether to look for operands that are against the rules, and for that also at those that the problems share.
+    settings : Settings
+    preferred : int
+        The reduced form to take where it is safe.
+    prepared : bool
+        Whether `store` and `metric` have what does not change, for matrices that are shared.
+    warm : bool
+    near : tuple of x, v, usable
+        Where to start if `warm`.
+    store : Reduced
+        What each problem keeps of its reduced form, or room for one of them where the first axis is 1.
+    metric : tuple of D, E
+    outcome : Outcome
+    forms : int array
+        The form that each problem has been solved with.
+    factored : boolean array
+        Whether its factor in `store` is of use.
+    wanted : boolean array
+        Which problems to solve.
+    turn, edges : int array
+        As `following` takes them.
+    room : Room
+    """
+    count = outcome.x.shape[0]
+    work = make_work(room)
+    first, second = make_iterates(room)
+    k, k64, kind = work.k, work.k64, work.kind
+    single = batch.q.itemsize == 4
+    i = end = np.int64(0)
+    while True:
+        i, end = following(i, end, turn, edges)
+        if i >= count:
+            return True
+        if not wanted[i]:
+            continue
+        whole = all_shared and i == 0
+        if check and not plausible(batch, i, whole):
+            turn[0] = edges.shape[0]
+            return False
+        lb, ub = at(batch.lb, i), at(batch.ub, i)
+        fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
+        copy(k, k64)
+        K = stack(at(batch.A, i), at(batch.G, i), work.stacked)
+        Q64, q64, K64 = in_double(batch, exact, i, K, work.stacked64)
+        one = One(
+            at(batch.Q, i), at(batch.q, i), K, k, kind,
+            batch.b.shape[1], lb.shape[0], ub.shape[0], at(metric[0], i), at(metric[1], i),
+            Q64, q64, K64, k64,
+        )  # fmt: skip
+        reduced = reduced_at(store, i)
+        form = preferred
+        if prepared:
+            form = forms[i]
+        else:
+            equilibrate(one, lb, ub, work)
+            if form == DENSE_DUAL:
+                if prepare_dense(one, reduced, single):
+                    mirror(reduced.S, K.shape[0])
+                else:
+                    form = PRIMAL
+            if form == DIAGONAL_DUAL and not prepare_diagonal(one, reduced, single):
+                form = PRIMAL
+            # The other forms exist only for a Q that is positive definite.
+            if check and form == PRIMAL and (whole or batch.Q.shape[0] > 1) and not convex(one.Q, work.square):
+                turn[0] = edges.shape[0]
+                return False
+        if form != preferred:
+            reduced = in_primal_form(reduced, work)
+        if form == DIAGONAL_DUAL:
+            transpose(K, work.turned)
+        now, verdict, iterations, useful = iterate(
+            form, one, reduced, settings, warm, at(near[0], i), at(near[1], i), at(near[2], i), first, second, work
+        )
+        copy(now.x, outcome.x[i])
+        copy(now.v, outcome.v[i])
+        copy(now.s, outcome.s[i])
+        outcome.status[i, 0] = verdict.status
+        outcome.iterations[i, 0] = iterations
+        outcome.objective[i, 0] = verdict.objective
+        outcome.primal[i, 0], outcome.dual[i, 0], outcome.gap[i, 0] = verdict.primal, verdict.dual, verdict.gap
+        forms[i] = form
+        factored[i] = useful and form == preferred
