@@ -22,6 +22,7 @@ B. Amos, J. Z. Kolter, "OptNet: differentiable optimization as a layer in neural
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -512,23 +513,23 @@ def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, A
         upper = xp.where(fixed, xp.where(at_lower, xp.zeros_like(lower), lower), upper)
         lower = xp.where(fixed & ~at_lower, xp.zeros_like(lower), lower)
     vectors = {"q": q, "b": k[:, blocks["A"]], "h": k[:, blocks["G"]], "lb": lower, "ub": upper}
+    names = list(problem.operands if names is None else names)
+    shared = {name: getattr(problem, name).shape[0] == 1 for name in names}
     out = {}
-    for name in problem.operands if names is None else names:
-        shared = getattr(problem, name).shape[0] == 1
-        if name == "Q":
-            half = _outer(problem.backend, Q, shared)
-            out[name] = half + xp.matrix_transpose(half)  # symmetric to the last bit
-        elif name in ("A", "G"):
-            out[name] = _outer(problem.backend, [(a[:, blocks[name]], b) for a, b in K], shared)
-        else:
-            out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared else vectors[name]
+    with problem.backend.briefly() if any(shared[k] for k in names if k in ("Q", "A", "G")) else nullcontext():
+        for name in names:
+            if name == "Q":
+                half = _outer(xp, Q, shared[name])
+                out[name] = half + xp.matrix_transpose(half)  # symmetric to the last bit
+            elif name in ("A", "G"):
+                out[name] = _outer(xp, [(a[:, blocks[name]], b) for a, b in K], shared[name])
+            else:
+                out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared[name] else vectors[name]
     return out
 
 
-def _outer(backend, pairs, shared: bool):
+def _outer(xp, pairs, shared: bool):
     """Σ abᵀ over pairs of vectors (B, ·), for every problem or summed over the batch."""
-    xp = backend.xp
     if shared:
-        with backend.briefly():
-            return sum(a.T @ b for a, b in pairs)[None, :, :]
+        return sum(a.T @ b for a, b in pairs)[None, :, :]
     return xp.stack([a for a, _ in pairs], axis=-1) @ xp.stack([b for _, b in pairs], axis=-2)

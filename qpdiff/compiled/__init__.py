@@ -247,7 +247,7 @@ def _shapes(problem: Problem, form: int) -> Reduced:
 
 _CONSTANT = {PRIMAL: set(), DENSE_DUAL: {"hessian", "V", "S"}, DIAGONAL_DUAL: {"diagonal"}}
 """What does not change in an iteration."""
-_NEEDED = {PRIMAL: {"U", "weights"}, DENSE_DUAL: {"hessian", "V", "U"}, DIAGONAL_DUAL: {"diagonal", "U", "weights"}}
+_NEEDED = {PRIMAL: {"U", "weights"}, DENSE_DUAL: {"hessian", "V", "S"}, DIAGONAL_DUAL: {"diagonal", "U", "weights"}}
 """What the derivative needs."""
 
 
@@ -269,7 +269,7 @@ def _stored(problem: Problem, store: Reduced, form: int, where: slice) -> Reduce
     shapes = _shapes(problem, form)
     return Reduced(
         *(
-            _part(a, where) if a.shape[0] else np.zeros((1, *shape), a.dtype)
+            _part(a, where) if a.shape[0] else empty((1, *shape), a.dtype)
             for a, shape in zip(store, shapes, strict=True)
         )
     )

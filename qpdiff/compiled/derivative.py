@@ -7,9 +7,13 @@ import numpy as np
 from .compiler import entry, jit, literal
 from .lanes import larger
 from .method import (
+    ABSENT,
+    DENSE_DUAL,
     DIAGONAL_DUAL,
     EQUALITY,
     INEQUALITY,
+    LARGEST_ROOT,
+    LARGEST_ROOT_SINGLE,
     PRIMAL,
     One,
     adjoint,
@@ -20,11 +24,14 @@ from .method import (
     make_work,
     residual,
     solve,
+    whiten,
     whiten_diagonal,
 )
 from .operands import at, fill_rows, in_primal_form, reduced_at, stack
+from .products import backward, product
+from .stacks import solve_cholesky
 from .threads import following
-from .tiles import transpose
+from .tiles import cholesky_of_sum, transpose
 
 
 @jit
@@ -57,7 +64,7 @@ def correction(form, one, reduced, heavy, weights, e_x, e_v, c_x, c_v, work):
     for i in range(rows):
         b_v[i] = e_v[i] if heavy[i] else 0.0
     asked = size(heavy, one.D, one.E, b_x, b_v)
-    eliminate(form, one, reduced, b_x, work)
+    eliminate(form, reduced, b_x, work)
     solve(form, one, reduced, b_x, b_v, c_x, c_v, work)
     light = work.complementarity
     constraints(one.K, one.lower, one.upper, c_x, light)
@@ -159,20 +166,58 @@ def solve_afresh(one, reduced, theta, heavy, r_x, r_v, u_x, u_v, work):
 
 
 @jit
+def solve_in_rows(reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
+    """Solve with a dense dual form, whose matrix of the rows is made for the purpose; whether that is accurate."""
+    rows, U, S, right, left = u_v.shape[0], reduced.U, reduced.S, work.shifted, work.cv
+    single = u_x.itemsize == 4
+    least = 1e-5 if single else 1e-10
+    enough, huge = (1e-3, LARGEST_ROOT_SINGLE) if single else (1e-5, LARGEST_ROOT)
+    whiten(reduced, r_x, work)
+    for i in range(rows):
+        absent = kind[i] == ABSENT
+        right[i] = 0.0 if absent else work.Vt[i] - r_v[i]
+        work.diagonal[i] = huge if absent else larger(theta[i], least / E[i] ** 2)
+    if not cholesky_of_sum(S, work.diagonal, U, rows):
+        return False
+    copy(right, u_v)
+    solve_cholesky(U, u_v)
+    accurate = False
+    for _ in range(3):
+        product(S, u_v, left)
+        for i in range(rows):
+            left[i] = 0.0 if kind[i] == ABSENT else right[i] - left[i] - theta[i] * u_v[i]
+        solve_cholesky(U, left)
+        correction = solution = 0.0
+        for i in range(rows):
+            per_E = 1.0 / E[i]
+            correction, solution = larger(abs(left[i]) * per_E, correction), larger(abs(u_v[i]) * per_E, solution)
+            u_v[i] = 0.0 if kind[i] == ABSENT else u_v[i] + left[i]
+        if correction <= enough * solution:
+            accurate = True
+            break
+    product(reduced.V, u_v, u_x)
+    for i in range(u_x.shape[0]):
+        u_x[i] = work.t[i] - u_x[i]
+    backward(reduced.hessian, u_x)
+    return accurate
+
+
+@jit
 def solve_kkt(batch, store, metric, form, factored, v, s, i, r_x, r_v, u_x, u_v, work):
     """Solve the KKT system at the solution of problem i."""
     k, kind, theta, heavy, rounds = work.k, work.kind, work.theta_exact, work.heavy, np.int64(3)
     accuracy = np.sqrt(np.finfo(u_x.dtype).eps)
     lb, ub = at(batch.lb, i), at(batch.ub, i)
     fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
-    Q, q, K = at(batch.Q, i), at(batch.q, i), stack(at(batch.A, i), at(batch.G, i), work.stacked)
-    D, E = at(metric[0], i), at(metric[1], i)
-    one = One(Q, q, K, k, kind, batch.b.shape[1], lb.shape[0], ub.shape[0], D, E, Q, q, K, k)
+    D, E, reduced = at(metric[0], i), at(metric[1], i), reduced_at(store, i)
     for j in range(v.shape[0]):
         theta[j] = s[j] / v[j] if kind[j] == INEQUALITY else (0.0 if kind[j] == EQUALITY else np.inf)
         heavy[j] = kind[j] == EQUALITY or (kind[j] == INEQUALITY and theta[j] * E[j] ** 2 < 1.0)
-    reduced = reduced_at(store, i)
-    if factored and (form != PRIMAL or pivots_count(reduced.U, work.columns)):
+    if form == DENSE_DUAL and factored and solve_in_rows(reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
+        return
+    Q, q, K = at(batch.Q, i), at(batch.q, i), stack(at(batch.A, i), at(batch.G, i), work.stacked, True)
+    one = One(Q, q, K, k, kind, batch.b.shape[1], lb.shape[0], ub.shape[0], D, E, Q, q, K, k)
+    if form != DENSE_DUAL and factored and (form != PRIMAL or pivots_count(reduced.U, work.columns)):
         if form == DIAGONAL_DUAL:
             transpose(K, work.turned)
             whiten_diagonal(one, reduced, work.turned)

@@ -44,6 +44,7 @@ from .method import (
 from .operands import at, convex, fill_rows, plausible
 from .stacks import transpose
 from .threads import next_piece
+from .tiles import mirror
 
 
 class GroupRoom(NamedTuple):
@@ -172,12 +173,14 @@ def keep(i, lane, form, shared, one, reduced, now, verdict, iterations, store, m
         if form == DENSE_DUAL:
             take_matrix(reduced.hessian, lane, at(store.hessian, i), n, n)
             take_matrix(reduced.V, lane, at(store.V, i), n, linear)
+            take_matrix(reduced.S, lane, at(store.S, i), linear, linear)
+            mirror(at(store.S, i), linear)
         if form == DIAGONAL_DUAL:
             take_vector(reduced.diagonal, lane, at(store.diagonal, i))
     if form != DENSE_DUAL:
+        size = reduced.U.shape[0]
+        take_matrix(reduced.U, lane, at(store.U, i), size, size)
         take_vector(reduced.weights, lane, at(store.weights, i))
-    size = reduced.U.shape[0]
-    take_matrix(reduced.U, lane, at(store.U, i), size, size)
     forms[i], factored[i] = form, True
 
 

@@ -25,6 +25,7 @@ from .stacks import (
     add_product_transposed,
     backward,
     cholesky,
+    cholesky_of_sum,
     copy_upper,
     dot,
     forward,
@@ -44,7 +45,7 @@ PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = 0, 1, 2
 SMALLEST, SMALLEST_SINGLE = (float(np.finfo(kind).smallest_normal) for kind in (np.float64, np.float32))
 LARGEST_ROOT, LARGEST_ROOT_SINGLE = (float(np.sqrt(np.finfo(kind).max)) for kind in (np.float64, np.float32))
 EPS = float(np.finfo(np.float64).eps)
-OF_VARIABLES, OF_ROWS = 15, 25
+OF_VARIABLES, OF_ROWS = 15, 26
 """Vectors of a `Room`."""
 
 
@@ -179,6 +180,7 @@ class Work(NamedTuple):
     shifted: Any
     complementarity: Any
     weights: Any
+    diagonal: Any
     t: Any
     Vt: Any
     dx: Any
@@ -213,7 +215,7 @@ def make_work(room):
         turned=room.turned, square=room.square,
         rho=x[0], b_x=x[1], t=x[2], dx=x[3], cx=x[4], e_x=x[5], columns=x[6], right_x=x[7],
         metric_x=x[12], metric_v=v[19], per_s=v[20], per_z=v[21],
-        x_seen=x[13], r_seen=x[14], v_seen=v[22], u=v[23], Sdv=v[24],
+        x_seen=x[13], r_seen=x[14], v_seen=v[22], u=v[23], Sdv=v[24], diagonal=v[25],
         theta=v[0], delta=v[1], shifted=v[2], complementarity=v[3], weights=v[4], Vt=v[5], dv=v[6], ds=v[7], cv=v[8],
         e_v=v[9], k=v[10], right_v=v[11], theta_exact=v[12],
     )  # fmt: skip
@@ -289,7 +291,7 @@ def equilibrate(one, lb, ub, work):
     """Fill the metric of a problem, `kkt.equilibrate`; its bounds only matter for variables that are in no row."""
     Q, K, D, E = one.Q, one.K, one.D, one.E
     n, linear = Q.shape[0], K.shape[0]
-    columns = work.columns
+    columns, lengths = work.columns, work.shifted
     D[:] = 1.0
     E[:] = 1.0
     for _ in range(METRIC_PASSES):
@@ -304,7 +306,9 @@ def equilibrate(one, lb, ub, work):
                 square = K[i, j] * K[i, j]
                 columns[j] += square * scale
                 total += square * D[j]
-            E[i] = rescaled(scale, scale * total)
+            lengths[i] = scale * total
+        for i in range(linear):
+            E[i] = rescaled(E[i], lengths[i])
         for j in range(n):
             columns[j] *= D[j]
             D[j] = rescaled(D[j], columns[j])
@@ -408,28 +412,36 @@ def factor(form, one, reduced, theta, rho, delta, work):
         for i in range(n):
             U[i, i] += rho[i] + bound_weights(one, weights, i)
         return cholesky(U, n)
-    if form == DENSE_DUAL:
-        copy_upper(reduced.S, U, linear)
-    else:
-        whiten_diagonal(one, reduced, work.turned)
-        U[:] = 0.0
-        add_gram(reduced.V, n, U, linear)
     huge = LARGEST_ROOT_SINGLE if one.q.itemsize == 4 else LARGEST_ROOT
+    diagonal = work.diagonal
     for i in range(linear):
         entry = theta[i] + delta[i]
         # Rows that do not exist get a diagonal that is huge but harmless to the factorisation.
-        U[i, i] += select(finite(entry), entry, huge)
+        diagonal[i] = select(finite(entry), entry, huge)
+    if form == DENSE_DUAL:
+        return cholesky_of_sum(reduced.S, diagonal, U, linear)
+    whiten_diagonal(one, reduced, work.turned)
+    U[:] = 0.0
+    add_gram(reduced.V, n, U, linear)
+    for i in range(linear):
+        U[i, i] += diagonal[i]
     return cholesky(U, linear)
 
 
 @hot
-def eliminate(form, one, reduced, r_x, work):
+def eliminate(form, reduced, r_x, work):
     """What a solve needs of the right-hand side of the variables alone, in `work`: done once for many solves."""
     if form == DENSE_DUAL:
-        copy(r_x, work.t)
-        forward(reduced.hessian, work.t)
-        work.Vt[:] = 0.0
-        add_product_transposed(reduced.V, work.t, work.Vt)
+        whiten(reduced, r_x, work)
+
+
+@hot
+def whiten(reduced, r_x, work):
+    """F⁻ᵀr_x, and K Q⁻¹ r_x."""
+    copy(r_x, work.t)
+    forward(reduced.hessian, work.t)
+    work.Vt[:] = 0.0
+    add_product_transposed(reduced.V, work.t, work.Vt)
 
 
 @hot
@@ -506,7 +518,7 @@ def solve_refined(form, one, reduced, refine, r_x, r_v, dx, dv, work):
     if not some(refine):
         return
     residual(one, work.theta, work.rho, work.delta, r_x, r_v, dx, dv, work.e_x, work.e_v, work)
-    eliminate(form, one, reduced, work.e_x, work)
+    eliminate(form, reduced, work.e_x, work)
     solve(form, one, reduced, work.e_x, work.e_v, work.cx, work.cv, work)
     for i in range(dx.shape[0]):
         dx[i] += select(refine, work.cx[i], 0.0)
@@ -545,23 +557,46 @@ def mean(one, s, v):
 
 
 @jit
-def initialize(form, one, reduced, settings, now, work):
-    """The ordinary starting point in `now`; its mean complementarity, and whether the matrix could be factored."""
-    n, rows = now.x.shape[0], now.v.shape[0]
-    D, E = one.D, one.E
-    for i in range(n):
-        work.metric_x[i] = 1.0 / square(D[i])
+def weigh_start(form, one, settings, work):
+    """Fill the diagonals of the KKT matrix that the ordinary starting point is made with."""
+    for i in range(work.rho.shape[0]):
+        work.metric_x[i] = 1.0 / square(one.D[i])
         work.rho[i] = (0.0 if form == DENSE_DUAL else settings.rho) * work.metric_x[i]
-        now.r_x[i] = -one.q[i]
-    for i in range(rows):
-        work.metric_v[i] = 1.0 / square(E[i])
+    for i in range(work.delta.shape[0]):
+        work.metric_v[i] = 1.0 / square(one.E[i])
         work.delta[i] = settings.delta * work.metric_v[i]
         kind = one.kind[i]
         work.theta[i] = work.metric_v[i] if kind == INEQUALITY else (0.0 if kind == EQUALITY else np.inf)
-        now.r_v[i] = one.k[i]
+
+
+@jit
+def place(one, settings, now, work):
+    """Slacks and multipliers on s ∘ z = μ for the multipliers of `now`; the mean complementarity."""
+    rows, difference = now.v.shape[0], work.shifted
+    most, least = zero(now.v), zero(now.v)
+    for i in range(rows):
+        difference[i] = now.v[i] / one.E[i] if one.kind[i] == INEQUALITY else 0.0
+        most, least = larger(difference[i], most), larger(-difference[i], least)
+    total, count = zero(now.v), 0
+    for i in range(rows):
+        if one.kind[i] == INEQUALITY:
+            total += (difference[i] + least) * (most - difference[i])
+            count += 1
+    onto_path(one, now.v, difference, larger(total / max(count, 1), settings.smallest), now.s)
+    return mean(one, now.s, now.v)
+
+
+@jit
+def initialize(form, one, reduced, settings, now, work):
+    """The ordinary starting point in `now`; its mean complementarity, and whether the matrix could be factored."""
+    n, rows = now.x.shape[0], now.v.shape[0]
+    weigh_start(form, one, settings, work)
+    for i in range(n):
+        now.r_x[i] = -one.q[i]
+    copy(one.k, now.r_v)
     factored = factor(form, one, reduced, work.theta, work.rho, work.delta, work)
     if some(factored):
-        eliminate(form, one, reduced, now.r_x, work)
+        eliminate(form, reduced, now.r_x, work)
         solve_refined(form, one, reduced, factored, now.r_x, now.r_v, now.x, now.v, work)
     good = factored & all_finite(now.x) & all_finite(now.v)
     if not every(good):
@@ -569,19 +604,7 @@ def initialize(form, one, reduced, settings, now, work):
             now.x[i] = select(good, now.x[i], 0.0)
         for i in range(rows):
             now.v[i] = select(good, now.v[i], 0.0)
-    difference = work.shifted
-    most, least = zero(now.v), zero(now.v)
-    for i in range(rows):
-        difference[i] = now.v[i] / E[i] if one.kind[i] == INEQUALITY else 0.0
-        most, least = larger(difference[i], most), larger(-difference[i], least)
-    total, count = zero(now.v), 0
-    for i in range(rows):
-        if one.kind[i] == INEQUALITY:
-            total += (difference[i] + least) * (most - difference[i])
-            count += 1
-    mu = larger(total / max(count, 1), settings.smallest)
-    onto_path(one, now.v, difference, mu, now.s)
-    return mean(one, now.s, now.v), factored
+    return place(one, settings, now, work), factored
 
 
 @jit
@@ -834,7 +857,7 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
     factored = factor(form, one, reduced, work.theta, work.rho, work.delta, work)
     if not some(factored):
         return factored, factored, 0.0 * mu, 0.0 * mu, mu
-    eliminate(form, one, reduced, before.r_x, work)
+    eliminate(form, reduced, before.r_x, work)
     solve_rows(form, one, reduced, before.r_x, work.shifted, dx, dv, work)
     center(one, settings, mu, before, work)
     solve_refined(form, one, reduced, refine, before.r_x, work.shifted, dx, dv, work)
@@ -879,9 +902,15 @@ def begin(form, one, reduced, settings, now, before, work):
     before.v[:] = 0.0
     before.Qx[:] = 0.0
     before.Kx[:] = 0.0
+    past = unknown(mu)
+    return mu, assess(form, one, settings, now, before, past, np.int64(0), settings.max_iterations, work), sound
+
+
+@jit
+def unknown(mu):
+    """The verdict before the first."""
     bad = each(mu, np.inf)
-    nothing = Verdict(each(mu, RUNNING), bad, bad, bad, bad, each(mu, False), bad, bad, each(mu, 0.0), each(mu, 0))
-    return mu, assess(form, one, settings, now, before, nothing, np.int64(0), settings.max_iterations, work), sound
+    return Verdict(each(mu, RUNNING), bad, bad, bad, bad, each(mu, False), bad, bad, each(mu, 0.0), each(mu, 0))
 
 
 @jit

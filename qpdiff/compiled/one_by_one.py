@@ -30,7 +30,7 @@ from .method import (
     step,
 )
 from .operands import at, convex, fill_rows, in_double, in_primal_form, plausible, reduced_at, stack
-from .rows import Glimpse, follow, glance, observe, recover, step_in_rows
+from .rows import Glimpse, begin_in_rows, follow, judge, observe, step_in_rows
 from .threads import following
 from .tiles import mirror, transpose
 
@@ -42,8 +42,12 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
     inequalities = False
     for i in range(one.kind.shape[0]):
         inequalities |= one.kind[i] == INEQUALITY
-    in_rows = form == DENSE_DUAL and one.q.itemsize == 8
-    mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
+    in_rows, known = form == DENSE_DUAL and one.q.itemsize == 8, True
+    glimpse = Glimpse(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    if in_rows:
+        mu, verdict, factored, glimpse, known = begin_in_rows(one, reduced, settings, now, before, work)
+    else:
+        mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
     if warm and usable:
         copy(near_x, before.x)
         copy(near_v, before.v)
@@ -52,15 +56,14 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
         if near_verdict.status in (RUNNING, SOLVED):
             # Also from a solution one step is taken: the derivative needs its factor.
             now, before, mu, verdict = before, now, near_mu, revised(near_verdict, RUNNING, near_verdict.waiting)
+            known = True
     while True:
         rho, delta, refine = 0.0 if form == DENSE_DUAL else settings.rho, settings.delta, np.bool_(True)
-        known = True
-        glimpse = Glimpse(0.0, 0.0, 0.0, 0.0, 0.0)
         while verdict.status == RUNNING:
             circling = verdict.waiting >= IMPATIENCE
             if in_rows:
                 if known:
-                    glimpse = observe(one, reduced, now, work)
+                    glimpse = observe(one, reduced, now, glimpse.column, work)
                 now, before, past = before, now, verdict
                 sound, factored, alpha_s, alpha_z, new_mu = step_in_rows(
                     one, reduced, settings, mu, rho, delta, refine, circling, before, now, work
@@ -76,15 +79,13 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
                 copy(before.v, now.v)
                 copy(before.s, now.s)
             iterations += 1
-            known = True
             if in_rows:
                 if sound:
                     glimpse = follow(one, glimpse, alpha_s, alpha_z, before, now, work)
-                    verdict, enough = glance(one, settings, glimpse, before, now, past, work)
-                    known = not enough or iterations >= limit
-                if known:
-                    recover(reduced, glimpse, now, work)
-            if known:
+                verdict, known = judge(
+                    one, reduced, settings, glimpse, not sound, now, before, past, iterations, limit, work
+                )
+            else:
                 verdict = assess(form, one, settings, now, before, past, iterations, limit, work)
             if past.near and not verdict.worst <= 0.5 * past.worst:
                 # From a point within the tolerance one more step is worth it only if it halves the residuals.
@@ -113,7 +114,10 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
             return now, verdict, iterations, factored
         # Begin again from the ordinary start, once, where a start near another solution has led nowhere.
         warm, limit = False, iterations + settings.max_iterations
-        mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
+        if in_rows:
+            mu, verdict, factored, glimpse, known = begin_in_rows(one, reduced, settings, now, before, work)
+        else:
+            mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
 
 
 @entry
@@ -156,7 +160,7 @@ def solve_batch(
     first, second = make_iterates(room)
     k, k64, kind = work.k, work.k64, work.kind
     single = batch.q.itemsize == 4
-    i = end = np.int64(0)
+    new, i, end = True, np.int64(0), np.int64(0)
     while True:
         i, end = following(i, end, turn, edges)
         if i >= count:
@@ -170,7 +174,8 @@ def solve_batch(
         lb, ub = at(batch.lb, i), at(batch.ub, i)
         fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
         copy(k, k64)
-        K = stack(at(batch.A, i), at(batch.G, i), work.stacked)
+        K = stack(at(batch.A, i), at(batch.G, i), work.stacked, new)
+        new = batch.A.shape[0] > 1 or batch.G.shape[0] > 1
         Q64, q64, K64 = in_double(batch, exact, i, K, work.stacked64)
         one = One(
             at(batch.Q, i), at(batch.q, i), K, k, kind,

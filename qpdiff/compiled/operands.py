@@ -51,7 +51,8 @@ def plausible(batch, i, all_shared):
                     return False
     if all_shared or batch.Q.shape[0] > 1:
         Q = at(batch.Q, i)
-        return asymmetry(Q) <= (1e-4 if Q.itemsize == 4 else 1e-8) * largest_on_diagonal(Q) < np.inf
+        limit = (1e-4 if Q.itemsize == 4 else 1e-8) * largest_on_diagonal(Q)
+        return limit < np.inf and symmetric(Q, limit)
     return True
 
 
@@ -65,22 +66,21 @@ def largest_on_diagonal(Q):
 
 
 @jit
-def asymmetry(Q):
-    """The largest difference from the transpose; NaN where an entry is not finite."""
-    d0 = d1 = d2 = d3 = 0.0
-    n = Q.shape[0]
-    for i in range(0, n, 4):
-        if i + 4 <= n:
-            q0, q1, q2, q3, columns = Q[i, :i], Q[i + 1, :i], Q[i + 2, :i], Q[i + 3, :i], Q[:i, i : i + 4]
-            for k in range(columns.shape[0]):
-                d0 = larger(abs(q0[k] - columns[k, 0]), d0)
-                d1 = larger(abs(q1[k] - columns[k, 1]), d1)
-                d2 = larger(abs(q2[k] - columns[k, 2]), d2)
-                d3 = larger(abs(q3[k] - columns[k, 3]), d3)
-        for j in range(i, min(i + 4, n)):
-            for k in range(i if i + 4 <= n else 0, j):
-                d0 = larger(abs(Q[j, k] - Q[k, j]), d0)
-    return larger(larger(d0, d1), larger(d2, d3))
+def symmetric(Q, limit):
+    """Whether the differences from the transpose are within a limit, and all entries numbers."""
+    n, result = Q.shape[0], True
+    whole = n - n % 8
+    # In blocks, of which every line of the cache that is read has a row.
+    for i in range(0, whole, 8):
+        for j in range(0, i, 8):
+            for r in range(8):
+                row, column = Q[i + r, j : j + 8], Q[j : j + 8, i + r]
+                for k in range(8):
+                    result &= abs(row[k] - column[k]) <= limit
+    for i in range(n):
+        for j in range(i - i % 8 if i < whole else 0, i):
+            result &= abs(Q[i, j] - Q[j, i]) <= limit
+    return result
 
 
 @jit
@@ -133,15 +133,16 @@ def limit(value):
 
 
 @inline
-def stack(A, G, room):
-    """The rows of A and G as one matrix, in `room` where there are both."""
+def stack(A, G, room, new):
+    """The rows of A and G as one matrix, in `room` where there are both, and where they are if they are not new."""
     p, m = A.shape[0], G.shape[0]
     if p == 0:
         return G
     if m == 0:
         return A
-    copy_matrix(A, room[:p])
-    copy_matrix(G, room[p:])
+    if new:
+        copy_matrix(A, room[:p])
+        copy_matrix(G, room[p:])
     return room
 
 
@@ -157,7 +158,7 @@ def _in_double(batch, exact, i, K, room):
     return lambda batch, exact, i, K, room: (
         at(exact.Q, i),
         at(exact.q, i),
-        stack(at(exact.A, i), at(exact.G, i), room),
+        stack(at(exact.A, i), at(exact.G, i), room, True),
     )
 
 

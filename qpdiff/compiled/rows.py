@@ -24,15 +24,20 @@ from .method import (
     add_product_transposed,
     advance,
     all_finite,
+    assess,
     center,
     copy,
     dot,
-    eliminate,
     factor,
     infeasible,
     mean,
+    place,
     positive,
+    square,
+    unknown,
     weigh,
+    weigh_start,
+    whiten,
 )
 from .products import backward, product
 from .stacks import solve_cholesky
@@ -51,52 +56,120 @@ class Glimpse(NamedTuple):
     """xᵀ r_x."""
     qx: float
     """qᵀ x."""
-    top: float
-    """The largest entry on the diagonal of Q."""
+    r: float
+    """The largest entry of r_x where x was last looked at."""
+    column: float
+    """The largest norm of a column of K in the scaled rows."""
 
 
 @jit
-def observe(one, reduced, now, work):
+def longest_column(one, columns):
+    """The largest norm of a column of K in the scaled rows."""
+    columns[:] = 0.0
+    for i in range(one.K.shape[0]):
+        row, E = one.K[i], one.E[i]
+        for j in range(columns.shape[0]):
+            columns[j] += square(E * row[j])
+    most = 0.0
+    for j in range(columns.shape[0]):
+        most = larger(columns[j], most)
+    return root(most)
+
+
+@jit
+def largest(a):
+    most = 0.0
+    for i in range(a.shape[0]):
+        most = larger(abs(a[i]), most)
+    return most
+
+
+@jit
+def observe(one, reduced, now, column, work):
     """Begin at an iterate that is known with its residuals."""
     copy(now.x, work.x_seen)
     copy(now.v, work.v_seen)
     copy(now.r_x, work.r_seen)
     work.u[:] = 0.0
-    eliminate(DENSE_DUAL, one, reduced, now.r_x, work)
-    top = 0.0
-    for i in range(one.Q.shape[0]):
-        top = larger(one.Q[i, i], top)
-    return Glimpse(1.0, dot(work.t, work.t), dot(now.x, now.r_x), dot(one.q, now.x), top)
+    whiten(reduced, now.r_x, work)
+    xr, qx = dot(now.x, now.r_x), dot(one.q, now.x)
+    return Glimpse(1.0, dot(work.t, work.t), xr, qx, largest(now.r_x), column)
+
+
+@jit
+def begin_in_rows(one, reduced, settings, now, before, work):
+    """`method.begin` without x: also what is known of it, and whether it was looked at."""
+    rows, t, dv, Sdv, u = now.v.shape[0], work.Vt, work.dv, work.Sdv, work.u
+    before.x[:] = 0.0
+    before.v[:] = 0.0
+    for i in range(before.r_x.shape[0]):
+        before.r_x[i] = -one.q[i]
+    origin = observe(one, reduced, before, longest_column(one, work.columns), work)
+    weigh_start(DENSE_DUAL, one, settings, work)
+    factored = factor(DENSE_DUAL, one, reduced, work.theta, work.rho, work.delta, work)
+    good = factored
+    if factored:
+        copy(one.k, work.shifted)
+        solve_for_rows(one, reduced, True, work)
+        good = all_finite(Sdv)
+    if not good:
+        dv[:] = 0.0
+    # From x = 0 the step is Q⁻¹ (−q − Kᵀdv), which leaves nothing of Qx + q + Kᵀdv; but v is moved onto the path.
+    copy(dv, now.v)
+    mu = place(one, settings, now, work)
+    qx = xr = rr = 0.0
+    for i in range(rows):
+        u[i] = dv[i] - now.v[i]
+        now.Kx[i] = t[i] - Sdv[i] if good and one.kind[i] != ABSENT else 0.0
+        now.r_v[i] = one.k[i] - now.Kx[i] - now.s[i]
+        qx += t[i] * dv[i]
+        xr += now.Kx[i] * u[i]
+    product(reduced.S, u, Sdv)
+    a = 0.0 if good else 1.0
+    for i in range(rows):
+        rr += u[i] * (2.0 * a * t[i] + Sdv[i])
+        t[i] = a * t[i] + Sdv[i]
+    qx = qx - origin.rr if good else 0.0
+    glimpse = Glimpse(a, a * origin.rr + rr, xr, qx, origin.r, origin.column)
+    verdict, known = judge(
+        one, reduced, settings, glimpse, False, now, before, unknown(mu), np.int64(0), settings.max_iterations, work
+    )
+    return mu, verdict, factored, glimpse, known
 
 
 @hot
-def step_in_rows(one, reduced, settings, mu, rho, delta, refine, circling, before, now, work):
-    """`method.step` without x; `work.Sdv` is S times the step in the multipliers."""
-    dv, Sdv, t, shifted, theta = work.dv, work.Sdv, work.Vt, work.shifted, work.theta
+def solve_for_rows(one, reduced, refine, work):
+    """Solve for the right-hand sides `work.Vt` of the variables and `work.shifted` of the rows: dv, and S dv."""
+    dv, Sdv, t, shifted, left = work.dv, work.Sdv, work.Vt, work.shifted, work.cv
     rows = dv.shape[0]
-    weigh(one, rho, delta, before, work)
-    factored = factor(DENSE_DUAL, one, reduced, theta, work.rho, work.delta, work)
-    if not factored:
-        return False, False, 0.0, 0.0, mu
-    for i in range(rows):
-        dv[i] = t[i] - shifted[i]
-    solve_cholesky(reduced.U, dv)
-    center(one, settings, mu, before, work)
     for i in range(rows):
         dv[i] = t[i] - shifted[i]
     solve_cholesky(reduced.U, dv)
     product(reduced.S, dv, Sdv)
     if refine:
-        left = work.cv
         for i in range(rows):
             absent = one.kind[i] == ABSENT
-            left[i] = 0.0 if absent else t[i] - shifted[i] - Sdv[i] - (theta[i] + work.delta[i]) * dv[i]
+            left[i] = 0.0 if absent else t[i] - shifted[i] - Sdv[i] - (work.theta[i] + work.delta[i]) * dv[i]
         solve_cholesky(reduced.U, left)
         for i in range(rows):
             dv[i] += left[i]
         product(reduced.S, dv, Sdv)
+
+
+@hot
+def step_in_rows(one, reduced, settings, mu, rho, delta, refine, circling, before, now, work):
+    """`method.step` without x; `work.Sdv` is S times the step in the multipliers."""
+    dv = work.dv
+    weigh(one, rho, delta, before, work)
+    if not factor(DENSE_DUAL, one, reduced, work.theta, work.rho, work.delta, work):
+        return False, False, 0.0, 0.0, mu
+    for i in range(dv.shape[0]):
+        dv[i] = work.Vt[i] - work.shifted[i]
+    solve_cholesky(reduced.U, dv)
+    center(one, settings, mu, before, work)
+    solve_for_rows(one, reduced, refine, work)
     alpha_s, alpha_z = advance(one, settings, circling, before, now, work)
-    sound = all_finite(Sdv) & all_finite(now.v) & all_finite(now.s)
+    sound = all_finite(work.Sdv) & all_finite(now.v) & all_finite(now.s)
     return sound, True, alpha_s, alpha_z, mean(one, now.s, now.v) if sound else mu
 
 
@@ -123,14 +196,15 @@ def follow(one, glimpse, alpha_s, alpha_z, before, now, work):
         keep * keep * glimpse.rr + 2.0 * keep * apart * t_dv + apart * apart * dv_S_dv,
         keep * glimpse.xr + apart * Kx_dv + alpha_s * (keep * r_dx + apart * (t_dv - dv_S_dv)),
         glimpse.qx - alpha_s * (glimpse.xr - Kx_dv + v_Kdx + r_dx),
-        glimpse.top,
+        glimpse.r,
+        glimpse.column,
     )
 
 
 @hot
 def glance(one, settings, glimpse, before, now, past, work):
     """How the problem stands as far as it shows without x; and whether that is all there is to know for now."""
-    primal = size_Kx = size_k = scaled_k = vKx = kv = 0.0
+    primal = size_Kx = size_k = scaled_k = vKx = kv = uu = 0.0
     for i in range(now.v.shape[0]):
         k, Kx, v = one.k[i], now.Kx[i], now.v[i]
         violation = abs(now.r_v[i]) if one.kind[i] == EQUALITY else positive(Kx - k)
@@ -142,26 +216,26 @@ def glance(one, settings, glimpse, before, now, past, work):
         )
         vKx += v * Kx
         kv += v * k
+        uu += square(work.u[i]) * work.metric_v[i]
     gap = abs(kv - vKx - glimpse.xr)
-    largest = larger(primal, gap)
-    # Every entry of r_x is a product with a row of Fᵀ, and so not larger than this.
-    dual = root(positive(glimpse.rr) * glimpse.top)
-    if not dual <= largest:
+    # The residual of the variables is seldom the largest, and a bound on it says so without K.
+    dual = glimpse.a * glimpse.r + glimpse.column * root(uu)
+    if not dual <= larger(primal, gap):
         work.columns[:] = 0.0
         add_product_transposed(one.K, work.u, work.columns)
         dual = 0.0
         for i in range(work.columns.shape[0]):
             dual = larger(abs(glimpse.a * work.r_seen[i] + work.columns[i]), dual)
-        largest = larger(largest, dual)
+    worst = larger(primal, larger(dual, gap))
     no_point = 0.0
     if primal > settings.tol:
         no_point, _ = infeasible(one, before, now.v, scaled_k, work)
     tol, rtol = settings.tol, settings.rtol
     size_gap = larger(abs(glimpse.xr + glimpse.qx + vKx), larger(abs(glimpse.qx), abs(kv)))
     far = (primal > tol + rtol * larger(size_Kx, size_k)) or (gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * size_gap)
-    well = largest < 0.9 * past.best and not no_point > 0.01 * settings.certificate
+    well = worst < 0.9 * past.best and not no_point > 0.01 * settings.certificate
     verdict = Verdict(
-        RUNNING, np.nan, primal, dual, gap, False, largest, largest, larger(no_point, past.proof), np.int64(0)
+        RUNNING, np.nan, primal, dual, gap, False, worst, worst, larger(no_point, past.proof), np.int64(0)
     )
     return verdict, far and well and not past.near
 
@@ -178,3 +252,14 @@ def recover(reduced, glimpse, now, work):
     backward(reduced.hessian, dx)
     for i in range(dx.shape[0]):
         now.x[i] = work.x_seen[i] + dx[i]
+
+
+@hot
+def judge(one, reduced, settings, glimpse, look, now, before, past, iterations, limit, work):
+    """How the problem stands, and whether x was looked at for it, as it must be with `look`."""
+    if not look and iterations < limit:
+        verdict, enough = glance(one, settings, glimpse, before, now, past, work)
+        if enough:
+            return verdict, False
+    recover(reduced, glimpse, now, work)
+    return assess(DENSE_DUAL, one, settings, now, before, past, iterations, limit, work), True

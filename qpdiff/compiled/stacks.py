@@ -102,6 +102,14 @@ def _cholesky(U, n):
 
 
 @jit
+def _cholesky_of_sum(S, diagonal, U, n):
+    _copy_upper(S, U, n)
+    for i in range(n):
+        U[i, i] += diagonal[i]
+    return _cholesky(U, n)
+
+
+@jit
 def _solve_row(U, V, i, start, stop, inverse):
     """Row i of U⁻ᵀV in the place of V's, where those above it are already."""
     j = start
@@ -175,6 +183,7 @@ add_product_transposed = _either(products.add_product_transposed, _add_product_t
 forward = _either(products.forward, _forward)
 backward = _either(products.backward, _backward)
 cholesky = _either(tiles.cholesky, _cholesky)
+cholesky_of_sum = _either(tiles.cholesky_of_sum, _cholesky_of_sum)
 solve_rows_above = _either(tiles.solve_rows_above, _solve_rows_above)
 add_gram = _either(tiles.add_gram, _add_gram)
 

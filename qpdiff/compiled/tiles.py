@@ -23,8 +23,8 @@ ROWS, ALIGNMENT = 4, 64
 """Rows of a tile; what the columns of a padded matrix fill, in bytes."""
 BLOCK = 128
 """Rows that are factored, or solved for, without BLAS."""
-_AT_A_TIME = 2
-"""Vectors of a tile, as long as there are so many."""
+_WIDTHS = 3, 2, 1
+"""Vectors of a tile: as many as there are registers for, then what is left over."""
 
 
 def padded(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
@@ -34,16 +34,16 @@ def padded(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
 
 
 def _tiles(sign: int, substitute: bool):
-    """Instructions for C ← C ± AᵀB in rows i to i + ROWS of C, its columns from `start` to `stop`, with rows `first` to
+    """Instructions for C ← M ± AᵀB in rows i to i + ROWS of C, its columns from `start` to `stop`, with rows `first` to
     `last` of A and B. With `substitute` they then solve with the upper triangle that A has at (i, i), transposed.
     """
 
     @intrinsic
-    def work(typing_context, A, B, C, i, first, last, start, stop):
-        signature = types.void(A, B, C, i, first, last, start, stop)
+    def work(typing_context, A, B, M, C, i, first, last, start, stop):
+        signature = types.void(A, B, M, C, i, first, last, start, stop)
 
         def generate(context, builder, signature, arguments):
-            a, b, c, i, first, last, start, stop = unpacked(context, builder, signature, arguments, 3)
+            a, b, m, c, i, first, last, start, stop = unpacked(context, builder, signature, arguments, 4)
             rows = range(ROWS)
             triangle = {}
             for r in rows if substitute else ():
@@ -52,10 +52,10 @@ def _tiles(sign: int, substitute: bool):
             add = c.plus if sign > 0 else c.minus
 
             def tile(column, vectors):
-                target = [c.at(builder.add(i, word(r)), column) for r in rows]
+                source, target = ([x.at(builder.add(i, word(r)), column) for r in rows] for x in (m, c))
                 sums = {(r, v): cgutils.alloca_once(builder, c.vector) for r in rows for v in vectors}
                 for (r, v), place in sums.items():
-                    builder.store(c.load(target[r], v), place)
+                    builder.store(m.load(source[r], v), place)
                 with span(builder, first, last, 1) as (k, _):
                     across, down = b.at(k, column), a.at(k, i)
                     factors = [b.load(across, v) for v in vectors]
@@ -75,7 +75,7 @@ def _tiles(sign: int, substitute: bool):
                             done.append(value)
                         c.store(value, target[r], v)
 
-            for vectors in (_AT_A_TIME, 1):
+            for vectors in _WIDTHS:
                 until = whole(builder, start, stop, vectors * c.lanes)
                 with span(builder, start, until, vectors * c.lanes) as (column, _):
                     tile(column, range(vectors))
@@ -107,11 +107,16 @@ def _end(n, M):
 def copy_upper(M, out, n):
     """Copy the upper triangle of n rows and columns to a padded matrix, and zeros into the padding."""
     for i in range(n):
-        row, to = M[i, i:n], out[i, i:n]
-        for j in range(n - i):
-            to[j] = row[j]
+        copy_row(M, out, i, n)
         out[i, n:] = 0.0
     out[n:, :] = 0.0
+
+
+@jit
+def copy_row(M, out, i, n):
+    row, to = M[i, i:n], out[i, i:n]
+    for j in range(n - i):
+        to[j] = row[j]
 
 
 @jit
@@ -146,24 +151,44 @@ def transpose(K, out):
 @jit
 def cholesky(U, n):
     """The upper factor of M = UᵀU in place of M, with the inverses on its diagonal; whether M was positive definite."""
-    width, stop = max(ROWS, _lanes(U)), _end(n, U)
+    return cholesky_of_sum(U, U[0, :0], U, n)
+
+
+@jit
+def cholesky_of_sum(S, diagonal, U, n):
+    """The same of a matrix with a diagonal added, in another place."""
+    stop = _end(n, U)
     for first in range(0, n, BLOCK):
-        end = min(first + BLOCK, n)
+        end, M = min(first + BLOCK, n), S
         if first > 0:
+            M = U
+            for i in range(first, end):
+                copy_row(S, U, i, n)
             add_product_tn(-1.0, U[:first, first:end], U[:first, first:n], U[first:end, first:n])
-        for i in range(first, end, ROWS):
-            start = i - i % width
-            _subtract(U, U, U, i, first, i, start, start + width)
-            corner = _factor(U, i)
-            _put(U, i, corner)
-            _subtract_and_solve(U, U, U, i, 0, 0, start, start + width)
-            _put(U, i, corner)
-            _subtract_and_solve(U, U, U, i, first, i, start + width, stop)
+        _factor_rows(M, diagonal, U, first, end, stop)
     # A pivot that is not positive leaves NaN in all rows of the blocks below it, and so does NaN.
     sound = True
     for i in range(max(0, n - 1) // ROWS * ROWS, n):
         sound &= U[i, i] > 0.0 and finite(U[i, i])
     return sound
+
+
+@jit
+def _factor_rows(M, diagonal, U, first, end, stop):
+    """The rows of the factor from `first` to `end`, once those above it have been taken off M."""
+    lanes = _lanes(U)
+    for i in range(first, end, ROWS):
+        # The first columns have the block on the diagonal among them, and a tile's width so that no sum waits long.
+        start = i - i % max(ROWS, lanes)
+        edge = min(start + max(_WIDTHS[0] * lanes, ROWS), stop)
+        _subtract(U, U, M, U, i, first, i, start, edge)
+        for r in range(i, min(i + ROWS, diagonal.shape[0])):
+            U[r, r] += diagonal[r]
+        corner = _factor(U, i)
+        _put(U, i, corner)
+        _subtract_and_solve(U, U, U, U, i, 0, 0, start, edge)
+        _put(U, i, corner)
+        _subtract_and_solve(U, U, M, U, i, first, i, edge, stop)
 
 
 @jit
@@ -202,7 +227,7 @@ def solve_rows_above(U, n, V, columns):
         if first > 0:
             add_product_tn(-1.0, U[:first, first:end], V[:first, :columns], V[first:end, :columns])
         for i in range(first, end, ROWS):
-            _subtract_and_solve(U, V, V, i, first, i, 0, stop)
+            _subtract_and_solve(U, V, V, V, i, first, i, 0, stop)
 
 
 @jit
@@ -213,4 +238,4 @@ def add_gram(A, rows, C, n):
         return
     stop = _end(n, C)
     for i in range(0, n, ROWS):
-        _add(A, A, C, i, 0, rows, i - i % _lanes(C), stop)
+        _add(A, A, C, C, i, 0, rows, i - i % _lanes(C), stop)
