@@ -42,6 +42,13 @@ def second_chance():
     return {name: value[[49, 72, 567]] for name, value in operands.items()}
 
 
+def ill_conditioned():
+    """Q near the limit of the dual form: pivots down to 1e-6 of its diagonal."""
+    operands = optnet(rng(), (20,), 40, 10, 3)
+    basis = np.linalg.qr(rng().normal(size=(20, 40, 40)))[0]
+    return operands | {"Q": basis * np.geomspace(1e-4, 1.0, 40) @ basis.mT}
+
+
 CASES = {
     "optnet": lambda: optnet(rng(), (20,), 10, 5, 3),
     "more rows than variables": lambda: optnet(rng(), (20,), 8, 30, 0),
@@ -57,6 +64,8 @@ CASES = {
     "shared matrices": lambda: random_problem(rng(), "A G", batch=(20,), shared=("Q", "A", "G"), n=12),
     "shared, primal": lambda: random_problem(rng(), "G lb", batch=(20,), shared=("Q", "G"), n=5, m=20),
     "second chance": lambda: second_chance(),
+    "rows without a limit": lambda: random_problem(rng(), "A G", batch=(20,), infinite=0.5, n=40, m=20),
+    "ill-conditioned": lambda: ill_conditioned(),
     "infeasible": lambda: infeasible(rng(), parallel_rows, "pd", (5, 4, 2)),
     "infeasible by bounds": lambda: infeasible(rng(), equality_beyond_bounds, "psd", (5, 4, 2)),
     "unbounded": lambda: unbounded(rng(), "A G", "lp", (5, 4, 2)),
@@ -67,8 +76,8 @@ CASES = {
     "not unique": lambda: duplicated_variables(rng(), (20,), 6).operands,
 }
 
-ROUNDING = {"infeasible": 1e-2, "unbounded": 1e-2, "scaled": 1e-3, "not unique": 1e-2}
-"""Where rounding grows faster: in iterates that go off to infinity, with large factors between rows, and over ρ."""
+ROUNDING = {"ill-conditioned": 1e-5, "infeasible": 1e-2, "unbounded": 1e-2, "scaled": 1e-3, "not unique": 1e-2}
+"""Where rounding grows faster: in iterates that go off to infinity, with large factors between rows, and over ρ or ε."""
 UNDECIDED = {"infeasible": 0.1, "unbounded": 0.1}
 """The share of problems for which it may decide between a certificate and none."""
 
@@ -132,7 +141,19 @@ def test_single_precision(case):
         assert_same(array, compiled, 1e-2)
 
 
-@pytest.mark.parametrize("case", ["optnet", "larger", "everything", "diagonal", "shared matrices", "shared, primal"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "optnet",
+        "larger",
+        "everything",
+        "diagonal",
+        "shared matrices",
+        "shared, primal",
+        "rows without a limit",
+        "ill-conditioned",
+    ],
+)
 def test_the_same_derivatives(case):
     operands = CASES[case]()
     array, compiled = (qpdiff.solve_qp(**operands, engine=e, tol=1e-10) for e in ("array", "compiled"))
@@ -146,8 +167,9 @@ def test_the_same_derivatives(case):
         np.testing.assert_allclose(other, one, atol=1e-5 * np.max(np.abs(one), initial=1.0))
 
 
-def test_warm_start():
-    operands = CASES["everything"]()
+@pytest.mark.parametrize("case", ["everything", "larger", "rows without a limit"])
+def test_warm_start(case):
+    operands = CASES[case]()
     moved = operands | {"q": operands["q"] + 1e-3}
     starts = [qpdiff.solve_qp(**operands, engine=engine) for engine in ("array", "compiled")]
     for k in (0, 1, 3, 200):

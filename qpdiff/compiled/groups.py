@@ -44,7 +44,7 @@ from .method import (
 from .operands import at, convex, fill_rows, plausible
 from .stacks import transpose
 from .threads import next_piece
-from .tiles import mirror
+from .tiles import invert_blocks, mirror
 
 
 class GroupRoom(NamedTuple):
@@ -172,6 +172,7 @@ def keep(i, lane, form, shared, one, reduced, now, verdict, iterations, store, m
         take_vector(one.E, lane, at(metric[1], i))
         if form == DENSE_DUAL:
             take_matrix(reduced.hessian, lane, at(store.hessian, i), n, n)
+            invert_blocks(at(store.hessian, i), n)
             take_matrix(reduced.V, lane, at(store.V, i), n, linear)
             take_matrix(reduced.S, lane, at(store.S, i), linear, linear)
             mirror(at(store.S, i), linear)
@@ -180,6 +181,7 @@ def keep(i, lane, form, shared, one, reduced, now, verdict, iterations, store, m
     if form != DENSE_DUAL:
         size = reduced.U.shape[0]
         take_matrix(reduced.U, lane, at(store.U, i), size, size)
+        invert_blocks(at(store.U, i), size)
         take_vector(reduced.weights, lane, at(store.weights, i))
     forms[i], factored[i] = form, True
 

@@ -104,6 +104,59 @@ def _columns_times(typing_context, M, v, out, rows, columns):
     return types.void(M, v, out, rows, columns), generate
 
 
+@intrinsic
+def _take_off(typing_context, U, r, i, start, stop):
+    """Instructions for r = r − Uᵀr in its entries from `start` to `stop`, with the rows of U and the entries of r from
+    i to i + ROWS.
+    """
+
+    def generate(context, builder, signature, arguments):
+        u, r, i, start, stop = unpacked(context, builder, signature, arguments, 2)
+        rows = [builder.add(i, word(k)) for k in range(ROWS)]
+        factors = [r.repeated(r.entry(r.at(row))) for row in rows]
+
+        def tile(j, mask):
+            terms = [u.times(u.load(u.at(row, j), mask=mask), x) for row, x in zip(rows, factors, strict=True)]
+            total = u.plus(u.plus(terms[0], terms[1]), u.plus(terms[2], terms[3]))
+            r.store(r.minus(r.load(r.at(j), mask=mask), total), r.at(j), mask=mask)
+
+        _in_vectors(builder, u, start, stop, tile)
+        return context.get_dummy_value()
+
+    return types.void(U, r, i, start, stop), generate
+
+
+@intrinsic
+def _sums_of_rows(typing_context, U, r, i, start, stop):
+    """Instructions for U r with the rows of U from i to i + ROWS, and the entries of r from `start` to `stop`."""
+
+    def generate(context, builder, signature, arguments):
+        u, r, i, start, stop = unpacked(context, builder, signature, arguments, 2)
+        sums = [cgutils.alloca_once(builder, u.vector) for _ in range(ROWS)]
+        for place in sums:
+            builder.store(u.nothing, place)
+
+        def tile(j, mask):
+            factor = r.load(r.at(j), mask=mask)
+            for k, place in enumerate(sums):
+                entries = u.load(u.at(builder.add(i, word(k)), j), mask=mask)
+                builder.store(u.plus(builder.load(place), u.times(entries, factor)), place)
+
+        _in_vectors(builder, u, start, stop, tile)
+        return context.make_tuple(builder, signature.return_type, [u.total(builder.load(place)) for place in sums])
+
+    return types.UniTuple(U.dtype, ROWS)(U, r, i, start, stop), generate
+
+
+def _in_vectors(builder, memory, start, stop, tile):
+    """A loop over vectors of columns, and what is left over under a mask."""
+    end = whole(builder, start, stop, memory.lanes)
+    with span(builder, start, end, memory.lanes) as (j, _):
+        tile(j, None)
+    with builder.if_then(builder.icmp_signed("<", end, stop)):
+        tile(end, memory.first(builder.sub(stop, end)))
+
+
 @jit
 def dot(a, b):
     total = 0.0
@@ -124,7 +177,8 @@ def add_product_transposed(M, v, out):
     _columns_times(M, v, out, min(M.shape[0], v.shape[0]), min(M.shape[1], out.shape[0]))
 
 
-# ---- with the upper triangular factor of `tiles.cholesky`, which has the inverses of its diagonal on it
+# ---- with the upper triangular factor of `tiles.cholesky`, which has the inverses of its diagonal on it, and those of
+# its blocks of ROWS rows, transposed, below: a block is solved for by products, which do not wait for each other.
 
 
 @jit
@@ -133,16 +187,12 @@ def forward(U, r):
     n = r.shape[0]
     whole = n - n % ROWS
     for i in range(0, whole, ROWS):
-        x0 = r[i] * U[i, i]
-        x1 = (r[i + 1] - U[i, i + 1] * x0) * U[i + 1, i + 1]
-        x2 = (r[i + 2] - U[i, i + 2] * x0 - U[i + 1, i + 2] * x1) * U[i + 2, i + 2]
-        x3 = (r[i + 3] - U[i, i + 3] * x0 - U[i + 1, i + 3] * x1 - U[i + 2, i + 3] * x2) * U[i + 3, i + 3]
-        r[i], r[i + 1], r[i + 2], r[i + 3] = x0, x1, x2, x3
-        # Slices, whose indices plainly start at zero, are what LLVM makes vectors of.
-        rest, u0, u1 = r[i + ROWS :], U[i, i + ROWS : n], U[i + 1, i + ROWS : n]
-        u2, u3 = U[i + 2, i + ROWS : n], U[i + 3, i + ROWS : n]
-        for j in range(rest.shape[0]):
-            rest[j] -= u0[j] * x0 + u1[j] * x1 + u2[j] * x2 + u3[j] * x3
+        a0, a1, a2, a3 = r[i], r[i + 1], r[i + 2], r[i + 3]
+        r[i] = U[i, i] * a0
+        r[i + 1] = U[i + 1, i] * a0 + U[i + 1, i + 1] * a1
+        r[i + 2] = U[i + 2, i] * a0 + U[i + 2, i + 1] * a1 + U[i + 2, i + 2] * a2
+        r[i + 3] = (U[i + 3, i] * a0 + U[i + 3, i + 1] * a1) + (U[i + 3, i + 2] * a2 + U[i + 3, i + 3] * a3)
+        _take_off(U, r, i, i + ROWS, n)
     for i in range(whole, n):
         for k in range(whole, i):
             r[i] -= U[k, i] * r[k]
@@ -158,18 +208,22 @@ def backward(U, r):
         for k in range(i + 1, n):
             r[i] -= U[i, k] * r[k]
         r[i] *= U[i, i]
+    x0 = x1 = x2 = x3 = r.dtype.type(0.0)
     for i in range(whole - ROWS, -1, -ROWS):
-        s0 = s1 = s2 = s3 = r.dtype.type(0.0)
-        rest, u0, u1 = r[i + ROWS :], U[i, i + ROWS : n], U[i + 1, i + ROWS : n]
-        u2, u3 = U[i + 2, i + ROWS : n], U[i + 3, i + ROWS : n]
-        for j in range(rest.shape[0]):
-            value = rest[j]
-            s0 += u0[j] * value
-            s1 += u1[j] * value
-            s2 += u2[j] * value
-            s3 += u3[j] * value
-        x3 = (r[i + 3] - s3) * U[i + 3, i + 3]
-        x2 = (r[i + 2] - s2 - U[i + 2, i + 3] * x3) * U[i + 2, i + 2]
-        x1 = (r[i + 1] - s1 - U[i + 1, i + 3] * x3 - U[i + 1, i + 2] * x2) * U[i + 1, i + 1]
-        x0 = (r[i] - s0 - U[i, i + 3] * x3 - U[i, i + 2] * x2 - U[i, i + 1] * x1) * U[i, i]
+        known = i + ROWS
+        if known < whole:
+            # The last block is still in registers: a vector of what has just been stored apart would wait for it.
+            known += ROWS
+        s0, s1, s2, s3 = _sums_of_rows(U, r, i, known, n)
+        if known > i + ROWS:
+            j = i + ROWS
+            s0 += (U[i, j] * x0 + U[i, j + 1] * x1) + (U[i, j + 2] * x2 + U[i, j + 3] * x3)
+            s1 += (U[i + 1, j] * x0 + U[i + 1, j + 1] * x1) + (U[i + 1, j + 2] * x2 + U[i + 1, j + 3] * x3)
+            s2 += (U[i + 2, j] * x0 + U[i + 2, j + 1] * x1) + (U[i + 2, j + 2] * x2 + U[i + 2, j + 3] * x3)
+            s3 += (U[i + 3, j] * x0 + U[i + 3, j + 1] * x1) + (U[i + 3, j + 2] * x2 + U[i + 3, j + 3] * x3)
+        a0, a1, a2, a3 = r[i] - s0, r[i + 1] - s1, r[i + 2] - s2, r[i + 3] - s3
+        x0 = (U[i, i] * a0 + U[i + 1, i] * a1) + (U[i + 2, i] * a2 + U[i + 3, i] * a3)
+        x1 = U[i + 1, i + 1] * a1 + U[i + 2, i + 1] * a2 + U[i + 3, i + 1] * a3
+        x2 = U[i + 2, i + 2] * a2 + U[i + 3, i + 2] * a3
+        x3 = U[i + 3, i + 3] * a3
         r[i], r[i + 1], r[i + 2], r[i + 3] = x0, x1, x2, x3

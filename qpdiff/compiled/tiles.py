@@ -107,13 +107,13 @@ def _end(n, M):
 def copy_upper(M, out, n):
     """Copy the upper triangle of n rows and columns to a padded matrix, and zeros into the padding."""
     for i in range(n):
-        copy_row(M, out, i, n)
+        _copy_row(M, out, i, n)
         out[i, n:] = 0.0
     out[n:, :] = 0.0
 
 
 @jit
-def copy_row(M, out, i, n):
+def _copy_row(M, out, i, n):
     row, to = M[i, i:n], out[i, i:n]
     for j in range(n - i):
         to[j] = row[j]
@@ -150,20 +150,29 @@ def transpose(K, out):
 
 @jit
 def cholesky(U, n):
-    """The upper factor of M = UᵀU in place of M, with the inverses on its diagonal; whether M was positive definite."""
-    return cholesky_of_sum(U, U[0, :0], U, n)
+    """The upper factor of M = UᵀU in place of M, with the inverses on its diagonal; whether M was positive definite.
+
+    Below the diagonal it has the inverses of its ROWS × ROWS blocks there, transposed.
+    """
+    return _factor_blocks(U, U[0, :0], U, n)
 
 
 @jit
 def cholesky_of_sum(S, diagonal, U, n):
-    """The same of a matrix with a diagonal added, in another place."""
+    """The same in U of a matrix S with a diagonal added."""
+    for i in range(BLOCK, n):
+        _copy_row(S, U, i, n)
+    return _factor_blocks(S, diagonal, U, n)
+
+
+@jit
+def _factor_blocks(S, diagonal, U, n):
+    """Factor a matrix whose first BLOCK rows are in S, the others in U."""
     stop = _end(n, U)
     for first in range(0, n, BLOCK):
         end, M = min(first + BLOCK, n), S
         if first > 0:
             M = U
-            for i in range(first, end):
-                copy_row(S, U, i, n)
             add_product_tn(-1.0, U[:first, first:end], U[:first, first:n], U[first:end, first:n])
         _factor_rows(M, diagonal, U, first, end, stop)
     # A pivot that is not positive leaves NaN in all rows of the blocks below it, and so does NaN.
@@ -188,6 +197,7 @@ def _factor_rows(M, diagonal, U, first, end, stop):
         _put(U, i, corner)
         _subtract_and_solve(U, U, U, U, i, 0, 0, start, edge)
         _put(U, i, corner)
+        _invert(U, i)
         _subtract_and_solve(U, U, M, U, i, first, i, edge, stop)
 
 
@@ -216,6 +226,24 @@ def _put(U, i, corner):
     U[i + 1, i + 1], U[i + 1, i + 2], U[i + 1, i + 3] = corner[4:7]
     U[i + 2, i + 2], U[i + 2, i + 3] = corner[7:9]
     U[i + 3, i + 3] = corner[9]
+
+
+@jit
+def _invert(U, i):
+    """Put the inverse of the triangle at (i, i) below it, transposed."""
+    d0, d1, d2, d3 = U[i, i], U[i + 1, i + 1], U[i + 2, i + 2], U[i + 3, i + 3]
+    w01, w12, w23 = -d0 * U[i, i + 1] * d1, -d1 * U[i + 1, i + 2] * d2, -d2 * U[i + 2, i + 3] * d3
+    w02, w13 = -d0 * (U[i, i + 1] * w12 + U[i, i + 2] * d2), -d1 * (U[i + 1, i + 2] * w23 + U[i + 1, i + 3] * d3)
+    w03 = -d0 * (U[i, i + 1] * w13 + U[i, i + 2] * w23 + U[i, i + 3] * d3)
+    U[i + 1, i], U[i + 2, i], U[i + 2, i + 1] = w01, w02, w12
+    U[i + 3, i], U[i + 3, i + 1], U[i + 3, i + 2] = w03, w13, w23
+
+
+@jit
+def invert_blocks(U, n):
+    """Put below the diagonal of a factor from elsewhere what `cholesky` leaves there."""
+    for i in range(0, n - n % ROWS, ROWS):
+        _invert(U, i)
 
 
 @jit
