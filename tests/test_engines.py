@@ -77,7 +77,7 @@ CASES = {
 }
 
 ROUNDING = {"ill-conditioned": 1e-5, "infeasible": 1e-2, "unbounded": 1e-2, "scaled": 1e-3, "not unique": 1e-2}
-"""Where rounding grows faster: in iterates that go off to infinity, with large factors between rows, and over ρ or ε."""
+"""Where rounding grows faster: in iterates that go off to infinity, with large factors between rows, over ρ or ε."""
 UNDECIDED = {"infeasible": 0.1, "unbounded": 0.1}
 """The share of problems for which it may decide between a certificate and none."""
 

@@ -23,6 +23,9 @@ def called(function, parameters):
 
 
 cholesky = called(tiles.cholesky, "U, n")
+cholesky_of_sum = called(tiles.cholesky_of_sum, "S, diagonal, U, n")
+invert_blocks = called(tiles.invert_blocks, "U, n")
+mirror = called(tiles.mirror, "M, n")
 solve_rows_above = called(tiles.solve_rows_above, "U, n, V, columns")
 add_gram = called(tiles.add_gram, "A, rows, C, n")
 product = called(products.product, "M, x, out")
@@ -106,6 +109,39 @@ def test_triangular_solves(n, dtype):
         x = r.copy()
         solve(U, x)
         np.testing.assert_allclose(x, np.linalg.solve(matrix, r), rtol=0, atol=accuracy(dtype, n))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", SIZES)
+def test_cholesky_of_a_sum(n, dtype):
+    S, diagonal = definite(n), rng(n).uniform(size=n).astype(dtype)
+    U, kept = stored(np.zeros((n, n)), dtype), stored(np.triu(S), dtype)
+    assert cholesky_of_sum(kept, diagonal, U, n)
+    R = np.linalg.cholesky(S + np.diag(diagonal)).T
+    np.testing.assert_allclose(upper(U, n), R, rtol=0, atol=accuracy(dtype, n))
+    np.testing.assert_array_equal(kept, stored(np.triu(S), dtype))
+    assert not cholesky_of_sum(kept, diagonal - dtype(2 * n), U, n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", SIZES)
+def test_solves_with_a_factor_from_elsewhere(n, dtype):
+    R, r = np.linalg.cholesky(definite(n)).T, rng(n).normal(size=n).astype(dtype)
+    U = stored(R, dtype)
+    U[range(n), range(n)] = 1 / np.diagonal(R)
+    invert_blocks(U, n)
+    for solve, matrix in ((forward, R.T), (backward, R)):
+        x = r.copy()
+        solve(U, x)
+        np.testing.assert_allclose(x, np.linalg.solve(matrix, r), rtol=0, atol=accuracy(dtype, n))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_mirror(n):
+    S = definite(n)
+    M = stored(np.triu(S), np.float64)
+    mirror(M, n)
+    np.testing.assert_array_equal(M[:n, :n], np.triu(S) + np.triu(S, 1).T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -42,6 +42,7 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
     inequalities = False
     for i in range(one.kind.shape[0]):
         inequalities |= one.kind[i] == INEQUALITY
+    # float32 wants residuals in float64, which the rows alone do not give.
     in_rows, known = form == DENSE_DUAL and one.q.itemsize == 8, True
     glimpse = Glimpse(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     if in_rows:
@@ -60,16 +61,15 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
     while True:
         rho, delta, refine = 0.0 if form == DENSE_DUAL else settings.rho, settings.delta, np.bool_(True)
         while verdict.status == RUNNING:
-            circling = verdict.waiting >= IMPATIENCE
+            now, before, past = before, now, verdict
+            circling = past.waiting >= IMPATIENCE
             if in_rows:
                 if known:
-                    glimpse = observe(one, reduced, now, glimpse.column, work)
-                now, before, past = before, now, verdict
+                    glimpse = observe(one, reduced, before, glimpse.column, work)
                 sound, factored, alpha_s, alpha_z, new_mu = step_in_rows(
                     one, reduced, settings, mu, rho, delta, refine, circling, before, now, work
                 )
             else:
-                now, before, past = before, now, verdict
                 sound, factored, alpha_s, alpha_z, new_mu = step(
                     form, one, reduced, settings, mu, rho, delta, refine, circling, before, now, work
                 )

@@ -47,7 +47,11 @@ ROUNDING = 1e-13
 
 
 class Glimpse(NamedTuple):
-    """What is known of x beside the rows; r_x is `a` times what it was where x was last looked at, and Kᵀu."""
+    """What is known of x beside the rows.
+
+    Where x was last looked at it was `work.x_seen`, v was `work.v_seen` and r_x was `work.r_seen`. Now r_x is `a` times
+    that and Kᵀu, and Q (x − x_seen) is (1 − a) r_seen − Kᵀ(u + v − v_seen).
+    """
 
     a: float
     rr: float
@@ -57,7 +61,7 @@ class Glimpse(NamedTuple):
     qx: float
     """qᵀ x."""
     r: float
-    """The largest entry of r_x where x was last looked at."""
+    """The largest entry of `work.r_seen`."""
     column: float
     """The largest norm of a column of K in the scaled rows."""
 
@@ -209,16 +213,13 @@ def glance(one, settings, glimpse, before, now, past, work):
         k, Kx, v = one.k[i], now.Kx[i], now.v[i]
         violation = abs(now.r_v[i]) if one.kind[i] == EQUALITY else positive(Kx - k)
         primal = larger(0.0 if one.kind[i] == ABSENT else violation, primal)
-        size_Kx, size_k, scaled_k = (
-            larger(abs(Kx), size_Kx),
-            larger(abs(k), size_k),
-            larger(abs(one.E[i] * k), scaled_k),
-        )
+        size_Kx, size_k = larger(abs(Kx), size_Kx), larger(abs(k), size_k)
+        scaled_k = larger(one.E[i] * abs(k), scaled_k)
         vKx += v * Kx
         kv += v * k
         uu += square(work.u[i]) * work.metric_v[i]
     gap = abs(kv - vKx - glimpse.xr)
-    # The residual of the variables is seldom the largest, and a bound on it says so without K.
+    # The residual of the variables is seldom the largest, and if so a bound does, without K.
     dual = glimpse.a * glimpse.r + glimpse.column * root(uu)
     if not dual <= larger(primal, gap):
         work.columns[:] = 0.0
@@ -242,7 +243,7 @@ def glance(one, settings, glimpse, before, now, past, work):
 
 @hot
 def recover(reduced, glimpse, now, work):
-    """Compute x."""
+    """Compute x; from where it was last looked at, so that rounding counts for less and less."""
     moved, dx = work.cv, work.dx
     for i in range(moved.shape[0]):
         moved[i] = work.u[i] + now.v[i] - work.v_seen[i]
