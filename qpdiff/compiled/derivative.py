@@ -27,7 +27,7 @@ from .method import (
     whiten,
     whiten_diagonal,
 )
-from .operands import at, fill_rows, in_primal_form, reduced_at, stack
+from .operands import at, fill_rows, in_primal_form, own_rows, reduced_at, stack
 from .products import backward, product
 from .stacks import solve_cholesky
 from .threads import following
@@ -203,8 +203,8 @@ def solve_in_rows(reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
 
 
 @jit
-def solve_kkt(batch, store, metric, form, factored, v, s, i, r_x, r_v, u_x, u_v, work):
-    """Solve the KKT system at the solution of problem i."""
+def solve_kkt(batch, own, store, metric, form, factored, v, s, i, r_x, r_v, u_x, u_v, work):
+    """Solve the KKT system at the solution of problem i; `own` is whether it has rows of its own."""
     k, kind, theta, heavy, rounds = work.k, work.kind, work.theta_exact, work.heavy, np.int64(3)
     accuracy = np.sqrt(np.finfo(u_x.dtype).eps)
     lb, ub = at(batch.lb, i), at(batch.ub, i)
@@ -215,11 +215,12 @@ def solve_kkt(batch, store, metric, form, factored, v, s, i, r_x, r_v, u_x, u_v,
         heavy[j] = kind[j] == EQUALITY or (kind[j] == INEQUALITY and theta[j] * E[j] ** 2 < 1.0)
     if form == DENSE_DUAL and factored and solve_in_rows(reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
         return
-    Q, q, K = at(batch.Q, i), at(batch.q, i), stack(at(batch.A, i), at(batch.G, i), work.stacked, True)
+    Q, q, K = at(batch.Q, i), at(batch.q, i), stack(at(batch.A, i), at(batch.G, i), work.stacked, own)
     one = One(Q, q, K, k, kind, batch.b.shape[1], lb.shape[0], ub.shape[0], D, E, Q, q, K, k)
     if form != DENSE_DUAL and factored and (form != PRIMAL or pivots_count(reduced.U, work.columns)):
         if form == DIAGONAL_DUAL:
-            transpose(K, work.turned)
+            if own:
+                transpose(K, work.turned)
             whiten_diagonal(one, reduced, work.turned)
         left, moved = solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, rounds, work)
         if left <= 0.1 * accuracy and moved <= accuracy:
@@ -238,7 +239,7 @@ def solve_kkt_batch(
     not solved get the number `fill`. `of_Q`, `of_A` and `of_G` are for the gradients of the matrices, or empty.
     """
     work = make_work(room)
-    p = of_A.shape[1]
+    p, own = of_A.shape[1], own_rows(batch, work)
     i = end = np.int64(0)
     while True:
         i, end = following(i, end, turn, edges)
@@ -248,8 +249,8 @@ def solve_kkt_batch(
             copy(r_x[i], work.right_x)
             copy(r_v[i], work.right_v)
             solve_kkt(
-                batch, store, metric, forms[i], factored[i], v[i], s[i], i, work.right_x, work.right_v, u_x[i], u_v[i],
-                work,
+                batch, own, store, metric, forms[i], factored[i], v[i], s[i], i, work.right_x, work.right_v, u_x[i],
+                u_v[i], work,
             )  # fmt: skip
         else:
             u_x[i] = fill

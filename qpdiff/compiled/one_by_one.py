@@ -29,7 +29,7 @@ from .method import (
     start_near,
     step,
 )
-from .operands import at, convex, fill_rows, in_double, in_primal_form, plausible, reduced_at, stack
+from .operands import at, convex, fill_rows, in_double, in_primal_form, own_rows, plausible, reduced_at, stack
 from .rows import Glimpse, begin_in_rows, follow, judge, observe, step_in_rows
 from .threads import following
 from .tiles import mirror, transpose
@@ -160,7 +160,8 @@ def solve_batch(
     first, second = make_iterates(room)
     k, k64, kind = work.k, work.k64, work.kind
     single = batch.q.itemsize == 4
-    new, i, end = True, np.int64(0), np.int64(0)
+    own = own_rows(batch, work)
+    i = end = np.int64(0)
     while True:
         i, end = following(i, end, turn, edges)
         if i >= count:
@@ -174,8 +175,7 @@ def solve_batch(
         lb, ub = at(batch.lb, i), at(batch.ub, i)
         fill_rows(at(batch.b, i), at(batch.h, i), lb, ub, k, kind)
         copy(k, k64)
-        K = stack(at(batch.A, i), at(batch.G, i), work.stacked, new)
-        new = batch.A.shape[0] > 1 or batch.G.shape[0] > 1
+        K = stack(at(batch.A, i), at(batch.G, i), work.stacked, own)
         Q64, q64, K64 = in_double(batch, exact, i, K, work.stacked64)
         one = One(
             at(batch.Q, i), at(batch.q, i), K, k, kind,
@@ -201,7 +201,7 @@ def solve_batch(
                 return False
         if form != preferred:
             reduced = in_primal_form(reduced, work)
-        if form == DIAGONAL_DUAL:
+        if own and form == DIAGONAL_DUAL:
             transpose(K, work.turned)
         now, verdict, iterations, useful = iterate(
             form, one, reduced, settings, warm, at(near[0], i), at(near[1], i), at(near[2], i), first, second, work

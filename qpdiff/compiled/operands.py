@@ -11,6 +11,7 @@ from .compiler import OPTIONS, finite, inline, jit
 from .lanes import larger
 from .method import ABSENT, EQUALITY, INEQUALITY, SMALLEST, SMALLEST_SINGLE, Reduced, copy_matrix
 from .stacks import cholesky
+from .tiles import transpose
 
 
 @jit
@@ -133,17 +134,26 @@ def limit(value):
 
 
 @inline
-def stack(A, G, room, new):
-    """The rows of A and G as one matrix, in `room` where there are both, and where they are if they are not new."""
+def stack(A, G, room, own):
+    """The rows of A and G as one matrix, in `room` where there are both: already, if they are not a problem's own."""
     p, m = A.shape[0], G.shape[0]
     if p == 0:
         return G
     if m == 0:
         return A
-    if new:
+    if own:
         copy_matrix(A, room[:p])
         copy_matrix(G, room[p:])
     return room
+
+
+@jit
+def own_rows(batch, work):
+    """Whether every problem has rows of its own; else they are put where `stack` and the solves look for them."""
+    if batch.A.shape[0] > 1 or batch.G.shape[0] > 1:
+        return True
+    transpose(stack(at(batch.A, 0), at(batch.G, 0), work.stacked, True), work.turned)
+    return False
 
 
 def in_double(batch, exact, i, K, room):
