@@ -1,33 +1,39 @@
-"""How many floating point operations qpdiff's method takes, multiplications and additions.
+"""How many floating point operations qpdiff's compiled engine takes, multiplications and additions.
 
-With r = m + p rows of G and A, of n variables, the KKT system is reduced to the variables or to the rows, whichever
-takes fewer operations (`qpdiff/kkt.py` says how and when):
+With r = m + p rows of G and A, of n variables, the KKT system is reduced to the variables or to the rows, by the count
+in `qpdiff/kkt.py`:
 
 to variables        an iteration    r n²  Kᵀ W K, symmetric  +  n³/3  Cholesky  +  2 · 2n²  two solves
-to rows, once       set-up          n³/3  Cholesky of Q  +  r n²  whitened rows  +  n r²  their products, symmetric
-                    an iteration    r³/3  Cholesky  +  2 · 2r²  two solves  +  2 · (4 n r + 2n²)  to rows and back
-to rows, diagonal   an iteration    n r²  +  r³/3  +  2 · 2r²  +  2 · 4 n r
-each of them        an iteration    2 · (2n² + 4 n r)  products with Q, K and Kᵀ for the two residuals
+                                    +  2 · (2n² + 4 n r)  products with Q, K and Kᵀ for the two residuals
+to rows             set-up          n³/3  Cholesky of Q  +  r n²  whitened rows  +  n r²  their products, symmetric
+                    an iteration    r³/3  Cholesky  +  2 · 2r²  two solves  +  2r²  what they move
+                    a problem       5 · (n² + 2 n r)  to rows and back at the start and at two points
+                                    +  2 · (2n² + 4 n r)  the residuals at these
+to rows, in groups  an iteration    in place of the last three  2 · (4 n r + 2n²)  and the residuals
+to rows, diagonal   an iteration    n r²  +  r³/3  +  2 · 2r²  +  2 · 4 n r  and the residuals
 
-Q, G and A shared by the batch: what is done once is done once for all. Bounds take no operations worth counting. To
-rows once takes a Q without bounds, to rows by a diagonal takes a diagonal Q.
+Q, G and A shared by the batch: the set-up is done once for all. Bounds take no operations worth counting. To rows takes
+a Q without bounds, to rows by a diagonal takes a diagonal Q.
 """
 
 from __future__ import annotations
 
 from rows import Row
 
+IN_GROUPS = 32
+"""Up to so many variables and rows, problems of a batch are solved in groups."""
+
 
 def operations(row: Row, iterations: int) -> tuple[str, float]:
     """The form, and the operations of a whole batch whose problems take so many iterations together."""
     n, r = row.n, row.m + row.p
-    once = 1 if row.kind == "shared" else row.batch
     residuals = 2 * (2 * n**2 + 4 * n * r)
-    forms = {"variables": iterations * (r * n**2 + n**3 / 3 + 4 * n**2 + residuals)}
     if row.kind == "sudoku":
-        forms["rows, diagonal"] = iterations * (n * r**2 + r**3 / 3 + 4 * r**2 + 8 * n * r + residuals)
-    else:
-        set_up = n**3 / 3 + r * n**2 + n * r**2
-        forms["rows"] = once * set_up + iterations * (r**3 / 3 + 4 * r**2 + 8 * n * r + 4 * n**2 + residuals)
-    form = min(forms, key=forms.__getitem__)
-    return form, forms[form]
+        return "rows, diagonal", iterations * (n * r**2 + r**3 / 3 + 4 * r**2 + 8 * n * r + residuals)
+    set_up = n**3 / 3 + r * n**2 + n * r**2
+    if n**3 / 3 + r * n**2 <= r**3 / 3 + set_up / 10:
+        return "variables", iterations * (r * n**2 + n**3 / 3 + 4 * n**2 + residuals)
+    total = (1 if row.kind == "shared" else row.batch) * set_up + iterations * (r**3 / 3 + 4 * r**2)
+    if row.batch > 1 and max(n, r) <= IN_GROUPS:
+        return "rows, in groups", total + iterations * (8 * n * r + 4 * n**2 + residuals)
+    return "rows", total + iterations * 2 * r**2 + row.batch * (5 * (n**2 + 2 * n * r) + residuals)
