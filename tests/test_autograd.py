@@ -15,6 +15,12 @@ import qpdiff.autograd
 TIGHT = {"tol": 1e-12, "rtol": 1e-13}
 
 
+@pytest.fixture(autouse=True)
+def directions():
+    """The checker draws directions from NumPy's global generator; for one in 150 its own differences are too coarse."""
+    np.random.seed(0)  # noqa: NPY002
+
+
 @pytest.mark.parametrize("parts", ["", "A", "G", "A G", "lb", "ub", "lb ub", "A lb ub", "A G lb ub"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_first_and_second_derivatives(parts, seed):
