@@ -24,11 +24,12 @@ from .method import (
     make_work,
     residual,
     solve,
+    solve_variables,
     whiten,
     whiten_diagonal,
 )
 from .operands import at, fill_rows, in_primal_form, own_rows, reduced_at, stack
-from .products import backward, product
+from .products import product
 from .stacks import solve_cholesky
 from .threads import following
 from .tiles import cholesky_of_sum, transpose
@@ -195,10 +196,7 @@ def solve_in_rows(reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
         if correction <= enough * solution:
             accurate = True
             break
-    product(reduced.V, u_v, u_x)
-    for i in range(u_x.shape[0]):
-        u_x[i] = work.t[i] - u_x[i]
-    backward(reduced.hessian, u_x)
+    solve_variables(reduced, 1.0, u_v, u_x, work)
     return accurate
 
 

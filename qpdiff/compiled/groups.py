@@ -32,6 +32,7 @@ from .method import (
     assess,
     begin,
     equilibrate,
+    first_rho,
     make_iterates,
     make_work,
     needs_refinement,
@@ -200,7 +201,7 @@ def solve_group(
     active = first_lanes(size) & sound & (verdict.status == RUNNING)
     for lane in range(size):
         wanted[i + lane] = not of_lane(active, lane)
-    rho, delta = each(mu, 0.0 if form == DENSE_DUAL else settings.rho), each(mu, settings.delta)
+    rho, delta = each(mu, first_rho(form, settings)), each(mu, settings.delta)
     refine, iterations = first_lanes(LANES), 0
     while some(active):
         now, before, past = before, now, verdict

@@ -493,10 +493,16 @@ def solve(form, one, reduced, r_x, r_v, dx, dv, work):
     """Solve for right-hand sides of the variables and of the rows, after `eliminate`."""
     solve_rows(form, one, reduced, r_x, r_v, dx, dv, work)
     if form == DENSE_DUAL:
-        product(reduced.V, dv, dx)
-        for i in range(dx.shape[0]):
-            dx[i] = work.t[i] - dx[i]
-        backward(reduced.hessian, dx)
+        solve_variables(reduced, 1.0, dv, dx, work)
+
+
+@hot
+def solve_variables(reduced, share, dv, dx, work):
+    """Q⁻¹ (r_x − Kᵀdv) in the dense dual form, with a share of the r_x that has been whitened."""
+    product(reduced.V, dv, dx)
+    for i in range(dx.shape[0]):
+        dx[i] = share * work.t[i] - dx[i]
+    backward(reduced.hessian, dx)
 
 
 @jit
@@ -557,11 +563,17 @@ def mean(one, s, v):
 
 
 @jit
+def first_rho(form, settings):
+    """The ρ to begin with; a dense Q that is reduced to the rows is definite without."""
+    return 0.0 if form == DENSE_DUAL else settings.rho
+
+
+@jit
 def weigh_start(form, one, settings, work):
     """Fill the diagonals of the KKT matrix that the ordinary starting point is made with."""
     for i in range(work.rho.shape[0]):
         work.metric_x[i] = 1.0 / square(one.D[i])
-        work.rho[i] = (0.0 if form == DENSE_DUAL else settings.rho) * work.metric_x[i]
+        work.rho[i] = first_rho(form, settings) * work.metric_x[i]
     for i in range(work.delta.shape[0]):
         work.metric_v[i] = 1.0 / square(one.E[i])
         work.delta[i] = settings.delta * work.metric_v[i]

@@ -18,6 +18,7 @@ from .method import (
     begin,
     copy,
     equilibrate,
+    first_rho,
     make_iterates,
     make_work,
     needs_refinement,
@@ -59,7 +60,7 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
             now, before, mu, verdict = before, now, near_mu, revised(near_verdict, RUNNING, near_verdict.waiting)
             known = True
     while True:
-        rho, delta, refine = 0.0 if form == DENSE_DUAL else settings.rho, settings.delta, np.bool_(True)
+        rho, delta, refine = first_rho(form, settings), settings.delta, np.bool_(True)
         while verdict.status == RUNNING:
             now, before, past = before, now, verdict
             circling = past.waiting >= IMPATIENCE

@@ -23,35 +23,13 @@ def _rows_times(typing_context, M, x, out, rows, columns):
 
     def generate(context, builder, signature, arguments):
         m, x, out, rows, columns = unpacked(context, builder, signature, arguments, 3)
-        end = whole(builder, word(0), columns, m.lanes)
-        mask = m.first(builder.sub(columns, end))
-
-        def block(i, count):
-            starts = [m.at(builder.add(i, word(r)), word(0)) for r in range(count)]
-            sums = [cgutils.alloca_once(builder, m.vector) for _ in starts]
-            for place in sums:
-                builder.store(m.nothing, place)
-
-            def add(j, mask):
-                offset = builder.mul(j, word(m.size))
-                factor = x.load(x.at(j), mask=mask)
-                for start, place in zip(starts, sums, strict=True):
-                    entries = m.load(builder.gep(start, [offset]), mask=mask)
-                    builder.store(m.plus(builder.load(place), m.times(entries, factor)), place)
-
-            with span(builder, word(0), end, m.lanes) as (j, _):
-                add(j, None)
-            with builder.if_then(builder.icmp_signed("<", end, columns)):
-                add(end, mask)
-            for r, place in enumerate(sums):
-                to = builder.bitcast(out.at(builder.add(i, word(r))), out.scalar.as_pointer())
-                builder.store(m.total(builder.load(place)), to)
-
         start = word(0)
         for count in (8, 4, 1):
             stop = whole(builder, start, rows, count)
             with span(builder, start, stop, count) as (i, _):
-                block(i, count)
+                numbers = [builder.add(i, word(r)) for r in range(count)]
+                for row, total in zip(numbers, _sums(builder, m, x, numbers, word(0), columns), strict=True):
+                    builder.store(total, builder.bitcast(out.at(row), out.scalar.as_pointer()))
             start = stop
         return context.get_dummy_value()
 
@@ -132,20 +110,26 @@ def _sums_of_rows(typing_context, U, r, i, start, stop):
 
     def generate(context, builder, signature, arguments):
         u, r, i, start, stop = unpacked(context, builder, signature, arguments, 2)
-        sums = [cgutils.alloca_once(builder, u.vector) for _ in range(ROWS)]
-        for place in sums:
-            builder.store(u.nothing, place)
-
-        def tile(j, mask):
-            factor = r.load(r.at(j), mask=mask)
-            for k, place in enumerate(sums):
-                entries = u.load(u.at(builder.add(i, word(k)), j), mask=mask)
-                builder.store(u.plus(builder.load(place), u.times(entries, factor)), place)
-
-        _in_vectors(builder, u, start, stop, tile)
-        return context.make_tuple(builder, signature.return_type, [u.total(builder.load(place)) for place in sums])
+        rows = [builder.add(i, word(k)) for k in range(ROWS)]
+        return context.make_tuple(builder, signature.return_type, _sums(builder, u, r, rows, start, stop))
 
     return types.UniTuple(U.dtype, ROWS)(U, r, i, start, stop), generate
+
+
+def _sums(builder, m, x, rows, start, stop):
+    """The products of some rows of a matrix with the entries of x from `start` to `stop`."""
+    places = [cgutils.alloca_once(builder, m.vector) for _ in rows]
+    for place in places:
+        builder.store(m.nothing, place)
+
+    def tile(j, mask):
+        factor = x.load(x.at(j), mask=mask)
+        for row, place in zip(rows, places, strict=True):
+            entries = m.load(m.at(row, j), mask=mask)
+            builder.store(m.plus(builder.load(place), m.times(entries, factor)), place)
+
+    _in_vectors(builder, m, start, stop, tile)
+    return [m.total(builder.load(place)) for place in places]
 
 
 def _in_vectors(builder, memory, start, stop, tile):

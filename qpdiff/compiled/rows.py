@@ -33,13 +33,15 @@ from .method import (
     mean,
     place,
     positive,
+    solve_rows,
+    solve_variables,
     square,
     unknown,
     weigh,
     weigh_start,
     whiten,
 )
-from .products import backward, product
+from .products import product
 from .stacks import solve_cholesky
 
 ROUNDING = 1e-13
@@ -74,10 +76,7 @@ def longest_column(one, columns):
         row, E = one.K[i], one.E[i]
         for j in range(columns.shape[0]):
             columns[j] += square(E * row[j])
-    most = 0.0
-    for j in range(columns.shape[0]):
-        most = larger(columns[j], most)
-    return root(most)
+    return root(largest(columns))
 
 
 @jit
@@ -114,7 +113,7 @@ def begin_in_rows(one, reduced, settings, now, before, work):
     good = factored
     if factored:
         copy(one.k, work.shifted)
-        solve_for_rows(one, reduced, True, work)
+        solve_for_rows(one, reduced, True, before.r_x, work)
         good = all_finite(Sdv)
     if not good:
         dv[:] = 0.0
@@ -142,13 +141,11 @@ def begin_in_rows(one, reduced, settings, now, before, work):
 
 
 @hot
-def solve_for_rows(one, reduced, refine, work):
+def solve_for_rows(one, reduced, refine, r_x, work):
     """Solve for the right-hand sides `work.Vt` of the variables and `work.shifted` of the rows: dv, and S dv."""
     dv, Sdv, t, shifted, left = work.dv, work.Sdv, work.Vt, work.shifted, work.cv
     rows = dv.shape[0]
-    for i in range(rows):
-        dv[i] = t[i] - shifted[i]
-    solve_cholesky(reduced.U, dv)
+    solve_rows(DENSE_DUAL, one, reduced, r_x, shifted, work.dx, dv, work)
     product(reduced.S, dv, Sdv)
     if refine:
         for i in range(rows):
@@ -163,15 +160,12 @@ def solve_for_rows(one, reduced, refine, work):
 @hot
 def step_in_rows(one, reduced, settings, mu, rho, delta, refine, circling, before, now, work):
     """`method.step` without x; `work.Sdv` is S times the step in the multipliers."""
-    dv = work.dv
     weigh(one, rho, delta, before, work)
     if not factor(DENSE_DUAL, one, reduced, work.theta, work.rho, work.delta, work):
         return False, False, 0.0, 0.0, mu
-    for i in range(dv.shape[0]):
-        dv[i] = work.Vt[i] - work.shifted[i]
-    solve_cholesky(reduced.U, dv)
+    solve_rows(DENSE_DUAL, one, reduced, before.r_x, work.shifted, work.dx, work.dv, work)
     center(one, settings, mu, before, work)
-    solve_for_rows(one, reduced, refine, work)
+    solve_for_rows(one, reduced, refine, before.r_x, work)
     alpha_s, alpha_z = advance(one, settings, circling, before, now, work)
     sound = all_finite(work.Sdv) & all_finite(now.v) & all_finite(now.s)
     return sound, True, alpha_s, alpha_z, mean(one, now.s, now.v) if sound else mu
@@ -247,10 +241,7 @@ def recover(reduced, glimpse, now, work):
     moved, dx = work.cv, work.dx
     for i in range(moved.shape[0]):
         moved[i] = work.u[i] + now.v[i] - work.v_seen[i]
-    product(reduced.V, moved, dx)
-    for i in range(dx.shape[0]):
-        dx[i] = (1.0 - glimpse.a) * work.t[i] - dx[i]
-    backward(reduced.hessian, dx)
+    solve_variables(reduced, 1.0 - glimpse.a, moved, dx, work)
     for i in range(dx.shape[0]):
         now.x[i] = work.x_seen[i] + dx[i]
 
