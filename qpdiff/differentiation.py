@@ -271,22 +271,23 @@ def _solve_pieces(lin, r_x, r_v):
 
 
 def _solve_piece(lin, piece, r_x, r_v):
-    """The system for the problems of one piece: with the solver's last factor, with a fresh one where that fails."""
+    """The system for the problems of one piece: with what the solver has kept, afresh where that fails."""
     problem, xp = lin.problem, lin.problem.backend.xp
     x, v, s, r_x, r_v = (kkt.take_all(xp, a, piece.index, problem.batch) for a in (lin.x, lin.v, lin.s, r_x, r_v))
     part = problem if piece.index.shape[0] == problem.batch else problem.select(piece.index)
     inequality, equality = part.inequality, part.equality
     one = xp.ones_like(s)
     theta = xp.where(inequality, s / xp.where(inequality, v, one), xp.where(equality, 0 * one, one * float("inf")))
-    if piece.factor is None:
+    if piece.form is None:
         return _solve_afresh(part, piece.metric, theta, r_x, r_v)
-    exact = kkt.System(theta, xp.zeros_like(x), xp.zeros_like(s))
-    form = piece.form(part)
-    u_x, u_v, left, moved = kkt.solve_nearby(
-        form, exact, piece.factor, piece.metric, _heavy(part, piece.metric, theta), r_x, r_v, 3
-    )
-    accuracy = xp.finfo(problem.dtype).eps ** 0.5
-    good = (left <= 0.1 * accuracy) & (moved <= accuracy)
+    form = piece.form(part, piece.constants)
+    if form.definite:
+        u_x, u_v, good = _solve_in_rows(form, piece.metric, theta, r_x, r_v)
+    else:
+        exact = kkt.System(theta, xp.zeros_like(x), xp.zeros_like(s))
+        heavy, accuracy = _heavy(part, piece.metric, theta), xp.finfo(problem.dtype).eps ** 0.5
+        u_x, u_v, left, moved = kkt.solve_nearby(form, exact, piece.factor, piece.metric, heavy, r_x, r_v, 3)
+        good = (left <= 0.1 * accuracy) & (moved <= accuracy)
     if problem.backend.traced:
         return problem.backend.cond(
             xp.all(good),
@@ -299,7 +300,7 @@ def _solve_piece(lin, piece, r_x, r_v):
         return u_x, u_v
     order = xp.argsort(xp.astype(~good, xp.int8), stable=True)
     bad = order[count:]
-    metric = kkt.Metric(*kkt.take(xp, tuple(piece.metric), bad))
+    metric = kkt.take(xp, piece.metric, bad)
     again = _solve_afresh(part.select(bad), metric, *(xp.take(a, bad, axis=0) for a in (theta, r_x, r_v)))
     back = xp.argsort(order)
     return tuple(
@@ -314,6 +315,33 @@ def _choose(xp, condition, these, those):
 
 def _heavy(problem: Problem, metric: kkt.Metric, theta):
     return problem.equality | (problem.inequality & (theta * metric.rows**2 < 1.0))
+
+
+def _solve_in_rows(form: kkt.DenseDualForm, metric: kkt.Metric, theta, r_x, r_v):
+    """The system with a dense dual form, whose matrix of the rows is factored anew; also where that is accurate.
+
+    The smallest θ are raised, lest dependent active rows leave it singular; refinement takes that back.
+    """
+    problem, E = form.problem, metric.rows
+    xp, backend = problem.backend.xp, problem.backend
+    least, enough = (1e-5, 1e-3) if problem.dtype == xp.float32 else (1e-10, 1e-5)
+    zero, exists = xp.zeros_like(theta), xp.isfinite(theta)
+    whitened, t = form.eliminate(None, r_x)
+    right = xp.where(exists, t - r_v, zero)
+    factor, accurate = form.factor(kkt.System(xp.maximum(theta, least / E**2), 0.0, 0.0))
+    positive, accurate = accurate, accurate & False
+
+    def inaccurate(u, accurate):
+        return ~xp.all(accurate)
+
+    def refine(u, accurate):
+        correction = backend.solve(factor, xp.where(exists, right - product(form.S, u) - theta * u, zero))
+        size = xp.max(xp.abs(correction / E), axis=-1, keepdims=True)
+        now = size <= enough * xp.max(xp.abs(u / E), axis=-1, keepdims=True)
+        return xp.where(accurate | ~exists, u, u + correction), accurate | now
+
+    u, accurate = backend.while_loop(inaccurate, refine, (backend.solve(factor, right), accurate), 3)
+    return form.variables(whitened, u), u, positive & accurate
 
 
 def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):

@@ -14,9 +14,10 @@ import numpy as np
 
 from . import solver
 from .differentiation import right_hand_side, solve_kkt
+from .method import Settings
 from .problem import Layout, Problem, check_values, make_problem
 from .solution import FIELDS, Solution, Status, check_unsolved, raise_if_unsolved
-from .solver import Outcome, Settings
+from .solver import Outcome
 
 try:
     import jax

@@ -10,7 +10,7 @@ make it quasidefinite whatever Q and K are, so either diagonal block can be elim
 definite:
 
 * `PrimalForm` eliminates the rows: n × n, Q + diag(ρ) + Kᵀ diag(1/(θ + δ)) K;
-* `DualForm` eliminates the variables: one row and column for each row of A and G,
+* `DenseDualForm` and `DiagonalDualForm` eliminate the variables: one row and column for each row of A and G,
   K (Q + diag(ρ))⁻¹ Kᵀ + diag(θ + δ), where Q is factored once, or is diagonal and takes the bounds with it.
 
 Nothing is scaled in memory. Equilibration enters as the metric of the proximal terms (`Metric`): for the scaled
@@ -41,7 +41,11 @@ class Metric(NamedTuple):
     rows: Any
 
 
-# ---- the two reduced forms
+# ---- the reduced forms
+
+
+ITERATIONS = 10
+"""Of a typical solve."""
 
 
 class PrimalForm:
@@ -50,8 +54,15 @@ class PrimalForm:
     definite = False
     """Whether Q alone is safely positive definite, and needs no ρ."""
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem, constants=None):
         self.problem = problem
+        self.constants = constants
+        """What does not change in an iteration, beside the problem."""
+
+    @classmethod
+    def prepare(cls, problem: Problem) -> tuple[PrimalForm, Any]:
+        """The form, and for which problems it is safe (None: for all)."""
+        return cls(problem), None
 
     def select(self, problem: Problem, index) -> PrimalForm:
         """The same for part of the batch."""
@@ -94,37 +105,75 @@ class PrimalForm:
         return dx, weights * (problem.constraints(dx) - r_v)
 
 
-class DualForm:
-    """The KKT system reduced to the rows of A and G, for Q that is safely invertible once bounds are added.
+class DenseDualForm:
+    """The KKT system reduced to the rows, for problems without bounds whose Q = F Fᵀ is safely invertible.
 
-    Without bounds K Q⁻¹ Kᵀ is computed once, and once for the whole batch where Q, A and G are shared. With bounds Q
-    must be diagonal.
+    S = K Q⁻¹ Kᵀ is computed once, and once for the whole batch where Q, A and G are shared.
     """
 
-    def __init__(self, problem: Problem, constants=None):
+    definite = True
+
+    def __init__(self, problem: Problem, constants):
         self.problem = problem
         self.constants = constants
-        self.definite = constants is not None and _is_dense(constants[0])
-        if constants is not None and not self.definite:
-            self.gram = problem.backend.gram(constants[1].mT)
+        """F⁻¹, V = K F⁻ᵀ and S = V Vᵀ."""
 
     @classmethod
-    def dense(cls, problem: Problem) -> tuple[DualForm, Any]:
-        """For Q without bounds; also for which problems Q is well enough conditioned for this form, (B or 1,)."""
+    def prepare(cls, problem: Problem) -> tuple[DenseDualForm, Any]:
+        """The form, and for which problems Q is well enough conditioned for it, (B or 1,)."""
         xp, backend = problem.backend.xp, problem.backend
         diagonal = xp.linalg.diagonal(problem.Q)
-        factor, positive = backend.factor(backend.add_diagonal(problem.Q, _own_terms(problem, diagonal)))
+        factor, positive = backend.factor(problem.Q)
         blocks = [K for K in (problem.A, problem.G) if K is not None]
         inverse = backend.inverse(factor)
-        whitened = _stack(xp, [K @ inverse.mT for K in blocks])
-        S = whitened @ whitened.mT
+        V = _stack(xp, [K @ inverse.mT for K in blocks])
         enough = 1e-6 if problem.dtype == xp.float64 else 1e-2
         good = positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal)
-        return cls(problem, (inverse, whitened, S)), xp.all(good, axis=-1)
+        return cls(problem, (inverse, V, V @ V.mT)), xp.all(good, axis=-1)
+
+    @property
+    def S(self):
+        return self.constants[2]
+
+    def select(self, problem: Problem, index) -> DenseDualForm:
+        return DenseDualForm(problem, take(self.problem.backend.xp, self.constants, index))
+
+    def factor(self, system: System):
+        return _factor_rows(self.problem, self.S, system.theta + system.delta)
+
+    def eliminate(self, factor, r_x):
+        """F⁻¹ r_x, and K Q⁻¹ r_x."""
+        inverse, V, _ = self.constants
+        whitened = product(inverse, r_x)
+        return whitened, product(V, whitened)
+
+    def solve_rows(self, factor, eliminated, r_v):
+        return self.problem.backend.solve(factor, eliminated[1] - r_v)
+
+    def solve(self, factor, eliminated, r_v):
+        dv = self.solve_rows(factor, eliminated, r_v)
+        return self.variables(eliminated[0], dv), dv
+
+    def variables(self, whitened, v):
+        """Q⁻¹ (r_x − Kᵀv) for F⁻¹ r_x."""
+        inverse, V, _ = self.constants
+        return product_transposed(inverse, whitened - product_transposed(V, v))
+
+
+class DiagonalDualForm:
+    """The KKT system reduced to the rows of A and G, for a diagonal Q, to which bounds only add."""
+
+    definite = False
+
+    def __init__(self, problem: Problem, constants):
+        self.problem = problem
+        self.constants = constants
+        """The diagonal of Q, and the rows of A and G."""
+        self.gram = problem.backend.gram(constants[1].mT)
 
     @classmethod
-    def diagonal(cls, problem: Problem) -> tuple[DualForm, Any]:
-        """For a diagonal Q with bounds; also for which problems every variable has enough curvature, (B or 1,).
+    def prepare(cls, problem: Problem) -> tuple[DiagonalDualForm, Any]:
+        """The form, and for which problems every variable has enough curvature, (B or 1,).
 
         Without, the weight of a variable that is away from its bounds tends to ρ, and its inverse drowns the rest.
         """
@@ -134,46 +183,25 @@ class DualForm:
         rows = _stack(xp, [K for K in (problem.A, problem.G) if K is not None])
         return cls(problem, (diagonal + _own_terms(problem, diagonal), rows)), xp.all(scaled > 1e-6, axis=-1)
 
-    def select(self, problem: Problem, index) -> DualForm:
-        return DualForm(problem, take(self.problem.backend.xp, self.constants, index))
+    def select(self, problem: Problem, index) -> DiagonalDualForm:
+        return DiagonalDualForm(problem, take(self.problem.backend.xp, self.constants, index))
 
     def factor(self, system: System):
-        problem, xp = self.problem, self.problem.backend.xp
+        problem, linear = self.problem, self.problem.p + self.problem.m
         theta = system.theta + system.delta
-        linear = theta[:, : problem.p + problem.m]
-        if _is_dense(self.constants[0]):
-            hessian, rows, S = self.constants
-            weights = theta[:, :0]
-        else:
-            diagonal, rows = self.constants
-            weights = 1.0 / theta
-            hessian = diagonal + _bound_weights(problem, weights)
-            S = self.gram(1.0 / hessian)
-            weights = weights[:, problem.p + problem.m :]
-        # Rows that do not exist get a diagonal that is huge but harmless to the factorisation.
-        linear = xp.where(xp.isfinite(linear), linear, xp.full_like(linear, xp.finfo(problem.dtype).max ** 0.5))
-        factor, positive = problem.backend.factor(problem.backend.add_diagonal(S, linear))
-        return (factor, hessian, rows, weights), positive
+        weights = 1.0 / theta
+        hessian = self.constants[0] + _bound_weights(problem, weights)
+        factor, positive = _factor_rows(problem, self.gram(1.0 / hessian), theta[:, :linear])
+        return (factor, hessian, weights[:, linear:]), positive
 
     def eliminate(self, factor, r_x):
-        _, hessian, rows, _ = factor
-        if not _is_dense(hessian):
-            return r_x
-        t = product(hessian, r_x)
-        return t, product(rows, t)
+        return r_x
 
     def solve_rows(self, factor, eliminated, r_v):
-        reduced, hessian, *_ = factor
-        if not _is_dense(hessian):
-            return self.solve(factor, eliminated, r_v)[1]
-        return self.problem.backend.solve(reduced, eliminated[1] - r_v)
+        return self.solve(factor, eliminated, r_v)[1]
 
     def solve(self, factor, eliminated, r_v):
-        reduced, hessian, rows, weights = factor
-        if _is_dense(hessian):
-            dv = self.solve_rows(factor, eliminated, r_v)
-            return product_transposed(hessian, eliminated[0] - product_transposed(rows, dv)), dv
-        problem = self.problem
+        problem, (reduced, hessian, weights), (_, rows) = self.problem, factor, self.constants
         linear = problem.p + problem.m
         bounds = r_v[:, linear:]
         r_x = eliminated + self._bounds_adjoint(weights * bounds)
@@ -191,38 +219,41 @@ class DualForm:
         return v[:, problem.n :] - v[:, : problem.n]
 
 
+def prefers_dense(problem: Problem) -> bool:
+    """Whether the dense dual form has the fewest operations in a typical solve."""
+    n, linear = problem.n, problem.p + problem.m
+    if linear == 0 or problem.lb is not None or problem.ub is not None:
+        return False
+    once = n**3 / 3 + n**2 * linear + n * linear**2
+    return linear**3 / 3 + once / ITERATIONS < n**3 / 3 + n**2 * linear
+
+
 def preferred_form(problem: Problem, diagonal: bool | None = None):
     """What makes the form with fewer operations in a typical iteration; `diagonal` is whether Q is, None: look."""
     n, linear = problem.n, problem.p + problem.m
-    if linear == 0:
-        return PrimalForm
-    iterations = 10
-    primal = n**3 / 3 + n**2 * linear
-    dual = linear**3 / 3 + (n**3 / 3 + n**2 * linear + n * linear**2) / iterations
+    if prefers_dense(problem):
+        return DenseDualForm
     bounded = problem.lb is not None or problem.ub is not None
-    if not bounded and dual < primal:
-        return DualForm.dense
-    if bounded and linear**3 / 3 + n * linear**2 < primal:
+    if linear and bounded and linear**3 / 3 + n * linear**2 < n**3 / 3 + n**2 * linear:
         if diagonal is None:
             diagonal = not bool(problem.backend.xp.any(_off_diagonal(problem)))  # one truth value to the host
         if diagonal:
-            return DualForm.diagonal
+            return DiagonalDualForm
     return PrimalForm
 
 
 def choose_form(problem: Problem):
     """The preferred form, and for which problems it is safe (None: for all)."""
-    form = preferred_form(problem)
-    return (PrimalForm(problem), None) if form is PrimalForm else form(problem)
+    return preferred_form(problem).prepare(problem)
 
 
 def choose_traced_form(problem: Problem):
     """The form that the shapes prefer, and one truth value: whether it is safe for all problems (None: it is)."""
-    xp, make = problem.backend.xp, preferred_form(problem, diagonal=True)
-    if make is PrimalForm:
-        return PrimalForm(problem), None
-    form, safe = make(problem)
-    return form, xp.all(safe) & ~xp.any(_off_diagonal(problem)) if make == DualForm.diagonal else xp.all(safe)
+    xp = problem.backend.xp
+    form, safe = preferred_form(problem, diagonal=True).prepare(problem)
+    if safe is None:
+        return form, None
+    return form, xp.all(safe) & ~xp.any(_off_diagonal(problem)) if not form.definite else xp.all(safe)
 
 
 def _off_diagonal(problem: Problem):
@@ -360,8 +391,9 @@ def take_all(xp, array, index, batch: int):
 def take(xp, tree, index):
     """The problems at `index` of every array in nested tuples; arrays shared by the batch stay."""
     if isinstance(tree, tuple):
-        return tuple(take(xp, leaf, index) for leaf in tree)
-    return tree if tree.shape[0] == 1 else xp.take(tree, index, axis=0)
+        leaves = (take(xp, leaf, index) for leaf in tree)
+        return type(tree)(*leaves) if hasattr(tree, "_fields") else tuple(leaves)
+    return tree if tree is None or tree.shape[0] == 1 else xp.take(tree, index, axis=0)
 
 
 def clip(xp, a, least: float, most: float):
@@ -369,9 +401,12 @@ def clip(xp, a, least: float, most: float):
     return xp.minimum(xp.maximum(a, least), most)
 
 
-def _is_dense(hessian) -> bool:
-    """Whether it is F⁻¹ of Q = F Fᵀ, not a diagonal Q with the bounds' weights."""
-    return hessian.ndim == 3
+def _factor_rows(problem: Problem, S, theta):
+    """Factor S + diag(θ), where rows that do not exist have infinite θ; and whether it was positive definite."""
+    xp, backend = problem.backend.xp, problem.backend
+    # They get a diagonal that is huge but harmless to the factorisation.
+    theta = xp.where(xp.isfinite(theta), theta, xp.full_like(theta, xp.finfo(problem.dtype).max ** 0.5))
+    return backend.factor(backend.add_diagonal(S, theta))
 
 
 def _stack(xp, matrices):
@@ -388,6 +423,6 @@ def _bound_weights(problem: Problem, weights):
 
 
 def _own_terms(problem: Problem, diagonal):
-    """The dual form's proximal terms on the variables: so small a share of Q that they need not follow the solver's."""
+    """The dual forms' proximal terms on the variables: so small a share of Q that they need not follow the solver's."""
     xp = problem.backend.xp
     return (1e-10 if problem.dtype == xp.float64 else 1e-5) * diagonal + xp.finfo(problem.dtype).smallest_normal

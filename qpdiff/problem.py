@@ -108,12 +108,12 @@ class Problem:
         n, linear = self.n, self.m + self.p
         reduced = min(n, linear) if linear else n
         own = sum(math.prod(value.shape[1:]) for value in self.operands.values() if value.shape[0] != 1)
-        return 8 * (own + 4 * reduced**2 + linear * n + 16 * (n + self.rows))
+        return 8 * (own + 5 * reduced**2 + linear * n + 24 * (n + self.rows))
 
     @property
     def workers(self) -> int:
         """How many chunks to work on at a time; where arrays are small, threads only wait for the interpreter."""
-        return self.backend.workers if self.bytes_per_problem >= 2**17 else 1
+        return self.backend.workers if self.bytes_per_problem >= 2**18 else 1
 
     def chunks(self) -> list[slice]:
         """The batch in pieces that fit the working memory, as many for each worker."""
@@ -371,10 +371,13 @@ class Rule(NamedTuple):
     """What is wrong with an entry of one problem, in words."""
 
 
-def check_values(problem: Problem) -> None:
-    """Look at the numbers: one transfer to the host for the whole batch, more only to describe an error."""
+def check_values(problem: Problem, convexity: bool = True) -> None:
+    """Look at the numbers: one transfer to the host for the whole batch, more only to describe an error.
+
+    Whether Q is positive semidefinite takes a factorisation; without `convexity` it is taken for granted.
+    """
     xp = problem.backend.xp
-    rules = _rules(problem)
+    rules = [rule for rule in _rules(problem) if convexity or rule.broken is not indefinite]
 
     def look(chunk: slice):
         piece, found = problem.select(chunk), []
@@ -420,7 +423,7 @@ def _rules(problem: Problem) -> list[Rule]:
     complaint = "is not symmetric; pass (Q + Qᵀ)/2, which has the same objective"
     rules.append(Rule(("Q",), complaint, _asymmetric, _two_sides))
     complaint = "is not positive semidefinite, so the problem is not convex"
-    rules.append(Rule(("Q",), complaint, _indefinite, _smallest_eigenvalue))
+    rules.append(Rule(("Q",), complaint, indefinite, _smallest_eigenvalue))
     if problem.lb is not None and problem.ub is not None:
         rules.append(Rule(("lb", "ub"), "is greater than ub for a variable", _crossed, _both_bounds))
     return rules
@@ -448,7 +451,7 @@ def _asymmetric(problem: Problem):
     return problem.backend.xp.abs(problem.Q - problem.Q.mT) > tolerance * largest
 
 
-def _indefinite(problem: Problem):
+def indefinite(problem: Problem):
     """Whether Q has an eigenvalue that is negative beyond rounding, (B, 1): where the shifted Q has no factor."""
     # Divided by its largest entry, because the shift would overflow with huge and vanish with denormal numbers.
     largest, tolerance = _largest(problem)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from .method import MAX_ITERATIONS, RUNNING, State, initialize, make_part, step
 from .problem import OPERANDS, Problem, check_values, make_problem
 from .solution import Status
-from .solver import MAX_ITERATIONS, RUNNING, State, forms, initialize, make_part, read_settings, step
+from .solver import forms, read_settings
 
 try:
     from matplotlib.figure import Figure

@@ -211,14 +211,17 @@ def test_wrong_cotangents_and_tangents_are_named():
         qpdiff.jvp(sol, G=np.ones((1, 2)))
 
 
-def test_the_last_factorisation_is_reused(monkeypatch):
+@pytest.mark.parametrize(("parts", "largest"), [("Q q G h A b lb ub", 0), ("Q q G h A b", 29)], ids=["primal", "dual"])
+def test_the_last_factorisation_is_reused(monkeypatch, parts, largest):
     rng = np.random.default_rng(0)
-    sol = qpdiff.solve_qp(**random_problem(rng, "Q q G h A b", n=30))
+    sol = qpdiff.solve_qp(**random_problem(rng, parts, n=30))
     backend = sol.linearization.problem.backend
+    factor = type(backend).factor
 
-    def refuse(matrix):
-        raise AssertionError("factored again")
+    def refuse(self, matrix):
+        assert matrix.shape[-1] <= largest, "factored again"
+        return factor(self, matrix)
 
-    monkeypatch.setattr(type(backend), "factor", lambda self, matrix: refuse(matrix))
+    monkeypatch.setattr(type(backend), "factor", refuse)
     gradients = qpdiff.vjp(sol, x=np.ones((3, 30)))
     assert np.isfinite(gradients.Q).all()

@@ -183,17 +183,19 @@ ALLOWED = {
     "problem": {"backend"},
     "kkt": {"backend", "problem"},
     "engine": {"backend", "problem"},
-    "solver": {"backend", "problem", "kkt", "engine", "solution"},
-    "compiled": {"backend", "problem", "kkt", "solution", "solver"},
+    "method": {"problem", "kkt", "solution"},
+    "rows": {"problem", "kkt", "method", "solution"},
+    "solver": {"backend", "problem", "kkt", "engine", "method", "rows", "solution"},
+    "compiled": {"backend", "problem", "kkt", "method", "solution", "solver"},
     "differentiation": {"backend", "problem", "kkt", "engine", "solution", "solver"},
-    **{name: {"backend", "problem", "kkt", "solution", "solver", "differentiation"} for name in ADAPTERS},
+    **{name: {"backend", "problem", "kkt", "method", "solution", "solver", "differentiation"} for name in ADAPTERS},
     "__init__": {"solution", "solver", "differentiation"},
     "files": {"problem"},
-    "show": {"problem", "kkt", "solver", "solution"},
+    "show": {"problem", "kkt", "method", "solver", "solution"},
     "cli": {"__init__", "problem", "engine", "files", "show", "solution"},
     "__main__": {"cli"},
 }
-"""Data flows one way: arrays → problem → solver (→ kkt → backend) → solution → differentiation → adapters."""
+"""Data flows one way: arrays → problem → solver (→ method → kkt → backend) → solution → differentiation → adapters."""
 ON_FIRST_USE = {("engine", "compiled"), ("__init__", "cvxpy")}
 """Imports against the flow that wait until they are needed."""
 

@@ -1,4 +1,4 @@
-"""The compiled engine: the method of `qpdiff.solver` and its derivative for NumPy arrays, by Numba.
+"""The compiled engine: the method of `qpdiff.method` and its derivative for NumPy arrays, by Numba.
 
 A thread for each processor takes problems as long as there are any, small ones in groups, and BLAS gets one thread
 while several are at work. A batch that takes much memory on the way goes through in ranges.
@@ -15,8 +15,9 @@ import numpy as np
 
 from .. import kkt
 from ..backend import single_threaded_blas
+from ..method import Point, Settings
 from ..problem import OPERANDS, Problem, check_values
-from ..solver import Outcome, Point, Settings
+from ..solver import Outcome
 from . import derivative, one_by_one
 from .groups import make_group_room, solve_groups
 from .lanes import LANES
@@ -226,7 +227,7 @@ def _small(problem: Problem) -> bool:
 
 def _form(problem: Problem) -> int:
     kind = kkt.preferred_form(problem)
-    return {kkt.PrimalForm: PRIMAL, kkt.DualForm.dense: DENSE_DUAL, kkt.DualForm.diagonal: DIAGONAL_DUAL}[kind]
+    return {kkt.PrimalForm: PRIMAL, kkt.DenseDualForm: DENSE_DUAL, kkt.DiagonalDualForm: DIAGONAL_DUAL}[kind]
 
 
 @cache

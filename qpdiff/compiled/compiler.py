@@ -30,7 +30,7 @@ inline = njit(**OPTIONS, inline="always")
 def _sources() -> str:
     """A digest of what compiled functions are made from."""
     folder = Path(__file__).parent
-    constants = (folder.parent / f"{name}.py" for name in ("kkt", "problem", "solution", "solver"))
+    constants = (folder.parent / f"{name}.py" for name in ("kkt", "method", "problem", "solution"))
     files = [*sorted(folder.glob("*.py")), *(file for file in constants if file.exists())]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 

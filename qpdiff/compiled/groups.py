@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..solver import IMPATIENCE
+from ..method import IMPATIENCE
 from .compiler import entry, hot, jit
 from .lanes import LANES, each, every, first_lanes, larger, no, of_lane, put, select, some, stacked, take
 from .memory import aligned, kept_by_thread

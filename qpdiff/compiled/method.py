@@ -1,6 +1,6 @@
-"""The method of `qpdiff.solver` for one problem at a time, in compiled code.
+"""The method of `qpdiff.method` for one problem at a time, in compiled code.
 
-Every function here does for one problem what the function of the same name in `qpdiff.solver` or `qpdiff.kkt` does for
+Every function here does for one problem what the function of the same name in `qpdiff.method` or `qpdiff.kkt` does for
 a batch, where the mathematics is explained; a test holds the two against each other iteration by iteration. One problem
 is carried from its start to its end before the next, so that its matrices stay in the cache, and what is the same for
 the predictor and the corrector is computed once.
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..kkt import METRIC_PASSES
+from ..method import LUCK, PATIENCE, RUNNING, STEP_FRACTION
 from ..solution import Status
-from ..solver import LUCK, PATIENCE, RUNNING, STEP_FRACTION
 from .compiler import finite, hot, jit
 from .lanes import each, every, larger, no, root, select, smaller, some, zero
 from .stacks import (
@@ -41,7 +41,7 @@ PRIMAL_INFEASIBLE, DUAL_INFEASIBLE = int(Status.PRIMAL_INFEASIBLE), int(Status.D
 STALLED = int(Status.STALLED)
 ABSENT, EQUALITY, INEQUALITY = 0, 1, 2
 PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = 0, 1, 2
-"""The reduced forms: `kkt.PrimalForm`, and `kkt.DualForm` with a dense and with a diagonal Q."""
+"""The reduced forms: `kkt.PrimalForm`, `kkt.DenseDualForm` and `kkt.DiagonalDualForm`."""
 SMALLEST, SMALLEST_SINGLE = (float(np.finfo(kind).smallest_normal) for kind in (np.float64, np.float32))
 LARGEST_ROOT, LARGEST_ROOT_SINGLE = (float(np.sqrt(np.finfo(kind).max)) for kind in (np.float64, np.float32))
 EPS = float(np.finfo(np.float64).eps)

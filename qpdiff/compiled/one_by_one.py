@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..solver import IMPATIENCE
+from ..method import IMPATIENCE
 from .compiler import entry, jit
 from .method import (
     DENSE_DUAL,

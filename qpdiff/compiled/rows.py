@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..method import IMPATIENCE
 from .compiler import hot, jit
 from .lanes import larger, root
 from .method import (
@@ -228,9 +229,11 @@ def glance(one, settings, glimpse, before, now, past, work):
     tol, rtol = settings.tol, settings.rtol
     size_gap = larger(abs(glimpse.xr + glimpse.qx + vKx), larger(abs(glimpse.qx), abs(kv)))
     far = (primal > tol + rtol * larger(size_Kx, size_k)) or (gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * size_gap)
-    well = worst < 0.9 * past.best and not no_point > 0.01 * settings.certificate
+    improved = worst < 0.9 * past.best or no_point > 1.1 * past.proof
+    waiting = np.int64(0) if improved else past.waiting + 1
+    well = waiting < IMPATIENCE and worst < np.inf and not no_point > 0.01 * settings.certificate
     verdict = Verdict(
-        RUNNING, np.nan, primal, dual, gap, False, worst, worst, larger(no_point, past.proof), np.int64(0)
+        RUNNING, np.nan, primal, dual, gap, False, worst, min(worst, past.best), larger(no_point, past.proof), waiting
     )
     return verdict, far and well and not past.near
 

@@ -1,0 +1,525 @@
+"""The method: a point to start from, a step to the next, and how each problem of a batch stands.
+
+Each step is a predictor-corrector step of Mehrotra's on the KKT system with proximal terms around the iterate: ρ on the
+variables and δ on the multipliers, which shrink with the complementarity. A step is one function from named state to
+named state; `qpdiff.solver` decides how to iterate.
+
+References
+----------
+R. Schwan, Y. Jiang, D. Kuhn, C. N. Jones, "PIQP: a proximal interior-point quadratic programming solver", CDC 2023.
+J. Nocedal, S. J. Wright, "Numerical optimization", 2nd ed., 2006, section 16.6.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from . import kkt
+from .problem import Problem
+from .solution import Status
+
+MAX_ITERATIONS = 200
+RUNNING = -1
+STEP_FRACTION = 0.99
+"""Share of the step to the boundary of s > 0, z > 0 that is taken."""
+IMPATIENCE = 3
+"""Iterations without progress after which variables and multipliers move by the same step length."""
+PATIENCE = 30
+"""Iterations without progress after which a problem counts as stalled."""
+LUCK = 1e-4
+"""Share of the rounding error of the duality gap that counts towards the gap."""
+
+
+class Settings(NamedTuple):
+    """The numbers of the method for one floating point type."""
+
+    tol: float
+    rtol: float
+    max_iterations: int
+    rho: float
+    delta: float
+    smallest: float
+    """Lower limit of ρ and δ."""
+    certificate: float
+    """How large |kᵀv| must be against ‖Kᵀv‖∞ to prove infeasibility (likewise for unboundedness); 1% of it is enough
+    where the iteration ends without a solution."""
+    tiny: float
+
+
+class State(NamedTuple):
+    """The iterate of every problem; scalars have shape (B, 1). Residuals have the type of `Part.exact`."""
+
+    x: Any
+    v: Any
+    """Multipliers of all rows."""
+    s: Any
+    """Slack of all rows, 0 where the row is no inequality."""
+    mu: Any
+    rho: Any
+    delta: Any
+    r_x: Any
+    """−(Qx + q + Kᵀv)."""
+    r_v: Any
+    """k − Kx − s."""
+    Qx: Any
+    Kx: Any
+    objective: Any
+    primal: Any
+    dual: Any
+    gap: Any
+    near: Any
+    """Whether the iterate is within the tolerance."""
+    worst: Any
+    """Largest of the three residuals."""
+    best: Any
+    """Smallest `worst` so far."""
+    inexact: Any
+    """Whether the last step was not accurate enough to go without refinement."""
+    proof: Any
+    """How near to a certificate of infeasibility or unboundedness the iterates have come."""
+    waiting: Any
+    """Iterations since `best` or `proof` last improved."""
+    iterations: Any
+    limit: Any
+    """Iterations after which to give up."""
+    status: Any
+    seen: Any = None
+    """What `qpdiff.rows` knows of x where x itself is that of an earlier iterate."""
+
+
+class Sizes(NamedTuple):
+    """Numbers of each problem's data, (B or 1, 1)."""
+
+    inequalities: Any
+    """How many there are, at least 1."""
+    k: Any
+    """The largest |k|."""
+    q: Any
+    scaled_k: Any
+    """The largest |k| in the scaled problem, at least 1."""
+    scaled_q: Any
+
+
+class Part(NamedTuple):
+    """Problems that are iterated on together, with what does not change on the way."""
+
+    form: Any
+    metric: kkt.Metric
+    sizes: Sizes
+    exact: Problem
+    """The problems in float64, in which residuals are computed: in float32 rounding would hide what is left."""
+
+    @property
+    def problem(self) -> Problem:
+        return self.form.problem
+
+    def select(self, index) -> Part:
+        problem = self.problem.select(index)
+        exact = problem if self.exact is self.problem else self.exact.select(index)
+        xp = problem.backend.xp
+        metric, sizes = kkt.take(xp, (self.metric, self.sizes), index)
+        return Part(self.form.select(problem, index), metric, sizes, exact)
+
+
+def make_part(form) -> Part:
+    """The problems of a reduced form, ready to iterate on."""
+    problem, xp = form.problem, form.problem.backend.xp
+    metric, exact = kkt.equilibrate(problem), problem.astype(problem.backend.exact)
+    D, E = metric
+    k, q = xp.abs(exact.k), xp.abs(exact.q)
+    sizes = Sizes(
+        inequalities=xp.maximum(total(xp, xp.astype(problem.inequality, problem.dtype)), 1.0),
+        k=largest(xp, k), q=largest(xp, q),
+        scaled_k=xp.maximum(largest(xp, E * k), 1.0), scaled_q=xp.maximum(largest(xp, D * q), 1.0),
+    )  # fmt: skip
+    return Part(form, metric, sizes, exact)
+
+
+class Point(NamedTuple):
+    """Where to start: variables and multipliers of all rows, and which problems they are fit for; (B or 1, ·)."""
+
+    x: Any
+    v: Any
+    usable: Any
+
+
+# ---- a point to start from, and steps
+
+
+def initialize(part: Part, settings: Settings):
+    """Starting point: the solution with θ = 1 in the scaled rows, moved onto s ∘ z = μ with s − z kept (PIQP)."""
+    problem = part.problem
+    xp, origin = problem.backend.xp, make_origin(part, settings)
+    system = make_system(part, first_theta(part), origin.rho, origin.delta)
+    factor, positive = part.form.factor(system)
+    r_x, r_v = origin.r_x, origin.r_v
+    x, v = part.form.solve(factor, part.form.eliminate(factor, r_x), r_v)
+    x, v = kkt.refined(part.form, system, factor, r_x, r_v, x, v, origin.inexact)
+    sound = positive & all_finite(xp, x) & all_finite(xp, v)
+    v, s, mu = place(part, settings, xp.where(sound, v, origin.v))
+    state = origin._replace(x=xp.where(sound, x, origin.x), v=v, s=s, mu=mu)
+    return assess(part, settings, state, origin), factor
+
+
+def make_origin(part: Part, settings: Settings) -> State:
+    """X = 0 and v = 0, of which nothing else is known."""
+    problem, exact = part.problem, part.exact.dtype
+    xp, backend = problem.backend.xp, problem.backend
+
+    def full(width, value, dtype):
+        return backend.full((problem.batch, width), value, dtype)
+
+    x, v = full(problem.n, 0.0, problem.dtype), full(problem.rows, 0.0, problem.dtype)
+    infinite, count = full(1, float("inf"), exact), full(1, 0, xp.int32)
+    return State(
+        x=x, v=v, s=v, mu=full(1, 0.0, problem.dtype),
+        rho=full(1, 0.0 if part.form.definite else settings.rho, problem.dtype),
+        delta=full(1, settings.delta, problem.dtype), r_x=x - problem.q, r_v=problem.k + v,
+        Qx=full(problem.n, 0.0, exact), Kx=full(problem.rows, 0.0, exact),
+        objective=infinite, primal=infinite, dual=infinite, gap=infinite, near=infinite < 0,
+        worst=infinite, best=infinite, inexact=infinite > 0, proof=full(1, 0.0, exact),
+        waiting=count, iterations=count, limit=count + settings.max_iterations, status=count + RUNNING,
+    )  # fmt: skip
+
+
+def first_theta(part: Part):
+    """θ of the KKT matrix that the starting point is made with: 1 in the scaled rows."""
+    problem = part.problem
+    xp = problem.backend.xp
+    zero = problem.backend.full((problem.batch, problem.rows), 0.0, problem.dtype)
+    return xp.where(problem.inequality, 1.0 / part.metric.rows**2 + zero, zero)
+
+
+def place(part: Part, settings: Settings, v):
+    """Multipliers and slacks on s ∘ z = μ for multipliers v, and the mean complementarity."""
+    inequality, xp = part.problem.inequality, part.problem.backend.xp
+    z = xp.where(inequality, v / part.metric.rows, xp.zeros_like(v))
+    mu = mean(part, xp.where(inequality, z + largest(xp, -z), xp.zeros_like(z)), largest(xp, z) - z)
+    v, s = onto_path(part, v, z, xp.maximum(mu, settings.smallest))
+    return v, s, mean(part, s, v)
+
+
+def start_near(part: Part, settings: Settings, near: Point, cold: State):
+    """Start at another problem's solution, moved onto s ∘ z = μ with s − z kept; also whether that is of use.
+
+    μ grows with what that solution leaves of the residuals here, so that the slacks have room for the steps that make
+    up for it, up to the μ of the ordinary start.
+    """
+    problem, (D, E) = part.problem, part.metric
+    xp = problem.backend.xp
+    inequality, equality = problem.inequality, problem.equality
+    x, v = near.x + xp.zeros_like(cold.x), near.v + xp.zeros_like(cold.v)
+    slack = E * (problem.k - problem.constraints(x))
+    zero = xp.zeros_like(slack)
+    amiss = xp.where(equality, xp.abs(slack), xp.where(inequality, positive_part(xp, -slack), zero))
+    slope = problem.hessian(x) + problem.q + problem.adjoint(v)
+    error = xp.maximum(largest(xp, amiss), largest(xp, xp.abs(D * slope)))
+    difference = xp.where(inequality, v / E - slack, zero)
+    mu = xp.minimum(0.1 * error, cold.mu)
+    mu = xp.maximum(mu, max(settings.tol, settings.smallest))
+    v, s = onto_path(part, v, difference, mu)
+    state = cold._replace(x=x, v=v, s=s, mu=mean(part, s, v))
+    state = assess(part, settings, state, state)
+    usable = near.usable & ((state.status == RUNNING) | (state.status == int(Status.SOLVED)))
+    # Also from a solution one step is taken: the derivative needs its factor.
+    return state._replace(status=xp.full_like(state.status, RUNNING)), usable
+
+
+def onto_path(part: Part, v, difference, mu):
+    """Multipliers and slacks on s ∘ z = μ with the difference z − s in the scaled rows kept; other multipliers stay."""
+    problem, E = part.problem, part.metric.rows
+    xp = problem.backend.xp
+    large = (xp.abs(difference) + xp.sqrt(difference * difference + 4.0 * mu)) / 2.0
+    small = mu / large
+    zero = xp.zeros_like(v)
+    s = xp.where(problem.inequality, xp.where(difference > 0, small, large) / E, zero)
+    z = xp.where(difference > 0, large, small) * E
+    return xp.where(problem.inequality, z, xp.where(problem.equality, v, zero)), s
+
+
+def newton(part: Part, s, z, r_x, r_v, rho, delta):
+    """Factor the KKT matrix at s, z > 0 (0 and infinite where the row is no inequality); the step as two functions.
+
+    They take what s ∘ z is to be diminished by, and take all other residuals to 0. The first is for the rows alone.
+    """
+    form = part.form
+    system = make_system(part, s / z, rho, delta)
+    factor, positive = form.factor(system)
+    eliminated = form.eliminate(factor, r_x)
+
+    def shifted(complementarity):
+        return r_v + complementarity / z
+
+    def slack(complementarity, dv):
+        return -(complementarity + s * dv) / z
+
+    def rows_direction(complementarity):
+        dv = form.solve_rows(factor, eliminated, shifted(complementarity))
+        return dv, slack(complementarity, dv)
+
+    def direction(complementarity, refine=None):
+        right = shifted(complementarity)
+        dx, dv = form.solve(factor, eliminated, right)
+        if refine is not None:
+            dx, dv = kkt.refined(form, system, factor, r_x, right, dx, dv, refine)
+        return dx, dv, slack(complementarity, dv)
+
+    return factor, positive, rows_direction, direction
+
+
+def step(part: Part, settings: Settings, state: State, *, refine: bool):
+    """One predictor-corrector step for every running problem; also the factor it used.
+
+    `refine` is whether any problem is inexact; only those that are get refined, so that no problem depends on another.
+    """
+    problem, backend = part.problem, part.problem.backend
+    xp, inequality = backend.xp, problem.inequality
+    # What is divided by an infinite s or z is 0 where the row is no inequality.
+    s, z = (xp.where(inequality, a, float("inf")) for a in (state.s, state.v))
+    factor, positive, rows_direction, direction = newton(part, state.s, z, state.r_x, state.r_v, state.rho, state.delta)
+
+    excess = centering(part, settings, state, s, z, *rows_direction(state.s * state.v))
+    dx, dv, ds = direction(excess, state.inexact if refine else None)
+    alpha_s, alpha_z, s, v = advance(part, settings, state, s, z, dv, ds)
+    x = state.x + alpha_s * dx
+
+    # A step that cannot be computed is not taken; stronger proximal terms come instead.
+    sound = positive & all_finite(xp, x) & all_finite(xp, v) & all_finite(xp, s)
+    moved = state._replace(x=x, v=v, s=s, mu=mean(part, s, v))
+    if not backend.none(~sound):
+        moved = choose(xp, sound, moved, state)
+    moved = assess(part, settings, moved._replace(iterations=state.iterations + 1), state)
+
+    # What the linear solve has left of its system shows in the products before and after the step.
+    D, E = part.metric
+    Q_dx = moved.Qx - state.Qx
+    Kt_dv = state.r_x - moved.r_x - Q_dx
+    left_x = state.r_x - Q_dx / alpha_s - Kt_dv / alpha_z - state.rho / D**2 * dx
+    left_v = moved.r_v - (1.0 - alpha_s) * state.r_v + alpha_s * state.delta / E**2 * dv
+    least = 0.01 * settings.tol
+    inexact = (
+        ~(largest(xp, xp.abs(left_x)) <= xp.maximum(1e-6 * state.dual, least))
+        | ~(largest(xp, xp.abs(left_v)) <= xp.maximum(1e-6 * largest(xp, xp.abs(state.r_v)), least))
+        | ~sound
+    )
+
+    moved = with_proximal_terms(part, settings, state, moved, sound)
+    return settle(part, settings, state, moved._replace(inexact=inexact)), factor
+
+
+def centering(part: Part, settings: Settings, state: State, s, z, dv, ds):
+    """What the corrector is to diminish s ∘ z by, after the predictor's direction; s and z as for `step_length`.
+
+    How far towards s ∘ z = 0 that gets decides the centering (Nocedal & Wright, 16.62 to 16.66).
+    """
+    xp = part.problem.backend.xp
+    alpha_s, alpha_z = step_length(xp, s, ds, 1.0), step_length(xp, z, dv, 1.0)
+    reached = mean(part, state.s + alpha_s * ds, state.v + alpha_z * dv)
+    sigma = xp.minimum(positive_part(xp, reached / (state.mu + settings.tiny)), 1.0) ** 3
+    return state.s * state.v + ds * dv - sigma * state.mu
+
+
+def advance(part: Part, settings: Settings, state: State, s, z, dv, ds):
+    """The step lengths for x and s, and for v, along the corrector's direction, and s and v after the step."""
+    problem, xp, inequality = part.problem, part.problem.backend.xp, part.problem.inequality
+    alpha_s, alpha_z = step_length(xp, s, ds, STEP_FRACTION), step_length(xp, z, dv, STEP_FRACTION)
+    # Unequal steps leave Qx + Kᵀv behind, which now and then goes round in circles.
+    together, circling = xp.minimum(alpha_s, alpha_z), state.waiting >= IMPATIENCE
+    alpha_s, alpha_z = xp.where(circling, together, alpha_s), xp.where(circling, together, alpha_z)
+    s = xp.where(inequality, xp.maximum(state.s + alpha_s * ds, settings.tiny), 0.0)
+    v = state.v + alpha_z * dv
+    v = xp.where(inequality, xp.maximum(v, settings.tiny), xp.where(problem.equality, v, 0.0))
+    return alpha_s, alpha_z, s, v
+
+
+def with_proximal_terms(part: Part, settings: Settings, state: State, moved: State, sound) -> State:
+    """The state after a step with ρ and δ for the next one."""
+    xp = part.problem.backend.xp
+    rate = positive_part(xp, (state.mu - moved.mu) / (state.mu + settings.tiny))
+    rate = xp.where(xp.any(part.problem.inequality, axis=-1, keepdims=True), rate, 0.9)
+
+    def next_term(term):
+        return xp.where(sound, xp.maximum((1.0 - rate) * term, settings.smallest), 100.0 * term)
+
+    return moved._replace(rho=next_term(state.rho), delta=next_term(state.delta))
+
+
+def settle(part: Part, settings: Settings, state: State, moved: State) -> State:
+    """The state after a step, or the one before where that was the last.
+
+    From a point within the tolerance one more step is worth it only if it halves the residuals. Where they are above
+    tol it gets a second chance, with step lengths that are the same.
+    """
+    xp, backend = part.problem.backend.xp, part.problem.backend
+    running = state.status == RUNNING
+    settled = running & state.near & ~(moved.worst <= 0.5 * state.worst)
+    stays = settled | ~running
+    if backend.none(stays):
+        return moved
+    again = settled & (state.worst > settings.tol) & (state.waiting < IMPATIENCE) & (moved.iterations < state.limit)
+    stayed = state._replace(
+        status=xp.where(settled & ~again, int(Status.SOLVED), state.status),
+        waiting=xp.where(again, IMPATIENCE, state.waiting),
+        iterations=state.iterations + xp.astype(again, state.iterations.dtype),
+    )
+    return choose(xp, stays, stayed, moved)
+
+
+def residuals(problem: Problem, x, v, s):
+    """Qx, Kx, Kᵀv, and what Qx + q + Kᵀv = 0 and Kx + s = k leave, with the sign of a right-hand side."""
+    xp, exists = problem.backend.xp, problem.inequality | problem.equality
+    Qx, Kx, Kv = problem.hessian(x), problem.constraints(x), problem.adjoint(v)
+    Kx = xp.where(exists, Kx, 0.0)
+    return Qx, Kx, Kv, -(Qx + problem.q + Kv), problem.k - Kx - s
+
+
+def assess(part: Part, settings: Settings, state: State, previous: State) -> State:
+    """Compute the residuals afresh and decide how each problem stands; a certificate takes the place of x or v."""
+    problem, (D, E), sizes = part.exact, part.metric, part.sizes
+    xp, backend = problem.backend.xp, problem.backend
+    x, v, s = (xp.astype(a, problem.dtype, copy=False) for a in (state.x, state.v, state.s))
+    k, equality, inequality = problem.k, problem.equality, problem.inequality
+    Qx, Kx, Kv, r_x, r_v = residuals(problem, x, v, s)
+    violation = xp.where(equality, xp.abs(r_v), xp.where(inequality, positive_part(xp, Kx - k), 0.0))
+    xQx, qx = dot(xp, x, Qx), dot(xp, x, problem.q)
+    blocks = (problem.blocks[name] for name in ("G", "A", "ub", "lb"))
+    by_block = [dot(xp, k[:, rows], v[:, rows]) for rows in blocks if rows.stop > rows.start]
+    kv = sum(by_block, 0.0 * qx)
+    primal, dual, gap = largest(xp, violation), largest(xp, xp.abs(r_x)), xp.abs(sum(by_block, xQx + qx))
+
+    # Not `<=` on a maximum alone: NaN must never pass, nor an infinity that is compared with its own size.
+    worst = xp.maximum(xp.maximum(primal, dual), gap)
+    tol, rtol = settings.tol, settings.rtol
+    scales = (
+        xp.maximum(largest(xp, xp.abs(Kx)), sizes.k),
+        xp.maximum(xp.maximum(largest(xp, xp.abs(Qx)), sizes.q), largest(xp, xp.abs(Kv))),
+        xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(kv)),
+    )
+    # The terms of the gap may cancel to 0 by luck: what their rounding hides must not be far beyond the tolerance.
+    terms = dot(xp, xp.abs(x), xp.abs(Qx) + xp.abs(problem.q)) + dot(xp, xp.abs(v), xp.abs(k))
+    near = (
+        (primal <= tol + rtol * scales[0])
+        & (dual <= tol + rtol * scales[1])
+        & (gap + LUCK * xp.finfo(problem.dtype).eps * terms <= tol + rtol * scales[2])
+        & (worst < float("inf"))
+    )
+    best = xp.where(worst < state.best, worst, state.best)
+
+    # Farkas: Kᵀv = 0, z ≥ 0, kᵀv < 0 leaves no x; Qx = 0, Kx ≤ 0 (= 0), qᵀx < 0 is a way down without end. Iterates
+    # without a limit go off along such a direction, so it shows in their last step long before it does in them.
+    ray = x - xp.astype(previous.x, x.dtype, copy=False)
+    no_bottom = 0.0 * dual
+    falls, fall = falling(xp, problem.q * ray, (dual > tol) & (not part.form.definite))
+    if not backend.none(falls):
+        slope = Kx - previous.Kx
+        climb = xp.where(equality, xp.abs(slope), positive_part(xp, slope))
+        uphill = xp.maximum(largest(xp, xp.abs(D * (Qx - previous.Qx))), largest(xp, E * climb))
+        # The rounding of these differences hides as much.
+        hidden = xp.maximum(largest(xp, xp.abs(D * Qx)), largest(xp, xp.abs(E * Kx)))
+        uphill = xp.maximum(uphill, xp.finfo(problem.dtype).eps * hidden)
+        no_bottom = xp.where(falls, fall / (uphill * sizes.scaled_q), no_bottom)
+    no_point, farkas, gain = contradiction(part, v, previous.v, primal > tol)
+    proof = xp.maximum(no_point, no_bottom)
+
+    improved = (worst < 0.9 * state.best) | (proof > 1.1 * state.proof)
+    waiting = xp.where(improved, 0, state.waiting + 1)
+    limit, patient = state.iterations >= state.limit, waiting < PATIENCE
+    last = limit | ~patient
+    solved = near & ((worst <= 0.1 * tol) | last)
+    enough = settings.certificate * xp.where(last, 0.01, xp.ones_like(worst))
+    feasible = last | (largest(xp, E * violation) <= 1e-4 * sizes.scaled_k)
+    unbounded, infeasible = (no_bottom > enough) & feasible, no_point > enough
+    status = xp.where(limit, int(Status.MAX_ITERATIONS), xp.full_like(state.status, RUNNING))
+    status = xp.where(patient, status, int(Status.STALLED))
+    status = xp.where(unbounded, int(Status.DUAL_INFEASIBLE), status)
+    status = xp.where(infeasible, int(Status.PRIMAL_INFEASIBLE), status)
+    status = xp.where(solved, int(Status.SOLVED), status)
+    if not backend.none(unbounded | infeasible):
+        x = xp.where(status == int(Status.DUAL_INFEASIBLE), ray / fall, x)
+        v = xp.where(status == int(Status.PRIMAL_INFEASIBLE), farkas / gain, v)
+
+    def narrow(a):
+        return xp.astype(a, part.problem.dtype, copy=False)
+
+    return state._replace(
+        x=narrow(x), v=narrow(v), r_x=narrow(r_x), r_v=narrow(r_v), Qx=Qx, Kx=Kx, objective=0.5 * xQx + qx,
+        primal=primal, dual=dual, gap=gap, near=near, worst=worst, best=best, proof=xp.maximum(proof, state.proof),
+        waiting=waiting, status=status,
+    )  # fmt: skip
+
+
+def contradiction(part: Part, v, previous, possible):
+    """How near the last step in the multipliers is to a Farkas certificate, that step, and how much it gains."""
+    problem, (D, _), sizes = part.exact, part.metric, part.sizes
+    xp = problem.backend.xp
+    farkas = v - xp.astype(previous, v.dtype, copy=False)
+    farkas = xp.where(problem.inequality, positive_part(xp, farkas), farkas)
+    gains, gain = falling(xp, problem.k * farkas, possible)
+    no_point = xp.zeros_like(gain)
+    if not problem.backend.none(gains):
+        left = largest(xp, xp.abs(D * problem.adjoint(farkas)))
+        no_point = xp.where(gains, gain / (left * sizes.scaled_k), no_point)
+    return no_point, farkas, gain
+
+
+def falling(xp, terms, possible):
+    """Where a direction that is possible goes down beyond rounding, and how far; `terms` sum to the change of cost.
+
+    The fall against what the direction leaves is a ratio r that proves that there is no solution of norm less than r in
+    the scaled problem, whose own size is that of its cost.
+    """
+    fall = -total(xp, terms)
+    return possible & (fall > 1e-8 * total(xp, xp.abs(terms))), fall
+
+
+# ---- small pieces
+
+
+def make_system(part: Part, theta, rho, delta) -> kkt.System:
+    xp = part.problem.backend.xp
+    exists = part.problem.inequality | part.problem.equality
+    theta = xp.where(exists, theta, float("inf"))
+    return kkt.System(theta, rho / part.metric.variables**2, delta / part.metric.rows**2)
+
+
+def choose(xp, condition, new, old):
+    """The arrays of one named tuple where a condition holds, else those of another."""
+    if new is old:
+        return new
+    if isinstance(new, tuple):
+        return type(new)(*(choose(xp, condition, a, b) for a, b in zip(new, old, strict=True)))
+    return xp.where(condition, new, old)
+
+
+def step_length(xp, value, direction, fraction):
+    """Largest step in [0, 1] that keeps value + step·direction ≥ (1 − fraction)·value, for positive values."""
+    return 1.0 / xp.maximum(largest(xp, -direction / value) / fraction, 1.0)
+
+
+def largest(xp, a):
+    """Largest entry a problem, at least 0, (B, 1)."""
+    if a.shape[-1] == 0:
+        return xp.sum(a, axis=-1, keepdims=True)
+    return positive_part(xp, xp.max(a, axis=-1, keepdims=True))
+
+
+def positive_part(xp, a):
+    """The positive part. (array-api-compat's clip takes ten times as long on a small array.)"""
+    return xp.maximum(a, 0.0)
+
+
+def all_finite(xp, a):
+    return xp.all(xp.isfinite(a), axis=-1, keepdims=True)
+
+
+def total(xp, a):
+    return xp.sum(a, axis=-1, keepdims=True)
+
+
+def dot(xp, a, b):
+    return xp.vecdot(a, b, axis=-1)[:, None]
+
+
+def mean(part: Part, s, z):
+    """Mean of s ∘ z over the inequalities, where s is 0 in the other rows, (B, 1)."""
+    return total(part.problem.backend.xp, s * z) / part.sizes.inequalities

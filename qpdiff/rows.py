@@ -1,0 +1,237 @@
+"""Steps of the dense dual form in the rows alone.
+
+Without bounds and with Q = F Fᵀ, a step moves x by dx = Q⁻¹ (r_x − Kᵀdv). What the iteration wants to know of x then
+follows from S dv, where S = K Q⁻¹ Kᵀ is known: Kdx is t − S dv with t = K Q⁻¹ r_x, and so are the changes of t itself,
+of the products xᵀr_x, r_xᵀQ⁻¹r_x and qᵀx, and with them the residuals but that of the variables, which is a combination
+of one that is known and of the rows of K. A step costs products with S and a factor of that size, and x is computed
+only where it is looked at: at the end, and where a problem does not go well.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from . import kkt
+from .method import (
+    IMPATIENCE,
+    RUNNING,
+    Part,
+    Settings,
+    State,
+    advance,
+    all_finite,
+    assess,
+    centering,
+    choose,
+    contradiction,
+    dot,
+    first_theta,
+    largest,
+    make_origin,
+    mean,
+    place,
+    positive_part,
+    settle,
+    total,
+    with_proximal_terms,
+)
+from .problem import product, product_transposed
+
+WORTH_A_COPY = 2**15
+"""Bytes of a problem from which on those that are looked at are copied, where they are few."""
+ROUNDING = 1e-13
+"""What the products may be off by, relative to their terms."""
+
+
+class Glimpse(NamedTuple):
+    """What is known of x beside the rows.
+
+    Where x was last looked at it was `x`, v was `v` and r_x was `r`. Now r_x is `a` times that and Kᵀu, and Q times the
+    change of x is (1 − a) r − Kᵀ(u + the change of v). Scalars have shape (B, 1).
+    """
+
+    x: Any
+    v: Any
+    r: Any
+    whitened: Any
+    """F⁻¹ r."""
+    length: Any
+    """The largest entry of r."""
+    a: Any
+    u: Any
+    t: Any
+    """K Q⁻¹ r_x."""
+    rr: Any
+    """r_xᵀ Q⁻¹ r_x."""
+    xr: Any
+    """xᵀ r_x."""
+    qx: Any
+    """qᵀ x."""
+    column: Any
+    """The largest norm of a column of K in the scaled rows."""
+    expected: Any
+    """r_v after an exact step; NaN where there was none."""
+    allowed: Any
+    """How far r_v may be from that."""
+
+
+def possible(part: Part) -> bool:
+    """Whether steps can be made in the rows: float32 wants its residuals in float64, which they do not give."""
+    return part.form.definite and part.problem.dtype == part.exact.dtype
+
+
+def initialize(part: Part, settings: Settings):
+    """`method.initialize` with x only where that is looked at."""
+    problem, form = part.problem, part.form
+    xp, exists = problem.backend.xp, problem.inequality | problem.equality
+    origin = observe(part, make_origin(part, settings))
+    seen = origin.seen
+    factor, positive, multipliers, refined = _newton(part, first_theta(part), origin.delta, seen.t)
+    dv, Sdv = refined(origin.r_v, multipliers(origin.r_v), origin.inexact)
+    good = positive & all_finite(xp, Sdv)
+    dv = xp.where(good, dv, origin.v)
+    # From x = 0 the step is Q⁻¹ (−q − Kᵀdv), which leaves nothing of Qx + q + Kᵀdv; but v is moved onto the path.
+    v, s, mu = place(part, settings, dv)
+    u, a, Kx = dv - v, xp.astype(~good, problem.dtype), xp.where(good & exists, seen.t - Sdv, 0.0)
+    Su = product(form.S, u)
+    seen = seen._replace(
+        a=a, u=u, t=a * seen.t + Su, rr=a * seen.rr + dot(xp, u, 2.0 * a * seen.t + Su), xr=dot(xp, Kx, u),
+        qx=xp.where(good, dot(xp, seen.t, dv) - seen.rr, 0.0),
+    )  # fmt: skip
+    state = origin._replace(v=v, s=s, mu=mu, Kx=Kx, r_v=problem.k - Kx - s, seen=seen)
+    return glance(part, settings, origin, state, good), factor
+
+
+def observe(part: Part, state: State) -> State:
+    """The iterate, all of which is known, with what is known of x in the steps that follow."""
+    xp = part.problem.backend.xp
+    whitened, t = part.form.eliminate(None, state.r_x)
+    return state._replace(seen=Glimpse(
+        x=state.x, v=state.v, r=state.r_x, whitened=whitened, length=largest(xp, xp.abs(state.r_x)),
+        a=xp.ones_like(state.mu), u=xp.zeros_like(t), t=t, rr=dot(xp, whitened, whitened),
+        xr=dot(xp, state.x, state.r_x), qx=dot(xp, state.x, part.problem.q),
+        column=_longest_column(part) if state.seen is None else state.seen.column,
+        expected=xp.full_like(t, xp.nan), allowed=state.mu,
+    ))  # fmt: skip
+
+
+def step(part: Part, settings: Settings, state: State, *, refine: bool):
+    """`method.step` with x only where that is looked at."""
+    problem, backend, seen = part.problem, part.problem.backend, state.seen
+    xp, inequality, t = backend.xp, problem.inequality, seen.t
+    s, z = (xp.where(inequality, a, float("inf")) for a in (state.s, state.v))
+    theta = state.s / z
+    factor, positive, multipliers, refined = _newton(part, theta, state.delta, t)
+    dv = multipliers(state.r_v + state.s)
+    excess = centering(part, settings, state, s, z, dv, -state.s - theta * dv) / z
+    dv, Sdv = refined(state.r_v + excess, multipliers(state.r_v + excess), state.inexact if refine else None)
+    alpha_s, alpha_z, s, v = advance(part, settings, state, s, z, dv, -excess - theta * dv)
+
+    Kdx, keep, apart = t - Sdv, 1.0 - alpha_s, alpha_s - alpha_z
+    Kx = xp.where(inequality | problem.equality, state.Kx + alpha_s * Kdx, 0.0)
+    t_dv, dv_S_dv, Kx_dv = dot(xp, t, dv), dot(xp, dv, Sdv), dot(xp, state.Kx, dv)
+    r_dx = seen.rr - t_dv
+    seen = seen._replace(
+        a=keep * seen.a,
+        u=keep * seen.u + apart * dv,
+        t=keep * t + apart * Sdv,
+        rr=keep * keep * seen.rr + 2.0 * keep * apart * t_dv + apart * apart * dv_S_dv,
+        xr=keep * seen.xr + apart * Kx_dv + alpha_s * (keep * r_dx + apart * (t_dv - dv_S_dv)),
+        qx=seen.qx - alpha_s * (seen.xr - Kx_dv + dot(xp, state.v, Kdx) + r_dx),
+        expected=keep * state.r_v - alpha_s * state.delta / part.metric.rows**2 * dv,
+        allowed=xp.maximum(1e-6 * largest(xp, xp.abs(state.r_v)), 0.01 * settings.tol),
+    )
+    moved = state._replace(v=v, s=s, mu=mean(part, s, v), Kx=Kx, r_v=problem.k - Kx - s, seen=seen)
+    # A step that cannot be computed is not taken; stronger proximal terms come instead.
+    sound = positive & all_finite(xp, Sdv) & all_finite(xp, v) & all_finite(xp, s)
+    if not backend.none(~sound):
+        nothing = state.seen._replace(expected=xp.full_like(t, xp.nan))
+        moved = choose(xp, sound, moved, state._replace(seen=nothing))
+    moved = moved._replace(iterations=state.iterations + 1, inexact=_inexact(xp, moved))
+    moved = glance(part, settings, state, with_proximal_terms(part, settings, state, moved, sound), sound)
+    ended = state.status != RUNNING
+    return moved if backend.none(ended) else choose(xp, ended, state, moved), factor
+
+
+def glance(part: Part, settings: Settings, before: State, state: State, sound) -> State:
+    """How problems stand as far as it shows without x; where that is not all there is to know, also with x."""
+    problem, E, sizes, seen = part.problem, part.metric.rows, part.sizes, state.seen
+    xp, backend, v, Kx, k = problem.backend.xp, problem.backend, state.v, state.Kx, problem.k
+    running = before.status == RUNNING
+    violation = xp.where(problem.inequality, positive_part(xp, Kx - k), xp.abs(state.r_v))
+    kv, vKx, primal = dot(xp, k, v), dot(xp, v, Kx), largest(xp, violation)
+    gap = xp.abs(kv - vKx - seen.xr)
+    # The residual of the variables is seldom the largest, and if so a bound does, without K.
+    dual = seen.a * seen.length + seen.column * xp.sqrt(total(xp, (seen.u / E) ** 2))
+    small = (dual <= xp.maximum(primal, gap)) | ~running
+    if not backend.none(~small):
+        dual = xp.where(small, dual, largest(xp, xp.abs(seen.a * seen.r + problem.adjoint(seen.u))))
+    worst = xp.maximum(primal, xp.maximum(dual, gap))
+    no_point, *_ = contradiction(part, v, before.v, primal > settings.tol)
+
+    tol, rtol = settings.tol, settings.rtol
+    size = xp.maximum(xp.abs(seen.xr + seen.qx + vKx), xp.maximum(xp.abs(seen.qx), xp.abs(kv)))
+    far = (primal > tol + rtol * xp.maximum(largest(xp, xp.abs(Kx)), sizes.k)) | (
+        gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * size
+    )
+    improved = (worst < 0.9 * before.best) | (no_point > 1.1 * before.proof)
+    waiting = xp.where(improved, 0, before.waiting + 1)
+    well = (waiting < IMPATIENCE) & (worst < float("inf")) & ~(no_point > 0.01 * settings.certificate)
+    enough = far & well & ~before.near & sound & (state.iterations < state.limit)
+    known = state._replace(
+        primal=primal, dual=dual, gap=gap, near=before.near & False, worst=worst, waiting=waiting,
+        best=xp.minimum(worst, before.best), proof=xp.maximum(no_point, before.proof),
+    )  # fmt: skip
+    wanted = running & ~enough
+    count = int(xp.sum(xp.astype(wanted, xp.int32)))  # one value to the host
+    return known if count == 0 else look(part, settings, before, state, known, wanted, count)
+
+
+def look(part: Part, settings: Settings, before: State, state: State, known: State, wanted, count: int) -> State:
+    """How problems stand, with x and all residuals computed in the `count` of them where that is wanted."""
+    xp, batch, seen = part.problem.backend.xp, part.problem.batch, state.seen
+    if 2 * count <= batch and part.problem.bytes_per_problem >= WORTH_A_COPY:
+        those = xp.argsort(xp.astype(~wanted[:, 0], xp.int8), stable=True)[:count]
+        few, earlier, seen, every = (kkt.take(xp, tree, those) for tree in (state, before, known, wanted))
+        looked = look(part.select(those), settings, earlier, few, seen, every, count)
+        place = xp.where(wanted[:, 0], xp.cumulative_sum(xp.astype(wanted[:, 0], xp.int32)) - 1, 0)
+        return choose(xp, wanted, kkt.take(xp, looked, place), known)
+    # From where it was last looked at, so that rounding counts for less and less.
+    x = seen.x + part.form.variables((1.0 - seen.a) * seen.whitened, seen.u + state.v - seen.v)
+    looked = assess(part, settings, state._replace(x=x), before)
+    looked = settle(part, settings, before, looked._replace(inexact=_inexact(xp, looked)))
+    return choose(xp, wanted, observe(part, looked), known)
+
+
+def _newton(part: Part, theta, delta, t):
+    """Factor the KKT matrix; the multipliers for a right-hand side of the rows; these refined, and S times them."""
+    problem, form, backend = part.problem, part.form, part.problem.backend
+    xp, exists = backend.xp, problem.inequality | problem.equality
+    delta = delta / part.metric.rows**2
+    factor, positive = form.factor(kkt.System(xp.where(exists, theta, float("inf")), 0.0, delta))
+
+    def multipliers(right):
+        return backend.solve(factor, t - right)
+
+    def refined(right, dv, inexact):
+        Sdv = product(form.S, dv)
+        if inexact is None:
+            return dv, Sdv
+        left = xp.where(exists, t - right - Sdv - (theta + delta) * dv, 0.0)
+        dv = xp.where(inexact, dv + backend.solve(factor, left), dv)
+        return dv, product(form.S, dv)
+
+    return factor, positive, multipliers, refined
+
+
+def _inexact(xp, state: State):
+    """Whether the last step has left too much in the rows."""
+    return ~(largest(xp, xp.abs(state.r_v - state.seen.expected)) <= state.seen.allowed)
+
+
+def _longest_column(part: Part):
+    """The largest norm of a column of K in the scaled rows."""
+    problem, E = part.problem, part.metric.rows
+    xp, blocks = problem.backend.xp, ((problem.A, "A"), (problem.G, "G"))
+    squares = [product_transposed(K * K, E[:, problem.blocks[name]] ** 2) for K, name in blocks if K is not None]
+    return xp.sqrt(largest(xp, sum(squares[1:], squares[0])))
