@@ -44,7 +44,7 @@ def judge(table: Table, solvers: list[Solver]) -> list[Verdict]:
 
     faster("f+b, fastest differentiable", BOTH, 2.5, differentiable, batched)
     faster("f+b, qpth", BOTH, 8, ["qpth"], lambda row: True)
-    faster("f, fastest of all", FORWARD, 1, others, lambda row: True)
+    faster("f, fastest of all", FORWARD, 1, others, batched)
     faster("f+b at B = 1, QPLayer", BOTH, 1, ["QPLayer"], single)
     faster("f+b at B = 1, qpax", BOTH, 1, ["qpax"], single)
     faster('f+b of engine="array", qpth', BOTH, 2.5, ["qpth"], batched, own="qpdiff array")

@@ -341,7 +341,8 @@ def with_proximal_terms(part: Part, settings: Settings, state: State, moved: Sta
     def next_term(term):
         return xp.where(sound, xp.maximum((1.0 - rate) * term, settings.smallest), 100.0 * term)
 
-    return moved._replace(rho=next_term(state.rho), delta=next_term(state.delta))
+    rho = state.rho if part.form.definite else next_term(state.rho)
+    return moved._replace(rho=rho, delta=next_term(state.delta))
 
 
 def settle(part: Part, settings: Settings, state: State, moved: State) -> State:

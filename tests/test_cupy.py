@@ -276,9 +276,10 @@ def test_one_transfer_an_iteration(stand_in, transfers, form):
         transfers.clear()
         sol = qpdiff.solve_qp(**operands, max_iterations=limit)
         count = len(transfers)
-        on_top.add(count - int(np.max(stand_in.to_numpy(sol.iterations))))
+        # Steps in the rows alone also ask how many problems want their x computed.
+        on_top.add(count - (1 + (form == "dense dual")) * int(np.max(stand_in.to_numpy(sol.iterations))))
     assert len(on_top) == 1
-    assert max(on_top) <= 4
+    assert max(on_top) <= 5
 
 
 # ---- the calls
@@ -299,6 +300,8 @@ def exercise(stand_in):
     qpdiff.vjp(qpdiff.solve_qp(**operands, verbose=True), z_ub=np.ones((4, 6)))
     operands = stand_in.operands(repeated_inequalities(np.random.default_rng(0), (20,), 6).operands)
     qpdiff.vjp(qpdiff.solve_qp(**operands), x=np.ones(6))
+    large = random_problem(np.random.default_rng(0), "A G", batch=(20,), n=60, m=10)  # x computed for a few of a batch
+    assert np.all(stand_in.to_numpy(qpdiff.solve_qp(**stand_in.operands(large)).status) == 0)
     qpdiff.solve_qp(**stand_in.operands(infeasible(np.random.default_rng(0), parallel_rows, "pd", (5, 4, 2))))
     qpdiff.solve_qp(**{name: value[:0, ...] for name, value in stand_in.operands(draw("primal")).items()})
     for wrong in ({"Q": -np.ones((6, 9, 9))}, {"lb": np.full(9, 1e3)}, {"q": np.full(9, np.nan)}):

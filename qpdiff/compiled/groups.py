@@ -33,6 +33,7 @@ from .method import (
     begin,
     equilibrate,
     first_rho,
+    later_rho,
     make_iterates,
     make_work,
     needs_refinement,
@@ -235,7 +236,7 @@ def solve_group(
                 wanted[i + lane] = True
         active = going_on
         rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else each(mu, 0.9)
-        rho = select(again, rho, larger((1.0 - rate) * rho, settings.smallest))
+        rho = select(again, rho, later_rho(form, settings, rho, rate))
         delta = select(again, delta, larger((1.0 - rate) * delta, settings.smallest))
         mu = select(again, mu, new_mu)
         refine = select(again, refine, unrefined)

@@ -569,6 +569,12 @@ def first_rho(form, settings):
 
 
 @jit
+def later_rho(form, settings, rho, rate):
+    """The ρ of the next step, after μ has fallen by this share."""
+    return 0.0 * rho if form == DENSE_DUAL else larger((1.0 - rate) * rho, settings.smallest)
+
+
+@jit
 def weigh_start(form, one, settings, work):
     """Fill the diagonals of the KKT matrix that the ordinary starting point is made with."""
     for i in range(work.rho.shape[0]):

@@ -19,6 +19,7 @@ from .method import (
     copy,
     equilibrate,
     first_rho,
+    later_rho,
     make_iterates,
     make_work,
     needs_refinement,
@@ -44,12 +45,8 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
     for i in range(one.kind.shape[0]):
         inequalities |= one.kind[i] == INEQUALITY
     # float32 wants residuals in float64, which the rows alone do not give.
-    in_rows, known = form == DENSE_DUAL and one.q.itemsize == 8, True
-    glimpse = Glimpse(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    if in_rows:
-        mu, verdict, factored, glimpse, known = begin_in_rows(one, reduced, settings, now, before, work)
-    else:
-        mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
+    in_rows = form == DENSE_DUAL and one.q.itemsize == 8
+    mu, verdict, factored, glimpse, known = start(form, in_rows, one, reduced, settings, now, before, work)
     if warm and usable:
         copy(near_x, before.x)
         copy(near_v, before.v)
@@ -105,7 +102,7 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
                 else:
                     refine = needs_refinement(settings, alpha_s, alpha_z, before, now, past, work)
                 rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else 0.9
-                rho = max((1.0 - rate) * rho, settings.smallest)
+                rho = later_rho(form, settings, rho, rate)
                 delta = max((1.0 - rate) * delta, settings.smallest)
                 mu = new_mu
             else:
@@ -115,10 +112,16 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
             return now, verdict, iterations, factored
         # Begin again from the ordinary start, once, where a start near another solution has led nowhere.
         warm, limit = False, iterations + settings.max_iterations
-        if in_rows:
-            mu, verdict, factored, glimpse, known = begin_in_rows(one, reduced, settings, now, before, work)
-        else:
-            mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
+        mu, verdict, factored, glimpse, known = start(form, in_rows, one, reduced, settings, now, before, work)
+
+
+@jit
+def start(form, in_rows, one, reduced, settings, now, before, work):
+    """The ordinary start in `now`, in the rows alone or not; also what is known of x, and whether that is all."""
+    if in_rows:
+        return begin_in_rows(one, reduced, settings, now, before, work)
+    mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
+    return mu, verdict, factored, Glimpse(0.0, 0.0, 0.0, 0.0, 0.0, 0.0), True
 
 
 @entry
