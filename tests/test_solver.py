@@ -171,6 +171,20 @@ def test_a_batch_equals_its_members(parts, shared, cost):
         assert together["iterations"][i] == alone["iterations"]
 
 
+@pytest.mark.parametrize("shared", [(), ("Q", "G", "A")])
+def test_members_that_end_apart(xp, shared):
+    """Without bounds x is computed only where it is looked at, which is at another time for each problem."""
+    operands = random_problem(np.random.default_rng(3), "A G", shared=shared, batch=(12,), n=60, m=20, p=4)
+    operands["q"] = operands["q"] * np.logspace(-3, 1, 12)[:, None]
+    sol = solve(operands, xp, **STRICT)
+    assert_optimal(operands, sol)
+    assert len(np.unique(sol["iterations"])) > 1
+    for i in range(12):
+        alone = solve({k: v if k in shared else v[i : i + 1] for k, v in operands.items()}, xp, **STRICT)
+        assert alone["iterations"] == sol["iterations"][i]
+        np.testing.assert_allclose(alone["x"][0], sol["x"][i], rtol=1e-9, atol=1e-9)
+
+
 def test_shared_operands_equal_their_copies():
     shared = random_problem(np.random.default_rng(5), "A G", shared=("Q", "G", "A", "point"), batch=(6,))
     copied = {name: np.broadcast_to(v, (6, *v.shape[-(2 if name in "QGA" else 1) :])) for name, v in shared.items()}
