@@ -179,7 +179,7 @@ def test_members_that_end_apart(xp, shared):
     sol = solve(operands, xp, **STRICT)
     assert_optimal(operands, sol)
     assert len(np.unique(sol["iterations"])) > 1
-    for i in range(12):
+    for i in (0, 5, 11):
         alone = solve({k: v if k in shared else v[i : i + 1] for k, v in operands.items()}, xp, **STRICT)
         assert alone["iterations"] == sol["iterations"][i]
         np.testing.assert_allclose(alone["x"][0], sol["x"][i], rtol=1e-9, atol=1e-9)
