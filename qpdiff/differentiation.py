@@ -328,8 +328,7 @@ def _solve_in_rows(form: kkt.DenseDualForm, metric: kkt.Metric, theta, r_x, r_v)
     zero, exists = xp.zeros_like(theta), xp.isfinite(theta)
     whitened, t = form.eliminate(None, r_x)
     right = xp.where(exists, t - r_v, zero)
-    factor, accurate = form.factor(kkt.System(xp.maximum(theta, least / E**2), 0.0, 0.0))
-    positive, accurate = accurate, accurate & False
+    factor, positive = form.factor(kkt.System(xp.maximum(theta, least / E**2), 0.0, 0.0))
 
     def inaccurate(u, accurate):
         return ~xp.all(accurate)
@@ -340,7 +339,7 @@ def _solve_in_rows(form: kkt.DenseDualForm, metric: kkt.Metric, theta, r_x, r_v)
         now = size <= enough * xp.max(xp.abs(u / E), axis=-1, keepdims=True)
         return xp.where(accurate | ~exists, u, u + correction), accurate | now
 
-    u, accurate = backend.while_loop(inaccurate, refine, (backend.solve(factor, right), accurate), 3)
+    u, accurate = backend.while_loop(inaccurate, refine, (backend.solve(factor, right), positive & False), 3)
     return form.variables(whitened, u), u, positive & accurate
 
 

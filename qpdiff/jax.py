@@ -131,7 +131,7 @@ def _iterate_jvp(layout, settings, unsolved, primals, tangents):
 def _solve_kkt(problem: Problem, outcome: Outcome, rest, unsolved: str, r_x, r_v):
     """K⁻¹ r as an operation that JAX transposes, since K is symmetric, and differentiates by what K is made of."""
     x, v, inequality = outcome.x, outcome.v, problem.inequality
-    exists = inequality | problem.equality
+    exists = problem.exists
     # s is known better than k − Kx, but it moves as that does.
     room = problem.k - problem.constraints(x)
     s = outcome.s + (room - jax.lax.stop_gradient(room))

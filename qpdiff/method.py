@@ -28,6 +28,8 @@ PATIENCE = 30
 """Iterations without progress after which a problem counts as stalled."""
 LUCK = 1e-4
 """Share of the rounding error of the duality gap that counts towards the gap."""
+ROUNDING = 1e-13
+"""What products that are carried along in the rows may be off by, relative to their terms."""
 
 
 class Settings(NamedTuple):
@@ -162,7 +164,7 @@ def initialize(part: Part, settings: Settings):
 
 
 def make_origin(part: Part, settings: Settings) -> State:
-    """X = 0 and v = 0, of which nothing else is known."""
+    """The point x = 0, v = 0, of which nothing else is known."""
     problem, exact = part.problem, part.exact.dtype
     xp, backend = problem.backend.xp, problem.backend
 
@@ -368,9 +370,8 @@ def settle(part: Part, settings: Settings, state: State, moved: State) -> State:
 
 def residuals(problem: Problem, x, v, s):
     """Qx, Kx, Kᵀv, and what Qx + q + Kᵀv = 0 and Kx + s = k leave, with the sign of a right-hand side."""
-    xp, exists = problem.backend.xp, problem.inequality | problem.equality
     Qx, Kx, Kv = problem.hessian(x), problem.constraints(x), problem.adjoint(v)
-    Kx = xp.where(exists, Kx, 0.0)
+    Kx = problem.backend.xp.where(problem.exists, Kx, 0.0)
     return Qx, Kx, Kv, -(Qx + problem.q + Kv), problem.k - Kx - s
 
 
@@ -422,8 +423,7 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     no_point, farkas, gain = contradiction(part, v, previous.v, primal > tol)
     proof = xp.maximum(no_point, no_bottom)
 
-    improved = (worst < 0.9 * state.best) | (proof > 1.1 * state.proof)
-    waiting = xp.where(improved, 0, state.waiting + 1)
+    waiting = waited(xp, state, worst, proof)
     limit, patient = state.iterations >= state.limit, waiting < PATIENCE
     last = limit | ~patient
     solved = near & ((worst <= 0.1 * tol) | last)
@@ -447,6 +447,12 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
         primal=primal, dual=dual, gap=gap, near=near, worst=worst, best=best, proof=xp.maximum(proof, state.proof),
         waiting=waiting, status=status,
     )  # fmt: skip
+
+
+def waited(xp, state: State, worst, proof):
+    """Iterations since the residuals or what proves that there is no solution last improved, after a further one."""
+    improved = (worst < 0.9 * state.best) | (proof > 1.1 * state.proof)
+    return xp.where(improved, 0, state.waiting + 1)
 
 
 def contradiction(part: Part, v, previous, possible):
@@ -477,9 +483,7 @@ def falling(xp, terms, possible):
 
 
 def make_system(part: Part, theta, rho, delta) -> kkt.System:
-    xp = part.problem.backend.xp
-    exists = part.problem.inequality | part.problem.equality
-    theta = xp.where(exists, theta, float("inf"))
+    theta = part.problem.backend.xp.where(part.problem.exists, theta, float("inf"))
     return kkt.System(theta, rho / part.metric.variables**2, delta / part.metric.rows**2)
 
 

@@ -129,7 +129,7 @@ class Problem:
 
     @cached_property
     def _row_data(self):
-        """Right-hand side k, equality mask and inequality mask, each (batch or 1, rows)."""
+        """Right-hand side k, masks of equalities, of inequalities and of both, each (batch or 1, rows)."""
         xp, backend = self.backend.xp, self.backend
         parts, equality, inequality = [], [], []
         fixed = None
@@ -153,8 +153,9 @@ class Problem:
             inequality.append(limits if fixed is None or bound is self.h else limits & ~fixed)
         if not parts:
             none = backend.full((1, 0), False, xp.bool)
-            return backend.full((1, 0), 0.0, self.dtype), none, none
-        return tuple(_concat(xp, group) for group in (parts, equality, inequality))
+            return backend.full((1, 0), 0.0, self.dtype), none, none, none
+        k, equalities, inequalities = (_concat(xp, group) for group in (parts, equality, inequality))
+        return k, equalities, inequalities, equalities | inequalities
 
     @property
     def k(self):
@@ -168,8 +169,13 @@ class Problem:
 
     @property
     def inequality(self):
-        """Which rows are inequalities; a row that is neither does not exist."""
+        """Which rows are inequalities."""
         return self._row_data[2]
+
+    @property
+    def exists(self):
+        """Which rows are one or the other; those that are neither do not exist."""
+        return self._row_data[3]
 
     # ---- products
 

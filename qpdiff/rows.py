@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from . import kkt
 from .method import (
     IMPATIENCE,
+    ROUNDING,
     RUNNING,
     Part,
     Settings,
@@ -28,19 +29,19 @@ from .method import (
     first_theta,
     largest,
     make_origin,
+    make_system,
     mean,
     place,
     positive_part,
     settle,
     total,
+    waited,
     with_proximal_terms,
 )
 from .problem import product, product_transposed
 
 WORTH_A_COPY = 2**15
 """Bytes of a problem from which on those that are looked at are copied, where they are few."""
-ROUNDING = 1e-13
-"""What the products may be off by, relative to their terms."""
 
 
 class Glimpse(NamedTuple):
@@ -83,16 +84,15 @@ def possible(part: Part) -> bool:
 def initialize(part: Part, settings: Settings):
     """`method.initialize` with x only where that is looked at."""
     problem, form = part.problem, part.form
-    xp, exists = problem.backend.xp, problem.inequality | problem.equality
-    origin = observe(part, make_origin(part, settings))
+    xp, origin = problem.backend.xp, observe(part, make_origin(part, settings))
     seen = origin.seen
-    factor, positive, multipliers, refined = _newton(part, first_theta(part), origin.delta, seen.t)
-    dv, Sdv = refined(origin.r_v, multipliers(origin.r_v), origin.inexact)
+    factor, positive, _, refined = _newton(part, first_theta(part), origin)
+    dv, Sdv = refined(origin.r_v, origin.inexact)
     good = positive & all_finite(xp, Sdv)
     dv = xp.where(good, dv, origin.v)
     # From x = 0 the step is Q⁻¹ (−q − Kᵀdv), which leaves nothing of Qx + q + Kᵀdv; but v is moved onto the path.
     v, s, mu = place(part, settings, dv)
-    u, a, Kx = dv - v, xp.astype(~good, problem.dtype), xp.where(good & exists, seen.t - Sdv, 0.0)
+    u, a, Kx = dv - v, xp.astype(~good, problem.dtype), xp.where(good & problem.exists, seen.t - Sdv, 0.0)
     Su = product(form.S, u)
     seen = seen._replace(
         a=a, u=u, t=a * seen.t + Su, rr=a * seen.rr + dot(xp, u, 2.0 * a * seen.t + Su), xr=dot(xp, Kx, u),
@@ -121,14 +121,14 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool):
     xp, inequality, t = backend.xp, problem.inequality, seen.t
     s, z = (xp.where(inequality, a, float("inf")) for a in (state.s, state.v))
     theta = state.s / z
-    factor, positive, multipliers, refined = _newton(part, theta, state.delta, t)
+    factor, positive, multipliers, refined = _newton(part, theta, state)
     dv = multipliers(state.r_v + state.s)
     excess = centering(part, settings, state, s, z, dv, -state.s - theta * dv) / z
-    dv, Sdv = refined(state.r_v + excess, multipliers(state.r_v + excess), state.inexact if refine else None)
+    dv, Sdv = refined(state.r_v + excess, state.inexact if refine else None)
     alpha_s, alpha_z, s, v = advance(part, settings, state, s, z, dv, -excess - theta * dv)
 
     Kdx, keep, apart = t - Sdv, 1.0 - alpha_s, alpha_s - alpha_z
-    Kx = xp.where(inequality | problem.equality, state.Kx + alpha_s * Kdx, 0.0)
+    Kx = xp.where(problem.exists, state.Kx + alpha_s * Kdx, 0.0)
     t_dv, dv_S_dv, Kx_dv = dot(xp, t, dv), dot(xp, dv, Sdv), dot(xp, state.Kx, dv)
     r_dx = seen.rr - t_dv
     seen = seen._replace(
@@ -174,8 +174,7 @@ def glance(part: Part, settings: Settings, before: State, state: State, sound) -
     far = (primal > tol + rtol * xp.maximum(largest(xp, xp.abs(Kx)), sizes.k)) | (
         gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * size
     )
-    improved = (worst < 0.9 * before.best) | (no_point > 1.1 * before.proof)
-    waiting = xp.where(improved, 0, before.waiting + 1)
+    waiting = waited(xp, before, worst, no_point)
     well = (waiting < IMPATIENCE) & (worst < float("inf")) & ~(no_point > 0.01 * settings.certificate)
     enough = far & well & ~before.near & sound & (state.iterations < state.limit)
     known = state._replace(
@@ -192,8 +191,8 @@ def look(part: Part, settings: Settings, before: State, state: State, known: Sta
     xp, batch, seen = part.problem.backend.xp, part.problem.batch, state.seen
     if 2 * count <= batch and part.problem.bytes_per_problem >= WORTH_A_COPY:
         those = xp.argsort(xp.astype(~wanted[:, 0], xp.int8), stable=True)[:count]
-        few, earlier, seen, every = (kkt.take(xp, tree, those) for tree in (state, before, known, wanted))
-        looked = look(part.select(those), settings, earlier, few, seen, every, count)
+        few, earlier, every = (kkt.take(xp, tree, those) for tree in (state, before, wanted))
+        looked = look(part.select(those), settings, earlier, few, few, every, count)
         place = xp.where(wanted[:, 0], xp.cumulative_sum(xp.astype(wanted[:, 0], xp.int32)) - 1, 0)
         return choose(xp, wanted, kkt.take(xp, looked, place), known)
     # From where it was last looked at, so that rounding counts for less and less.
@@ -203,22 +202,23 @@ def look(part: Part, settings: Settings, before: State, state: State, known: Sta
     return choose(xp, wanted, observe(part, looked), known)
 
 
-def _newton(part: Part, theta, delta, t):
+def _newton(part: Part, theta, state: State):
     """Factor the KKT matrix; the multipliers for a right-hand side of the rows; these refined, and S times them."""
-    problem, form, backend = part.problem, part.form, part.problem.backend
-    xp, exists = backend.xp, problem.inequality | problem.equality
-    delta = delta / part.metric.rows**2
-    factor, positive = form.factor(kkt.System(xp.where(exists, theta, float("inf")), 0.0, delta))
+    form, backend, t = part.form, part.problem.backend, state.seen.t
+    system = make_system(part, theta, state.rho, state.delta)
+    factor, positive = form.factor(system)
 
     def multipliers(right):
         return backend.solve(factor, t - right)
 
-    def refined(right, dv, inexact):
+    def refined(right, inexact):
+        dv = multipliers(right)
         Sdv = product(form.S, dv)
         if inexact is None:
             return dv, Sdv
-        left = xp.where(exists, t - right - Sdv - (theta + delta) * dv, 0.0)
-        dv = xp.where(inexact, dv + backend.solve(factor, left), dv)
+        left = t - right - Sdv - (system.theta + system.delta) * dv
+        left = backend.xp.where(part.problem.exists, left, 0.0)
+        dv = backend.xp.where(inexact, dv + backend.solve(factor, left), dv)
         return dv, product(form.S, dv)
 
     return factor, positive, multipliers, refined

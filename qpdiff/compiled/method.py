@@ -722,8 +722,7 @@ def assess(form, one, settings, now, before, past, iterations, limit, work):
     no_bottom, no_point = select(dual > tol, no_bottom, 0.0), select(primal > tol, no_point, 0.0)
     proof = larger(no_point, no_bottom)
 
-    improved = (worst < 0.9 * past.best) | (proof > 1.1 * past.proof)
-    waiting = select(improved, 0, past.waiting + 1)
+    waiting = waited(past, worst, proof)
     at_limit = iterations >= limit
     patient = waiting < PATIENCE
     last = no(patient) | at_limit
@@ -742,6 +741,12 @@ def assess(form, one, settings, now, before, past, iterations, limit, work):
             now.v[i] = select(status == PRIMAL_INFEASIBLE, work.farkas[i] / gain, now.v[i])
     proof = larger(proof, past.proof)
     return Verdict(status, 0.5 * xQx + qx, primal, dual, gap, near, worst, best, proof, waiting)
+
+
+@hot
+def waited(past, worst, proof):
+    """Iterations since the residuals or what proves that there is no solution last improved, after a further one."""
+    return select((worst < 0.9 * past.best) | (proof > 1.1 * past.proof), 0, past.waiting + 1)
 
 
 @jit

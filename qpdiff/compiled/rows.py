@@ -1,11 +1,4 @@
-"""Steps of the dense dual form in the rows alone.
-
-Without bounds and with Q = FᵀF, a step moves x by dx = Q⁻¹ (r_x − Kᵀdv). What the iteration wants to know of x then
-follows from S dv, where S = K Q⁻¹ Kᵀ is known: Kdx is t − S dv with t = K Q⁻¹ r_x, and so are the changes of t itself,
-of the products xᵀr_x, r_xᵀQ⁻¹r_x and qᵀx, and with them the residuals but that of the variables, which is a combination
-of one that is known and of the rows of K. A step costs products with S and a factor of that size, and x is computed
-only where it is looked at: at the end, and where a problem does not go well.
-"""
+"""Steps of the dense dual form in the rows alone, as `qpdiff.rows` explains them, for one problem at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..method import IMPATIENCE
+from ..method import IMPATIENCE, ROUNDING
 from .compiler import hot, jit
 from .lanes import larger, root
 from .method import (
@@ -38,15 +31,13 @@ from .method import (
     solve_variables,
     square,
     unknown,
+    waited,
     weigh,
     weigh_start,
     whiten,
 )
 from .products import product
 from .stacks import solve_cholesky
-
-ROUNDING = 1e-13
-"""What the products may be off by, relative to their terms."""
 
 
 class Glimpse(NamedTuple):
@@ -229,8 +220,7 @@ def glance(one, settings, glimpse, before, now, past, work):
     tol, rtol = settings.tol, settings.rtol
     size_gap = larger(abs(glimpse.xr + glimpse.qx + vKx), larger(abs(glimpse.qx), abs(kv)))
     far = (primal > tol + rtol * larger(size_Kx, size_k)) or (gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * size_gap)
-    improved = worst < 0.9 * past.best or no_point > 1.1 * past.proof
-    waiting = np.int64(0) if improved else past.waiting + 1
+    waiting = waited(past, worst, no_point)
     well = waiting < IMPATIENCE and worst < np.inf and not no_point > 0.01 * settings.certificate
     verdict = Verdict(
         RUNNING, np.nan, primal, dual, gap, False, worst, min(worst, past.best), larger(no_point, past.proof), waiting
