@@ -22,7 +22,6 @@ B. Amos, J. Z. Kolter, "OptNet: differentiable optimization as a layer in neural
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -125,10 +124,10 @@ def vjp(
         sol = _smoothed(sol, smoothing)
         lin = sol.linearization
         r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
-        u_x, u_v, own = _solve_kkt(lin, r_x, r_v, unsolved, of_matrices=True)
+        u_x, u_v, done = _solve_kkt(lin, r_x, r_v, unsolved, of_matrices=True)
         problem = lin.problem
-        rest = [name for name in problem.operands if name not in own]
-        out = own | solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest)
+        rest = [name for name in problem.operands if name not in done]
+        out = done | solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest)
         return Gradients(**{name: _reduce(problem, name, value) for name, value in out.items()})
 
 
@@ -543,15 +542,14 @@ def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, A
     names = list(problem.operands if names is None else names)
     shared = {name: getattr(problem, name).shape[0] == 1 for name in names}
     out = {}
-    with problem.backend.briefly() if any(shared[k] for k in names if k in ("Q", "A", "G")) else nullcontext():
-        for name in names:
-            if name == "Q":
-                half = _outer(xp, Q, shared[name])
-                out[name] = half + xp.matrix_transpose(half)  # symmetric to the last bit
-            elif name in ("A", "G"):
-                out[name] = _outer(xp, [(a[:, blocks[name]], b) for a, b in K], shared[name])
-            else:
-                out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared[name] else vectors[name]
+    for name in names:
+        if name == "Q":
+            half = _outer(xp, Q, shared[name])
+            out[name] = half + xp.matrix_transpose(half)  # symmetric to the last bit
+        elif name in ("A", "G"):
+            out[name] = _outer(xp, [(a[:, blocks[name]], b) for a, b in K], shared[name])
+        else:
+            out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared[name] else vectors[name]
     return out
 
 

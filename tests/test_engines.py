@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -305,6 +307,52 @@ def test_calls_from_many_threads_give_what_one_gives():
     for i, (x, gradient) in results.items():
         np.testing.assert_array_equal(x, expected[i % 4].x)
         np.testing.assert_array_equal(gradient, qpdiff.vjp(expected[i % 4], x=np.ones_like(x)).q)
+
+
+@pytest.mark.parametrize("delay", [0.0, 1e-4, 3e-3])
+def test_threads_that_come_late_change_nothing(monkeypatch, delay):
+    problems = [
+        optnet(np.random.default_rng(seed), (200,), *sizes) for seed, sizes in enumerate([(10, 20, 0), (30, 9, 4)])
+    ]
+    expected = [(sol, qpdiff.vjp(sol, x=np.ones_like(sol.x))) for sol in (qpdiff.solve_qp(**o) for o in problems)]
+    waiting = []
+
+    class Late:
+        def submit(self, function, *arguments):
+            job = ThreadPoolExecutor(1).submit(lambda: (time.sleep(delay), function(*arguments))[1])
+            waiting.append(job)
+            return job
+
+    monkeypatch.setattr("qpdiff.compiled.threads._pool", Late)
+    for _ in range(5):
+        for operands, (sol, gradients) in zip(problems, expected, strict=True):
+            other = qpdiff.solve_qp(**operands)
+            np.testing.assert_array_equal(other.x, sol.x)
+            for a, b in zip(qpdiff.vjp(other, x=np.ones_like(sol.x)), gradients, strict=True):
+                np.testing.assert_array_equal(a, b)
+    assert all(job.exception() is None for job in waiting)
+
+
+def test_gradients_of_shared_matrices_are_sums_over_all_ranges(monkeypatch):
+    count, n, m, p = 300, 40, 21, 5
+    operands = optnet(rng(), (count,), n, m, p)
+    operands |= {name: operands[name][0] for name in ("Q", "G", "A")}
+    cotangent = rng().normal(size=(count, n))
+    sol = qpdiff.solve_qp(**operands)
+    gradients = qpdiff.vjp(sol, x=cotangent)
+    own = qpdiff.vjp(
+        qpdiff.solve_qp(**operands | {k: np.repeat(operands[k][None], count, axis=0) for k in ("Q", "G", "A")}),
+        x=cotangent,
+    )
+    monkeypatch.setattr("qpdiff.compiled.threads.RANGE_BYTES", 40 * sol.linearization.problem.bytes_per_problem)
+    in_ranges = qpdiff.vjp(sol, x=cotangent)
+    for name in ("Q", "G", "A"):
+        expected = getattr(own, name).sum(axis=0)
+        for result in (gradients, in_ranges):
+            np.testing.assert_allclose(
+                getattr(result, name), expected, rtol=0, atol=1e-8 * np.max(np.abs(expected)), err_msg=name
+            )
+    np.testing.assert_array_equal(gradients.Q, gradients.Q.T)
 
 
 def test_blas_has_one_thread_inside_and_its_own_again_outside():

@@ -8,7 +8,7 @@ from numba import njit
 
 from qpdiff.compiled import products, tiles
 from qpdiff.compiled.blas import add_product_tn
-from qpdiff.compiled.compiler import OPTIONS, claim
+from qpdiff.compiled.compiler import OPTIONS, claim, peek
 from qpdiff.compiled.lanes import larger
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17, 31, 33, 50, 64, 127, 128, 129, 133, 300]
@@ -34,7 +34,7 @@ forward, backward = called(products.forward, "U, r"), called(products.backward, 
 dot = called(products.dot, "a, b")
 add_product = called(add_product_tn, "alpha, A, B, C")
 larger_of = called(larger, "a, b")
-claimed = called(claim, "turn")
+claimed, peeked = called(claim, "counts, which"), called(peek, "counts, which")
 
 
 def rng(n):
@@ -209,8 +209,9 @@ def test_larger_keeps_nan():
 
 
 def test_numbers_are_claimed_once():
-    turn = np.array([5])
-    assert [claimed(turn) for _ in range(3)] == [5, 6, 7]
-    assert turn[0] == 8
+    counts = np.array([5, 0, 9])
+    assert [claimed(counts, 0) for _ in range(3)] == [5, 6, 7]
+    assert claimed(counts, 2) == 9
+    assert [peeked(counts, which) for which in range(3)] == counts.tolist() == [8, 0, 10]
     a = rng(0).normal(size=30)
     assert dot(a, a) == pytest.approx(np.sum(a * a))

@@ -11,7 +11,9 @@ from .problems import optnet
 
 
 def peak_over_data(operands):
-    qpdiff.solve_qp(**{name: value[:1] for name, value in operands.items()})  # what is imported on first use
+    qpdiff.solve_qp(
+        **{name: value[:50] for name, value in operands.items()}
+    )  # what is imported or compiled on first use
     tracemalloc.start()
     sol = qpdiff.solve_qp(**operands)
     peak = tracemalloc.get_traced_memory()[1]
@@ -32,3 +34,19 @@ def test_shared_matrices():
     for name in ("h", "b"):
         operands[name] = np.repeat(operands[name], 10_000, axis=0)
     assert peak_over_data(operands) < 4
+
+
+def test_memory_is_used_again_only_when_no_view_is_left():
+    memory = pytest.importorskip("qpdiff.compiled.memory", exc_type=ImportError)
+    first = memory.empty((1000, 100), float)
+    first[...] = 1.0
+    kept = [first[3], first.reshape(-1)[:5], first.base[:10], np.asarray(first.base)]
+    del first
+    while kept:
+        second = memory.empty((1000, 100), float)
+        second[...] = 2.0
+        assert not any(np.shares_memory(second, view) for view in kept)
+        assert all(np.all(view.view(float) == 1.0) for view in kept[:2])
+        place = second.ctypes.data
+        del second, kept[-1]
+    assert len({memory.empty((1000, 100), float).ctypes.data for _ in range(5)}) < 3, place

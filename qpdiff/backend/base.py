@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import nullcontext
 
 import array_api_compat
 import numpy as np
@@ -76,10 +75,6 @@ class Backend:
     def quietly(self):
         """The context of work that is not to be differentiated by the library itself."""
         return self.context()
-
-    def briefly(self):
-        """The context of a product that is not worth waking the library's threads for."""
-        return nullcontext()
 
     def while_loop(self, unfinished, body, carry: tuple, limit: int) -> tuple:
         """Apply ``carry = body(*carry)`` while the truth value ``unfinished(*carry)`` holds, at most `limit` times."""

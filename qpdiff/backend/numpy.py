@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import numpy as np
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
@@ -43,13 +41,6 @@ class NumPyBackend(Backend):
             # A copy of the context for each: it holds the caller's np.errstate.
             futures = [pool.submit(contextvars.copy_context().run, function, item) for item in items]
             return [future.result() for future in futures]
-
-    def briefly(self):
-        """BLAS's threads keep their processors busy for a while after a product, which what comes next then lacks.
-
-        Only the compiled engine is fast enough to notice, and what it takes to hold them is there with it.
-        """
-        return single_threaded_blas() if "numba" in sys.modules else nullcontext()
 
     def none(self, mask) -> bool:
         return not mask.any()

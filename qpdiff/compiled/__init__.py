@@ -23,7 +23,7 @@ from .groups import make_group_room, solve_groups
 from .lanes import LANES
 from .memory import empty, kept_by_thread
 from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
-from .threads import SOLVE, SWEEP, work_on, workers_for
+from .threads import SOLVE, SWEEP, new_turn, work_on, workers_for
 from .tiles import padded
 
 SMALL, ENOUGH = 32, 6
@@ -139,7 +139,7 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
     if prepared:
         wanted[0] = True
         with single_threaded_blas():
-            in_turn(slice(0, 1), False)(np.zeros(1, np.int64), np.array([0, 1, 1]))
+            in_turn(slice(0, 1), False)(new_turn(), np.array([0, 1, 1]))
         forms[wanted] = forms[0]
     work_on(problem, int(prepared), lambda where: in_turn(where, prepared), SOLVE, progress)
     return done
@@ -148,12 +148,16 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
 def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: float, x=None):
     """Solve the KKT system at the solutions; problems that are not solved get the number `fill`.
 
-    With x, also the gradients of the matrices that every problem has its own of, by name.
+    With x, also the gradients of the matrices, by name.
     """
-    u_x, u_v = empty(r_x.shape, r_x.dtype), empty(r_v.shape, r_v.dtype)
-    matrices = {"Q": (problem.n, problem.n), "A": (problem.p, problem.n), "G": (problem.m, problem.n)}
-    own = [k for k in matrices if x is not None and k in problem.operands and len(getattr(problem, k)) == len(x)]
-    gradients = {k: empty((len(x) if k in own else 0, *core), r_x.dtype) for k, core in matrices.items()}
+    n, count, dtype = problem.n, problem.batch, r_x.dtype
+    u_x, u_v = empty(r_x.shape, dtype), empty(r_v.shape, dtype)
+    gradients, sums = {}, {}
+    for name, height in (("Q", n), ("A", problem.p), ("G", problem.m)):
+        wanted = x is not None and name in problem.operands
+        shared = wanted and len(getattr(problem, name)) < count
+        gradients[name] = empty((count if wanted and not shared else 0, height, n), dtype)
+        sums[name] = np.zeros((height if shared else 0, n), dtype)
 
     def prepare(where: slice):
         batch = _operands(problem, where, np.dtype(problem.dtype))
@@ -165,13 +169,14 @@ def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: 
         def run(turn, edges) -> None:
             derivative.solve_kkt_batch(
                 batch, _stored(problem, factors.store, factors.form, where), metric, forms, factored, *given, fill,
-                *there, turn, edges, _room(problem),
+                *there, *sums.values(), turn, edges, _room(problem),
             )  # fmt: skip
 
         return run
 
-    work_on(problem, 0, prepare, SWEEP)
-    return u_x, u_v, {name: gradients[name] for name in own}
+    work_on(problem, 0, prepare, SWEEP, sums=sum(-(-len(a) // derivative.STRIP) for a in sums.values()))
+    sums["Q"] = sums["Q"] + sums["Q"].T if len(sums["Q"]) else sums["Q"]
+    return u_x, u_v, {k: a for k, a in gradients.items() if len(a)} | {k: a[None] for k, a in sums.items() if len(a)}
 
 
 # ---- the arrays that the compiled functions take

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 OPTIONS: Any = {"nogil": True, "error_model": "numpy", "_nrt": False}
@@ -55,11 +56,45 @@ def finite(a):
 
 
 @intrinsic
-def claim(typing_context, turn):
-    """The number in an array of one, which is one more afterwards, though other threads do the same."""
+def claim(typing_context, counts, which):
+    """A number in an array, which is one more afterwards, though other threads do the same."""
 
     def generate(context, builder, signature, arguments):
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
+        place, one = _place(context, builder, signature, arguments), ir.Constant(ir.IntType(64), 1)
+        return builder.atomic_rmw("add", place, one, "acq_rel")
 
-    return types.int64(turn), generate
+    return types.int64(counts, which), generate
+
+
+@intrinsic
+def peek(typing_context, counts, which):
+    """A number in an array that other threads change; with it one sees what they did before."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load_atomic(_place(context, builder, signature, arguments), "acquire", 8)
+
+    return types.int64(counts, which), generate
+
+
+def _place(context, builder, signature, arguments):
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    return builder.gep(array.data, [context.cast(builder, arguments[1], signature.args[1], types.int64)])
+
+
+_PAUSE = {"x86_64": ("llvm.x86.sse2.pause", []), "aarch64": ("llvm.aarch64.hint", [1])}
+
+
+@intrinsic
+def pause(typing_context):
+    """Tell the processor that it is waiting for another one."""
+
+    def generate(context, builder, signature, arguments):
+        machine = binding.get_process_triple().split("-")[0].replace("arm64", "aarch64")
+        if machine in _PAUSE:
+            name, hints = _PAUSE[machine]
+            word = ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [word] * len(hints))
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [word(hint) for hint in hints])
+        return context.get_dummy_value()
+
+    return types.void(), generate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .blas import add_product_tn
 from .compiler import entry, jit, literal
 from .lanes import larger
 from .method import (
@@ -12,8 +13,6 @@ from .method import (
     DIAGONAL_DUAL,
     EQUALITY,
     INEQUALITY,
-    LARGEST_ROOT,
-    LARGEST_ROOT_SINGLE,
     PRIMAL,
     One,
     adjoint,
@@ -30,9 +29,12 @@ from .method import (
 )
 from .operands import at, fill_rows, in_primal_form, own_rows, reduced_at, stack
 from .products import product
-from .stacks import solve_cholesky
-from .threads import following
-from .tiles import cholesky_of_sum, transpose
+from .stacks import cholesky, solve_cholesky
+from .threads import following, next_sum
+from .tiles import transpose
+
+STRIP = 16
+"""Rows of a gradient that a thread sums up at a time."""
 
 
 @jit
@@ -169,35 +171,66 @@ def solve_afresh(one, reduced, theta, heavy, r_x, r_v, u_x, u_v, work):
 @jit
 def solve_in_rows(reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
     """Solve with a dense dual form, whose matrix of the rows is made for the purpose; whether that is accurate."""
-    rows, U, S, right, left = u_v.shape[0], reduced.U, reduced.S, work.shifted, work.cv
-    single = u_x.itemsize == 4
-    least = 1e-5 if single else 1e-10
-    enough, huge = (1e-3, LARGEST_ROOT_SINGLE) if single else (1e-5, LARGEST_ROOT)
+    right = work.shifted
     whiten(reduced, r_x, work)
+    for i in range(right.shape[0]):
+        right[i] = 0.0 if kind[i] == ABSENT else work.Vt[i] - r_v[i]
+    light = 1e4 if u_x.itemsize == 4 else 1e6
+    accurate = solve_heavy_rows(reduced, kind, E, theta, light, right, u_v, work)
+    if not accurate:
+        accurate = solve_heavy_rows(reduced, kind, E, theta, np.inf, right, u_v, work)
+    solve_variables(reduced, 1.0, u_v, u_x, work)
+    return accurate
+
+
+@jit
+def solve_heavy_rows(reduced, kind, E, theta, light, right, u_v, work):
+    """Solve (S + θ) u = right; whether that is accurate.
+
+    Rows whose θ is so many times their entry of S, such as those of inactive constraints, hardly move the others: only
+    the others are factored, and refinement makes up for it.
+    """
+    U, S, left, heavy, c = reduced.U, reduced.S, work.cv, work.order, work.dv
+    rows, count = u_v.shape[0], 0
+    least, enough = (1e-5, 1e-3) if u_v.itemsize == 4 else (1e-10, 1e-5)
     for i in range(rows):
-        absent = kind[i] == ABSENT
-        right[i] = 0.0 if absent else work.Vt[i] - r_v[i]
-        work.diagonal[i] = huge if absent else larger(theta[i], least / E[i] ** 2)
-    if not cholesky_of_sum(S, work.diagonal, U, rows):
+        if kind[i] == ABSENT or theta[i] > light * S[i, i]:
+            u_v[i] = 0.0 if kind[i] == ABSENT else right[i] / theta[i]
+        else:
+            heavy[count] = i
+            count += 1
+    for a in range(count):
+        i, row, out = heavy[a], S[heavy[a]], U[a]
+        for b in range(a, count):
+            out[b] = row[heavy[b]]
+        out[a] += larger(theta[i], least / (E[i] * E[i]))
+    if count > 0 and not cholesky(U, count):
         return False
-    copy(right, u_v)
-    solve_cholesky(U, u_v)
-    accurate = False
+    c = c[:count]
+    for a in range(count):
+        c[a] = right[heavy[a]]
+    solve_cholesky(U, c)
+    for a in range(count):
+        u_v[heavy[a]] = c[a]
     for _ in range(3):
         product(S, u_v, left)
         for i in range(rows):
             left[i] = 0.0 if kind[i] == ABSENT else right[i] - left[i] - theta[i] * u_v[i]
-        solve_cholesky(U, left)
+        for a in range(count):
+            c[a] = left[heavy[a]]
+        for i in range(rows):
+            left[i] = left[i] / theta[i]
+        solve_cholesky(U, c)
+        for a in range(count):
+            left[heavy[a]] = c[a]
         correction = solution = 0.0
         for i in range(rows):
             per_E = 1.0 / E[i]
             correction, solution = larger(abs(left[i]) * per_E, correction), larger(abs(u_v[i]) * per_E, solution)
-            u_v[i] = 0.0 if kind[i] == ABSENT else u_v[i] + left[i]
+            u_v[i] += left[i]
         if correction <= enough * solution:
-            accurate = True
-            break
-    solve_variables(reduced, 1.0, u_v, u_x, work)
-    return accurate
+            return True
+    return False
 
 
 @jit
@@ -228,8 +261,8 @@ def solve_kkt(batch, own, store, metric, form, factored, v, s, i, r_x, r_v, u_x,
 
 @entry
 def solve_kkt_batch(
-    batch, store, metric, forms, factored, x, v, s, solved, r_x, r_v, fill, u_x, u_v, of_Q, of_A, of_G, turn, edges,
-    room,
+    batch, store, metric, forms, factored, x, v, s, solved, r_x, r_v, fill, u_x, u_v, of_Q, of_A, of_G, half_Q, sum_A,
+    sum_G, turn, edges, room,
 ):  # fmt: skip
     """Solve the KKT system at the solutions of a batch, one problem after the other as long as there are any.
 
@@ -238,11 +271,14 @@ def solve_kkt_batch(
     """
     work = make_work(room)
     p, own = of_A.shape[1], own_rows(batch, work)
-    i = end = np.int64(0)
+    last = u_x.shape[0] - 1
+    k = end = np.int64(0)
     while True:
-        i, end = following(i, end, turn, edges)
-        if i >= u_x.shape[0]:
-            return
+        k, end = following(k, end, turn, edges)
+        if k > last:
+            break
+        # Backwards: what the solve has left in the cache is what it came to last.
+        i = last - k
         if solved[i]:
             copy(r_x[i], work.right_x)
             copy(r_v[i], work.right_v)
@@ -259,6 +295,42 @@ def solve_kkt_batch(
             product_of_rows(v[i, :p], u_v[i, :p], x[i], u_x[i], of_A[i])
         if of_G.shape[0]:
             product_of_rows(v[i, p:], u_v[i, p:], x[i], u_x[i], of_G[i])
+    if half_Q.shape[0] + sum_A.shape[0] + sum_G.shape[0] > 0:
+        sum_gradients(p, x, v, u_x, u_v, half_Q, sum_A, sum_G, turn, edges)
+
+
+@jit
+def sum_gradients(p, x, v, u_x, u_v, half_Q, sum_A, sum_G, turn, edges):
+    """Add up the gradients of shared matrices, strip by strip as long as there are any."""
+    of_Q, of_A, of_G = strips(half_Q), strips(sum_A), strips(sum_G)
+    number = np.int64(-1)
+    while True:
+        number = next_sum(number, turn, edges)
+        if number < of_Q:
+            add_products(-0.5, u_x, x, half_Q, number)
+        elif number < of_Q + of_A:
+            add_products(-1.0, v[:, :p], u_x, sum_A, number - of_Q)
+            add_products(-1.0, u_v[:, :p], x, sum_A, number - of_Q)
+        elif number < of_Q + of_A + of_G:
+            add_products(-1.0, v[:, p:], u_x, sum_G, number - of_Q - of_A)
+            add_products(-1.0, u_v[:, p:], x, sum_G, number - of_Q - of_A)
+        else:
+            return
+
+
+@jit
+def strips(a):
+    """In how many strips of rows the threads take a matrix."""
+    return (a.shape[0] + STRIP - 1) // STRIP
+
+
+@jit
+def add_products(factor, a, b, out, strip):
+    """Add to a strip of `out` the products a bᵀ of all problems, in portions for which BLAS does not wake threads."""
+    start, stop = strip * STRIP, min((strip + 1) * STRIP, out.shape[0])
+    portion = max(1, 2**18 // (STRIP * out.shape[1]))
+    for i in range(0, a.shape[0], portion):
+        add_product_tn(factor, a[i : i + portion, start:stop], b[i : i + portion], out[start:stop])
 
 
 @literal

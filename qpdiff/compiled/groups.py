@@ -73,7 +73,7 @@ def make_group_room(n: int, linear: int, rows: int, lower: int, upper: int, form
     size = n if form == PRIMAL else linear
     room = Room(
         lanes(OF_VARIABLES, n), lanes(OF_ROWS, rows), lanes(5, n), lanes(5, rows), np.zeros((2, rows), np.int8),
-        lanes(linear, n), lanes(0, 0), lanes(linear, n), lanes(n, linear), lanes(n, n),
+        np.zeros(rows, np.int64), lanes(linear, n), lanes(0, 0), lanes(linear, n), lanes(n, linear), lanes(n, n),
     )  # fmt: skip
     reduced = Reduced(
         lanes(n if form == DENSE_DUAL else 1, n), lanes(n, linear), lanes(linear, linear), lanes(n), lanes(size, size),
@@ -267,8 +267,8 @@ def solve_groups(
     arrays, parts = memory.room, memory.reduced
     room = Room(
         stacked(arrays.x), stacked(arrays.v), stacked(arrays.x64), stacked(arrays.v64), arrays.flags,
-        stacked(arrays.stacked), stacked(arrays.stacked64), stacked(arrays.scaled), stacked(arrays.turned),
-        stacked(arrays.square),
+        arrays.order, stacked(arrays.stacked), stacked(arrays.stacked64), stacked(arrays.scaled),
+        stacked(arrays.turned), stacked(arrays.square),
     )  # fmt: skip
     reduced = Reduced(
         stacked(parts.hessian), stacked(parts.V), stacked(parts.S), stacked(parts.diagonal), stacked(parts.U),
@@ -283,8 +283,9 @@ def solve_groups(
         Q, q, K, k,
     )  # fmt: skip
     ready = safe = False
+    stop = np.int64(0)
     while True:
-        start, stop = next_piece(turn, edges)
+        start, stop = next_piece(stop, turn, edges)
         if start == stop:
             return True
         for i in range(start, stop, LANES):

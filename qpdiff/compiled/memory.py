@@ -21,25 +21,31 @@ KEPT = 2**27
 ALIGNMENT = 64
 """Bytes of a line of the cache: vectors that lie across two take twice as long to load."""
 
-_free: deque[np.ndarray] = deque()
-"""Appended to and popped from in one step each: an array may end at any time, in any thread."""
+
+class _Memory(np.ndarray):
+    """What is kept.
+
+    The base of a view is what it is a view of, but to NumPy what that is a view of if it is an array like the first:
+    it would pass over a block between an array and memory of the same kind.
+    """
 
 
-class _Block:
+class _Block(np.ndarray):
     """What an array and its views hold on to; when the last of them ends, the memory is free."""
 
-    def __init__(self, memory: np.ndarray):
-        self.memory = memory
-
-    @property
-    def __array_interface__(self):
-        return self.memory.__array_interface__
+    memory: _Memory | None = None
+    """Not there in views of a block, which are of this class too."""
 
     def __del__(self):
-        _free.append(self.memory)
-        with suppress(IndexError):
-            while sum(memory.size for memory in list(_free)) > KEPT:
-                _free.popleft()
+        if self.memory is not None:
+            _free.append(self.memory)
+            with suppress(IndexError):
+                while sum(memory.size for memory in list(_free)) > KEPT:
+                    _free.popleft()
+
+
+_free: deque[_Memory] = deque()
+"""Appended to and popped from in one step each: an array may end at any time, in any thread."""
 
 
 def empty(shape, dtype) -> np.ndarray:
@@ -48,17 +54,20 @@ def empty(shape, dtype) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if not SMALLEST <= size <= LARGEST:
         return np.empty(shape, dtype)
-    return np.asarray(_Block(_take(size))).view(dtype).reshape(shape)
+    memory = _take(size)
+    block = _Block(size, np.uint8, memory)
+    block.memory = memory
+    return np.ndarray(shape, dtype, block)
 
 
-def _take(size: int) -> np.ndarray:
+def _take(size: int) -> _Memory:
     with suppress(IndexError):
         for _ in range(len(_free)):
             memory = _free.popleft()
             if memory.size == size:
                 return memory
             _free.append(memory)
-    return _aligned(size)
+    return _aligned(size).view(_Memory)
 
 
 def _aligned(size: int) -> np.ndarray:

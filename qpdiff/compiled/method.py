@@ -135,6 +135,8 @@ class Room(NamedTuple):
     v64: Any
     flags: Any
     """Vectors of rows of small integers."""
+    order: Any
+    """Numbers of rows."""
     stacked: Any
     """The rows of A and G; and in float64."""
     stacked64: Any
@@ -151,7 +153,7 @@ def make_room(n, linear, rows, dtype) -> Room:
 
     return Room(
         np.zeros((OF_VARIABLES, n), dtype), np.zeros((OF_ROWS, rows), dtype), np.zeros((5, n)), np.zeros((5, rows)),
-        np.zeros((2, rows), np.int8), np.empty((linear, n), dtype), np.empty((linear, n)),
+        np.zeros((2, rows), np.int8), np.zeros(rows, np.int64), np.empty((linear, n), dtype), np.empty((linear, n)),
         matrix(linear, n), matrix(n, linear), matrix(n, n),
     )  # fmt: skip
 
@@ -173,6 +175,7 @@ class Work(NamedTuple):
     right_v: Any
     theta_exact: Any
     heavy: Any
+    order: Any
     theta: Any
     rho: Any
     delta: Any
@@ -211,8 +214,8 @@ def make_work(room):
     x, v, x64, v64, flags = room.x, room.v, room.x64, room.v64, room.flags
     return Work(
         x=x64[0], ray=x64[1], Kv=x64[2], v=v64[0], farkas=v64[1], k64=v64[2],
-        kind=flags[0], heavy=flags[1], stacked=room.stacked, stacked64=room.stacked64, scaled=room.scaled,
-        turned=room.turned, square=room.square,
+        kind=flags[0], heavy=flags[1], order=room.order, stacked=room.stacked, stacked64=room.stacked64,
+        scaled=room.scaled, turned=room.turned, square=room.square,
         rho=x[0], b_x=x[1], t=x[2], dx=x[3], cx=x[4], e_x=x[5], columns=x[6], right_x=x[7],
         metric_x=x[12], metric_v=v[19], per_s=v[20], per_z=v[21],
         x_seen=x[13], r_seen=x[14], v_seen=v[22], u=v[23], Sdv=v[24], diagonal=v[25],

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextvars
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache, lru_cache
 
 import numpy as np
 
 from ..backend import single_threaded_blas
 from ..problem import Problem
-from .compiler import claim, jit
+from .compiler import claim, entry, jit, pause, peek
 from .tiles import BLOCK
 
 RANGE_BYTES = 2**28
@@ -26,34 +27,81 @@ SOLVE, SWEEP = 10, 1
 """How often the work that `work_on` is for goes through a problem's matrices, in steps of the iteration."""
 
 
-def work_on(problem: Problem, first: int, prepare: Callable, passes: int, progress=None, group: int = 1) -> None:
+CLAIMED, FINISHED, SUMMED = 0, 1, 2
+"""What a turn counts: the pieces of a batch that threads have taken, all that is done, and the sums taken then."""
+AWAKE = 2**14
+"""How often to look at a turn before waiting in another way: for about half a millisecond."""
+
+
+def work_on(problem: Problem, first: int, prepare: Callable, passes: int, progress=None, group=1, sums=0) -> None:
     """Go through the problems from the first on, on as many threads as help.
 
     The calling thread is one of them, and the one that reports progress. For each range of the batch, `prepare` makes a
     function that solves problems of it and that all threads call with the same `turn`, from which they claim them.
-    What they claim is a multiple of `group` as long as there is so much.
+    What they claim is a multiple of `group` as long as there is so much. `sums` are done after all problems.
     """
     count = problem.batch - first
     workers, number = workers_for(problem, count, passes), _ranges(problem, count, passes, progress is not None)
     with single_threaded_blas() if workers > 1 and max(problem.n, problem.m + problem.p) > BLOCK else nullcontext():
         for i in range(number):
             where = slice(first + i * count // number, first + (i + 1) * count // number)
-            _share(prepare(where), np.zeros(1, np.int64), _pieces(where.stop - where.start, workers, group), workers)
+            edges = _pieces(where.stop - where.start, workers, group)
+            _share(prepare(where), edges, len(edges) - 2 + sums, workers)
             if progress is not None:
                 progress(where.stop, problem.batch)
 
 
-def _share(run: Callable, turn: np.ndarray, edges: np.ndarray, workers: int) -> None:
-    """Call the function on all threads at a time."""
+_turns: deque[np.ndarray] = deque(maxlen=1)
+"""The turn of the next call, for which threads may be waiting already."""
+
+
+def new_turn() -> np.ndarray:
+    return np.zeros(3, np.int64)
+
+
+def _next_turn() -> np.ndarray:
+    with suppress(IndexError):
+        return _turns.pop()
+    return new_turn()
+
+
+def _share(run: Callable, edges: np.ndarray, parts: int, workers: int) -> None:
+    """Call the function on all threads at a time, until so many parts of it are done.
+
+    To wake a thread takes as long as to solve a few problems. So what a thread needs not wait for long it waits for
+    without sleeping, as OpenMP's threads do: the calling one for what the others have begun, and these for the next
+    call, such as that for the derivative after that for the solution.
+    """
+    if workers == 1:
+        run(new_turn(), edges)
+        return
+    turn = _next_turn()
     helpers = [_pool().submit(contextvars.copy_context().run, run, turn, edges) for _ in range(workers - 1)]
+    errors: list = []
     try:
         run(turn, edges)
     finally:
         # A helper that has not begun found every thread busy, and there is nothing left for it to do.
-        errors = [helper.exception() for helper in helpers if not helper.cancel()]
+        begun = [helper for helper in helpers if not helper.cancel()]
+        if turn[FINISHED] < parts and not wait_for(turn, FINISHED, parts):
+            errors = [helper.exception() for helper in begun]
     for error in errors:
         if error is not None:
             raise error
+    turn = new_turn()
+    _turns.append(turn)
+    for _ in begun:
+        _pool().submit(wait_for, turn, CLAIMED, 1)
+
+
+@entry
+def wait_for(turn, which, count):
+    """Wait for a while until a count of a turn has come so far; whether it has."""
+    for _ in range(AWAKE):
+        if peek(turn, which) >= count:
+            return True
+        pause()
+    return False
 
 
 @lru_cache
@@ -74,14 +122,30 @@ def following(i, end, turn, edges):
     """The problem after i, in pieces of the batch of which `turn` has the number of the next; and the piece's end."""
     if i + 1 < end:
         return i + 1, end
-    return next_piece(turn, edges)
+    return next_piece(end, turn, edges)
 
 
 @jit
-def next_piece(turn, edges):
-    """Where the next piece of the batch that no thread has taken begins and ends; the last is empty."""
-    piece = min(claim(turn), edges.shape[0] - 2)
+def next_piece(end, turn, edges):
+    """Where the next piece of the batch that no thread has taken begins and ends; the last is empty.
+
+    `end` is that of the piece which has been done, or 0.
+    """
+    if end > 0:
+        claim(turn, FINISHED)
+    piece = min(claim(turn, CLAIMED), edges.shape[0] - 2)
     return edges[piece], edges[piece + 1]
+
+
+@jit
+def next_sum(number, turn, edges):
+    """The number of the next sum that no thread has taken, after the one with this number, or −1."""
+    if number >= 0:
+        claim(turn, FINISHED)
+    else:
+        while peek(turn, FINISHED) < edges.shape[0] - 2:
+            pause()
+    return claim(turn, SUMMED)
 
 
 def workers_for(problem: Problem, count: int, passes: int) -> int:
@@ -107,7 +171,7 @@ def _operations(problem: Problem) -> float:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qpdiff")
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="qpdiff")
 
 
 if hasattr(os, "register_at_fork"):
