@@ -28,7 +28,6 @@ from .method import (
     whiten_diagonal,
 )
 from .operands import at, fill_rows, in_primal_form, own_rows, reduced_at, stack
-from .products import product
 from .stacks import cholesky, solve_cholesky
 from .threads import following, next_sum
 from .tiles import transpose
@@ -175,7 +174,7 @@ def solve_in_rows(reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
     whiten(reduced, r_x, work)
     for i in range(right.shape[0]):
         right[i] = 0.0 if kind[i] == ABSENT else work.Vt[i] - r_v[i]
-    light = 1e4 if u_x.itemsize == 4 else 1e6
+    light = 1e4 if u_x.itemsize == 4 else 1e8
     accurate = solve_heavy_rows(reduced, kind, E, theta, light, right, u_v, work)
     if not accurate:
         accurate = solve_heavy_rows(reduced, kind, E, theta, np.inf, right, u_v, work)
@@ -187,42 +186,51 @@ def solve_in_rows(reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
 def solve_heavy_rows(reduced, kind, E, theta, light, right, u_v, work):
     """Solve (S + θ) u = right; whether that is accurate.
 
-    Rows whose θ is so many times their entry of S, such as those of inactive constraints, hardly move the others: only
-    the others are factored, and refinement makes up for it.
+    Rows whose θ is so many times their entry of S, such as those of inactive constraints, are light: they hardly move
+    the others and each other not at all, so that theirs of S are not read. The matrix of the heavy rows is factored,
+    and refinement brings in the light ones.
     """
-    U, S, left, heavy, c = reduced.U, reduced.S, work.cv, work.order, work.dv
+    U, S, heavy, left, c, of_light = reduced.U, reduced.S, work.order, work.cv, work.dv, work.ds
     rows, count = u_v.shape[0], 0
     least, enough = (1e-5, 1e-3) if u_v.itemsize == 4 else (1e-10, 1e-5)
     for i in range(rows):
         if kind[i] == ABSENT or theta[i] > light * S[i, i]:
             u_v[i] = 0.0 if kind[i] == ABSENT else right[i] / theta[i]
+            of_light[i] = u_v[i]
         else:
+            of_light[i] = 0.0
             heavy[count] = i
             count += 1
+    c = c[:count]
     for a in range(count):
         i, row, out = heavy[a], S[heavy[a]], U[a]
         for b in range(a, count):
             out[b] = row[heavy[b]]
         out[a] += larger(theta[i], least / (E[i] * E[i]))
+        c[a] = right[i]
     if count > 0 and not cholesky(U, count):
         return False
-    c = c[:count]
-    for a in range(count):
-        c[a] = right[heavy[a]]
     solve_cholesky(U, c)
     for a in range(count):
         u_v[heavy[a]] = c[a]
     for _ in range(3):
-        product(S, u_v, left)
         for i in range(rows):
-            left[i] = 0.0 if kind[i] == ABSENT else right[i] - left[i] - theta[i] * u_v[i]
+            left[i] = 0.0 if kind[i] == ABSENT else right[i] - theta[i] * u_v[i]
         for a in range(count):
-            c[a] = left[heavy[a]]
+            row, entry, total = S[heavy[a]], u_v[heavy[a]], 0.0
+            for j in range(rows):
+                left[j] -= entry * row[j]
+                total += row[j] * of_light[j]
+            c[a] = total
+        for a in range(count):
+            c[a] = left[heavy[a]] - c[a]
+        solve_cholesky(U, c)
         for i in range(rows):
             left[i] = left[i] / theta[i]
-        solve_cholesky(U, c)
+            of_light[i] += left[i]
         for a in range(count):
             left[heavy[a]] = c[a]
+            of_light[heavy[a]] = 0.0
         correction = solution = 0.0
         for i in range(rows):
             per_E = 1.0 / E[i]
