@@ -489,7 +489,7 @@ def right_hand_side(problem: Problem, x, v, tangents: dict[str, Any]):
 def solution_vjp(problem: Problem, x, v, u_x, u_v, names=None) -> dict[str, Any]:
     """Gradients (B or 1, core) of the operands from u = K⁻¹ (x̄, v̄)."""
     return _operand_gradients(
-        problem, v, names, q=-u_x, k=u_v, Q=[(-0.5, u_x, x)], K=[(-1.0, v, u_x), (-1.0, u_v, x)]
+        problem, v, names, q=-u_x, k=u_v, Q=(-0.5, u_x, x), K=[(-1.0, v, u_x), (-1.0, u_v, x)]
     )  # fmt: skip
 
 
@@ -503,7 +503,7 @@ def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v, names=None):
     k_bar = xp.where(problem.inequality, t_v * u_v / safe_v, xp.zeros_like(theta))
     gradients = _operand_gradients(
         problem, v, names, q=xp.zeros_like(u_x), k=k_bar,
-        Q=[(-0.5, t_x, u_x)], K=[(-1.0, u_v, t_x), (-1.0, t_v, u_x), (-1.0, k_bar, x)],
+        Q=(-0.5, t_x, u_x), K=[(-1.0, u_v, t_x), (-1.0, t_v, u_x), (-1.0, k_bar, x)],
     )  # fmt: skip
     return -problem.adjoint(k_bar), -k_bar * theta, gradients
 
@@ -529,9 +529,9 @@ def _theta(problem: Problem, x, v):
 def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, Any]:
     """Gradients of the operands from those of q and k, and from numbers c with vectors a, b.
 
-    The gradient of the matrix of all rows is Σ c abᵀ over those of K, and that of Q is Σ c (abᵀ + baᵀ) over those of Q.
+    The gradient of the matrix of all rows is Σ c abᵀ over those of K, and that of Q is c (abᵀ + baᵀ) with those of Q.
     """
-    xp, blocks = problem.backend.xp, problem.blocks
+    xp, backend, blocks = problem.backend.xp, problem.backend, problem.blocks
     lower = -k[:, blocks["lb"]] if problem.lb is not None else None
     upper = k[:, blocks["ub"]] if problem.ub is not None else None
     if lower is not None and upper is not None:
@@ -544,17 +544,15 @@ def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, A
     out = {}
     for name in names:
         if name == "Q":
-            half = _outer(xp, Q, shared[name])
-            out[name] = half + xp.matrix_transpose(half)  # symmetric to the last bit
+            c, a, b = Q
+            if shared[name]:
+                half = (c * a).T @ b
+                out[name] = (half + half.T)[None, :, :]
+            else:
+                out[name] = backend.symmetric_outer(c * a, b)
         elif name in ("A", "G"):
-            out[name] = _outer(xp, [(c, a[:, blocks[name]], b) for c, a, b in K], shared[name])
+            pairs = [(c * a[:, blocks[name]], b) for c, a, b in K]
+            out[name] = sum(a.T @ b for a, b in pairs)[None, :, :] if shared[name] else backend.outer(pairs)
         else:
             out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared[name] else vectors[name]
     return out
-
-
-def _outer(xp, terms, shared: bool):
-    """Σ c abᵀ over numbers and vectors (B, ·), for every problem or summed over the batch."""
-    if shared:
-        return sum((c * a).T @ b for c, a, b in terms)[None, :, :]
-    return xp.stack([c * a for c, a, _ in terms], axis=-1) @ xp.stack([b for _, _, b in terms], axis=-2)

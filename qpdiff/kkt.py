@@ -116,7 +116,7 @@ class DenseDualForm:
     def __init__(self, problem: Problem, constants):
         self.problem = problem
         self.constants = constants
-        """F⁻¹, V = K F⁻ᵀ and S = V Vᵀ."""
+        """The backend's root of Q, V = K F⁻ᵀ and S = V Vᵀ."""
 
     @classmethod
     def prepare(cls, problem: Problem) -> tuple[DenseDualForm, Any]:
@@ -125,11 +125,11 @@ class DenseDualForm:
         diagonal = xp.linalg.diagonal(problem.Q)
         factor, positive = backend.factor(problem.Q)
         blocks = [K for K in (problem.A, problem.G) if K is not None]
-        inverse = backend.inverse(factor)
-        V = _stack(xp, [K @ inverse.mT for K in blocks])
+        root = backend.root(factor)
+        V = backend.whiten_rows(root, _stack(xp, blocks))
         enough = 1e-6 if problem.dtype == xp.float64 else 1e-2
         good = positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal)
-        return cls(problem, (inverse, V, V @ V.mT)), xp.all(good, axis=-1)
+        return cls(problem, (root, V, V @ V.mT)), xp.all(good, axis=-1)
 
     @property
     def S(self):
@@ -143,8 +143,8 @@ class DenseDualForm:
 
     def eliminate(self, factor, r_x):
         """F⁻¹ r_x, and K Q⁻¹ r_x."""
-        inverse, V, _ = self.constants
-        whitened = product(inverse, r_x)
+        root, V, _ = self.constants
+        whitened = self.problem.backend.whiten(root, r_x)
         return whitened, product(V, whitened)
 
     def solve_rows(self, factor, eliminated, r_v):
@@ -156,8 +156,8 @@ class DenseDualForm:
 
     def variables(self, whitened, v):
         """Q⁻¹ (r_x − Kᵀv) for F⁻¹ r_x."""
-        inverse, V, _ = self.constants
-        return product_transposed(inverse, whitened - product_transposed(V, v))
+        root, V, _ = self.constants
+        return self.problem.backend.unwhiten(root, whitened - product_transposed(V, v))
 
 
 class DiagonalDualForm:

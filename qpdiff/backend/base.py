@@ -120,9 +120,21 @@ class Backend:
             return r @ inverse[0, :, :] @ inverse[0, :, :].mT
         return (inverse @ (inverse.mT @ r[:, :, None]))[:, :, 0]
 
-    def inverse(self, factor):
-        """F⁻¹."""
+    def root(self, factor):
+        """What is kept of a factor F to multiply by F⁻¹: F⁻¹ itself, (B or 1, n, n)."""
         return factor[0].mT
+
+    def whiten(self, root, r):
+        """F⁻¹ r for vectors r (B, n)."""
+        return r @ root[0, :, :].mT if root.shape[0] == 1 else (root @ r[:, :, None])[:, :, 0]
+
+    def unwhiten(self, root, r):
+        """F⁻ᵀ r for vectors r (B, n)."""
+        return r @ root[0, :, :] if root.shape[0] == 1 else (r[:, None, :] @ root)[:, 0, :]
+
+    def whiten_rows(self, root, K):
+        """K F⁻ᵀ for matrices K (B or 1, k, n)."""
+        return K @ root.mT
 
     def for_products(self, operand):
         """An operand in a layout that products with it read without a copy."""
@@ -137,6 +149,15 @@ class Backend:
             return S.mT @ S
 
         return weighted
+
+    def outer(self, pairs):
+        """Σ a bᵀ over pairs of vectors (B, k) and (B, n)."""
+        return self.xp.stack([a for a, _ in pairs], axis=-1) @ self.xp.stack([b for _, b in pairs], axis=-2)
+
+    def symmetric_outer(self, a, b):
+        """The sum a bᵀ + b aᵀ for vectors (B, n), symmetric to the last bit."""
+        half = self.outer([(a, b)])
+        return half + self.xp.matrix_transpose(half)
 
     def add_diagonal(self, M, diagonal):
         """M + diag(d) for matrices (B or 1, n, n) and vectors d (B, n)."""

@@ -67,7 +67,7 @@ class CuPyBackend(Backend):
             return _solve_lower(L, _solve_lower(L, r.T[None, :, :]), transposed=True)[0, :, :].T
         return _solve_lower(L, _solve_lower(L, r[:, :, None]), transposed=True)[:, :, 0]
 
-    def inverse(self, factor):
+    def root(self, factor):
         (L,) = factor
         eye = self.xp.broadcast_to(self.eye(L.shape[-1], L.dtype), L.shape)
         return self.xp.ascontiguousarray(_solve_lower(L, eye))  # the triangular solve returns columns

@@ -62,6 +62,6 @@ class JAXBackend(Backend):
             return cho_solve((L[0], True), r.T).T
         return cho_solve((L, True), r[:, :, None])[:, :, 0]
 
-    def inverse(self, factor):
+    def root(self, factor):
         (L,) = factor
         return solve_triangular(L, self.xp.broadcast_to(self.eye(L.shape[-1], L.dtype), L.shape), lower=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextvars
+import itertools
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
@@ -19,6 +21,15 @@ LARGE = 64
 """From this size on LAPACK's solve with one right-hand side takes longer than two of BLAS with a triangle."""
 FEW = 16
 """So few matrices take less time one after the other."""
+WORTH_A_THREAD = 2**22
+"""Bytes of a result from which on threads share in it."""
+
+
+class _Root(NamedTuple):
+    """L⁻¹; or L, where to solve with it takes no longer than a product with its inverse, which then is not made."""
+
+    inverse: Any
+    L: Any
 
 
 class NumPyBackend(Backend):
@@ -67,20 +78,57 @@ class NumPyBackend(Backend):
         (potrs,) = get_lapack_funcs(("potrs",), (L,))
         if L.shape[0] == 1:
             return potrs(L[0].T, r.T, lower=0)[0].T
+        if L.shape[-1] >= LARGE:
+            return _solve_lower(L, _solve_lower(L, r), transposed=True)
         out = np.empty_like(r)
-        # Lᵀ is what LAPACK sees of a row-major L without a copy.
-        if L.shape[-1] < LARGE:
-            for i in range(r.shape[0]):
-                out[i] = potrs(L[i].T, r[i], lower=0)[0]
-        else:
-            (trsv,) = get_blas_funcs(("trsv",), (L,))
-            for i in range(r.shape[0]):
-                out[i] = trsv(L[i].T, trsv(L[i].T, r[i], trans=1), overwrite_x=True)
+        for i in range(r.shape[0]):
+            out[i] = potrs(L[i].T, r[i], lower=0)[0]
         return out
 
-    def inverse(self, factor):
+    def root(self, factor):
         (L,) = factor
-        return L if _is_inverted(L) else _inverse_lower(L)
+        if L.shape[-1] >= LARGE and len(L) > 1:
+            return _Root(None, L)
+        return _Root(L if _is_inverted(L) else _inverse_lower(L), None)
+
+    def whiten(self, root, r):
+        return _solve_lower(root.L, r) if root.inverse is None else super().whiten(root.inverse, r)
+
+    def unwhiten(self, root, r):
+        return _solve_lower(root.L, r, transposed=True) if root.inverse is None else super().unwhiten(root.inverse, r)
+
+    def whiten_rows(self, root, K):
+        if root.inverse is not None:
+            return super().whiten_rows(root.inverse, K)
+        out = np.array(np.broadcast_to(K, (len(root.L), *K.shape[1:])), order="C")
+        (trsm,) = get_blas_funcs(("trsm",), (out,))
+        with single_threaded_blas():  # SciPy's BLAS has threads of its own, for which NumPy's would have to make room
+            for L, rows in zip(root.L, out, strict=True):
+                trsm(1.0, L.T, rows.T, trans_a=1, overwrite_b=True)
+        return out
+
+    def outer(self, pairs):
+        return self._outer_of_each(pairs) if pairs[0][1].shape[-1] >= LARGE else super().outer(pairs)
+
+    def symmetric_outer(self, a, b):
+        return self._outer_of_each([(a, b), (b, a)]) if a.shape[-1] >= LARGE else super().symmetric_outer(a, b)
+
+    def _outer_of_each(self, pairs):
+        """One problem after the other, so that what is added is still in the cache."""
+        (first, other), *rest = pairs
+        out = np.empty((len(first), first.shape[-1], other.shape[-1]), first.dtype)
+
+        def fill(problems: slice):
+            term = np.empty(out.shape[1:], out.dtype)
+            for i in range(problems.start, problems.stop):
+                np.multiply.outer(first[i], other[i], out=out[i])
+                for a, b in rest:
+                    out[i] += np.multiply.outer(a[i], b[i], out=term)
+
+        workers = self.workers if out.nbytes >= WORTH_A_THREAD else 1
+        edges = [len(out) * i // workers for i in range(workers + 1)]
+        self.map(fill, [slice(*ends) for ends in itertools.pairwise(edges)], workers)
+        return out
 
     def add_diagonal(self, M, diagonal):
         n = M.shape[-1]
@@ -95,6 +143,16 @@ def _cholesky_or_nan(M):
         return np.linalg.cholesky(M)
     except np.linalg.LinAlgError:
         return np.full_like(M, np.nan)
+
+
+def _solve_lower(L, r, *, transposed=False):
+    """L⁻¹ r or L⁻ᵀ r for as many vectors r as matrices L."""
+    (trsv,) = get_blas_funcs(("trsv",), (L,))
+    out = np.empty_like(r)
+    for i in range(len(r)):
+        # Lᵀ is what BLAS sees of a row-major L without a copy.
+        out[i] = trsv(L[i].T, r[i], trans=0 if transposed else 1)
+    return out
 
 
 def _is_inverted(L) -> bool:

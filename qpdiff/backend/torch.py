@@ -57,6 +57,6 @@ class TorchBackend(Backend):
             return torch.cholesky_solve(r.mT, L[0]).mT
         return torch.cholesky_solve(r[:, :, None], L)[:, :, 0]
 
-    def inverse(self, factor):
+    def root(self, factor):
         (L,) = factor
         return torch.linalg.solve_triangular(L, self.eye(L.shape[-1], L.dtype), upper=False)
