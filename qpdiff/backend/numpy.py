@@ -19,6 +19,8 @@ SMALL = 10
 """Up to this size triangular matrices are inverted row by row, all problems at once."""
 LARGE = 64
 """From this size on LAPACK's solve with one right-hand side takes longer than two of BLAS with a triangle."""
+SOLVED = 192
+"""From this size on to solve with a triangle takes less time than a product with its inverse, and to make that."""
 FEW = 16
 """So few matrices take less time one after the other."""
 WORTH_A_THREAD = 2**22
@@ -26,7 +28,7 @@ WORTH_A_THREAD = 2**22
 
 
 class _Root(NamedTuple):
-    """L⁻¹; or L, where to solve with it takes no longer than a product with its inverse, which then is not made."""
+    """L⁻¹, or L itself where that is better."""
 
     inverse: Any
     L: Any
@@ -87,7 +89,7 @@ class NumPyBackend(Backend):
 
     def root(self, factor):
         (L,) = factor
-        if L.shape[-1] >= LARGE and len(L) > 1:
+        if L.shape[-1] >= SOLVED and len(L) > 1:
             return _Root(None, L)
         return _Root(L if _is_inverted(L) else _inverse_lower(L), None)
 
