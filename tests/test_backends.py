@@ -19,6 +19,42 @@ def test_vjp_on_another_library(xp):
     np.testing.assert_allclose(xp.to_numpy(tangent.x), expected_tangent.x, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("n", [1, 9, 30, 70, 200])
+def test_products_with_the_inverse_of_a_factor(xp, n, shared):
+    rng = np.random.default_rng(n)
+    R, r, K = rng.normal(size=(1 if shared else 3, n, n)), rng.normal(size=(3, n)), rng.normal(size=(3, 7, n))
+    M = R @ R.mT / n + np.eye(n)
+    backend = qpdiff.solve_qp(xp.asarray(M), xp.asarray(r)).linearization.problem.backend
+    factor, positive = backend.factor(xp.asarray(M))
+    root = backend.root(factor)
+    assert np.all(xp.to_numpy(positive))
+    once = backend.whiten(root, xp.asarray(r))
+    given = xp.asarray(K.copy())
+    rows = backend.whiten_rows(root, given)
+    expected = np.linalg.solve(M, r[:, :, None])[:, :, 0]
+    np.testing.assert_allclose(xp.to_numpy(backend.unwhiten(root, once)), expected, rtol=1e-9, atol=1e-9)
+    of_rows = (xp.to_numpy(rows) @ xp.to_numpy(once)[:, :, None])[:, :, 0]
+    np.testing.assert_allclose(of_rows, (K @ expected[:, :, None])[:, :, 0], rtol=1e-9, atol=1e-9)
+    gram = np.linalg.solve(M, K.mT)
+    np.testing.assert_allclose(xp.to_numpy(rows) @ xp.to_numpy(rows).mT, K @ gram, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(xp.to_numpy(given), K)
+
+
+@pytest.mark.parametrize(("batch", "n"), [(3, 5), (3, 70), (40, 130)])
+def test_outer_products(xp, batch, n):
+    rng = np.random.default_rng(n)
+    a, b, c, d = (rng.normal(size=(batch, size)) for size in (6, n, 6, n))
+    backend = qpdiff.solve_qp(xp.asarray(np.eye(1)), xp.asarray(np.ones(1))).linearization.problem.backend
+    pairs = [(xp.asarray(a), xp.asarray(b)), (xp.asarray(c), xp.asarray(d))]
+    expected = a[:, :, None] * b[:, None, :] + c[:, :, None] * d[:, None, :]
+    np.testing.assert_allclose(xp.to_numpy(backend.outer(pairs)), expected, rtol=1e-12, atol=1e-12)
+    symmetric = xp.to_numpy(backend.symmetric_outer(xp.asarray(b), xp.asarray(d)))
+    expected = b[:, :, None] * d[:, None, :]
+    np.testing.assert_allclose(symmetric, expected + expected.mT, rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(symmetric, symmetric.mT)
+
+
 def test_the_backend_flag_moves_the_data(strict):
     operands = random_problem(np.random.default_rng(2), "A G")
     moved = qpdiff.solve_qp(**{name: strict.asarray(value) for name, value in operands.items()}, backend="numpy")
