@@ -175,7 +175,8 @@ def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: 
         return run
 
     work_on(problem, 0, prepare, SWEEP, sums=sum(-(-len(a) // derivative.STRIP) for a in sums.values()))
-    sums["Q"] = sums["Q"] + sums["Q"].T if len(sums["Q"]) else sums["Q"]
+    if len(sums["Q"]):
+        sums["Q"] = sums["Q"] + sums["Q"].T
     return u_x, u_v, {k: a for k, a in gradients.items() if len(a)} | {k: a[None] for k, a in sums.items() if len(a)}
 
 

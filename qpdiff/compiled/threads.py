@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import os
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import cache, lru_cache
 
 import numpy as np
@@ -25,8 +24,6 @@ WORTH_A_REPORT = 1e9
 """Operations after which progress is reported."""
 SOLVE, SWEEP = 10, 1
 """How often the work that `work_on` is for goes through a problem's matrices, in steps of the iteration."""
-
-
 CLAIMED, FINISHED, SUMMED = 0, 1, 2
 """What a turn counts: the pieces of a batch that threads have taken, all that is done, and the sums taken then."""
 AWAKE = 2**14
@@ -38,7 +35,7 @@ def work_on(problem: Problem, first: int, prepare: Callable, passes: int, progre
 
     The calling thread is one of them, and the one that reports progress. For each range of the batch, `prepare` makes a
     function that solves problems of it and that all threads call with the same `turn`, from which they claim them.
-    What they claim is a multiple of `group` as long as there is so much. `sums` are done after all problems.
+    What they claim is a multiple of `group` as long as there is so much. `sums` is how many are left for `next_sum`.
     """
     count = problem.batch - first
     workers, number = workers_for(problem, count, passes), _ranges(problem, count, passes, progress is not None)
@@ -51,31 +48,16 @@ def work_on(problem: Problem, first: int, prepare: Callable, passes: int, progre
                 progress(where.stop, problem.batch)
 
 
-_turns: deque[np.ndarray] = deque(maxlen=1)
-"""The turn of the next call, for which threads may be waiting already."""
-
-
 def new_turn() -> np.ndarray:
     return np.zeros(3, np.int64)
-
-
-def _next_turn() -> np.ndarray:
-    with suppress(IndexError):
-        return _turns.pop()
-    return new_turn()
 
 
 def _share(run: Callable, edges: np.ndarray, parts: int, workers: int) -> None:
     """Call the function on all threads at a time, until so many parts of it are done.
 
-    To wake a thread takes as long as to solve a few problems. So what a thread needs not wait for long it waits for
-    without sleeping, as OpenMP's threads do: the calling one for what the others have begun, and these for the next
-    call, such as that for the derivative after that for the solution.
+    The calling thread waits without sleeping for what the others have begun: to be woken would take longer than that.
     """
-    if workers == 1:
-        run(new_turn(), edges)
-        return
-    turn = _next_turn()
+    turn = new_turn()
     helpers = [_pool().submit(contextvars.copy_context().run, run, turn, edges) for _ in range(workers - 1)]
     errors: list = []
     try:
@@ -83,22 +65,18 @@ def _share(run: Callable, edges: np.ndarray, parts: int, workers: int) -> None:
     finally:
         # A helper that has not begun found every thread busy, and there is nothing left for it to do.
         begun = [helper for helper in helpers if not helper.cancel()]
-        if turn[FINISHED] < parts and not wait_for(turn, FINISHED, parts):
+        if begun and turn[FINISHED] < parts and not wait_for(turn, parts):
             errors = [helper.exception() for helper in begun]
     for error in errors:
         if error is not None:
             raise error
-    turn = new_turn()
-    _turns.append(turn)
-    for _ in begun:
-        _pool().submit(wait_for, turn, CLAIMED, 1)
 
 
 @entry
-def wait_for(turn, which, count):
-    """Wait for a while until a count of a turn has come so far; whether it has."""
+def wait_for(turn, parts):
+    """Wait for a while until so many parts are finished; whether they are."""
     for _ in range(AWAKE):
-        if peek(turn, which) >= count:
+        if peek(turn, FINISHED) >= parts:
             return True
         pause()
     return False
@@ -171,7 +149,7 @@ def _operations(problem: Problem) -> float:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="qpdiff")
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qpdiff")
 
 
 if hasattr(os, "register_at_fork"):
