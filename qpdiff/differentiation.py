@@ -489,7 +489,7 @@ def right_hand_side(problem: Problem, x, v, tangents: dict[str, Any]):
 def solution_vjp(problem: Problem, x, v, u_x, u_v, names=None) -> dict[str, Any]:
     """Gradients (B or 1, core) of the operands from u = K⁻¹ (x̄, v̄)."""
     return _operand_gradients(
-        problem, v, names, q=-u_x, k=u_v, Q=(-0.5, u_x, x), K=[(-1.0, v, u_x), (-1.0, u_v, x)]
+        problem, v, names, q=-u_x, k=u_v, Q=(u_x, x), K=[(v, u_x), (u_v, x)]
     )  # fmt: skip
 
 
@@ -503,7 +503,7 @@ def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v, names=None):
     k_bar = xp.where(problem.inequality, t_v * u_v / safe_v, xp.zeros_like(theta))
     gradients = _operand_gradients(
         problem, v, names, q=xp.zeros_like(u_x), k=k_bar,
-        Q=(-0.5, t_x, u_x), K=[(-1.0, u_v, t_x), (-1.0, t_v, u_x), (-1.0, k_bar, x)],
+        Q=(t_x, u_x), K=[(u_v, t_x), (t_v, u_x), (k_bar, x)],
     )  # fmt: skip
     return -problem.adjoint(k_bar), -k_bar * theta, gradients
 
@@ -527,9 +527,9 @@ def _theta(problem: Problem, x, v):
 
 
 def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, Any]:
-    """Gradients of the operands from those of q and k, and from numbers c with vectors a, b.
+    """Gradients of the operands from those of q and k, and from pairs of vectors a, b.
 
-    The gradient of the matrix of all rows is Σ c abᵀ over those of K, and that of Q is c (abᵀ + baᵀ) with those of Q.
+    The gradient of the matrix of all rows is −Σ abᵀ over the pairs of K, and that of Q −½(abᵀ + baᵀ) with the one of Q.
     """
     xp, backend, blocks = problem.backend.xp, problem.backend, problem.blocks
     lower = -k[:, blocks["lb"]] if problem.lb is not None else None
@@ -544,14 +544,14 @@ def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, A
     out = {}
     for name in names:
         if name == "Q":
-            c, a, b = Q
+            a, b = -0.5 * Q[0], Q[1]
             if shared[name]:
-                half = (c * a).T @ b
+                half = a.T @ b
                 out[name] = (half + half.T)[None, :, :]
             else:
-                out[name] = backend.symmetric_outer(c * a, b)
+                out[name] = backend.symmetric_outer(a, b)
         elif name in ("A", "G"):
-            pairs = [(c * a[:, blocks[name]], b) for c, a, b in K]
+            pairs = [(-a[:, blocks[name]], b) for a, b in K]
             out[name] = sum(a.T @ b for a, b in pairs)[None, :, :] if shared[name] else backend.outer(pairs)
         else:
             out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared[name] else vectors[name]

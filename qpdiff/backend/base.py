@@ -115,10 +115,8 @@ class Backend:
 
     def solve(self, factor, r):
         """M⁻¹ r for vectors r (B, n)."""
-        (inverse,) = factor
-        if inverse.shape[0] == 1:
-            return r @ inverse[0, :, :] @ inverse[0, :, :].mT
-        return (inverse @ (inverse.mT @ r[:, :, None]))[:, :, 0]
+        root = self.root(factor)
+        return self.unwhiten(root, self.whiten(root, r))
 
     def root(self, factor):
         """What is kept of a factor F to multiply by F⁻¹: F⁻¹ itself, (B or 1, n, n)."""

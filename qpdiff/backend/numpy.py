@@ -76,7 +76,7 @@ class NumPyBackend(Backend):
     def solve(self, factor, r):
         (L,) = factor
         if _is_inverted(L):
-            return super().solve((L.mT,), r)
+            return super().unwhiten(L, super().whiten(L, r))
         (potrs,) = get_lapack_funcs(("potrs",), (L,))
         if L.shape[0] == 1:
             return potrs(L[0].T, r.T, lower=0)[0].T
