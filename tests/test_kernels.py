@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("numba")
 from numba import njit
 
-from qpdiff.compiled import products, tiles
+from qpdiff.compiled import ahead, products, tiles
 from qpdiff.compiled.blas import add_product_tn
 from qpdiff.compiled.compiler import OPTIONS, claim, peek
 from qpdiff.compiled.lanes import larger
@@ -34,6 +34,8 @@ forward, backward = called(products.forward, "U, r"), called(products.backward, 
 dot = called(products.dot, "a, b")
 add_product = called(add_product_tn, "alpha, A, B, C")
 larger_of = called(larger, "a, b")
+fetch_vectors = called(ahead.fetch_vectors, "vectors, i")
+fetch_rows, fetch_upper = (called(f, "stack, i, part, parts") for f in (ahead.fetch_rows, ahead.fetch_upper))
 claimed, peeked = called(claim, "counts, which"), called(peek, "counts, which")
 
 
@@ -215,3 +217,18 @@ def test_numbers_are_claimed_once():
     assert [peeked(counts, which) for which in range(3)] == counts.tolist() == [8, 0, 10]
     a = rng(0).normal(size=30)
     assert dot(a, a) == pytest.approx(np.sum(a * a))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 8, 16), (1, 8, 16), (3, 0, 0), (3, 5, 1)])
+def test_what_is_fetched_stays_as_it_is(dtype, shape):
+    stack = rng(0).normal(size=shape).astype(dtype)
+    before = stack.copy()
+    for i in (-1, 0, shape[0] - 1):
+        fetch_vectors((stack.reshape(shape[0], shape[1] * shape[2]),), i)
+        for part in range(20):
+            fetch_rows(stack, i, part, 20)
+            fetch_upper(stack, i, part, 20)
+    assert np.array_equal(stack, before)
+    for function in (fetch_vectors, fetch_rows, fetch_upper):
+        assert all("llvm.prefetch" in code for code in function.inspect_llvm().values())

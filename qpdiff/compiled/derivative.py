@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .ahead import fetch_rows, fetch_upper, fetch_vectors
 from .blas import add_product_tn
 from .compiler import entry, jit, literal
 from .lanes import larger
@@ -34,6 +35,8 @@ from .tiles import transpose
 
 STRIP = 16
 """Rows of a gradient that a thread sums up at a time."""
+FETCHED = 32
+"""Variables from which on what is kept of a problem is more than the processor fetches by itself in time."""
 
 
 @jit
@@ -168,22 +171,25 @@ def solve_afresh(one, reduced, theta, heavy, r_x, r_v, u_x, u_v, work):
 
 
 @jit
-def solve_in_rows(reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
-    """Solve with a dense dual form, whose matrix of the rows is made for the purpose; whether that is accurate."""
+def solve_in_rows(store, ahead, reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
+    """Solve with a dense dual form, whose matrix of the rows is made for the purpose; whether that is accurate.
+
+    Meanwhile what is kept of problem `ahead` is fetched, the one that comes next.
+    """
     right = work.shifted
     whiten(reduced, r_x, work)
     for i in range(right.shape[0]):
         right[i] = 0.0 if kind[i] == ABSENT else work.Vt[i] - r_v[i]
     light = 1e4 if u_x.itemsize == 4 else 1e8
-    accurate = solve_heavy_rows(reduced, kind, E, theta, light, right, u_v, work)
+    accurate = solve_heavy_rows(store, ahead, reduced, kind, E, theta, light, right, u_v, work)
     if not accurate:
-        accurate = solve_heavy_rows(reduced, kind, E, theta, np.inf, right, u_v, work)
+        accurate = solve_heavy_rows(store, ahead, reduced, kind, E, theta, np.inf, right, u_v, work)
     solve_variables(reduced, 1.0, u_v, u_x, work)
     return accurate
 
 
 @jit
-def solve_heavy_rows(reduced, kind, E, theta, light, right, u_v, work):
+def solve_heavy_rows(store, ahead, reduced, kind, E, theta, light, right, u_v, work):
     """Solve (S + θ) u = right; whether that is accurate.
 
     Rows whose θ is so many times their entry of S, such as those of inactive constraints, are light: they hardly move
@@ -203,6 +209,7 @@ def solve_heavy_rows(reduced, kind, E, theta, light, right, u_v, work):
             count += 1
     c = c[:count]
     for a in range(count):
+        fetch_upper(store.hessian, ahead, a, count)
         i, row, out = heavy[a], S[heavy[a]], U[a]
         for b in range(a, count):
             out[b] = row[heavy[b]]
@@ -217,6 +224,7 @@ def solve_heavy_rows(reduced, kind, E, theta, light, right, u_v, work):
         for i in range(rows):
             left[i] = 0.0 if kind[i] == ABSENT else right[i] - theta[i] * u_v[i]
         for a in range(count):
+            fetch_upper(store.S, ahead, a, count)
             row, entry, total = S[heavy[a]], u_v[heavy[a]], 0.0
             for j in range(rows):
                 left[j] -= entry * row[j]
@@ -242,8 +250,8 @@ def solve_heavy_rows(reduced, kind, E, theta, light, right, u_v, work):
 
 
 @jit
-def solve_kkt(batch, own, store, metric, form, factored, v, s, i, r_x, r_v, u_x, u_v, work):
-    """Solve the KKT system at the solution of problem i; `own` is whether it has rows of its own."""
+def solve_kkt(batch, own, store, metric, form, factored, v, s, i, ahead, r_x, r_v, u_x, u_v, work):
+    """Solve the KKT system at the solution of problem i, before that of `ahead`; `own`: it has rows of its own."""
     k, kind, theta, heavy, rounds = work.k, work.kind, work.theta_exact, work.heavy, np.int64(3)
     accuracy = np.sqrt(np.finfo(u_x.dtype).eps)
     lb, ub = at(batch.lb, i), at(batch.ub, i)
@@ -252,7 +260,8 @@ def solve_kkt(batch, own, store, metric, form, factored, v, s, i, r_x, r_v, u_x,
     for j in range(v.shape[0]):
         theta[j] = s[j] / v[j] if kind[j] == INEQUALITY else (0.0 if kind[j] == EQUALITY else np.inf)
         heavy[j] = kind[j] == EQUALITY or (kind[j] == INEQUALITY and theta[j] * E[j] ** 2 < 1.0)
-    if form == DENSE_DUAL and factored and solve_in_rows(reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
+    in_rows = form == DENSE_DUAL and factored
+    if in_rows and solve_in_rows(store, ahead, reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
         return
     Q, q, K = at(batch.Q, i), at(batch.q, i), stack(at(batch.A, i), at(batch.G, i), work.stacked, own)
     one = One(Q, q, K, k, kind, batch.b.shape[1], lb.shape[0], ub.shape[0], D, E, Q, q, K, k)
@@ -279,7 +288,7 @@ def solve_kkt_batch(
     """
     work = make_work(room)
     p, own = of_A.shape[1], own_rows(batch, work)
-    last = u_x.shape[0] - 1
+    last, n = u_x.shape[0] - 1, x.shape[1]
     k = end = np.int64(0)
     while True:
         k, end = following(k, end, turn, edges)
@@ -287,18 +296,24 @@ def solve_kkt_batch(
             break
         # Backwards: what the solve has left in the cache is what it came to last.
         i = last - k
+        ahead = i - 1 if n >= FETCHED else -1
         if solved[i]:
             copy(r_x[i], work.right_x)
             copy(r_v[i], work.right_v)
             solve_kkt(
-                batch, own, store, metric, forms[i], factored[i], v[i], s[i], i, work.right_x, work.right_v, u_x[i],
-                u_v[i], work,
+                batch, own, store, metric, forms[i], factored[i], v[i], s[i], i, ahead, work.right_x, work.right_v,
+                u_x[i], u_v[i], work,
             )  # fmt: skip
         else:
             u_x[i] = fill
             u_v[i] = fill
+        if forms[i] == DENSE_DUAL:
+            fetch_vectors((x, v, s, r_x, r_v, batch.h), ahead)
         if of_Q.shape[0]:
-            symmetric_product(u_x[i], x[i], of_Q[i])
+            parts = n if ahead >= 0 else 1
+            for part in range(parts):
+                fetch_rows(store.V, ahead, part, parts)
+                symmetric_product(u_x[i], x[i], of_Q[i], n * part // parts, n * (part + 1) // parts)
         if of_A.shape[0]:
             product_of_rows(v[i, :p], u_v[i, :p], x[i], u_x[i], of_A[i])
         if of_G.shape[0]:
@@ -342,9 +357,9 @@ def add_products(factor, a, b, out, strip):
 
 
 @literal
-def symmetric_product(u, x, out):
-    """−½ (u xᵀ + x uᵀ), the gradient of Q."""
-    for j in range(x.shape[0]):
+def symmetric_product(u, x, out, start, stop):
+    """Some rows of −½ (u xᵀ + x uᵀ), the gradient of Q."""
+    for j in range(start, stop):
         u_j, x_j, row = -0.5 * u[j], -0.5 * x[j], out[j]
         for k in range(x.shape[0]):
             row[k] = u_j * x[k] + x_j * u[k]
