@@ -174,7 +174,7 @@ def solve_kkt(problem: Problem, factors: Factors, v, s, solved, r_x, r_v, fill: 
 
         return run
 
-    work_on(problem, 0, prepare, SWEEP, sums=sum(-(-len(a) // derivative.STRIP) for a in sums.values()))
+    work_on(problem, 0, prepare, SWEEP, sums=sum(derivative.strips.py_func(a) for a in sums.values()))
     if len(sums["Q"]):
         sums["Q"] = sums["Q"] + sums["Q"].T
     return u_x, u_v, {k: a for k, a in gradients.items() if len(a)} | {k: a[None] for k, a in sums.items() if len(a)}
