@@ -35,7 +35,7 @@ dot = called(products.dot, "a, b")
 add_product = called(add_product_tn, "alpha, A, B, C")
 larger_of = called(larger, "a, b")
 fetch_vectors = called(ahead.fetch_vectors, "vectors, i")
-fetch_rows, fetch_upper = (called(f, "stack, i, part, parts") for f in (ahead.fetch_rows, ahead.fetch_upper))
+fetch_rows = called(ahead.fetch_rows, "stack, i, part, parts, upper")
 claimed, peeked = called(claim, "counts, which"), called(peek, "counts, which")
 
 
@@ -227,8 +227,8 @@ def test_what_is_fetched_stays_as_it_is(dtype, shape):
     for i in (-1, 0, shape[0] - 1):
         fetch_vectors((stack.reshape(shape[0], shape[1] * shape[2]),), i)
         for part in range(20):
-            fetch_rows(stack, i, part, 20)
-            fetch_upper(stack, i, part, 20)
+            fetch_rows(stack, i, part, 20, False)
+            fetch_rows(stack, i, part, 20, True)
     assert np.array_equal(stack, before)
-    for function in (fetch_vectors, fetch_rows, fetch_upper):
+    for function in (fetch_vectors, fetch_rows):
         assert all("llvm.prefetch" in code for code in function.inspect_llvm().values())

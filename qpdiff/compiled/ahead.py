@@ -13,31 +13,26 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .compiler import jit
-from .registers import span, word
+from .memory import ALIGNMENT
+from .registers import span, unpacked, word
 
-LINE = 64
-"""Bytes of a line of the cache."""
 _READ, _SECOND_LEVEL, _DATA = (ir.Constant(ir.IntType(32), number) for number in (0, 2, 1))
 
 
 @intrinsic
-def _fetch(typing_context, row, start):
-    """Ask for the lines of a row from the one with entry `start` on, where the row begins with a line."""
+def _fetch(typing_context, row, start, stop):
+    """Ask for the lines with the entries of a row from `start` to `stop`, where the row begins with a line."""
 
     def generate(context, builder, signature, arguments):
-        kind, size = signature.args[0], word(signature.args[0].dtype.bitwidth // 8)
-        array = context.make_array(kind)(context, builder, arguments[0])
-        data = builder.bitcast(array.data, ir.IntType(8).as_pointer())
-        (length,) = cgutils.unpack_tuple(builder, array.shape)
-        start = builder.mul(context.cast(builder, arguments[1], signature.args[1], types.int64), size)
-        hints = (_READ, _SECOND_LEVEL, _DATA)
-        prefetch = ir.FunctionType(ir.VoidType(), [data.type, *(hint.type for hint in hints)])
+        row, start, stop = unpacked(context, builder, signature, arguments, 1)
+        hints, line = (_READ, _SECOND_LEVEL, _DATA), ALIGNMENT // row.size
+        prefetch = ir.FunctionType(ir.VoidType(), [row.data.type, *(hint.type for hint in hints)])
         function = cgutils.get_or_insert_function(builder.module, prefetch, "llvm.prefetch.p0")
-        with span(builder, builder.and_(start, word(-LINE)), builder.mul(length, size), LINE) as (place, _):
-            builder.call(function, [builder.gep(data, [place]), *hints])
+        with span(builder, builder.and_(start, word(-line)), stop, line) as (j, _):
+            builder.call(function, [row.at(j), *hints])
         return context.get_dummy_value()
 
-    return types.void(row, start), generate
+    return types.void(row, start, stop), generate
 
 
 @jit
@@ -45,22 +40,16 @@ def fetch_vectors(vectors, i):
     """Ask for problem i's in stacks of vectors, if there is such a problem."""
     for stack in vectors:
         if 0 <= i < stack.shape[0]:
-            _fetch(stack[i], 0)
+            _fetch(stack[i], 0, stack.shape[1])
 
 
 @jit
-def fetch_rows(stack, i, part, parts):
-    """Ask for one of so many parts of problem i's in a stack of matrices, if there is such a problem with its own."""
-    if i >= 0 and stack.shape[0] > 1:
-        M, rows = stack[i], stack.shape[1]
-        for r in range(rows * part // parts, rows * (part + 1) // parts):
-            _fetch(M[r], 0)
+def fetch_rows(stack, i, part, parts, upper):
+    """Ask for one of so many parts of problem i's in a stack of matrices, if there is such a problem with its own.
 
-
-@jit
-def fetch_upper(stack, i, part, parts):
-    """The same for upper triangles."""
+    With `upper` that is the upper triangle.
+    """
     if i >= 0 and stack.shape[0] > 1:
-        M, rows = stack[i], stack.shape[1]
+        M, rows, columns = stack[i], stack.shape[1], stack.shape[2]
         for r in range(rows * part // parts, rows * (part + 1) // parts):
-            _fetch(M[r], r)
+            _fetch(M[r], r if upper else 0, columns)

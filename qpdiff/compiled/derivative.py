@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .ahead import fetch_rows, fetch_upper, fetch_vectors
+from .ahead import fetch_rows, fetch_vectors
 from .blas import add_product_tn
 from .compiler import entry, jit, literal
 from .lanes import larger
@@ -209,7 +209,7 @@ def solve_heavy_rows(store, ahead, reduced, kind, E, theta, light, right, u_v, w
             count += 1
     c = c[:count]
     for a in range(count):
-        fetch_upper(store.hessian, ahead, a, count)
+        fetch_rows(store.hessian, ahead, a, count, True)
         i, row, out = heavy[a], S[heavy[a]], U[a]
         for b in range(a, count):
             out[b] = row[heavy[b]]
@@ -224,7 +224,7 @@ def solve_heavy_rows(store, ahead, reduced, kind, E, theta, light, right, u_v, w
         for i in range(rows):
             left[i] = 0.0 if kind[i] == ABSENT else right[i] - theta[i] * u_v[i]
         for a in range(count):
-            fetch_upper(store.S, ahead, a, count)
+            fetch_rows(store.S, ahead, a, count, True)
             row, entry, total = S[heavy[a]], u_v[heavy[a]], 0.0
             for j in range(rows):
                 left[j] -= entry * row[j]
@@ -312,7 +312,7 @@ def solve_kkt_batch(
         if of_Q.shape[0]:
             parts = n if ahead >= 0 else 1
             for part in range(parts):
-                fetch_rows(store.V, ahead, part, parts)
+                fetch_rows(store.V, ahead, part, parts, False)
                 symmetric_product(u_x[i], x[i], of_Q[i], n * part // parts, n * (part + 1) // parts)
         if of_A.shape[0]:
             product_of_rows(v[i, :p], u_v[i, :p], x[i], u_x[i], of_A[i])
