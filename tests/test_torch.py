@@ -44,6 +44,13 @@ def symmetric(Q):
     return (Q + Q.mT) / 2
 
 
+@pytest.fixture(params=["torch-cuda"])
+def gpu(request):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return torch.device("cuda")
+
+
 def outputs_of(operands):
     """All outputs that depend on the operands, as a function of them."""
     needs = {"y": "A", "z": "G", "z_lb": "lb", "z_ub": "ub"}
@@ -261,19 +268,19 @@ def test_third_derivatives():
     assert gradgradcheck(gradient, tuple(operands.values()), atol=1e-4, rtol=1e-4, fast_mode=True)
 
 
+def first_and_second(operands):
+    """Derivatives of a number that depends on every output."""
+    values = tuple(operands.values())
+    loss = sum(out.sin().sum() for out in outputs_of(operands)(*values))
+    first = torch.autograd.grad(loss, values, create_graph=True)
+    return first, torch.autograd.grad(sum(gradient.sin().sum() for gradient in first), values)
+
+
 def test_derivatives_where_torch_solves(monkeypatch):
     operands = problem(2, ["A", "G", "lb", "ub"])
-    values = tuple(operands.values())
-
-    def derivatives():
-        first = torch.autograd.grad(
-            sum(out.sin().sum() for out in outputs_of(operands)(*values)), values, create_graph=True
-        )
-        return first, torch.autograd.grad(sum(gradient.sin().sum() for gradient in first), values)
-
-    expected = derivatives()
+    expected = first_and_second(operands)
     monkeypatch.setattr(qpdiff.torch, "_on_host", lambda device: False)
-    torch.testing.assert_close(derivatives(), expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(first_and_second(operands), expected, rtol=1e-7, atol=1e-9)
 
 
 def test_fixed_and_infinite_bounds():
@@ -806,3 +813,57 @@ def test_qpfunction_prints_and_refuses(capsys):
         qpdiff.torch.QPFunction()(-Q, p, G, h, A, b)
     with pytest.raises(ValueError, match="p has 3 axes; expected 1, or 2 with that of the batch"):
         qpdiff.torch.QPFunction()(Q, p[None], G, h, A, b)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.parametrize("parts", ["", "A", "G", "A G", "A G lb ub"])
+def test_derivatives_on_a_gpu(gpu, parts):
+    operands = problem(2, parts.split())
+    there = {name: value.detach().to(gpu).requires_grad_() for name, value in operands.items()}
+    gradients = first_and_second(there)
+    assert {gradient.device.type for order in gradients for gradient in order} == {"cuda"}
+    torch.testing.assert_close(gradients, first_and_second(operands), rtol=1e-7, atol=1e-9, check_device=False)
+
+
+def test_transforms_on_a_gpu(gpu):
+    operands = random_problem(np.random.default_rng(5), "A G lb ub", batch=())
+    q = torch.randn(4, len(operands["q"]), dtype=DOUBLE)
+
+    def gradients(device):
+        fixed = {name: torch.tensor(value, device=device) for name, value in operands.items()}
+        return vmap(grad(lambda q: sum(out.sin().sum() for out in outputs_of(fixed)(*(fixed | {"q": q}).values()))))(
+            q.to(device)
+        )
+
+    torch.testing.assert_close(gradients(gpu), gradients("cpu"), rtol=1e-6, atol=1e-8, check_device=False)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_a_network_on_a_gpu(gpu, kind):
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Linear(5, 4), qpdiff.torch.OptNet(4, m=3, p=1, nonnegative=True, eps=0.5)).to(kind)
+    there, inputs = copy.deepcopy(net).to(gpu), torch.randn(7, 5, dtype=kind)
+    on_gpu = inputs.to(gpu)
+    stream = torch.cuda.Stream()  # all work of the solver has to go to the stream of the caller's
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        there(on_gpu).square().sum().backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    net(inputs).square().sum().backward()
+    close = {"rtol": 1e-6, "atol": 1e-7} if kind == DOUBLE else {"rtol": 1e-2, "atol": 1e-2}
+    for one, two in zip(there.parameters(), net.parameters(), strict=True):
+        assert one.grad.device.type == "cuda"
+        torch.testing.assert_close(one.grad, two.grad, check_device=False, **close)
+
+
+def test_unsolved_on_a_gpu(gpu):
+    operands = {"Q": torch.eye(1), "q": torch.zeros(2, 1), "G": torch.tensor([[1.0], [-1.0]])}
+    operands["h"] = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+    operands = {name: value.double().to(gpu) for name, value in operands.items()}
+    with pytest.raises(RuntimeError, match="1 of 2"):
+        qpdiff.torch.solve_qp(**operands)
+    q = operands["q"].requires_grad_()
+    (gradient,) = torch.autograd.grad(qpdiff.torch.solve_qp(**operands, unsolved="nan").x.sum(), q)
+    assert gradient.isnan().flatten().tolist() == [False, True]
