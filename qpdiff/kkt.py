@@ -139,7 +139,11 @@ class DenseDualForm:
         return DenseDualForm(problem, take(self.problem.backend.xp, self.constants, index))
 
     def factor(self, system: System):
-        return _factor_rows(self.problem, self.S, system.theta + system.delta)
+        return self.factor_rows(system.theta + system.delta)
+
+    def factor_rows(self, theta):
+        """Factor S + diag(θ)."""
+        return _factor_rows(self.problem, self.S, theta)
 
     def eliminate(self, factor, r_x):
         """F⁻¹ r_x, and K Q⁻¹ r_x."""
@@ -405,7 +409,7 @@ def _factor_rows(problem: Problem, S, theta):
     """Factor S + diag(θ), where rows that do not exist have infinite θ; and whether it was positive definite."""
     xp, backend = problem.backend.xp, problem.backend
     # They get a diagonal that is huge but harmless to the factorisation.
-    theta = xp.where(xp.isfinite(theta), theta, xp.full_like(theta, xp.finfo(problem.dtype).max ** 0.5))
+    theta = xp.minimum(theta, xp.finfo(problem.dtype).max ** 0.5)
     return backend.factor(backend.add_diagonal(S, theta))
 
 

@@ -100,6 +100,8 @@ class Sizes(NamedTuple):
     scaled_k: Any
     """The largest |k| in the scaled problem, at least 1."""
     scaled_q: Any
+    least_rate: Any
+    """How fast ρ and δ shrink at least: by themselves where there is no inequality and so no complementarity."""
 
 
 class Part(NamedTuple):
@@ -115,6 +117,11 @@ class Part(NamedTuple):
     def problem(self) -> Problem:
         return self.form.problem
 
+    @property
+    def idle(self) -> bool:
+        """Whether so little is in work that the device waits for calls: then it is their number that counts."""
+        return self.problem.batch * self.problem.bytes_per_problem < self.problem.backend.idle_bytes
+
     def select(self, index) -> Part:
         problem = self.problem.select(index)
         exact = problem if self.exact is self.problem else self.exact.select(index)
@@ -128,11 +135,11 @@ def make_part(form) -> Part:
     problem, xp = form.problem, form.problem.backend.xp
     metric, exact = kkt.equilibrate(problem), problem.astype(problem.backend.exact)
     D, E = metric
-    k, q = xp.abs(exact.k), xp.abs(exact.q)
+    count, k, q = total(xp, xp.astype(problem.inequality, problem.dtype)), exact.k, exact.q
     sizes = Sizes(
-        inequalities=xp.maximum(total(xp, xp.astype(problem.inequality, problem.dtype)), 1.0),
-        k=largest(xp, k), q=largest(xp, q),
-        scaled_k=xp.maximum(largest(xp, E * k), 1.0), scaled_q=xp.maximum(largest(xp, D * q), 1.0),
+        inequalities=xp.maximum(count, 1.0), k=norm(xp, k), q=norm(xp, q),
+        scaled_k=xp.maximum(norm(xp, E * k), 1.0), scaled_q=xp.maximum(norm(xp, D * q), 1.0),
+        least_rate=xp.where(count > 0, 0.0 * count, 0.9),
     )  # fmt: skip
     return Part(form, metric, sizes, exact)
 
@@ -196,7 +203,8 @@ def place(part: Part, settings: Settings, v):
     """Multipliers and slacks on s ∘ z = μ for multipliers v, and the mean complementarity."""
     inequality, xp = part.problem.inequality, part.problem.backend.xp
     z = xp.where(inequality, v / part.metric.rows, xp.zeros_like(v))
-    mu = mean(part, xp.where(inequality, z + largest(xp, -z), xp.zeros_like(z)), largest(xp, z) - z)
+    up, down = (positive_part(xp, largest(xp, a)) for a in (-z, z))
+    mu = mean(part, xp.where(inequality, z + up, xp.zeros_like(z)), down - z)
     v, s = onto_path(part, v, z, xp.maximum(mu, settings.smallest))
     return v, s, mean(part, s, v)
 
@@ -215,7 +223,7 @@ def start_near(part: Part, settings: Settings, near: Point, cold: State):
     zero = xp.zeros_like(slack)
     amiss = xp.where(equality, xp.abs(slack), xp.where(inequality, positive_part(xp, -slack), zero))
     slope = problem.hessian(x) + problem.q + problem.adjoint(v)
-    error = xp.maximum(largest(xp, amiss), largest(xp, xp.abs(D * slope)))
+    error = xp.maximum(largest(xp, amiss), norm(xp, D * slope))
     difference = xp.where(inequality, v / E - slack, zero)
     mu = xp.minimum(0.1 * error, cold.mu)
     mu = xp.maximum(mu, max(settings.tol, settings.smallest))
@@ -269,10 +277,11 @@ def newton(part: Part, s, z, r_x, r_v, rho, delta):
     return factor, positive, rows_direction, direction
 
 
-def step(part: Part, settings: Settings, state: State, *, refine: bool):
+def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: bool):
     """One predictor-corrector step for every running problem; also the factor it used.
 
     `refine` is whether any problem is inexact; only those that are get refined, so that no problem depends on another.
+    `stays` is whether any may be found to stay where it is: one that has ended, or is within the tolerance.
     """
     problem, backend = part.problem, part.problem.backend
     xp, inequality = backend.xp, problem.inequality
@@ -300,13 +309,13 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool):
     left_v = moved.r_v - (1.0 - alpha_s) * state.r_v + alpha_s * state.delta / E**2 * dv
     least = 0.01 * settings.tol
     inexact = (
-        ~(largest(xp, xp.abs(left_x)) <= xp.maximum(1e-6 * state.dual, least))
-        | ~(largest(xp, xp.abs(left_v)) <= xp.maximum(1e-6 * largest(xp, xp.abs(state.r_v)), least))
+        ~(norm(xp, left_x) <= xp.maximum(1e-6 * state.dual, least))
+        | ~(norm(xp, left_v) <= xp.maximum(1e-6 * norm(xp, state.r_v), least))
         | ~sound
     )
 
-    moved = with_proximal_terms(part, settings, state, moved, sound)
-    return settle(part, settings, state, moved._replace(inexact=inexact)), factor
+    moved = with_proximal_terms(part, settings, state, moved._replace(inexact=inexact), sound)
+    return settle(part, settings, state, moved) if stays else moved, factor
 
 
 def centering(part: Part, settings: Settings, state: State, s, z, dv, ds):
@@ -337,14 +346,10 @@ def advance(part: Part, settings: Settings, state: State, s, z, dv, ds):
 def with_proximal_terms(part: Part, settings: Settings, state: State, moved: State, sound) -> State:
     """The state after a step with ρ and δ for the next one."""
     xp = part.problem.backend.xp
-    rate = positive_part(xp, (state.mu - moved.mu) / (state.mu + settings.tiny))
-    rate = xp.where(xp.any(part.problem.inequality, axis=-1, keepdims=True), rate, 0.9)
-
-    def next_term(term):
-        return xp.where(sound, xp.maximum((1.0 - rate) * term, settings.smallest), 100.0 * term)
-
-    rho = state.rho if part.form.definite else next_term(state.rho)
-    return moved._replace(rho=rho, delta=next_term(state.delta))
+    rate = xp.maximum((state.mu - moved.mu) / (state.mu + settings.tiny), part.sizes.least_rate)
+    times = xp.where(sound, 1.0 - rate, 100.0)
+    rho = state.rho if part.form.definite else xp.maximum(times * state.rho, settings.smallest)
+    return moved._replace(rho=rho, delta=xp.maximum(times * state.delta, settings.smallest))
 
 
 def settle(part: Part, settings: Settings, state: State, moved: State) -> State:
@@ -377,28 +382,28 @@ def residuals(problem: Problem, x, v, s):
 
 def assess(part: Part, settings: Settings, state: State, previous: State) -> State:
     """Compute the residuals afresh and decide how each problem stands; a certificate takes the place of x or v."""
-    problem, (D, E), sizes = part.exact, part.metric, part.sizes
+    problem, E, sizes = part.exact, part.metric.rows, part.sizes
     xp, backend = problem.backend.xp, problem.backend
     x, v, s = (xp.astype(a, problem.dtype, copy=False) for a in (state.x, state.v, state.s))
     k, equality, inequality = problem.k, problem.equality, problem.inequality
     Qx, Kx, Kv, r_x, r_v = residuals(problem, x, v, s)
     violation = xp.where(equality, xp.abs(r_v), xp.where(inequality, positive_part(xp, Kx - k), 0.0))
-    xQx, qx = dot(xp, x, Qx), dot(xp, x, problem.q)
+    xQx, qx = backend.dot(x, Qx), backend.dot(x, problem.q)
     blocks = (problem.blocks[name] for name in ("G", "A", "ub", "lb"))
-    by_block = [dot(xp, k[:, rows], v[:, rows]) for rows in blocks if rows.stop > rows.start]
+    by_block = [backend.dot(k[:, rows], v[:, rows]) for rows in blocks if rows.stop > rows.start]
     kv = sum(by_block, 0.0 * qx)
-    primal, dual, gap = largest(xp, violation), largest(xp, xp.abs(r_x)), xp.abs(sum(by_block, xQx + qx))
+    primal, dual, gap = largest(xp, violation), norm(xp, r_x), xp.abs(sum(by_block, xQx + qx))
 
     # Not `<=` on a maximum alone: NaN must never pass, nor an infinity that is compared with its own size.
     worst = xp.maximum(xp.maximum(primal, dual), gap)
     tol, rtol = settings.tol, settings.rtol
     scales = (
-        xp.maximum(largest(xp, xp.abs(Kx)), sizes.k),
-        xp.maximum(xp.maximum(largest(xp, xp.abs(Qx)), sizes.q), largest(xp, xp.abs(Kv))),
+        xp.maximum(norm(xp, Kx), sizes.k),
+        xp.maximum(xp.maximum(norm(xp, Qx), sizes.q), norm(xp, Kv)),
         xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(kv)),
     )
     # The terms of the gap may cancel to 0 by luck: what their rounding hides must not be far beyond the tolerance.
-    terms = dot(xp, xp.abs(x), xp.abs(Qx) + xp.abs(problem.q)) + dot(xp, xp.abs(v), xp.abs(k))
+    terms = backend.dot(xp.abs(x), xp.abs(Qx) + xp.abs(problem.q)) + backend.dot(xp.abs(v), xp.abs(k))
     near = (
         (primal <= tol + rtol * scales[0])
         & (dual <= tol + rtol * scales[1])
@@ -409,18 +414,11 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
 
     # Farkas: Kᵀv = 0, z ≥ 0, kᵀv < 0 leaves no x; Qx = 0, Kx ≤ 0 (= 0), qᵀx < 0 is a way down without end. Iterates
     # without a limit go off along such a direction, so it shows in their last step long before it does in them.
-    ray = x - xp.astype(previous.x, x.dtype, copy=False)
-    no_bottom = 0.0 * dual
-    falls, fall = falling(xp, problem.q * ray, (dual > tol) & (not part.form.definite))
-    if not backend.none(falls):
-        slope = Kx - previous.Kx
-        climb = xp.where(equality, xp.abs(slope), positive_part(xp, slope))
-        uphill = xp.maximum(largest(xp, xp.abs(D * (Qx - previous.Qx))), largest(xp, E * climb))
-        # The rounding of these differences hides as much.
-        hidden = xp.maximum(largest(xp, xp.abs(D * Qx)), largest(xp, xp.abs(E * Kx)))
-        uphill = xp.maximum(uphill, xp.finfo(problem.dtype).eps * hidden)
-        no_bottom = xp.where(falls, fall / (uphill * sizes.scaled_q), no_bottom)
     no_point, farkas, gain = contradiction(part, v, previous.v, primal > tol)
+    if part.form.definite:
+        no_bottom, ray, fall = xp.zeros_like(dual), x, dual
+    else:
+        no_bottom, ray, fall = descent(part, x, Qx, Kx, previous, dual > tol)
     proof = xp.maximum(no_point, no_bottom)
 
     waiting = waited(xp, state, worst, proof)
@@ -455,6 +453,24 @@ def waited(xp, state: State, worst, proof):
     return xp.where(improved, 0, state.waiting + 1)
 
 
+def descent(part: Part, x, Qx, Kx, previous: State, possible):
+    """How near the last step in the variables is to a way down without end, that step, and how far down it goes."""
+    problem, (D, E), sizes = part.exact, part.metric, part.sizes
+    xp = problem.backend.xp
+    ray = x - xp.astype(previous.x, x.dtype, copy=False)
+    falls, fall = falling(xp, problem.q * ray, possible)
+    no_bottom = xp.zeros_like(fall)
+    if not problem.backend.none(falls):
+        slope = Kx - previous.Kx
+        climb = xp.where(problem.equality, xp.abs(slope), positive_part(xp, slope))
+        uphill = xp.maximum(norm(xp, D * (Qx - previous.Qx)), largest(xp, E * climb))
+        # The rounding of these differences hides as much.
+        hidden = xp.maximum(norm(xp, D * Qx), norm(xp, E * Kx))
+        uphill = xp.maximum(uphill, xp.finfo(problem.dtype).eps * hidden)
+        no_bottom = xp.where(falls, fall / (uphill * sizes.scaled_q), no_bottom)
+    return no_bottom, ray, fall
+
+
 def contradiction(part: Part, v, previous, possible):
     """How near the last step in the multipliers is to a Farkas certificate, that step, and how much it gains."""
     problem, (D, _), sizes = part.exact, part.metric, part.sizes
@@ -464,7 +480,7 @@ def contradiction(part: Part, v, previous, possible):
     gains, gain = falling(xp, problem.k * farkas, possible)
     no_point = xp.zeros_like(gain)
     if not problem.backend.none(gains):
-        left = largest(xp, xp.abs(D * problem.adjoint(farkas)))
+        left = norm(xp, D * problem.adjoint(farkas))
         no_point = xp.where(gains, gain / (left * sizes.scaled_k), no_point)
     return no_point, farkas, gain
 
@@ -498,14 +514,17 @@ def choose(xp, condition, new, old):
 
 def step_length(xp, value, direction, fraction):
     """Largest step in [0, 1] that keeps value + step·direction ≥ (1 − fraction)·value, for positive values."""
-    return 1.0 / xp.maximum(largest(xp, -direction / value) / fraction, 1.0)
+    return 1.0 / xp.maximum(largest(xp, direction / -value) / fraction, 1.0)
 
 
 def largest(xp, a):
-    """Largest entry a problem, at least 0, (B, 1)."""
-    if a.shape[-1] == 0:
-        return xp.sum(a, axis=-1, keepdims=True)
-    return positive_part(xp, xp.max(a, axis=-1, keepdims=True))
+    """Largest entry a problem, 0 where there are none, (B, 1)."""
+    return xp.max(a, axis=-1, keepdims=True) if a.shape[-1] else total(xp, a)
+
+
+def norm(xp, a):
+    """Largest absolute value a problem, (B, 1)."""
+    return largest(xp, xp.abs(a))
 
 
 def positive_part(xp, a):
@@ -519,10 +538,6 @@ def all_finite(xp, a):
 
 def total(xp, a):
     return xp.sum(a, axis=-1, keepdims=True)
-
-
-def dot(xp, a, b):
-    return xp.vecdot(a, b, axis=-1)[:, None]
 
 
 def mean(part: Part, s, z):

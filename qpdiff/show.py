@@ -84,7 +84,7 @@ def history(problem: Problem) -> list[State]:
         state, _ = initialize(part, settings)
         states = [state]
         while state.status.item() == RUNNING:
-            state, _ = step(part, settings, state, refine=state.inexact.item())
+            state, _ = step(part, settings, state, refine=state.inexact.item(), stays=state.near.item())
             if state.iterations.item() == states[-1].iterations.item():  # the last step was not worth taking
                 states.pop()
             states.append(state)

@@ -21,9 +21,9 @@ from .method import (
     State,
     choose,
     initialize,
-    largest,
     make_part,
     newton,
+    norm,
     onto_path,
     residuals,
     start_near,
@@ -353,14 +353,15 @@ def forms(problem: Problem):
 
 
 def _run(problem: Problem, parts, near: Point | None, settings: Settings, verbose: bool) -> list[Ended]:
-    """Iterate on one part until every problem has ended; problems that have ended are dropped by halves.
+    """Iterate on one part until every problem has ended; problems that have ended are dropped by halves, where that
+    saves time.
 
     The part is taken off the list, lest the caller keep what dropping has freed.
     """
     part, index = parts.pop()
     xp = part.problem.backend.xp
     start = None if near is None else kkt.take(xp, near, index)
-    start_from, advance = (rows.initialize, rows.step) if rows.possible(part) else (initialize, step)
+    start_from, advance = (rows.initialize, rows.step) if rows.pay(part) else (initialize, step)
     state, factor = start_from(part, settings)
     cold = None
     if start is not None:
@@ -370,14 +371,17 @@ def _run(problem: Problem, parts, near: Point | None, settings: Settings, verbos
         state = choose(xp, usable, state, cold)
     pieces = []
     while True:
-        running = state.status[:, 0] == RUNNING
-        inexact = xp.any(running & state.inexact[:, 0])
-        # How many are running and whether a step needs refinement, in one value that goes to the host.
-        count, refine = divmod(int(2 * xp.sum(xp.astype(running, xp.int32)) + xp.astype(inexact, xp.int32)), 2)
+        running = state.status == RUNNING
+        inexact, near = (xp.astype(xp.any(running & flag), xp.int32) for flag in (state.inexact, state.near))
+        # How many are running, and whether any is inexact or within the tolerance, in one value that goes to the host.
+        count, flags = divmod(int(4 * xp.sum(xp.astype(running, xp.int32)) + 2 * inexact + near), 4)
         if verbose:
             _report(xp, state)
-        if 2 * count <= running.shape[0]:
-            order = xp.argsort(xp.astype(~running, xp.int8), stable=True)
+        batch = running.shape[0]
+        if count == 0 or (
+            2 * count <= batch and batch * part.problem.bytes_per_problem >= part.problem.backend.idle_bytes
+        ):
+            order = xp.argsort(xp.astype(~running[:, 0], xp.int8), stable=True)
             done, rest = (order[count:], order[:count]) if count else (None, None)
             outcome = Outcome(*(_rows_at(xp, getattr(state, name), done) for name in Outcome._fields))
             metric = _rows_at(xp, part.metric, done)
@@ -386,7 +390,8 @@ def _run(problem: Problem, parts, near: Point | None, settings: Settings, verbos
                 return pieces
             part, index = part.select(rest), _rows_at(xp, index, rest)
             state, cold = _rows_at(xp, (state, cold), rest)
-        state, factor = advance(part, settings, state, refine=bool(refine))
+        stays = flags % 2 > 0 or count < part.problem.batch
+        state, factor = advance(part, settings, state, refine=flags >= 2, stays=stays)
         if cold is not None:
             state = _restart(xp, settings, state, cold)
 
@@ -418,7 +423,7 @@ def _run_traced(operands, near: Point | None, layout: Layout, settings: Settings
             return xp.any(state.status == RUNNING)
 
         def body(state, factor):
-            state, factor = step(part, settings, state, refine=True)
+            state, factor = step(part, settings, state, refine=True, stays=True)
             state = state if cold is None else _restart(xp, settings, state, cold)
             return state, factor if keep else None
 
@@ -529,9 +534,9 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
         factor, *_, direction = newton(part, s, z_, r_x, r_v, smallest, smallest)
         excess = xp.where(inequality, s * v - kappa, 0.0)
         found = (
-            (largest(xp, xp.abs(D * r_x)) <= accuracy * (1.0 + largest(xp, xp.abs(D * problem.q))))
-            & (largest(xp, xp.abs(E * r_v)) <= accuracy * (1.0 + largest(xp, xp.abs(E * problem.k))))
-            & (largest(xp, xp.abs(excess)) <= accuracy * kappa)
+            (norm(xp, D * r_x) <= accuracy * (1.0 + norm(xp, D * problem.q)))
+            & (norm(xp, E * r_v) <= accuracy * (1.0 + norm(xp, E * problem.k)))
+            & (norm(xp, excess) <= accuracy * kappa)
         )
         dx, dv, ds = direction(excess, smallest > 0)
         alpha = xp.minimum(step_length(xp, s_, ds, STEP_FRACTION), step_length(xp, z_, dv, STEP_FRACTION))

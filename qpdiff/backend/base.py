@@ -25,6 +25,8 @@ class Backend:
 
     chunk_bytes = 64 * 2**20
     """Working memory that the chunks in work may take together; large batches are solved chunk by chunk."""
+    idle_bytes = 0
+    """Bytes in work below which the device has done a call before the next one comes."""
     workers = 1
     """Chunks that are worked on at the same time."""
     traced = False
@@ -156,6 +158,10 @@ class Backend:
         """The sum a bᵀ + b aᵀ for vectors (B, n), symmetric to the last bit."""
         half = self.outer([(a, b)])
         return half + self.xp.matrix_transpose(half)
+
+    def dot(self, a, b):
+        """aᵀb for vectors (B or 1, k), (B, 1)."""
+        return self.xp.vecdot(a, b, axis=-1)[:, None]
 
     def add_diagonal(self, M, diagonal):
         """M + diag(d) for matrices (B or 1, n, n) and vectors d (B, n)."""

@@ -38,6 +38,7 @@ class NumPyBackend(Backend):
     """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
 
     chunk_bytes = 56 * 2**20
+    idle_bytes = 2**21
 
     @property
     def workers(self):

@@ -21,6 +21,10 @@ class TorchBackend(Backend):
     def chunk_bytes(self):
         return (64 * 2**20) if self.device.type == "cpu" else 2 * 2**30
 
+    @property
+    def idle_bytes(self):
+        return 0 if self.device.type == "cpu" else 2**28
+
     def asarray(self, value, dtype=None):
         if isinstance(value, np.ndarray) and (not value.flags.writeable or min(value.strides, default=0) < 0):
             value = value.copy()  # torch warns of the first and refuses the second
