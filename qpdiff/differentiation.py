@@ -359,7 +359,7 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
     zero = xp.zeros_like(scaled)
     candidates = xp.concat([xp.where(raised, scaled, zero), xp.zeros_like(r_x[:, :1])], axis=-1)
     top = xp.max(candidates, axis=-1, keepdims=True)
-    level = kkt.clip(xp, scaled * (largest / xp.where(top > 0, top, xp.ones_like(top))), smallest, largest)
+    level = problem.backend.clip(scaled * (largest / xp.where(top > 0, top, xp.ones_like(top))), smallest, largest)
     diagonal = xp.where(problem.equality, zero + equal, xp.where(raised, level, scaled)) / metric.rows**2
     form = kkt.PrimalForm(problem)
     rho = xp.full_like(r_x[:, :1], rho)

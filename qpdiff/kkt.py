@@ -363,7 +363,7 @@ def equilibrate(problem: Problem) -> Metric:
     def rescaled(scale, length2):
         usable = xp.isfinite(length2) & (length2 > 0)
         one = xp.ones_like(length2)
-        return clip(xp, xp.where(usable, scale / xp.sqrt(xp.where(usable, length2, one)), one), 1e-8, 1e8)
+        return problem.backend.clip(xp.where(usable, scale / xp.sqrt(xp.where(usable, length2, one)), one), 1e-8, 1e8)
 
     occupied = D2 < 0
     for _ in range(METRIC_PASSES):
@@ -375,7 +375,7 @@ def equilibrate(problem: Problem) -> Metric:
     if problem.lb is not None and problem.ub is not None:
         span = problem.ub - problem.lb
         known = ~occupied & xp.isfinite(span) & (span > 0)
-        D2 = xp.where(known, clip(xp, span, 1e-6, 1e6) ** 2, D2)
+        D2 = xp.where(known, problem.backend.clip(span, 1e-6, 1e6) ** 2, D2)
     D = xp.sqrt(D2)
     E = [xp.sqrt(e) for e in E2] + [1.0 / D for bound in (problem.lb, problem.ub) if bound is not None]
     if not E:
@@ -400,16 +400,11 @@ def take(xp, tree, index):
     return tree if tree is None or tree.shape[0] == 1 else xp.take(tree, index, axis=0)
 
 
-def clip(xp, a, least: float, most: float):
-    """The nearest values in an interval. (array-api-compat's clip indexes by masks, which halts a GPU.)"""
-    return xp.minimum(xp.maximum(a, least), most)
-
-
 def _factor_rows(problem: Problem, S, theta):
     """Factor S + diag(θ), where rows that do not exist have infinite θ; and whether it was positive definite."""
     xp, backend = problem.backend.xp, problem.backend
     # They get a diagonal that is huge but harmless to the factorisation.
-    theta = xp.minimum(theta, xp.finfo(problem.dtype).max ** 0.5)
+    theta = backend.clip(theta, most=xp.finfo(problem.dtype).max ** 0.5)
     return backend.factor(backend.add_diagonal(S, theta))
 
 

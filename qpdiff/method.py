@@ -133,12 +133,12 @@ class Part(NamedTuple):
 def make_part(form) -> Part:
     """The problems of a reduced form, ready to iterate on."""
     problem, xp = form.problem, form.problem.backend.xp
-    metric, exact = kkt.equilibrate(problem), problem.astype(problem.backend.exact)
+    backend, metric, exact = problem.backend, kkt.equilibrate(problem), problem.astype(problem.backend.exact)
     D, E = metric
     count, k, q = total(xp, xp.astype(problem.inequality, problem.dtype)), exact.k, exact.q
     sizes = Sizes(
-        inequalities=xp.maximum(count, 1.0), k=norm(xp, k), q=norm(xp, q),
-        scaled_k=xp.maximum(norm(xp, E * k), 1.0), scaled_q=xp.maximum(norm(xp, D * q), 1.0),
+        inequalities=backend.clip(count, 1.0), k=norm(xp, k), q=norm(xp, q),
+        scaled_k=backend.clip(norm(xp, E * k), 1.0), scaled_q=backend.clip(norm(xp, D * q), 1.0),
         least_rate=xp.where(count > 0, 0.0 * count, 0.9),
     )  # fmt: skip
     return Part(form, metric, sizes, exact)
@@ -201,11 +201,12 @@ def first_theta(part: Part):
 
 def place(part: Part, settings: Settings, v):
     """Multipliers and slacks on s ∘ z = μ for multipliers v, and the mean complementarity."""
-    inequality, xp = part.problem.inequality, part.problem.backend.xp
+    inequality, backend = part.problem.inequality, part.problem.backend
+    xp = backend.xp
     z = xp.where(inequality, v / part.metric.rows, xp.zeros_like(v))
-    up, down = (positive_part(xp, largest(xp, a)) for a in (-z, z))
+    up, down = (backend.clip(largest(xp, a), 0.0) for a in (-z, z))
     mu = mean(part, xp.where(inequality, z + up, xp.zeros_like(z)), down - z)
-    v, s = onto_path(part, v, z, xp.maximum(mu, settings.smallest))
+    v, s = onto_path(part, v, z, backend.clip(mu, settings.smallest))
     return v, s, mean(part, s, v)
 
 
@@ -221,12 +222,12 @@ def start_near(part: Part, settings: Settings, near: Point, cold: State):
     x, v = near.x + xp.zeros_like(cold.x), near.v + xp.zeros_like(cold.v)
     slack = E * (problem.k - problem.constraints(x))
     zero = xp.zeros_like(slack)
-    amiss = xp.where(equality, xp.abs(slack), xp.where(inequality, positive_part(xp, -slack), zero))
+    amiss = xp.where(equality, xp.abs(slack), xp.where(inequality, problem.backend.clip(-slack, 0.0), zero))
     slope = problem.hessian(x) + problem.q + problem.adjoint(v)
     error = xp.maximum(largest(xp, amiss), norm(xp, D * slope))
     difference = xp.where(inequality, v / E - slack, zero)
     mu = xp.minimum(0.1 * error, cold.mu)
-    mu = xp.maximum(mu, max(settings.tol, settings.smallest))
+    mu = problem.backend.clip(mu, max(settings.tol, settings.smallest))
     v, s = onto_path(part, v, difference, mu)
     state = cold._replace(x=x, v=v, s=s, mu=mean(part, s, v))
     state = assess(part, settings, state, state)
@@ -309,8 +310,8 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     left_v = moved.r_v - (1.0 - alpha_s) * state.r_v + alpha_s * state.delta / E**2 * dv
     least = 0.01 * settings.tol
     inexact = (
-        ~(norm(xp, left_x) <= xp.maximum(1e-6 * state.dual, least))
-        | ~(norm(xp, left_v) <= xp.maximum(1e-6 * norm(xp, state.r_v), least))
+        ~(norm(xp, left_x) <= backend.clip(1e-6 * state.dual, least))
+        | ~(norm(xp, left_v) <= backend.clip(1e-6 * norm(xp, state.r_v), least))
         | ~sound
     )
 
@@ -323,33 +324,35 @@ def centering(part: Part, settings: Settings, state: State, s, z, dv, ds):
 
     How far towards s ∘ z = 0 that gets decides the centering (Nocedal & Wright, 16.62 to 16.66).
     """
-    xp = part.problem.backend.xp
-    alpha_s, alpha_z = step_length(xp, s, ds, 1.0), step_length(xp, z, dv, 1.0)
+    backend = part.problem.backend
+    alpha_s, alpha_z = step_length(backend, s, ds, 1.0), step_length(backend, z, dv, 1.0)
     reached = mean(part, state.s + alpha_s * ds, state.v + alpha_z * dv)
-    sigma = xp.minimum(positive_part(xp, reached / (state.mu + settings.tiny)), 1.0) ** 3
+    sigma = backend.clip(reached / (state.mu + settings.tiny), 0.0, 1.0) ** 3
     return state.s * state.v + ds * dv - sigma * state.mu
 
 
 def advance(part: Part, settings: Settings, state: State, s, z, dv, ds):
     """The step lengths for x and s, and for v, along the corrector's direction, and s and v after the step."""
-    problem, xp, inequality = part.problem, part.problem.backend.xp, part.problem.inequality
-    alpha_s, alpha_z = step_length(xp, s, ds, STEP_FRACTION), step_length(xp, z, dv, STEP_FRACTION)
+    problem, backend, inequality = part.problem, part.problem.backend, part.problem.inequality
+    xp = backend.xp
+    alpha_s, alpha_z = step_length(backend, s, ds, STEP_FRACTION), step_length(backend, z, dv, STEP_FRACTION)
     # Unequal steps leave Qx + Kᵀv behind, which now and then goes round in circles.
     together, circling = xp.minimum(alpha_s, alpha_z), state.waiting >= IMPATIENCE
     alpha_s, alpha_z = xp.where(circling, together, alpha_s), xp.where(circling, together, alpha_z)
-    s = xp.where(inequality, xp.maximum(state.s + alpha_s * ds, settings.tiny), 0.0)
+    s = xp.where(inequality, backend.clip(state.s + alpha_s * ds, settings.tiny), 0.0)
     v = state.v + alpha_z * dv
-    v = xp.where(inequality, xp.maximum(v, settings.tiny), xp.where(problem.equality, v, 0.0))
+    v = xp.where(inequality, backend.clip(v, settings.tiny), xp.where(problem.equality, v, 0.0))
     return alpha_s, alpha_z, s, v
 
 
 def with_proximal_terms(part: Part, settings: Settings, state: State, moved: State, sound) -> State:
     """The state after a step with ρ and δ for the next one."""
-    xp = part.problem.backend.xp
+    backend = part.problem.backend
+    xp = backend.xp
     rate = xp.maximum((state.mu - moved.mu) / (state.mu + settings.tiny), part.sizes.least_rate)
     times = xp.where(sound, 1.0 - rate, 100.0)
-    rho = state.rho if part.form.definite else xp.maximum(times * state.rho, settings.smallest)
-    return moved._replace(rho=rho, delta=xp.maximum(times * state.delta, settings.smallest))
+    rho = state.rho if part.form.definite else backend.clip(times * state.rho, settings.smallest)
+    return moved._replace(rho=rho, delta=backend.clip(times * state.delta, settings.smallest))
 
 
 def settle(part: Part, settings: Settings, state: State, moved: State) -> State:
@@ -387,7 +390,7 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     x, v, s = (xp.astype(a, problem.dtype, copy=False) for a in (state.x, state.v, state.s))
     k, equality, inequality = problem.k, problem.equality, problem.inequality
     Qx, Kx, Kv, r_x, r_v = residuals(problem, x, v, s)
-    violation = xp.where(equality, xp.abs(r_v), xp.where(inequality, positive_part(xp, Kx - k), 0.0))
+    violation = xp.where(equality, xp.abs(r_v), xp.where(inequality, backend.clip(Kx - k, 0.0), 0.0))
     xQx, qx = backend.dot(x, Qx), backend.dot(x, problem.q)
     blocks = (problem.blocks[name] for name in ("G", "A", "ub", "lb"))
     by_block = [backend.dot(k[:, rows], v[:, rows]) for rows in blocks if rows.stop > rows.start]
@@ -462,7 +465,7 @@ def descent(part: Part, x, Qx, Kx, previous: State, possible):
     no_bottom = xp.zeros_like(fall)
     if not problem.backend.none(falls):
         slope = Kx - previous.Kx
-        climb = xp.where(problem.equality, xp.abs(slope), positive_part(xp, slope))
+        climb = xp.where(problem.equality, xp.abs(slope), problem.backend.clip(slope, 0.0))
         uphill = xp.maximum(norm(xp, D * (Qx - previous.Qx)), largest(xp, E * climb))
         # The rounding of these differences hides as much.
         hidden = xp.maximum(norm(xp, D * Qx), norm(xp, E * Kx))
@@ -476,7 +479,7 @@ def contradiction(part: Part, v, previous, possible):
     problem, (D, _), sizes = part.exact, part.metric, part.sizes
     xp = problem.backend.xp
     farkas = v - xp.astype(previous, v.dtype, copy=False)
-    farkas = xp.where(problem.inequality, positive_part(xp, farkas), farkas)
+    farkas = xp.where(problem.inequality, problem.backend.clip(farkas, 0.0), farkas)
     gains, gain = falling(xp, problem.k * farkas, possible)
     no_point = xp.zeros_like(gain)
     if not problem.backend.none(gains):
@@ -512,9 +515,9 @@ def choose(xp, condition, new, old):
     return xp.where(condition, new, old)
 
 
-def step_length(xp, value, direction, fraction):
+def step_length(backend, value, direction, fraction):
     """Largest step in [0, 1] that keeps value + step·direction ≥ (1 − fraction)·value, for positive values."""
-    return 1.0 / xp.maximum(largest(xp, direction / -value) / fraction, 1.0)
+    return 1.0 / backend.clip(largest(backend.xp, direction / -value) / fraction, 1.0)
 
 
 def largest(xp, a):
@@ -525,11 +528,6 @@ def largest(xp, a):
 def norm(xp, a):
     """Largest absolute value a problem, (B, 1)."""
     return largest(xp, xp.abs(a))
-
-
-def positive_part(xp, a):
-    """The positive part. (array-api-compat's clip takes ten times as long on a small array.)"""
-    return xp.maximum(a, 0.0)
 
 
 def all_finite(xp, a):

@@ -31,7 +31,6 @@ from .method import (
     mean,
     norm,
     place,
-    positive_part,
     settle,
     total,
     waited,
@@ -142,7 +141,7 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
         xr=keep * seen.xr + apart * Kx_dv + alpha_s * (keep * r_dx + apart * (t_dv - dv_S_dv)),
         qx=seen.qx - alpha_s * (seen.xr - Kx_dv + backend.dot(state.v, Kdx) + r_dx),
         expected=keep * state.r_v - alpha_s * state.delta / part.metric.rows**2 * dv,
-        allowed=xp.maximum(1e-6 * norm(xp, state.r_v), 0.01 * settings.tol),
+        allowed=backend.clip(1e-6 * norm(xp, state.r_v), 0.01 * settings.tol),
     )
     moved = state._replace(v=v, s=s, mu=mean(part, s, v), Kx=Kx, r_v=problem.k - Kx - s, seen=seen)
     # A step that cannot be computed is not taken; stronger proximal terms come instead.
@@ -161,7 +160,7 @@ def glance(part: Part, settings: Settings, before: State, state: State, sound, *
     problem, E, sizes, seen = part.problem, part.metric.rows, part.sizes, state.seen
     xp, backend, v, Kx, k = problem.backend.xp, problem.backend, state.v, state.Kx, problem.k
     running = before.status == RUNNING
-    violation = xp.where(problem.inequality, positive_part(xp, Kx - k), xp.abs(state.r_v))
+    violation = xp.where(problem.inequality, backend.clip(Kx - k, 0.0), xp.abs(state.r_v))
     kv, vKx, primal = backend.dot(k, v), backend.dot(v, Kx), largest(xp, violation)
     gap = xp.abs(kv - vKx - seen.xr)
     others = xp.maximum(primal, gap)

@@ -522,7 +522,7 @@ def _relax(lin: Linearization, kappa: float) -> Linearization:
 def _center(part: Part, settings: Settings, kappa: float, x, v, s):
     """Newton's method for the KKT conditions with s ∘ z = κ: the point, whether it was found, and its factor."""
     problem, (D, E) = part.problem, part.metric
-    xp, inequality = problem.backend.xp, problem.inequality
+    backend, xp, inequality = problem.backend, problem.backend.xp, problem.inequality
     v, s = onto_path(part, v, xp.where(inequality, v / E - E * s, 0.0), kappa)
     smallest = xp.full_like(x[:, :1], settings.smallest)
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
@@ -539,7 +539,7 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
             & (norm(xp, excess) <= accuracy * kappa)
         )
         dx, dv, ds = direction(excess, smallest > 0)
-        alpha = xp.minimum(step_length(xp, s_, ds, STEP_FRACTION), step_length(xp, z_, dv, STEP_FRACTION))
+        alpha = xp.minimum(step_length(backend, s_, ds, STEP_FRACTION), step_length(backend, z_, dv, STEP_FRACTION))
         alpha = xp.where(found, 0.0, alpha)
         return x + alpha * dx, v + alpha * dv, s + alpha * ds, found, factor
 

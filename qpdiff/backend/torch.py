@@ -46,6 +46,9 @@ class TorchBackend(Backend):
     def none(self, mask) -> bool:
         return self.device.type == "cpu" and not bool(torch.any(mask))
 
+    def clip(self, a, least=None, most=None):
+        return torch.clamp(a, least, most)  # torch's maximum takes tensors only, and a number would have to be copied
+
     def factor(self, M):
         L, info = torch.linalg.cholesky_ex(M)
         diagonal = torch.diagonal(L, dim1=-2, dim2=-1)
