@@ -181,7 +181,8 @@ def test_members_that_end_apart(xp, shared):
     assert len(np.unique(sol["iterations"])) > 1
     for i in (0, 5, 11):
         alone = solve({k: v if k in shared else v[i : i + 1] for k, v in operands.items()}, xp, **STRICT)
-        assert alone["iterations"] == sol["iterations"][i]
+        # On a GPU products of one problem and of twelve need not round alike.
+        assert abs(alone["iterations"] - sol["iterations"][i]) <= (xp.name in ("cupy", "torch-cuda"))
         np.testing.assert_allclose(alone["x"][0], sol["x"][i], rtol=1e-9, atol=1e-9)
 
 
