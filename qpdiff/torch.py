@@ -5,8 +5,8 @@ a function of the operands, the solution and the right-hand side (see `qpdiff.di
 made of the second and of torch's operations. Under `torch.func.vmap` they solve all problems as one batch.
 
 Tensors on the CPU go to the solver as the NumPy arrays that share their memory, so that the compiled engine runs. On
-any other device they are solved there, in torch's operations (batched `cholesky_ex`): that takes no second library, and
-stays on torch's stream and in its memory. It has not been measured against moving them to CuPy through DLPack.
+any other device they are solved there, in torch's operations (batched `cholesky_ex`): that takes no second library,
+stays on torch's stream and in its memory, and on a GPU took a little less time than CuPy does.
 """
 
 from __future__ import annotations
