@@ -75,7 +75,7 @@ class Glimpse(NamedTuple):
 
 
 def pay(part: Part) -> bool:
-    """Whether steps can be made in the rows, which are more operations on fewer numbers, and save time.
+    """Whether steps in the rows, which are more operations on fewer numbers, can be made and save time.
 
     float32 wants its residuals in float64, which they do not give.
     """

@@ -353,8 +353,7 @@ def forms(problem: Problem):
 
 
 def _run(problem: Problem, parts, near: Point | None, settings: Settings, verbose: bool) -> list[Ended]:
-    """Iterate on one part until every problem has ended; problems that have ended are dropped by halves, where that
-    saves time.
+    """Iterate on one part until every problem has ended; where it saves time, those that have are dropped by halves.
 
     The part is taken off the list, lest the caller keep what dropping has freed.
     """
