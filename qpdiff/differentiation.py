@@ -327,7 +327,7 @@ def _solve_in_rows(form: kkt.DenseDualForm, metric: kkt.Metric, theta, r_x, r_v)
     zero, exists = xp.zeros_like(theta), xp.isfinite(theta)
     whitened, t = form.eliminate(None, r_x)
     right = xp.where(exists, t - r_v, zero)
-    factor, positive = form.factor(kkt.System(xp.maximum(theta, least / E**2), 0.0, 0.0))
+    factor, positive = form.factor_rows(xp.maximum(theta, least / E**2))
 
     def inaccurate(u, accurate):
         return ~xp.all(accurate)

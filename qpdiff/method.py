@@ -132,8 +132,8 @@ class Part(NamedTuple):
 
 def make_part(form) -> Part:
     """The problems of a reduced form, ready to iterate on."""
-    problem, xp = form.problem, form.problem.backend.xp
-    backend, metric, exact = problem.backend, kkt.equilibrate(problem), problem.astype(problem.backend.exact)
+    problem, backend = form.problem, form.problem.backend
+    xp, metric, exact = backend.xp, kkt.equilibrate(problem), problem.astype(backend.exact)
     D, E = metric
     count, k, q = total(xp, xp.astype(problem.inequality, problem.dtype)), exact.k, exact.q
     sizes = Sizes(

@@ -449,7 +449,7 @@ def _largest(problem: Problem):
     xp = problem.backend.xp
     largest = xp.max(xp.abs(problem.Q), axis=(-2, -1), keepdims=True)
     smallest = float(xp.finfo(problem.dtype).smallest_normal)
-    return xp.maximum(largest, smallest), 1e-8 if problem.dtype == xp.float64 else 1e-4
+    return problem.backend.clip(largest, smallest), 1e-8 if problem.dtype == xp.float64 else 1e-4
 
 
 def _asymmetric(problem: Problem):

@@ -187,19 +187,28 @@ def glance(part: Part, settings: Settings, before: State, state: State, sound, *
     count, some = divmod(int(2 * xp.sum(xp.astype(wanted, xp.int32)) + xp.astype(left_out, xp.int32)), 2)
     if count == 0:
         return known
-    looked = look(part, settings, before, state, wanted, count, stays)
+    if 2 * count <= problem.batch and problem.bytes_per_problem >= WORTH_A_COPY:
+        looked = look_at_few(part, settings, before, state, wanted[:, 0], count, stays=stays)
+    else:
+        looked = look(part, settings, before, state, stays=stays)
     return choose(xp, wanted, looked, known) if some else looked
 
 
-def look(part: Part, settings: Settings, before: State, state: State, wanted, count: int, stays: bool) -> State:
-    """How problems stand, with x and all residuals computed at least in the `count` of them where that is wanted."""
-    problem, xp, seen = part.problem, part.problem.backend.xp, state.seen
-    if 2 * count <= problem.batch and problem.bytes_per_problem >= WORTH_A_COPY:
-        those = xp.argsort(xp.astype(~wanted[:, 0], xp.int8), stable=True)[:count]
-        few, earlier, every = (kkt.take(xp, tree, those) for tree in (state, before, wanted))
-        looked = look(part.select(those), settings, earlier, few, every, count, stays)
-        place = xp.where(wanted[:, 0], xp.cumulative_sum(xp.astype(wanted[:, 0], xp.int32)) - 1, 0)
-        return kkt.take(xp, looked, place)
+def look_at_few(
+    part: Part, settings: Settings, before: State, state: State, wanted, count: int, *, stays: bool
+) -> State:
+    """`look` at copies of the `count` problems where that is wanted; what it says of the others is of no use."""
+    xp = part.problem.backend.xp
+    those = xp.argsort(xp.astype(~wanted, xp.int8), stable=True)[:count]
+    few, earlier = (kkt.take(xp, tree, those) for tree in (state, before))
+    looked = look(part.select(those), settings, earlier, few, stays=stays)
+    place = xp.where(wanted, xp.cumulative_sum(xp.astype(wanted, xp.int32)) - 1, 0)
+    return kkt.take(xp, looked, place)
+
+
+def look(part: Part, settings: Settings, before: State, state: State, *, stays: bool) -> State:
+    """How problems stand, with x and all residuals computed."""
+    xp, seen = part.problem.backend.xp, state.seen
     # From where it was last looked at, so that rounding counts for less and less.
     x = seen.x + part.form.variables((1.0 - seen.a) * seen.whitened, seen.u + state.v - seen.v)
     looked = assess(part, settings, state._replace(x=x), before)

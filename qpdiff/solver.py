@@ -376,10 +376,7 @@ def _run(problem: Problem, parts, near: Point | None, settings: Settings, verbos
         count, flags = divmod(int(4 * xp.sum(xp.astype(running, xp.int32)) + 2 * inexact + near), 4)
         if verbose:
             _report(xp, state)
-        batch = running.shape[0]
-        if count == 0 or (
-            2 * count <= batch and batch * part.problem.bytes_per_problem >= part.problem.backend.idle_bytes
-        ):
+        if count == 0 or (2 * count <= part.problem.batch and not part.idle):
             order = xp.argsort(xp.astype(~running[:, 0], xp.int8), stable=True)
             done, rest = (order[count:], order[:count]) if count else (None, None)
             outcome = Outcome(*(_rows_at(xp, getattr(state, name), done) for name in Outcome._fields))
