@@ -260,7 +260,7 @@ def _solve(lin: Linearization, r_x, r_v, unsolved: str):
 
 def _solve_pieces(lin, r_x, r_v):
     problem, xp = lin.problem, lin.problem.backend.xp
-    parts = problem.backend.map(lambda piece: _solve_piece(lin, piece, r_x, r_v), lin.factors, problem.workers)
+    parts = list(problem.backend.map(lambda piece: _solve_piece(lin, piece, r_x, r_v), lin.factors, problem.workers))
     u_x = xp.concat([part[0] for part in parts], axis=0)
     u_v = xp.concat([part[1] for part in parts], axis=0)
     if len(parts) == 1:

@@ -85,8 +85,8 @@ class PrimalForm:
         M = problem.Q
         for gram, block in self._grams:
             M = M + gram(weights[:, block])
-        M = problem.backend.add_diagonal(M, system.rho + _bound_weights(problem, weights))
-        factor, positive = problem.backend.factor(M)
+        diagonal = system.rho + _bound_weights(problem, weights)
+        factor, positive = problem.backend.factor_sum(M, diagonal)
         return (factor, weights), positive
 
     def eliminate(self, factor, r_x):
@@ -129,7 +129,7 @@ class DenseDualForm:
         V = backend.whiten_rows(root, _stack(xp, blocks))
         enough = 1e-6 if problem.dtype == xp.float64 else 1e-2
         good = positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal)
-        return cls(problem, (root, V, V @ V.mT)), xp.all(good, axis=-1)
+        return cls(problem, (root, V, backend.products(V, V.mT))), xp.all(good, axis=-1)
 
     @property
     def S(self):
@@ -405,7 +405,7 @@ def _factor_rows(problem: Problem, S, theta):
     xp, backend = problem.backend.xp, problem.backend
     # They get a diagonal that is huge but harmless to the factorisation.
     theta = backend.clip(theta, most=xp.finfo(problem.dtype).max ** 0.5)
-    return backend.factor(backend.add_diagonal(S, theta))
+    return backend.factor_sum(S, theta)
 
 
 def _stack(xp, matrices):

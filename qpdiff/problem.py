@@ -118,7 +118,7 @@ class Problem:
     def chunks(self) -> list[slice]:
         """The batch in pieces that fit the working memory, as many for each worker."""
         limit, data = self.backend.chunk_bytes, 8 * self.entries
-        memory = min(limit, max(limit // 3, 4 * data))  # in proportion to the data, where that is worth the while
+        memory = min(limit, max(limit // 3, 5 * data))  # in proportion to the data, where that is worth the while
         count = -(-self.batch * self.bytes_per_problem * self.workers // memory)
         if count > 1:
             count = -(-count // self.workers) * self.workers

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -261,11 +262,12 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bo
 
     chunks = problem.chunks()
     pieces, done = [], 0
-    for chunk, solved in zip(chunks, backend.map(solve_chunk, chunks, 1 if verbose else problem.workers), strict=True):
-        pieces += solved
-        done += chunk.stop - chunk.start
-        if progress is not None:
-            progress(done, problem.batch)
+    with closing(backend.map(solve_chunk, chunks, 1 if verbose else problem.workers)) as results:
+        for chunk, solved in zip(chunks, results, strict=True):
+            pieces += solved
+            done += chunk.stop - chunk.start
+            if progress is not None:
+                progress(done, problem.batch)
     return _join(problem, pieces), pieces
 
 

@@ -1,10 +1,14 @@
 """What depends on the array library: that derivatives agree, and moving data."""
 
+from concurrent.futures import Future
+
 import numpy as np
 import pytest
 from problems import random_problem
 
 import qpdiff
+from qpdiff.backend import NumPyBackend
+from qpdiff.backend.threads import THREADS
 from qpdiff.problem import OPERANDS, make_problem
 
 
@@ -54,6 +58,36 @@ def test_outer_products(xp, batch, n):
     expected = b[:, :, None] * d[:, None, :]
     np.testing.assert_allclose(symmetric, expected + expected.mT, rtol=1e-12, atol=1e-12)
     np.testing.assert_array_equal(symmetric, symmetric.mT)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("failing", [(), (0,), (3, 190)])
+def test_threads_share_a_stack_and_change_nothing(monkeypatch, failing, busy):
+    rng = np.random.default_rng(len(failing))
+    R, K, diagonal = rng.normal(size=(200, 30, 30)), rng.normal(size=(200, 7, 30)), rng.uniform(size=(200, 30))
+    M = R @ R.mT
+    diagonal[list(failing)] -= 1e3
+    backend, results, submitted = NumPyBackend(np), [], []
+
+    class Busy:
+        def submit(self, function, *arguments):
+            submitted.append(Future())
+            return submitted[-1]
+
+    if busy:
+        monkeypatch.setattr("qpdiff.backend.numpy.pool", Busy)
+    for threads, worth in ((1, 2.5e6), (3, 1e5)):
+        monkeypatch.setattr("qpdiff.backend.numpy.WORTH_A_THREAD", worth)
+        token = THREADS.set(threads)
+        factor, positive = backend.factor_sum(M, diagonal)
+        root = backend.root(factor)
+        results.append((*factor, positive, backend.whiten_rows(root, K), backend.solve(factor, diagonal)))
+        THREADS.reset(token)
+    assert np.flatnonzero(~results[0][1]).tolist() == list(failing)
+    for alone, shared in zip(*results, strict=True):
+        np.testing.assert_array_equal(alone, shared)
+    assert len(submitted) == (6 if busy else 0)  # two helpers each for the factor, its inverse and the rows
+    assert all(helper.cancelled() for helper in submitted)
 
 
 def test_the_backend_flag_moves_the_data(strict):

@@ -326,7 +326,7 @@ def test_threads_that_come_late_change_nothing(monkeypatch, delay):
             waiting.append(job)
             return job
 
-    monkeypatch.setattr("qpdiff.compiled.threads._pool", Late)
+    monkeypatch.setattr("qpdiff.compiled.threads.pool", Late)
     for _ in range(5):
         for operands, (sol, gradients) in zip(problems, expected, strict=True):
             other = qpdiff.solve_qp(**operands)
@@ -421,6 +421,28 @@ def test_progress_counts_up_to_the_batch():
         assert seen[-1] == (500, 500)
         assert all(batch == 500 for _, batch in seen)
         assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_array_engine_reports_chunk_by_chunk_and_can_be_stopped(monkeypatch, threads):
+    monkeypatch.setattr("qpdiff.backend.NumPyBackend.chunk_bytes", 2**18)
+    monkeypatch.setattr("qpdiff.problem.Problem.workers", threads)
+    make_part, begun, seen = qpdiff.solver.make_part, [], []
+
+    def counted(form):
+        begun.append(form.problem.batch)
+        time.sleep(0.5 if len(begun) > 2 * threads else 0.0)  # so that no thread is done before the first report
+        return make_part(form)
+
+    def stop(done, batch):
+        seen.append(done)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qpdiff.solver.make_part", counted)
+    with pytest.raises(KeyboardInterrupt):
+        qpdiff.solve_qp(**optnet(rng(), (500,), 20, 10, 0), engine="array", progress=stop)
+    assert len(seen) == 1
+    assert seen[0] <= sum(begun) < 500
 
 
 def test_an_error_in_progress_comes_out():

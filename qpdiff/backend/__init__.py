@@ -8,9 +8,9 @@ length B or, where it is shared by the batch, of length 1.
 from .base import Backend
 from .choice import choose_backend, from_host, working_dtype
 from .numpy import NumPyBackend
-from .threads import single_threaded, single_threaded_blas
+from .threads import pool, single_threaded, single_threaded_blas
 
 __all__ = [
-    "Backend", "NumPyBackend", "choose_backend", "from_host", "single_threaded", "single_threaded_blas",
+    "Backend", "NumPyBackend", "choose_backend", "from_host", "pool", "single_threaded", "single_threaded_blas",
     "working_dtype",
 ]  # fmt: skip

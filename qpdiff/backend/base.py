@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Generator
 
 import array_api_compat
 import numpy as np
@@ -66,9 +67,9 @@ class Backend:
     def arange(self, stop):
         return self.xp.arange(stop, device=self.device)
 
-    def map(self, function, items: list, workers: int) -> list:
-        """The function's value for each chunk of a batch, in order."""
-        return [function(item) for item in items]
+    def map(self, function, items: list, workers: int) -> Generator:
+        """The function's value for each chunk of a batch, in order, as they come; to close it stops the work."""
+        yield from map(function, items)
 
     def context(self):
         """The context of all work on arrays, in which overflow, division by zero and NaN pass without a word."""
@@ -108,6 +109,10 @@ class Backend:
         values = xp.where(positive[:, None], values, one)
         return (vectors / xp.sqrt(values)[:, None, :] / scale[:, :, None],), positive[:, None]
 
+    def factor_sum(self, M, diagonal):
+        """`factor` of M + diag(d) for matrices (B or 1, n, n) and vectors d (B, n)."""
+        return self.factor(M + self.eye(M.shape[-1], M.dtype) * diagonal[:, :, None])
+
     def pivots(self, factor):
         """What is left of diagonal entries once other variables are eliminated: all others, or those before in order.
 
@@ -135,6 +140,10 @@ class Backend:
     def whiten_rows(self, root, K):
         """K F⁻ᵀ for matrices K (B or 1, k, n)."""
         return K @ root.mT
+
+    def products(self, a, b):
+        """The products of matrices (B or 1, k, n) and (B or 1, n, l)."""
+        return a @ b
 
     def for_products(self, operand):
         """An operand in a layout that products with it read without a copy."""
@@ -167,10 +176,6 @@ class Backend:
     def dot(self, a, b):
         """aᵀb for vectors (B or 1, k), (B, 1)."""
         return self.xp.vecdot(a, b, axis=-1)[:, None]
-
-    def add_diagonal(self, M, diagonal):
-        """M + diag(d) for matrices (B or 1, n, n) and vectors d (B, n)."""
-        return M + self.eye(M.shape[-1], M.dtype) * diagonal[:, :, None]
 
 
 def _restore(kind, namespace: str, device) -> Backend:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextvars
-import itertools
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
 from .base import Backend
-from .threads import THREADS, single_threaded_blas
+from .memory import empty
+from .threads import THREADS, pool, single_threaded_blas
 
-INVERTED = 24
+INVERTED = 20
 """Up to this size the Cholesky factors of a batch are inverted."""
 SMALL = 10
 """Up to this size triangular matrices are inverted row by row, all problems at once."""
@@ -23,8 +25,8 @@ SOLVED = 192
 """From this size on to solve with a triangle takes less time than a product with its inverse, and to make that."""
 FEW = 16
 """So few matrices take less time one after the other."""
-WORTH_A_THREAD = 2**22
-"""Bytes of a result from which on threads share in it."""
+WORTH_A_THREAD = 2.5e6
+"""Operations of BLAS and LAPACK on a stack for which it is worth while to wake a thread."""
 
 
 class _Root(NamedTuple):
@@ -47,28 +49,71 @@ class NumPyBackend(Backend):
     def asarray(self, value, dtype=None):
         return np.asarray(value, dtype=dtype)
 
-    def map(self, function, items: list, workers: int) -> list:
+    def map(self, function, items: list, workers: int) -> Generator:
         """NumPy's loops release the interpreter lock, so that a thread a processor works on a chunk each."""
         if len(items) < 2 or workers < 2:
-            return super().map(function, items, workers)
-        with single_threaded_blas(), ThreadPoolExecutor(workers) as pool:
-            # A copy of the context for each: it holds the caller's np.errstate.
-            futures = [pool.submit(contextvars.copy_context().run, function, item) for item in items]
-            return [future.result() for future in futures]
+            yield from super().map(function, items, workers)
+            return
+        with single_threaded_blas(), ThreadPoolExecutor(workers) as threads:
+            try:
+                for future in [threads.submit(_on_one_thread(function), item) for item in items]:
+                    yield future.result()
+            finally:
+                threads.shutdown(cancel_futures=True)
+
+    def _parts(self, count: int, operations: float) -> list[slice]:
+        """Parts of a stack of so many, one for each thread that it is worth while to wake for the operations on it."""
+        parts = max(1, min(self.workers, count, int(operations / WORTH_A_THREAD)))
+        return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+    def _on_threads(self, function, parts: list[slice]) -> None:
+        """Call a function for parts of a stack at a time.
+
+        It is for what releases the interpreter lock for long. Whole chunks on threads are better only where all of a
+        step does so: to hand the lock on takes longer than an operation on small arrays.
+        """
+        first, *rest = parts
+        if not rest:
+            function(first)
+            return
+        with single_threaded_blas():
+            helpers = [pool().submit(_on_one_thread(function), part) for part in rest]
+            function(first)
+            for helper, part in zip(helpers, rest, strict=True):
+                if helper.cancel():  # all threads are busy
+                    function(part)
+                else:
+                    helper.result()
 
     def none(self, mask) -> bool:
         return not mask.any()
 
     def factor(self, M):
-        try:
-            L = np.linalg.cholesky(M)
-        except np.linalg.LinAlgError:
-            L = np.stack([_cholesky_or_nan(matrix) for matrix in M])
-        diagonal = np.linalg.diagonal(L)
-        positive = np.isfinite(diagonal).all(axis=-1, keepdims=True)
+        L = self._cholesky(M)
+        positive = np.isfinite(np.linalg.diagonal(L)).all(axis=-1, keepdims=True)
         if not positive.all():
             L = np.where(positive[:, :, None], L, np.eye(M.shape[-1], dtype=M.dtype))
         return (_inverse_lower(L) if _is_inverted(L) else L,), positive
+
+    def factor_sum(self, M, diagonal):
+        count, n = diagonal.shape
+        out = empty((count, n, n), M.dtype)
+        out[...] = M
+        out.reshape(count, n * n)[:, :: n + 1] += diagonal
+        return self.factor(out)
+
+    def _cholesky(self, M):
+        """Cholesky factors, NaN where there are none."""
+        parts = self._parts(len(M), len(M) * M.shape[-1] ** 3 / 3)
+        if len(parts) == 1:
+            return _cholesky_or_nan(M)
+        L = empty(M.shape, M.dtype)
+
+        def fill(part: slice):
+            L[part] = _cholesky_or_nan(M[part])
+
+        self._on_threads(fill, parts)
+        return L
 
     def pivots(self, factor):
         (L,) = factor
@@ -81,18 +126,30 @@ class NumPyBackend(Backend):
         (potrs,) = get_lapack_funcs(("potrs",), (L,))
         if L.shape[0] == 1:
             return potrs(L[0].T, r.T, lower=0)[0].T
-        if L.shape[-1] >= LARGE:
-            return _solve_lower(L, _solve_lower(L, r), transposed=True)
-        out = np.empty_like(r)
-        for i in range(r.shape[0]):
-            out[i] = potrs(L[i].T, r[i], lower=0)[0]
+        out = np.array(r, order="C")
+        if L.shape[-1] < LARGE:
+            for U, x in zip(L.mT, out[:, :, None], strict=True):
+                potrs(U, x, lower=0, overwrite_b=True)
+        else:
+            (trsv,) = get_blas_funcs(("trsv",), (L,))
+            for U, x in zip(L.mT, out, strict=True):
+                trsv(U, x, trans=1, overwrite_x=True)
+                trsv(U, x, overwrite_x=True)
         return out
 
     def root(self, factor):
         (L,) = factor
         if L.shape[-1] >= SOLVED and len(L) > 1:
             return _Root(None, L)
-        return _Root(L if _is_inverted(L) else _inverse_lower(L), None)
+        if _is_inverted(L):
+            return _Root(L, None)
+        out = empty(L.shape, L.dtype)
+
+        def fill(part: slice):
+            out[part] = _inverse_lower(L[part])
+
+        self._on_threads(fill, self._parts(len(L), L.size * L.shape[-1] / 3))
+        return _Root(out, None)
 
     def whiten(self, root, r):
         return _solve_lower(root.L, r) if root.inverse is None else super().whiten(root.inverse, r)
@@ -102,12 +159,21 @@ class NumPyBackend(Backend):
 
     def whiten_rows(self, root, K):
         if root.inverse is not None:
-            return super().whiten_rows(root.inverse, K)
+            return self.products(K, root.inverse.mT)
         out = np.array(np.broadcast_to(K, (len(root.L), *K.shape[1:])), order="C")
         (trsm,) = get_blas_funcs(("trsm",), (out,))
         with single_threaded_blas():  # SciPy's BLAS has threads of its own, for which NumPy's would have to make room
             for L, rows in zip(root.L, out, strict=True):
                 trsm(1.0, L.T, rows.T, trans_a=1, overwrite_b=True)
+        return out
+
+    def products(self, a, b):
+        out = empty((max(len(a), len(b)), a.shape[-2], b.shape[-1]), a.dtype)
+
+        def fill(part: slice):
+            np.matmul(a if len(a) == 1 else a[part], b if len(b) == 1 else b[part], out=out[part])
+
+        self._on_threads(fill, self._parts(len(out), out.size * a.shape[-1]))
         return out
 
     def outer(self, pairs):
@@ -119,42 +185,40 @@ class NumPyBackend(Backend):
     def _outer_of_each(self, pairs):
         """One problem after the other, so that what is added is still in the cache."""
         (first, other), *rest = pairs
-        out = np.empty((len(first), first.shape[-1], other.shape[-1]), first.dtype)
+        out = empty((len(first), first.shape[-1], other.shape[-1]), first.dtype)
 
-        def fill(problems: slice):
+        def fill(part: slice):
             term = np.empty(out.shape[1:], out.dtype)
-            for i in range(problems.start, problems.stop):
+            for i in range(part.start, part.stop):
                 np.multiply.outer(first[i], other[i], out=out[i])
                 for a, b in rest:
                     out[i] += np.multiply.outer(a[i], b[i], out=term)
 
-        workers = self.workers if out.nbytes >= WORTH_A_THREAD else 1
-        edges = [len(out) * i // workers for i in range(workers + 1)]
-        self.map(fill, [slice(*ends) for ends in itertools.pairwise(edges)], workers)
+        self._on_threads(fill, self._parts(len(out), 10 * out.size))  # by the time it takes
         return out
 
-    def add_diagonal(self, M, diagonal):
-        n = M.shape[-1]
-        out = np.empty((max(len(M), len(diagonal)), n, n), dtype=M.dtype)
-        out[...] = M
-        out.reshape(len(out), n * n)[:, :: n + 1] += diagonal
-        return out
+
+def _on_one_thread(function):
+    """The function in a copy of the context, which holds the caller's np.errstate; what it calls wakes no threads."""
+    context = contextvars.copy_context()
+    context.run(THREADS.set, 1)
+    return partial(context.run, function)
 
 
 def _cholesky_or_nan(M):
     try:
         return np.linalg.cholesky(M)
     except np.linalg.LinAlgError:
-        return np.full_like(M, np.nan)
+        return np.stack([_cholesky_or_nan(matrix) for matrix in M]) if M.ndim > 2 else np.full_like(M, np.nan)
 
 
 def _solve_lower(L, r, *, transposed=False):
     """L⁻¹ r or L⁻ᵀ r for as many vectors r as matrices L."""
     (trsv,) = get_blas_funcs(("trsv",), (L,))
-    out = np.empty_like(r)
-    for i in range(len(r)):
-        # Lᵀ is what BLAS sees of a row-major L without a copy.
-        out[i] = trsv(L[i].T, r[i], trans=0 if transposed else 1)
+    out = np.array(r, order="C")
+    # Lᵀ is what BLAS sees of a row-major L without a copy.
+    for U, x in zip(L.mT, out, strict=True):
+        trsv(U, x, trans=0 if transposed else 1, overwrite_x=True)
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -14,6 +15,16 @@ THREADS = ContextVar(
     "THREADS", default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 )
 """Threads for NumPy arrays: one a processor, unless `single_threaded` says otherwise."""
+
+
+@cache
+def pool() -> ThreadPoolExecutor:
+    """Threads that stay, since to start one takes longer than to wake it."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qpdiff")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=pool.cache_clear)  # threads do not survive a fork
 
 
 @cache

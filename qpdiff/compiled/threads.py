@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextvars
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
-from ..backend import single_threaded_blas
+from ..backend import pool, single_threaded_blas
 from ..problem import Problem
 from .compiler import claim, entry, jit, pause, peek
 from .tiles import BLOCK
@@ -58,7 +56,7 @@ def _share(run: Callable, edges: np.ndarray, parts: int, workers: int) -> None:
     The calling thread waits without sleeping for what the others have begun: to be woken would take longer than that.
     """
     turn = new_turn()
-    helpers = [_pool().submit(contextvars.copy_context().run, run, turn, edges) for _ in range(workers - 1)]
+    helpers = [pool().submit(contextvars.copy_context().run, run, turn, edges) for _ in range(workers - 1)]
     errors: list = []
     try:
         run(turn, edges)
@@ -145,12 +143,3 @@ def _operations(problem: Problem) -> float:
     """About what a step takes for one problem."""
     n, linear = problem.n, problem.m + problem.p
     return min(n, linear or n) ** 3 / 3 + 8 * n * (n + linear) + 100 * (n + problem.rows)
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qpdiff")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
