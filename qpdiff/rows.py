@@ -83,11 +83,11 @@ def pay(part: Part) -> bool:
 
 
 def initialize(part: Part, settings: Settings):
-    """`method.initialize` with x only where that is looked at."""
+    """`method.initialize` with x only where that is looked at, and without the factor: the derivative makes another."""
     problem, form, backend = part.problem, part.form, part.problem.backend
     xp, origin = backend.xp, observe(part, make_origin(part, settings))
     seen = origin.seen
-    factor, positive, _, refined = _newton(part, first_theta(part), origin)
+    positive, _, refined = _newton(part, first_theta(part), origin)
     dv, Sdv = refined(origin.r_v, origin.inexact)
     good = positive & all_finite(xp, Sdv)
     dv = xp.where(good, dv, origin.v)
@@ -100,7 +100,7 @@ def initialize(part: Part, settings: Settings):
         qx=xp.where(good, backend.dot(seen.t, dv) - seen.rr, 0.0),
     )  # fmt: skip
     state = origin._replace(v=v, s=s, mu=mu, Kx=Kx, r_v=problem.k - Kx - s, seen=seen)
-    return glance(part, settings, origin, state, good, stays=False), factor
+    return glance(part, settings, origin, state, good, stays=False), None
 
 
 def observe(part: Part, state: State) -> State:
@@ -118,12 +118,12 @@ def observe(part: Part, state: State) -> State:
 
 
 def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: bool):
-    """`method.step` with x only where that is looked at."""
+    """`method.step` with x only where that is looked at, and without the factor."""
     problem, backend, seen = part.problem, part.problem.backend, state.seen
     xp, inequality, t = backend.xp, problem.inequality, seen.t
     s, z = (xp.where(inequality, a, float("inf")) for a in (state.s, state.v))
     theta = state.s / z
-    factor, positive, multipliers, refined = _newton(part, theta, state)
+    positive, multipliers, refined = _newton(part, theta, state)
     dv = multipliers(state.r_v + state.s)
     excess = centering(part, settings, state, s, z, dv, -state.s - theta * dv) / z
     dv, Sdv = refined(state.r_v + excess, state.inexact if refine else None)
@@ -152,7 +152,7 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     moved = moved._replace(iterations=state.iterations + 1, inexact=_inexact(xp, moved))
     moved = with_proximal_terms(part, settings, state, moved, sound)
     moved = glance(part, settings, state, moved, sound, stays=stays)
-    return choose(xp, state.status != RUNNING, state, moved) if stays else moved, factor
+    return choose(xp, state.status != RUNNING, state, moved) if stays else moved, None
 
 
 def glance(part: Part, settings: Settings, before: State, state: State, sound, *, stays: bool) -> State:
@@ -235,7 +235,7 @@ def _newton(part: Part, theta, state: State):
         dv = backend.xp.where(inexact, dv + backend.solve(factor, left), dv)
         return dv, product(form.S, dv)
 
-    return factor, positive, multipliers, refined
+    return positive, multipliers, refined
 
 
 def _inexact(xp, state: State):

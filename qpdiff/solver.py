@@ -255,6 +255,7 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bo
         if check_convexity and any(not form.definite and xp.any(indefinite(form.problem)) for form, _ in chosen):
             check_values(problem)
         parts = [(make_part(form), _rows_at(xp, index, where)) for form, where in chosen]
+        del chosen  # which would keep what `_run` frees
         pieces = []
         while parts:
             pieces += _run(problem, parts, near, settings, verbose)
@@ -389,6 +390,7 @@ def _run(problem: Problem, parts, near: Point | None, settings: Settings, verbos
             part, index = part.select(rest), _rows_at(xp, index, rest)
             state, cold = _rows_at(xp, (state, cold), rest)
         stays = flags % 2 > 0 or count < part.problem.batch
+        factor = None  # the next one may take its memory
         state, factor = advance(part, settings, state, refine=flags >= 2, stays=stays)
         if cold is not None:
             state = _restart(xp, settings, state, cold)

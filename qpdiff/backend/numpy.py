@@ -12,7 +12,6 @@ import numpy as np
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
 from .base import Backend
-from .memory import empty
 from .threads import THREADS, pool, single_threaded_blas
 
 INVERTED = 20
@@ -97,7 +96,7 @@ class NumPyBackend(Backend):
 
     def factor_sum(self, M, diagonal):
         count, n = diagonal.shape
-        out = empty((count, n, n), M.dtype)
+        out = np.empty((count, n, n), M.dtype)
         out[...] = M
         out.reshape(count, n * n)[:, :: n + 1] += diagonal
         return self.factor(out)
@@ -107,7 +106,7 @@ class NumPyBackend(Backend):
         parts = self._parts(len(M), len(M) * M.shape[-1] ** 3 / 3)
         if len(parts) == 1:
             return _cholesky_or_nan(M)
-        L = empty(M.shape, M.dtype)
+        L = np.empty(M.shape, M.dtype)
 
         def fill(part: slice):
             L[part] = _cholesky_or_nan(M[part])
@@ -143,7 +142,7 @@ class NumPyBackend(Backend):
             return _Root(None, L)
         if _is_inverted(L):
             return _Root(L, None)
-        out = empty(L.shape, L.dtype)
+        out = np.empty(L.shape, L.dtype)
 
         def fill(part: slice):
             out[part] = _inverse_lower(L[part])
@@ -168,7 +167,7 @@ class NumPyBackend(Backend):
         return out
 
     def products(self, a, b):
-        out = empty((max(len(a), len(b)), a.shape[-2], b.shape[-1]), a.dtype)
+        out = np.empty((max(len(a), len(b)), a.shape[-2], b.shape[-1]), a.dtype)
 
         def fill(part: slice):
             np.matmul(a if len(a) == 1 else a[part], b if len(b) == 1 else b[part], out=out[part])
@@ -185,7 +184,7 @@ class NumPyBackend(Backend):
     def _outer_of_each(self, pairs):
         """One problem after the other, so that what is added is still in the cache."""
         (first, other), *rest = pairs
-        out = empty((len(first), first.shape[-1], other.shape[-1]), first.dtype)
+        out = np.empty((len(first), first.shape[-1], other.shape[-1]), first.dtype)
 
         def fill(part: slice):
             term = np.empty(out.shape[1:], out.dtype)

@@ -15,13 +15,13 @@ import numpy as np
 
 from .. import kkt
 from ..backend import single_threaded_blas
-from ..backend.memory import empty, kept_by_thread
 from ..method import Point, Settings
 from ..problem import OPERANDS, Problem, check_values
 from ..solver import Outcome
 from . import derivative, one_by_one
 from .groups import make_group_room, solve_groups
 from .lanes import LANES
+from .memory import empty, kept_by_thread
 from .method import DENSE_DUAL, DIAGONAL_DUAL, PRIMAL, Batch, Reduced, Room, make_room
 from .threads import SOLVE, SWEEP, new_turn, work_on, workers_for
 from .tiles import padded

@@ -12,8 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..backend.memory import ALIGNMENT
 from .compiler import jit
+from .memory import ALIGNMENT
 from .registers import span, unpacked, word
 
 _READ, _SECOND_LEVEL, _DATA = (ir.Constant(ir.IntType(32), number) for number in (0, 2, 1))

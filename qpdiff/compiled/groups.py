@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend.memory import aligned, kept_by_thread
 from ..method import IMPATIENCE
 from .compiler import entry, hot, jit
 from .lanes import LANES, each, every, first_lanes, larger, no, of_lane, put, select, some, stacked, take
+from .memory import aligned, kept_by_thread
 from .method import (
     DENSE_DUAL,
     DIAGONAL_DUAL,
