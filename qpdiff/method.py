@@ -20,8 +20,8 @@ from .solution import Status
 
 MAX_ITERATIONS = 200
 RUNNING = -1
-STEP_FRACTION = 0.99
-"""Share of the step to the boundary of s > 0, z > 0 that is taken."""
+STEP_FRACTION, LARGEST_FRACTION = 0.995, 0.9999
+"""Share of the step to the boundary of s > 0, z > 0 that is taken at least, and at most."""
 IMPATIENCE = 3
 """Iterations without progress after which variables and multipliers move by the same step length."""
 PATIENCE = 30
@@ -290,9 +290,9 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     s, z = (xp.where(inequality, a, float("inf")) for a in (state.s, state.v))
     factor, positive, rows_direction, direction = newton(part, state.s, z, state.r_x, state.r_v, state.rho, state.delta)
 
-    excess = centering(part, settings, state, s, z, *rows_direction(state.s * state.v))
+    excess, fraction = centering(part, settings, state, s, z, *rows_direction(state.s * state.v))
     dx, dv, ds = direction(excess, state.inexact if refine else None)
-    alpha_s, alpha_z, s, v = advance(part, settings, state, s, z, dv, ds)
+    alpha_s, alpha_z, s, v = advance(part, settings, state, s, z, dv, ds, fraction)
     x = state.x + alpha_s * dx
 
     # A step that cannot be computed is not taken; stronger proximal terms come instead.
@@ -320,22 +320,24 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
 
 
 def centering(part: Part, settings: Settings, state: State, s, z, dv, ds):
-    """What the corrector is to diminish s ∘ z by, after the predictor's direction; s and z as for `step_length`.
+    """What the corrector is to diminish s ∘ z by, after the predictor's direction; and its share of the step.
 
-    How far towards s ∘ z = 0 that gets decides the centering (Nocedal & Wright, 16.62 to 16.66).
+    How far towards s ∘ z = 0 the predictor gets decides both: the centering (Nocedal & Wright, 16.62 to 16.66), and the
+    share, which has to tend to 1 for fast convergence. s and z are as for `step_length`.
     """
     backend = part.problem.backend
     alpha_s, alpha_z = step_length(backend, s, ds, 1.0), step_length(backend, z, dv, 1.0)
     reached = mean(part, state.s + alpha_s * ds, state.v + alpha_z * dv)
-    sigma = backend.clip(reached / (state.mu + settings.tiny), 0.0, 1.0) ** 3
-    return state.s * state.v + ds * dv - sigma * state.mu
+    ratio = backend.clip(reached / (state.mu + settings.tiny), 0.0, 1.0)
+    excess = state.s * state.v + ds * dv - ratio**3 * state.mu
+    return excess, backend.clip(1.0 - ratio, STEP_FRACTION, LARGEST_FRACTION)
 
 
-def advance(part: Part, settings: Settings, state: State, s, z, dv, ds):
+def advance(part: Part, settings: Settings, state: State, s, z, dv, ds, fraction):
     """The step lengths for x and s, and for v, along the corrector's direction, and s and v after the step."""
     problem, backend, inequality = part.problem, part.problem.backend, part.problem.inequality
     xp = backend.xp
-    alpha_s, alpha_z = step_length(backend, s, ds, STEP_FRACTION), step_length(backend, z, dv, STEP_FRACTION)
+    alpha_s, alpha_z = step_length(backend, s, ds, fraction), step_length(backend, z, dv, fraction)
     # Unequal steps leave Qx + Kᵀv behind, which now and then goes round in circles.
     together, circling = xp.minimum(alpha_s, alpha_z), state.waiting >= IMPATIENCE
     alpha_s, alpha_z = xp.where(circling, together, alpha_s), xp.where(circling, together, alpha_z)

@@ -125,9 +125,10 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     theta = state.s / z
     positive, multipliers, refined = _newton(part, theta, state)
     dv = multipliers(state.r_v + state.s)
-    excess = centering(part, settings, state, s, z, dv, -state.s - theta * dv) / z
+    excess, fraction = centering(part, settings, state, s, z, dv, -state.s - theta * dv)
+    excess = excess / z
     dv, Sdv = refined(state.r_v + excess, state.inexact if refine else None)
-    alpha_s, alpha_z, s, v = advance(part, settings, state, s, z, dv, -excess - theta * dv)
+    alpha_s, alpha_z, s, v = advance(part, settings, state, s, z, dv, -excess - theta * dv, fraction)
 
     Kdx, keep, apart = t - Sdv, 1.0 - alpha_s, alpha_s - alpha_z
     Kx = xp.where(problem.exists, state.Kx + alpha_s * Kdx, 0.0)

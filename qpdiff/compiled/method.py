@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..kkt import METRIC_PASSES
-from ..method import LUCK, PATIENCE, RUNNING, STEP_FRACTION
+from ..method import LARGEST_FRACTION, LUCK, PATIENCE, RUNNING, STEP_FRACTION
 from ..solution import Status
 from .compiler import finite, hot, jit
 from .lanes import each, every, larger, no, root, select, smaller, some, zero
@@ -830,7 +830,7 @@ def weigh(one, rho, delta, before, work):
 
 @hot
 def center(one, settings, mu, before, work):
-    """Fill the right-hand side of the rows for the corrector, after the predictor's multipliers."""
+    """Fill the right-hand side of the rows for the corrector, after the predictor's multipliers; and its fraction."""
     dv, ds, theta, shifted, complementarity = work.dv, work.ds, work.theta, work.shifted, work.complementarity
     rows = dv.shape[0]
     for i in range(rows):
@@ -849,16 +849,17 @@ def center(one, settings, mu, before, work):
         if one.kind[i] == INEQUALITY:
             complementarity[i] = before.s[i] * before.v[i] + ds[i] * dv[i] - sigma * mu
             shifted[i] += complementarity[i] * work.per_z[i]
+    return smaller(larger(1.0 - ratio, STEP_FRACTION), LARGEST_FRACTION)
 
 
 @hot
-def advance(one, settings, circling, before, now, work):
+def advance(one, settings, circling, fraction, before, now, work):
     """Move the slacks and the multipliers along the corrector's direction; the lengths for x and s, and for v."""
     dv, ds = work.dv, work.ds
     for i in range(dv.shape[0]):
         if one.kind[i] == INEQUALITY:
             ds[i] = -(work.complementarity[i] * work.per_z[i] + work.theta[i] * dv[i])
-    alpha_s, alpha_z = step_lengths(one, work.per_s, work.per_z, ds, dv, STEP_FRACTION)
+    alpha_s, alpha_z = step_lengths(one, work.per_s, work.per_z, ds, dv, fraction)
     shorter = smaller(alpha_s, alpha_z)
     alpha_s, alpha_z = select(circling, shorter, alpha_s), select(circling, shorter, alpha_z)
     for i in range(dv.shape[0]):
@@ -885,9 +886,9 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
         return factored, factored, 0.0 * mu, 0.0 * mu, mu
     eliminate(form, reduced, before.r_x, work)
     solve_rows(form, one, reduced, before.r_x, work.shifted, dx, dv, work)
-    center(one, settings, mu, before, work)
+    fraction = center(one, settings, mu, before, work)
     solve_refined(form, one, reduced, refine, before.r_x, work.shifted, dx, dv, work)
-    alpha_s, alpha_z = advance(one, settings, circling, before, now, work)
+    alpha_s, alpha_z = advance(one, settings, circling, fraction, before, now, work)
     for i in range(now.x.shape[0]):
         now.x[i] = before.x[i] + alpha_s * dx[i]
     sound = factored & all_finite(now.x) & all_finite(now.v) & all_finite(now.s)

@@ -156,9 +156,9 @@ def step_in_rows(one, reduced, settings, mu, rho, delta, refine, circling, befor
     if not factor(DENSE_DUAL, one, reduced, work.theta, work.rho, work.delta, work):
         return False, False, 0.0, 0.0, mu
     solve_rows(DENSE_DUAL, one, reduced, before.r_x, work.shifted, work.dx, work.dv, work)
-    center(one, settings, mu, before, work)
+    fraction = center(one, settings, mu, before, work)
     solve_for_rows(one, reduced, refine, before.r_x, work)
-    alpha_s, alpha_z = advance(one, settings, circling, before, now, work)
+    alpha_s, alpha_z = advance(one, settings, circling, fraction, before, now, work)
     sound = all_finite(work.Sdv) & all_finite(now.v) & all_finite(now.s)
     return sound, True, alpha_s, alpha_z, mean(one, now.s, now.v) if sound else mu
 
