@@ -417,7 +417,8 @@ def test_extreme_numbers(xp, name, values):
             assert_status(batch, sol, i)
         for field in ("x", "y", "z", "z_lb", "z_ub", "objective", "status"):
             mates, expected = getattr(sol, field)[::2], getattr(reference, field)[::2]
-            np.testing.assert_allclose(mates, expected, rtol=1e-12, atol=1e-12)
+            # A problem whose group holds an extreme one is solved alone, which rounds differently.
+            np.testing.assert_allclose(mates, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
