@@ -407,6 +407,7 @@ def test_extreme_numbers(xp, name, values):
         # An extreme problem between any two good ones.
         batch = {k: np.stack([v] * (2 * len(versions) + 1)) for k, v in one.items()}
         reference = host(xp, qpdiff.solve_qp(**to_library(xp, batch)))
+        alone = host(xp, qpdiff.solve_qp(**to_library(xp, one)))
         batch[name][1::2] = versions
         if name == "lb" and "ub" in batch:
             batch["ub"] = np.maximum(batch["lb"], batch["ub"])
@@ -416,9 +417,10 @@ def test_extreme_numbers(xp, name, values):
         for i in range(len(batch["Q"])):
             assert_status(batch, sol, i)
         for field in ("x", "y", "z", "z_lb", "z_ub", "objective", "status"):
-            mates, expected = getattr(sol, field)[::2], getattr(reference, field)[::2]
+            mates, expected, lone = getattr(sol, field)[::2], getattr(reference, field)[::2], getattr(alone, field)
             # A problem whose group holds an extreme one is solved alone, which rounds differently.
-            np.testing.assert_allclose(mates, expected, rtol=1e-10, atol=1e-10)
+            nearest = np.where(np.abs(mates - lone) < np.abs(mates - expected), lone, expected)
+            np.testing.assert_allclose(mates, nearest, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
