@@ -139,7 +139,7 @@ class Backend:
 
     def whiten_rows(self, root, K):
         """K F⁻ᵀ for matrices K (B or 1, k, n)."""
-        return K @ root.mT
+        return self.products(K, root.mT)
 
     def products(self, a, b):
         """The products of matrices (B or 1, k, n) and (B or 1, n, l)."""

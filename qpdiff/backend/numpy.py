@@ -88,7 +88,7 @@ class NumPyBackend(Backend):
         return not mask.any()
 
     def factor(self, M):
-        L = self._cholesky(M)
+        L = self._of_each(_cholesky_or_nan, M)
         positive = np.isfinite(np.linalg.diagonal(L)).all(axis=-1, keepdims=True)
         if not positive.all():
             L = np.where(positive[:, :, None], L, np.eye(M.shape[-1], dtype=M.dtype))
@@ -101,18 +101,18 @@ class NumPyBackend(Backend):
         out.reshape(count, n * n)[:, :: n + 1] += diagonal
         return self.factor(out)
 
-    def _cholesky(self, M):
-        """Cholesky factors, NaN where there are none."""
+    def _of_each(self, function, M):
+        """A function of square matrices, to each of which it does about n³/3 operations."""
         parts = self._parts(len(M), len(M) * M.shape[-1] ** 3 / 3)
         if len(parts) == 1:
-            return _cholesky_or_nan(M)
-        L = np.empty(M.shape, M.dtype)
+            return function(M)
+        out = np.empty(M.shape, M.dtype)
 
         def fill(part: slice):
-            L[part] = _cholesky_or_nan(M[part])
+            out[part] = function(M[part])
 
         self._on_threads(fill, parts)
-        return L
+        return out
 
     def pivots(self, factor):
         (L,) = factor
@@ -140,15 +140,7 @@ class NumPyBackend(Backend):
         (L,) = factor
         if L.shape[-1] >= SOLVED and len(L) > 1:
             return _Root(None, L)
-        if _is_inverted(L):
-            return _Root(L, None)
-        out = np.empty(L.shape, L.dtype)
-
-        def fill(part: slice):
-            out[part] = _inverse_lower(L[part])
-
-        self._on_threads(fill, self._parts(len(L), L.size * L.shape[-1] / 3))
-        return _Root(out, None)
+        return _Root(L if _is_inverted(L) else self._of_each(_inverse_lower, L), None)
 
     def whiten(self, root, r):
         return _solve_lower(root.L, r) if root.inverse is None else super().whiten(root.inverse, r)
@@ -158,7 +150,7 @@ class NumPyBackend(Backend):
 
     def whiten_rows(self, root, K):
         if root.inverse is not None:
-            return self.products(K, root.inverse.mT)
+            return super().whiten_rows(root.inverse, K)
         out = np.array(np.broadcast_to(K, (len(root.L), *K.shape[1:])), order="C")
         (trsm,) = get_blas_funcs(("trsm",), (out,))
         with single_threaded_blas():  # SciPy's BLAS has threads of its own, for which NumPy's would have to make room
