@@ -419,11 +419,11 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
 
     # Farkas: Kᵀv = 0, z ≥ 0, kᵀv < 0 leaves no x; Qx = 0, Kx ≤ 0 (= 0), qᵀx < 0 is a way down without end. Iterates
     # without a limit go off along such a direction, so it shows in their last step long before it does in them.
-    no_point, farkas, gain = contradiction(part, v, previous.v, primal > tol)
+    no_point, farkas, gain = contradiction(part, tol, v, previous.v, primal)
     if part.form.definite:
         no_bottom, ray, fall = xp.zeros_like(dual), x, dual
     else:
-        no_bottom, ray, fall = descent(part, x, Qx, Kx, previous, dual > tol)
+        no_bottom, ray, fall = descent(part, tol, x, Qx, Kx, previous, dual)
     proof = xp.maximum(no_point, no_bottom)
 
     waiting = waited(xp, state, worst, proof)
@@ -458,12 +458,12 @@ def waited(xp, state: State, worst, proof):
     return xp.where(improved, 0, state.waiting + 1)
 
 
-def descent(part: Part, x, Qx, Kx, previous: State, possible):
+def descent(part: Part, tol, x, Qx, Kx, previous: State, dual):
     """How near the last step in the variables is to a way down without end, that step, and how far down it goes."""
     problem, (D, E), sizes = part.exact, part.metric, part.sizes
     xp = problem.backend.xp
     ray = x - xp.astype(previous.x, x.dtype, copy=False)
-    falls, fall = falling(xp, problem.q * ray, possible)
+    falls, fall = falling(xp, tol, ray, problem.q * ray, dual)
     no_bottom = xp.zeros_like(fall)
     if not problem.backend.none(falls):
         slope = Kx - previous.Kx
@@ -476,13 +476,13 @@ def descent(part: Part, x, Qx, Kx, previous: State, possible):
     return no_bottom, ray, fall
 
 
-def contradiction(part: Part, v, previous, possible):
+def contradiction(part: Part, tol, v, previous, primal):
     """How near the last step in the multipliers is to a Farkas certificate, that step, and how much it gains."""
     problem, (D, _), sizes = part.exact, part.metric, part.sizes
     xp = problem.backend.xp
     farkas = v - xp.astype(previous, v.dtype, copy=False)
     farkas = xp.where(problem.inequality, problem.backend.clip(farkas, 0.0), farkas)
-    gains, gain = falling(xp, problem.k * farkas, possible)
+    gains, gain = falling(xp, tol, farkas, problem.k * farkas, primal)
     no_point = xp.zeros_like(gain)
     if not problem.backend.none(gains):
         left = norm(xp, D * problem.adjoint(farkas))
@@ -490,14 +490,16 @@ def contradiction(part: Part, v, previous, possible):
     return no_point, farkas, gain
 
 
-def falling(xp, terms, possible):
-    """Where a direction that is possible goes down beyond rounding, and how far; `terms` sum to the change of cost.
+def falling(xp, tol, direction, terms, residual):
+    """Where a direction goes down, and how far; `terms` sum to the change of cost along it.
 
     The fall against what the direction leaves is a ratio r that proves that there is no solution of norm less than r in
-    the scaled problem, whose own size is that of its cost.
+    the scaled problem, whose own size is that of its cost. It has to be beyond rounding, and beyond what any point may
+    leave of the residual within the tolerance: that takes tol·‖direction‖₁ off the fall.
     """
     fall = -total(xp, terms)
-    return possible & (fall > 1e-8 * total(xp, xp.abs(terms))), fall
+    least = xp.maximum(1e-8 * total(xp, xp.abs(terms)), tol * total(xp, xp.abs(direction)))
+    return (residual > tol) & (fall > least), fall
 
 
 # ---- small pieces

@@ -171,7 +171,7 @@ def glance(part: Part, settings: Settings, before: State, state: State, sound, *
     if not backend.none(~small):
         dual = xp.where(small, dual, norm(xp, seen.a * seen.r + problem.adjoint(seen.u)))
     worst = xp.maximum(dual, others)
-    no_point, *_ = contradiction(part, v, before.v, primal > settings.tol)
+    no_point, *_ = contradiction(part, settings.tol, v, before.v, primal)
 
     tol, rtol = settings.tol, settings.rtol
     size = xp.maximum(xp.abs(seen.xr + seen.qx + vKx), xp.maximum(xp.abs(seen.qx), xp.abs(kv)))

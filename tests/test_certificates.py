@@ -95,6 +95,25 @@ def test_on_every_library(xp, kind):
     assert np.sum(status == expected) >= 24  # rounding leaves one in 300 without its certificate, docs/method.md
 
 
+@pytest.mark.parametrize("short", [1e-12, 1e-16])
+def test_what_contradicts_by_less_than_the_tolerance_is_solved(short):
+    """Rounding in somebody's data: the row 0 ≤ −1e-12, which any x violates, though by nothing that counts."""
+    rng = np.random.default_rng(7)
+    solved = 0
+    for _ in range(30):
+        d = random_problem(rng, "G", cost="pd", batch=(8,), n=3, m=3)
+        d["Q"] *= 10 ** rng.uniform(-3.0, 3.0, (8, 1, 1))
+        d["h"] = rng.uniform(-5.0, 5.0, d["h"].shape)  # not kept by the first iterates
+        without = solve(d | {"G": d["G"][:, :2], "h": d["h"][:, :2]})
+        d["G"][:, 2], d["h"][:, 2] = 0.0, -short
+        sol = solve(d)
+        assert not np.any(sol.status == Status.PRIMAL_INFEASIBLE)
+        well = (sol.status == Status.SOLVED) & (without.status == Status.SOLVED)
+        np.testing.assert_allclose(sol.objective[well], without.objective[well], rtol=1e-6, atol=1e-6)
+        solved += np.sum(well)
+    assert solved >= 0.99 * 240
+
+
 @pytest.mark.parametrize("kind", ["infeasible", "unbounded"])
 @pytest.mark.parametrize("parts", ["A G", "A G lb ub"])
 @pytest.mark.parametrize("cost", ["pd", "lp"])

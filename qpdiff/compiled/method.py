@@ -719,9 +719,9 @@ def assess(form, one, settings, now, before, past, iterations, limit, work):
 
     no_bottom = fall = no_point = gain = zero(x)
     if form != DENSE_DUAL and some(dual > tol):
-        no_bottom, fall = unbounded(one, now, before, x, work)
+        no_bottom, fall = unbounded(one, tol, now, before, x, work)
     if some(primal > tol):
-        no_point, gain = infeasible(one, before, v, scaled_k, work)
+        no_point, gain = infeasible(one, tol, before, v, scaled_k, work)
     no_bottom, no_point = select(dual > tol, no_bottom, 0.0), select(primal > tol, no_point, 0.0)
     proof = larger(no_point, no_bottom)
 
@@ -753,20 +753,21 @@ def waited(past, worst, proof):
 
 
 @jit
-def unbounded(one, now, before, x, work):
+def unbounded(one, tol, now, before, x, work):
     """How near the last step in x is to a direction of unbounded descent, and how far it goes down."""
     ray = work.ray
-    total = size = uphill = hidden = cost = zero(x)
+    total = size = length = uphill = hidden = cost = zero(x)
     for i in range(x.shape[0]):
         ray[i] = x[i] - before.x[i]
         term = one.q64[i] * ray[i]
         total += term
         size += abs(term)
+        length += abs(ray[i])
         D = one.D[i]
         uphill = larger(abs(D * (now.Qx[i] - before.Qx[i])), uphill)
         hidden = larger(abs(D * now.Qx[i]), hidden)
         cost = larger(abs(D * one.q64[i]), cost)
-    falls = -total > 1e-8 * size
+    falls = -total > larger(1e-8 * size, tol * length)
     if not some(falls):
         return select(falls, 1.0, 0.0), -total
     for i in range(now.Kx.shape[0]):
@@ -779,17 +780,18 @@ def unbounded(one, now, before, x, work):
 
 
 @jit
-def infeasible(one, before, v, size_k, work):
+def infeasible(one, tol, before, v, size_k, work):
     """How near the last step in the multipliers is to a Farkas certificate, and how much it gains."""
     farkas = work.farkas
-    total = size = zero(v)
+    total = size = length = zero(v)
     for i in range(v.shape[0]):
         step = v[i] - before.v[i]
         farkas[i] = positive(step) if one.kind[i] == INEQUALITY else step
         term = one.k64[i] * farkas[i]
         total += term
         size += abs(term)
-    gains = -total > 1e-8 * size
+        length += abs(farkas[i])
+    gains = -total > larger(1e-8 * size, tol * length)
     if not some(gains):
         return select(gains, 1.0, 0.0), -total
     adjoint(one.K64, one.lower, one.upper, farkas, work.Kv)

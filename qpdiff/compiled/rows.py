@@ -216,7 +216,7 @@ def glance(one, settings, glimpse, before, now, past, work):
     worst = larger(primal, larger(dual, gap))
     no_point = 0.0
     if primal > settings.tol:
-        no_point, _ = infeasible(one, before, now.v, scaled_k, work)
+        no_point, _ = infeasible(one, settings.tol, before, now.v, scaled_k, work)
     tol, rtol = settings.tol, settings.rtol
     size_gap = larger(abs(glimpse.xr + glimpse.qx + vKx), larger(abs(glimpse.qx), abs(kv)))
     far = (primal > tol + rtol * larger(size_Kx, size_k)) or (gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * size_gap)
