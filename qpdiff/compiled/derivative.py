@@ -59,11 +59,18 @@ def ratio(a, b):
 @jit
 def correction(form, one, reduced, heavy, weights, e_x, e_v, c_x, c_v, work):
     """Solve with the light rows eliminated by their own weights; the size of what was asked."""
-    rows = e_v.shape[0]
+    rows, linear = e_v.shape[0], one.K.shape[0]
     b_x, b_v = work.b_x, work.shifted
+    first = linear
     for i in range(rows):
-        b_v[i] = 0.0 if heavy[i] else weights[i] * e_v[i]
-    adjoint(one.K, one.lower, one.upper, b_v, b_x)
+        if heavy[i]:
+            b_v[i] = 0.0
+        else:
+            b_v[i] = weights[i] * e_v[i]
+            first = min(first, i)
+    # Equalities come first and are heavy: often there is no light row but bounds.
+    K = one.K[first:]
+    adjoint(K, one.lower, one.upper, b_v[first:], b_x)
     for i in range(e_x.shape[0]):
         b_x[i] += e_x[i]
     for i in range(rows):
@@ -72,10 +79,9 @@ def correction(form, one, reduced, heavy, weights, e_x, e_v, c_x, c_v, work):
     eliminate(form, reduced, b_x, work)
     solve(form, one, reduced, b_x, b_v, c_x, c_v, work)
     light = work.complementarity
-    constraints(one.K, one.lower, one.upper, c_x, light)
-    for i in range(rows):
-        if not heavy[i]:
-            c_v[i] = weights[i] * (light[i] - e_v[i])
+    constraints(K, one.lower, one.upper, c_x, light[first:])
+    for i in range(first, rows):
+        c_v[i] = c_v[i] if heavy[i] else weights[i] * (light[i] - e_v[i])
     return asked
 
 
@@ -94,7 +100,7 @@ def solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, refinemen
         E_inverse[i] = 1.0 / one.E[i]
     accuracy = np.finfo(u_x.dtype).eps ** 0.625
     asked = correction(form, one, reduced, heavy, weights, r_x, r_v, u_x, u_v, work)
-    residual(one, theta, zero_x, zero_v, r_x, r_v, u_x, u_v, work.e_x, work.e_v, work)
+    residual(form, one, theta, zero_x, zero_v, r_x, r_v, u_x, u_v, work.e_x, work.e_v, work)
     left, moved, last = ratio(size(heavy, one.D, one.E, work.e_x, work.e_v), asked), 1.0, 1.0
     c_x, c_v, d_x, d_v = work.cx, work.cv, work.dx, work.dv
     for _ in range(refinements):
@@ -113,7 +119,7 @@ def solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, refinemen
             copy(c_x, u_x)
             copy(c_v, u_v)
             return expected, moved
-        residual(one, theta, zero_x, zero_v, r_x, r_v, c_x, c_v, d_x, d_v, work)
+        residual(form, one, theta, zero_x, zero_v, r_x, r_v, c_x, c_v, d_x, d_v, work)
         after = ratio(size(heavy, one.D, one.E, d_x, d_v), asked)
         if after < left:
             # A factor too far off makes it worse from round to round; the best is kept.

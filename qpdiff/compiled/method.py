@@ -89,7 +89,7 @@ class Reduced(NamedTuple):
     """The reduced KKT matrix of one problem: what does not change, and the factor. Matrices are `padded`."""
 
     hessian: Any
-    """The factor F of Q = FᵀF; of a diagonal Q with what the bounds add, one row with the square root instead."""
+    """The factor F of Q = FᵀF; of a diagonal Q with what the bounds add, one row with 1/F instead."""
     V: Any
     """F⁻ᵀKᵀ."""
     S: Any
@@ -250,6 +250,16 @@ def copy_matrix(M, out):
             out[i, j] = M[i, j]
 
 
+@hot
+def hessian(form, Q, x, out):
+    """Qx, of whose entries only the diagonal counts in the form that is for no other."""
+    if form == DIAGONAL_DUAL:
+        for i in range(x.shape[0]):
+            out[i] = Q[i, i] * x[i]
+    else:
+        product(Q, x, out)
+
+
 @jit
 def constraints(K, lower, upper, x, out):
     """The left-hand side of every row."""
@@ -387,14 +397,14 @@ def bound_weights(one, weights, i):
 
 @jit
 def whiten_diagonal(one, reduced, turned):
-    """The square root of a diagonal Q with what bounds add to it, and Kᵀ divided by it."""
-    roots, linear = reduced.hessian[0], one.K.shape[0]
-    for j in range(roots.shape[0]):
-        roots[j] = root(reduced.diagonal[j] + bound_weights(one, reduced.weights, j))
-        inverse = 1.0 / roots[j]
-        row, out = turned[j], reduced.V[j]
+    """One over the square root of a diagonal Q with what bounds add to it, and Kᵀ times that."""
+    whitening, linear = reduced.hessian[0], one.K.shape[0]
+    for j in range(whitening.shape[0]):
+        whitening[j] = 1.0 / root(reduced.diagonal[j] + bound_weights(one, reduced.weights, j))
+    for j in range(whitening.shape[0]):
+        row, out, times = turned[j], reduced.V[j], whitening[j]
         for i in range(linear):
-            out[i] = row[i] * inverse
+            out[i] = row[i] * times
 
 
 @hot
@@ -469,14 +479,15 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
         for i in range(rows):
             dv[i] = weights[i] * (dv[i] - r_v[i])
         return
-    roots = reduced.hessian[0]
+    # Loops without branches, which become vector instructions.
+    whitening, of_upper = reduced.hessian[0], linear + lower
+    copy(r_x, t)
+    for j in range(lower):
+        t[j] -= weights[linear + j] * r_v[linear + j]
+    for j in range(upper):
+        t[j] += weights[of_upper + j] * r_v[of_upper + j]
     for j in range(n):
-        value = r_x[j]
-        if lower:
-            value -= weights[linear + j] * r_v[linear + j]
-        if upper:
-            value += weights[linear + lower + j] * r_v[linear + lower + j]
-        t[j] = value / roots[j]
+        t[j] *= whitening[j]
     y = dv[:linear]
     for i in range(linear):
         y[i] = -r_v[i]
@@ -484,11 +495,11 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
     solve_cholesky(reduced.U, y)
     product(reduced.V, y, dx)
     for j in range(n):
-        dx[j] = (t[j] - dx[j]) / roots[j]
-        if lower:
-            dv[linear + j] = weights[linear + j] * (-dx[j] - r_v[linear + j])
-        if upper:
-            dv[linear + lower + j] = weights[linear + lower + j] * (dx[j] - r_v[linear + lower + j])
+        dx[j] = (t[j] - dx[j]) * whitening[j]
+    for j in range(lower):
+        dv[linear + j] = weights[linear + j] * (-dx[j] - r_v[linear + j])
+    for j in range(upper):
+        dv[of_upper + j] = weights[of_upper + j] * (dx[j] - r_v[of_upper + j])
 
 
 @hot
@@ -509,9 +520,9 @@ def solve_variables(reduced, share, dv, dx, work):
 
 
 @jit
-def residual(one, theta, rho, delta, r_x, r_v, dx, dv, e_x, e_v, work):
+def residual(form, one, theta, rho, delta, r_x, r_v, dx, dv, e_x, e_v, work):
     """What a step leaves of the right-hand side of the KKT system, in (e_x, e_v)."""
-    product(one.Q, dx, e_x)
+    hessian(form, one.Q, dx, e_x)
     adjoint(one.K, one.lower, one.upper, dv, work.columns)
     for i in range(dx.shape[0]):
         e_x[i] = r_x[i] - e_x[i] - rho[i] * dx[i] - work.columns[i]
@@ -526,7 +537,7 @@ def solve_refined(form, one, reduced, refine, r_x, r_v, dx, dv, work):
     solve(form, one, reduced, r_x, r_v, dx, dv, work)
     if not some(refine):
         return
-    residual(one, work.theta, work.rho, work.delta, r_x, r_v, dx, dv, work.e_x, work.e_v, work)
+    residual(form, one, work.theta, work.rho, work.delta, r_x, r_v, dx, dv, work.e_x, work.e_v, work)
     eliminate(form, reduced, work.e_x, work)
     solve(form, one, reduced, work.e_x, work.e_v, work.cx, work.cv, work)
     for i in range(dx.shape[0]):
@@ -670,7 +681,7 @@ def assess(form, one, settings, now, before, past, iterations, limit, work):
     x, v, Kv = work.x, work.v, work.Kv
     copy(now.x, x)
     copy(now.v, v)
-    product(one.Q64, x, now.Qx)
+    hessian(form, one.Q64, x, now.Qx)
     constraints(one.K64, one.lower, one.upper, x, now.Kx)
     adjoint(one.K64, one.lower, one.upper, v, Kv)
 
