@@ -32,7 +32,7 @@ from .backend import from_host
 from .engine import compiled_engine
 from .problem import OPERANDS, Layout, Problem, product, product_transposed
 from .solution import Solution, Status
-from .solver import Linearization, fixed_variables, pack, relax, unpack
+from .solver import Linearization, fixed_variables, pack, positions, relax, unpack
 
 
 class Gradients(NamedTuple):
@@ -265,15 +265,17 @@ def _solve_pieces(lin, r_x, r_v):
     u_v = xp.concat([part[1] for part in parts], axis=0)
     if len(parts) == 1:
         return u_x, u_v
-    order = xp.argsort(xp.concat([piece.index for piece in lin.factors]))
+    if all(isinstance(piece.index, slice) for piece in lin.factors):  # chunks, one after the other
+        return u_x, u_v
+    order = xp.argsort(xp.concat([positions(problem.backend, piece.index) for piece in lin.factors]))
     return xp.take(u_x, order, axis=0), xp.take(u_v, order, axis=0)
 
 
 def _solve_piece(lin, piece, r_x, r_v):
     """The system for the problems of one piece: with what the solver has kept, afresh where that fails."""
     problem, xp = lin.problem, lin.problem.backend.xp
-    x, v, s, r_x, r_v = (kkt.take_all(xp, a, piece.index, problem.batch) for a in (lin.x, lin.v, lin.s, r_x, r_v))
-    part = problem if piece.index.shape[0] == problem.batch else problem.select(piece.index)
+    x, v, s, r_x, r_v = kkt.take(xp, (lin.x, lin.v, lin.s, r_x, r_v), piece.index)
+    part = problem.select(piece.index)
     inequality, equality = part.inequality, part.equality
     one = xp.ones_like(s)
     theta = xp.where(inequality, s / xp.where(inequality, v, one), xp.where(equality, 0 * one, one * float("inf")))

@@ -387,17 +387,14 @@ def equilibrate(problem: Problem) -> Metric:
 # ---- small pieces
 
 
-def take_all(xp, array, index, batch: int):
-    """The entries at `index`, or the array itself where that is all of a batch in order (a chunk that is the batch)."""
-    return array if index.shape[0] == batch else xp.take(array, index, axis=0)
-
-
 def take(xp, tree, index):
-    """The problems at `index` of every array in nested tuples; arrays shared by the batch stay."""
+    """The problems at `index`, positions or a slice, of every array in nested tuples; shared arrays stay."""
     if isinstance(tree, tuple):
         leaves = (take(xp, leaf, index) for leaf in tree)
         return type(tree)(*leaves) if hasattr(tree, "_fields") else tuple(leaves)
-    return tree if tree is None or tree.shape[0] == 1 else xp.take(tree, index, axis=0)
+    if tree is None or tree.shape[0] == 1:
+        return tree
+    return tree[index, ...] if isinstance(index, slice) else xp.take(tree, index, axis=0)
 
 
 def _factor_rows(problem: Problem, S, theta):

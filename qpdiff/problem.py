@@ -96,6 +96,8 @@ class Problem:
         """The problems that a slice or an array of positions names; shared operands stay shared."""
         if isinstance(index, slice):
             size = len(range(*index.indices(self.batch)))
+            if size == self.batch:
+                return self
             parts = {k: v[index, ...] for k, v in self.operands.items() if v.shape[0] != 1}
         else:
             size = index.shape[0]

@@ -213,10 +213,17 @@ class Ended(NamedTuple):
     """Problems of a chunk that ended together."""
 
     index: Any
-    """Their positions in the whole batch."""
-    outcome: Outcome | None
+    """Their positions in the whole batch, or a slice of it."""
+    outcome: Outcome
+
+
+class Kept(NamedTuple):
+    """What the derivative needs of problems that were solved by one form: all of them, or those that ended together."""
+
+    index: Any
+    """Their positions in the whole batch, or a slice of it."""
     form: type | None
-    """The class of the reduced form that solved them; None where the factor is not kept."""
+    """The class of the reduced form that solved them; None where nothing of it is kept."""
     constants: Any
     """Those of that form."""
     factor: Any
@@ -229,7 +236,7 @@ class Linearization(NamedTuple):
 
     problem: Problem
     factors: Any
-    """A list of `Ended`, or what the compiled engine has kept."""
+    """A list of `Kept`, or what the compiled engine has kept."""
     x: Any
     v: Any
     s: Any
@@ -249,27 +256,27 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bo
             progress(problem.batch, problem.batch)
         return outcome, [_whole(problem, factor, metric)]
 
-    def solve_chunk(chunk: slice) -> list[Ended]:
-        index = backend.arange(chunk.stop)[chunk.start :]
+    def solve_chunk(chunk: slice) -> tuple[list[Ended], list[Kept]]:
         chosen = forms(problem.select(chunk))
         if check_convexity and any(not form.definite and xp.any(indefinite(form.problem)) for form, _ in chosen):
             check_values(problem)
-        parts = [(make_part(form), _rows_at(xp, index, where)) for form, where in chosen]
+        parts = [(make_part(form), _in_batch(backend, chunk, where)) for form, where in chosen]
         del chosen  # which would keep what `_run` frees
-        pieces = []
+        results = []
         while parts:
-            pieces += _run(problem, parts, near, settings, verbose)
-        return pieces
+            results.append(_run(problem, parts, near, settings, verbose))
+        return sum((ended for ended, _ in results), []), sum((kept for _, kept in results), [])
 
     chunks = problem.chunks()
-    pieces, done = [], 0
+    ended, kept, done = [], [], 0
     with closing(backend.map(solve_chunk, chunks, 1 if verbose else problem.workers)) as results:
         for chunk, solved in zip(chunks, results, strict=True):
-            pieces += solved
+            ended += solved[0]
+            kept += solved[1]
             done += chunk.stop - chunk.start
             if progress is not None:
                 progress(done, problem.batch)
-    return _join(problem, pieces), pieces
+    return _join(problem, ended), kept
 
 
 def warm_point(problem: Problem, sol: Solution | None) -> Point | None:
@@ -326,13 +333,14 @@ def _keeps_constants(problem: Problem) -> bool:
     return (problem.n**2 + linear * (problem.n + linear)) * problem.batch <= min(2**26, 2 * problem.entries)
 
 
-def _kept(problem: Problem, part: Part, factor, where) -> tuple[Any, Any, Any]:
-    """What the derivative needs of problems of a part: the class of their form, its constants, and the last factor."""
+def _kept(problem: Problem, part: Part, index, factor, where=None) -> Kept:
+    """What the derivative needs of a part, which is at `index` of the batch, or of the problems at `where` in it."""
     form, xp = part.form, part.problem.backend.xp
+    index, metric = _in_batch(part.problem.backend, index, where), _rows_at(xp, part.metric, where)
     if not (_keeps_constants if form.definite else _keeps_factor)(problem):
-        return None, None, None
+        return Kept(index, None, None, None, metric)
     constants = form.constants and _rows_at(xp, form.constants, where)
-    return type(form), constants, None if form.definite else _rows_at(xp, factor, where)
+    return Kept(index, type(form), constants, None if form.definite else _rows_at(xp, factor, where), metric)
 
 
 def forms(problem: Problem):
@@ -355,13 +363,15 @@ def forms(problem: Problem):
     return parts
 
 
-def _run(problem: Problem, parts, near: Point | None, settings: Settings, verbose: bool) -> list[Ended]:
+def _run(
+    problem: Problem, parts, near: Point | None, settings: Settings, verbose: bool
+) -> tuple[list[Ended], list[Kept]]:
     """Iterate on one part until every problem has ended; where it saves time, those that have are dropped by halves.
 
     The part is taken off the list, lest the caller keep what dropping has freed.
     """
     part, index = parts.pop()
-    xp = part.problem.backend.xp
+    xp, backend = part.problem.backend.xp, part.problem.backend
     start = None if near is None else kkt.take(xp, near, index)
     start_from, advance = (rows.initialize, rows.step) if rows.pay(part) else (initialize, step)
     state, factor = start_from(part, settings)
@@ -371,7 +381,8 @@ def _run(problem: Problem, parts, near: Point | None, settings: Settings, verbos
         if cold.seen is not None:
             state = rows.observe(part, state)
         state = choose(xp, usable, state, cold)
-    pieces = []
+    # A definite form keeps its constants, which are there from the beginning.
+    ended, kept = [], [_kept(problem, part, index, None)] if part.form.definite else []
     while True:
         running = state.status == RUNNING
         inexact, near = (xp.astype(xp.any(running & flag), xp.int32) for flag in (state.inexact, state.near))
@@ -383,11 +394,12 @@ def _run(problem: Problem, parts, near: Point | None, settings: Settings, verbos
             order = xp.argsort(xp.astype(~running[:, 0], xp.int8), stable=True)
             done, rest = (order[count:], order[:count]) if count else (None, None)
             outcome = Outcome(*(_rows_at(xp, getattr(state, name), done) for name in Outcome._fields))
-            metric = _rows_at(xp, part.metric, done)
-            pieces.append(Ended(_rows_at(xp, index, done), outcome, *_kept(problem, part, factor, done), metric))
+            ended.append(Ended(_in_batch(backend, index, done), outcome))
+            if not part.form.definite:
+                kept.append(_kept(problem, part, index, factor, done))
             if count == 0:
-                return pieces
-            part, index = part.select(rest), _rows_at(xp, index, rest)
+                return ended, kept
+            part, index = part.select(rest), _in_batch(backend, index, rest)
             state, cold = _rows_at(xp, (state, cold), rest)
         stays = flags % 2 > 0 or count < part.problem.batch
         factor = None  # the next one may take its memory
@@ -438,9 +450,9 @@ def _run_traced(operands, near: Point | None, layout: Layout, settings: Settings
     return outcome, None, kkt.equilibrate(problem)
 
 
-def _whole(problem: Problem, factor, metric: kkt.Metric) -> Ended:
+def _whole(problem: Problem, factor, metric: kkt.Metric) -> Kept:
     """The batch in one piece."""
-    return Ended(problem.backend.arange(problem.batch), None, factor and kkt.PrimalForm, None, factor, metric)
+    return Kept(slice(0, problem.batch), factor and kkt.PrimalForm, None, factor, metric)
 
 
 def pack(lin: Linearization):
@@ -453,6 +465,16 @@ def unpack(arrays, layout: Layout) -> Linearization:
     operands, factor, metric, x, v, s, status = arrays
     problem = layout.problem(operands)
     return Linearization(problem, [_whole(problem, factor, metric)], x, v, s, status)
+
+
+def _in_batch(backend, index, where):
+    """Where in the batch those problems are that are at `where` among the ones at `index`; None: all of them."""
+    return index if where is None else backend.xp.take(positions(backend, index), where, axis=0)
+
+
+def positions(backend, index):
+    """A slice of the batch, or positions in it, as positions."""
+    return backend.arange(index.stop)[index.start :] if isinstance(index, slice) else index
 
 
 def _rows_at(xp, tree, where):
@@ -502,16 +524,15 @@ def _relax(lin: Linearization, kappa: float) -> Linearization:
     settings = read_settings(problem, None, None, CENTERING_LIMIT)
     pieces, points = [], []
     for chunk in problem.chunks():
-        index = backend.arange(chunk.stop)[chunk.start :]
         for form, where in forms(problem.select(chunk)):
-            at = _rows_at(xp, index, where)
+            at = _in_batch(backend, chunk, where)
             part = make_part(form)
             point, factor = _center(part, settings, kappa, *kkt.take(xp, (lin.x, lin.v, lin.s), at))
-            pieces.append(Ended(at, None, *_kept(problem, part, factor, None), part.metric))
+            pieces.append(_kept(problem, part, at, factor))
             points.append(point)
     if not points:
         return lin
-    order = xp.argsort(xp.concat([piece.index for piece in pieces]))
+    order = xp.argsort(xp.concat([positions(backend, piece.index) for piece in pieces]))
     x, v, s, found = (xp.take(xp.concat(column, axis=0), order, axis=0) for column in zip(*points, strict=True))
     lost = ~found & (lin.status == int(Status.SOLVED))
     return Linearization(
@@ -554,7 +575,7 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
 
 
 def _join(problem: Problem, pieces: list[Ended]) -> Outcome:
-    """The outcomes of the pieces in the order of the batch; the pieces lose theirs."""
+    """The outcomes of the pieces, which the list loses, in the order of the batch."""
     xp, backend = problem.backend.xp, problem.backend
     names = Outcome._fields
     if not pieces:
@@ -563,8 +584,8 @@ def _join(problem: Problem, pieces: list[Ended]) -> Outcome:
         widths = {"x": problem.n, "v": problem.rows, "s": problem.rows}
         return Outcome(*(backend.full((0, widths.get(k, 1)), 0, kinds.get(k, problem.dtype)) for k in names))
     columns = [[getattr(piece.outcome, name) for piece in pieces] for name in names]
-    pieces[:] = [piece._replace(outcome=None) for piece in pieces]  # each column is free once it is joined
-    order = xp.argsort(xp.concat([piece.index for piece in pieces])) if len(pieces) > 1 else None
+    order = xp.argsort(xp.concat([positions(backend, piece.index) for piece in pieces])) if len(pieces) > 1 else None
+    pieces.clear()  # each column is free once it is joined
     whole = {}
     for name in reversed(names):
         joined = xp.concat(columns.pop(), axis=0)
