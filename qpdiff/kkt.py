@@ -113,10 +113,12 @@ class DenseDualForm:
 
     definite = True
 
-    def __init__(self, problem: Problem, constants):
+    def __init__(self, problem: Problem, constants, where=None):
         self.problem = problem
-        self.constants = constants
-        """The backend's root of Q, V = K F⁻ᵀ and S = V Vᵀ."""
+        self.S = constants[2]
+        self._whitening = constants[:2]
+        """The backend's root of Q and V = K F⁻ᵀ, of which those `where` are this batch's (None: all of them)."""
+        self._where = where
 
     @classmethod
     def prepare(cls, problem: Problem) -> tuple[DenseDualForm, Any]:
@@ -131,12 +133,19 @@ class DenseDualForm:
         good = positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal)
         return cls(problem, (root, V, backend.products(V, V.mT))), xp.all(good, axis=-1)
 
+    @cached_property
+    def whitening(self):
+        """The backend's root of Q and V, which a step in the rows alone does not ask for."""
+        return self._whitening if self._where is None else take(self.problem.backend.xp, self._whitening, self._where)
+
     @property
-    def S(self):
-        return self.constants[2]
+    def constants(self):
+        return *self.whitening, self.S
 
     def select(self, problem: Problem, index) -> DenseDualForm:
-        return DenseDualForm(problem, take(self.problem.backend.xp, self.constants, index))
+        xp = self.problem.backend.xp
+        where = index if self._where is None else xp.take(self._where, index, axis=0)
+        return DenseDualForm(problem, (*self._whitening, take(xp, self.S, index)), where)
 
     def factor(self, system: System):
         return self.factor_rows(system.theta + system.delta)
@@ -147,7 +156,7 @@ class DenseDualForm:
 
     def eliminate(self, factor, r_x):
         """F⁻¹ r_x, and K Q⁻¹ r_x."""
-        root, V, _ = self.constants
+        root, V = self.whitening
         whitened = self.problem.backend.whiten(root, r_x)
         return whitened, product(V, whitened)
 
@@ -160,7 +169,7 @@ class DenseDualForm:
 
     def variables(self, whitened, v):
         """Q⁻¹ (r_x − Kᵀv) for F⁻¹ r_x."""
-        root, V, _ = self.constants
+        root, V = self.whitening
         return self.problem.backend.unwhiten(root, whitened - product_transposed(V, v))
 
 

@@ -39,7 +39,7 @@ class Problem:
     """A batch of quadratic programs with its batch axes flattened to one.
 
     Each operand is an array whose first axis is the batch, of length `batch`, or of length 1 where the operand is
-    shared; an operand that was not given is None.
+    shared; an operand that was not given is None. Of a part of a batch, matrices are copied when they are asked for.
     """
 
     backend: Backend
@@ -49,9 +49,9 @@ class Problem:
     """The shape in which the caller gave each operand."""
     Q: Any
     q: Any
-    G: Any = None
+    G: Any = field(default_factory=type(None))  # an attribute of the class would be found before `__getattr__`
     h: Any = None
-    A: Any = None
+    A: Any = field(default_factory=type(None))
     b: Any = None
     lb: Any = None
     ub: Any = None
@@ -65,7 +65,7 @@ class Problem:
 
     def __post_init__(self):
         n = self.q.shape[-1]
-        m, p = (0 if M is None else M.shape[-2] for M in (self.G, self.A))
+        m, p = (0 if k is None else k.shape[-1] for k in (self.h, self.b))
         blocks = _blocks(p, m, n * (self.lb is not None), n * (self.ub is not None))
         sizes = {"batch": math.prod(self.batch_shape), "n": n, "m": m, "p": p, "rows": blocks["ub"].stop}
         self.__dict__.update(sizes, blocks=blocks)  # past `frozen`, once
@@ -99,12 +99,38 @@ class Problem:
             if size == self.batch:
                 return self
             parts = {k: v[index, ...] for k, v in self.operands.items() if v.shape[0] != 1}
-        else:
-            size = index.shape[0]
-            parts = {k: self.backend.xp.take(v, index, axis=0) for k, v in self.operands.items() if v.shape[0] != 1}
-        return replace(self, batch_shape=(size,), **parts)
+            return replace(self, batch_shape=(size,), **parts)
 
-    @property
+        def taken(array):
+            return array if array is None or array.shape[0] == 1 else xp.take(array, index, axis=0)
+
+        xp, later = self.backend.xp, {}
+        parts = {name: taken(getattr(self, name)) for name in ("q", "h", "b", "lb", "ub")}
+        for name in ("Q", "G", "A"):
+            array, where = self._later.get(name) or (getattr(self, name), None)
+            parts[name] = array
+            if array is not None and array.shape[0] != 1:
+                later[name] = array, index if where is None else xp.take(where, index, axis=0)
+        part = replace(self, batch_shape=(index.shape[0],), **parts)
+        known = {"bytes_per_problem": self.bytes_per_problem, "_row_data": tuple(map(taken, self._row_data))}
+        part.__dict__.update(known, _later=later)
+        for name in later:
+            del part.__dict__[name]
+        return part
+
+    @cached_property
+    def _later(self) -> dict[str, tuple]:
+        """Matrices of a larger batch and positions in it, of which those here have not been asked for."""
+        return {}
+
+    def __getattr__(self, name: str):
+        if name not in self.__dict__.get("_later", ()):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        array, where = self._later.pop(name)
+        self.__dict__[name] = matrix = self.backend.xp.take(array, where, axis=0)
+        return matrix
+
+    @cached_property
     def bytes_per_problem(self) -> int:
         """About what iterating on one problem takes: its own matrices, the reduced KKT matrix, the whitened rows."""
         n, linear = self.n, self.m + self.p

@@ -262,10 +262,12 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bo
             check_values(problem)
         parts = [(make_part(form), _in_batch(backend, chunk, where)) for form, where in chosen]
         del chosen  # which would keep what `_run` frees
-        results = []
+        ended, kept = [], []
         while parts:
-            results.append(_run(problem, parts, near, settings, verbose))
-        return sum((ended for ended, _ in results), []), sum((kept for _, kept in results), [])
+            more = _run(problem, parts, near, settings, verbose)
+            ended += more[0]
+            kept += more[1]
+        return ended, kept
 
     chunks = problem.chunks()
     ended, kept, done = [], [], 0
