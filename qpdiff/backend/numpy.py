@@ -24,6 +24,8 @@ SOLVED = 192
 """From this size on to solve with a triangle takes less time than a product with its inverse, and to make that."""
 FEW = 16
 """So few matrices take less time one after the other."""
+PARTS = 4
+"""In how many parts a thread does its work, so that the last to begin has less of it."""
 WORTH_A_THREAD = 2.5e6
 """Operations of BLAS and LAPACK on a stack for which it is worth while to wake a thread."""
 
@@ -66,34 +68,39 @@ class NumPyBackend(Backend):
                 threads.shutdown(cancel_futures=True)
 
     def _parts(self, count: int, operations: float) -> list[slice]:
-        """Parts of a stack of so many, one for each thread that it is worth while to wake for the operations on it."""
-        parts = max(1, min(self.workers, count, int(operations / WORTH_A_THREAD)))
+        """Parts of a stack of so many, some for each thread that it is worth while to wake for the operations on it."""
+        threads = min(self.workers, count, int(operations / WORTH_A_THREAD))
+        parts = min(PARTS * threads, count) if threads > 1 else 1
         return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
 
     def _on_threads(self, function, parts: list[slice]) -> None:
-        """Call a function for parts of a stack at a time.
+        """Call a function for each part of a stack, on as many threads as help.
 
         It is for what releases the interpreter lock for long. Whole chunks on threads are better only where all of a
         step does so: to hand the lock on takes longer than an operation on small arrays.
         """
-        first, *rest = parts
-        if not rest:
-            function(first)
+        left = iter(parts)
+
+        def work():
+            for part in left:  # that no other thread has taken
+                function(part)
+
+        threads = -(-len(parts) // PARTS)
+        if threads == 1:
+            work()
             return
         with single_threaded_blas():
-            helpers = [pool().submit(_on_one_thread(function), part) for part in rest]
-            function(first)
-            for helper, part in zip(helpers, rest, strict=True):
-                if helper.cancel():  # all threads are busy
-                    function(part)
-                else:
+            helpers = [pool().submit(_on_one_thread(work)) for _ in range(threads - 1)]
+            work()
+            for helper in helpers:
+                if not helper.cancel():  # it has begun
                     helper.result()
 
     def none(self, mask) -> bool:
         return not mask.any()
 
     def factor(self, M):
-        L = self._of_each(_cholesky_or_nan, M)
+        L = self._cholesky(M)
         positive = np.isfinite(np.linalg.diagonal(L)).all(axis=-1, keepdims=True)
         if not positive.all():
             L = np.where(positive[:, :, None], L, np.eye(M.shape[-1], dtype=M.dtype))
@@ -106,15 +113,14 @@ class NumPyBackend(Backend):
         out.reshape(count, n * n)[:, :: n + 1] += diagonal
         return self.factor(out)
 
-    def _of_each(self, function, M):
-        """A function of square matrices, to each of which it does about n³/3 operations."""
+    def _cholesky(self, M):
         parts = self._parts(len(M), len(M) * M.shape[-1] ** 3 / 3)
         if len(parts) == 1:
-            return function(M)
+            return _cholesky_or_nan(M)
         out = np.empty(M.shape, M.dtype)
 
         def fill(part: slice):
-            out[part] = function(M[part])
+            out[part] = _cholesky_or_nan(M[part])
 
         self._on_threads(fill, parts)
         return out
@@ -145,7 +151,7 @@ class NumPyBackend(Backend):
         (L,) = factor
         if L.shape[-1] >= SOLVED and len(L) > 1:
             return _Root(None, L)
-        return _Root(L if _is_inverted(L) else self._of_each(_inverse_lower, L), None)
+        return _Root(L if _is_inverted(L) else _inverse_lower(L), None)
 
     def whiten(self, root, r):
         return _solve_lower(root.L, r) if root.inverse is None else super().whiten(root.inverse, r)
