@@ -9,6 +9,7 @@ from problems import random_problem
 import qpdiff
 from qpdiff import solver
 from qpdiff.backend import NumPyBackend
+from qpdiff.backend.numpy import LARGE
 from qpdiff.backend.threads import THREADS
 from qpdiff.problem import OPERANDS, make_problem
 
@@ -81,14 +82,55 @@ def test_threads_share_a_stack_and_change_nothing(monkeypatch, failing, busy):
         monkeypatch.setattr("qpdiff.backend.numpy.WORTH_A_THREAD", worth)
         token = THREADS.set(threads)
         factor, positive = backend.factor_sum(M, diagonal)
-        root = backend.root(factor)
-        results.append((*factor, positive, backend.whiten_rows(root, K), backend.solve(factor, diagonal)))
+        results.append((*factor, positive, backend.products(K, M), backend.solve(factor, diagonal)))
         THREADS.reset(token)
     assert np.flatnonzero(~results[0][1]).tolist() == list(failing)
     for alone, shared in zip(*results, strict=True):
         np.testing.assert_array_equal(alone, shared)
-    assert len(submitted) == (6 if busy else 0)  # two helpers each for the factor, its inverse and the rows
+    assert len(submitted) == (4 if busy else 0)  # two helpers each for the factor and the products
     assert all(helper.cancelled() for helper in submitted)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("n", [1, 2, 7, 30, LARGE - 1, LARGE, LARGE + 5])
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_a_stack_is_solved_as_its_matrices_are(dtype, n, count):
+    rng = np.random.default_rng(n)
+    backend = NumPyBackend(np)
+    R, K, r = rng.normal(size=(count, n, 2 * n)), rng.normal(size=(count, 3, n)), rng.normal(size=(count, n))
+    M = (R @ R.mT).astype(dtype)
+    factor, positive = backend.factor(M)
+    assert np.all(positive)
+    root, L = backend.root(factor), np.linalg.cholesky(M.astype(np.float64))
+    close = {"rtol": 1e-3, "atol": 1e-4} if dtype == np.float32 else {"rtol": 1e-9, "atol": 1e-10}
+    for got, expected in (
+        (backend.solve(factor, r.astype(dtype)), np.linalg.solve(M.astype(np.float64), r[:, :, None])[:, :, 0]),
+        (backend.whiten(root, r.astype(dtype)), np.linalg.solve(L, r[:, :, None])[:, :, 0]),
+        (backend.unwhiten(root, r.astype(dtype)), np.linalg.solve(L.mT, r[:, :, None])[:, :, 0]),
+        (backend.whiten_rows(root, K.astype(dtype)), np.linalg.solve(L, K.mT).mT),
+        (backend.pivots(factor), np.linalg.diagonal(L) ** 2),
+    ):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got, expected, **close)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 1e308])
+@pytest.mark.parametrize("where", [0, 4, 8])
+def test_numbers_that_are_not_finite_stay_in_their_problem(number, where):
+    rng = np.random.default_rng(0)
+    backend = NumPyBackend(np)
+    R, r = rng.normal(size=(9, 12, 20)), rng.normal(size=(9, 12))
+    M = R @ R.mT
+    M[where] *= 1e-20 if number == 1e308 else 1.0  # so that the solution overflows
+    r[where, 5] = number
+    factor, _ = backend.factor(M)
+    with np.errstate(all="ignore"):
+        x, y = backend.solve(factor, r), backend.whiten(backend.root(factor), r)
+    others = np.arange(9) != where
+    assert not np.all(np.isfinite(x[where]))
+    np.testing.assert_allclose(x[others], np.linalg.solve(M[others], r[others, :, None])[:, :, 0], rtol=1e-9)
+    L = np.linalg.cholesky(M[others])
+    np.testing.assert_allclose(y[others], np.linalg.solve(L, r[others, :, None])[:, :, 0], rtol=1e-9)
 
 
 def test_the_backend_flag_moves_the_data(strict):

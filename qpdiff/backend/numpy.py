@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,16 +14,10 @@ from scipy.linalg import get_blas_funcs, get_lapack_funcs
 from .base import Backend
 from .threads import THREADS, pool, single_threaded_blas
 
-INVERTED = 20
-"""Up to this size the Cholesky factors of a batch are inverted."""
-SMALL = 10
-"""Up to this size triangular matrices are inverted row by row, all problems at once."""
 LARGE = 64
-"""From this size on LAPACK's solve with one right-hand side takes longer than two of BLAS with a triangle."""
-SOLVED = 192
-"""From this size on to solve with a triangle takes less time than a product with its inverse, and to make that."""
-FEW = 16
-"""So few matrices take less time one after the other."""
+"""From this size on the matrices of a batch take less time one after the other."""
+FORWARD, BACKWARD = 1, 0
+"""What to do with the triangle that BLAS sees, which is Lᵀ: transpose it, or not."""
 PARTS = 4
 """In how many parts a thread does its work, so that the last to begin has less of it."""
 WORTH_A_THREAD = 2.5e6
@@ -36,10 +30,10 @@ page anew: half of the time of some solves."""
 
 
 class _Root(NamedTuple):
-    """L⁻¹, or L itself where that is better."""
+    """L⁻¹ where the batch shares it, else the triangles."""
 
     inverse: Any
-    L: Any
+    triangles: Any
 
 
 class NumPyBackend(Backend):
@@ -100,72 +94,68 @@ class NumPyBackend(Backend):
         return not mask.any()
 
     def factor(self, M):
-        L = self._cholesky(M)
-        positive = np.isfinite(np.linalg.diagonal(L)).all(axis=-1, keepdims=True)
-        if not positive.all():
-            L = np.where(positive[:, :, None], L, np.eye(M.shape[-1], dtype=M.dtype))
-        return (_inverse_lower(L) if _is_inverted(L) else L,), positive
+        return self._factor(M.shape, M.dtype, lambda part: M[part])
 
     def factor_sum(self, M, diagonal):
         count, n = diagonal.shape
-        out = np.empty((count, n, n), M.dtype)
-        out[...] = M
-        out.reshape(count, n * n)[:, :: n + 1] += diagonal
-        return self.factor(out)
 
-    def _cholesky(self, M):
-        parts = self._parts(len(M), len(M) * M.shape[-1] ** 3 / 3)
-        if len(parts) == 1:
-            return _cholesky_or_nan(M)
-        out = np.empty(M.shape, M.dtype)
+        def sums(part: slice):
+            out = np.array(np.broadcast_to(M[part] if len(M) > 1 else M, (part.stop - part.start, n, n)), order="C")
+            out.reshape(-1, n * n)[:, :: n + 1] += diagonal[part]
+            return out
 
-        def fill(part: slice):
-            out[part] = _cholesky_or_nan(M[part])
+        return self._factor((count, n, n), M.dtype, sums)
 
-        self._on_threads(fill, parts)
-        return out
+    def _factor(self, shape, dtype, matrices):
+        """`factor` for the matrices of parts of a batch: L, where it is small under a row of zeros, (B, n + 1, n)."""
+        count, n = shape[:2]
+        above, parts = int(n < LARGE), self._parts(count, count * n**3 / 3)
+        if above or len(parts) > 1:
+            triangles = np.empty((count, above + n, n), dtype)
+            triangles[:, :above] = 0.0
+
+            def fill(part: slice):
+                triangles[part, above:] = _cholesky_or_nan(matrices(part))
+
+            self._on_threads(fill, parts)
+        else:
+            triangles = _cholesky_or_nan(matrices(parts[0]))
+        L = _lower(triangles)
+        positive = np.isfinite(np.linalg.diagonal(L)).all(axis=-1, keepdims=True)
+        if not positive.all():
+            L[~positive[:, 0]] = np.eye(n, dtype=dtype)
+        return (triangles,), positive
 
     def pivots(self, factor):
-        (L,) = factor
-        return np.linalg.diagonal(L) ** (-2.0 if _is_inverted(L) else 2.0)
+        return np.linalg.diagonal(_lower(factor[0])) ** 2
 
     def solve(self, factor, r):
-        (L,) = factor
-        if _is_inverted(L):
-            return super().unwhiten(L, super().whiten(L, r))
-        (potrs,) = get_lapack_funcs(("potrs",), (L,))
-        if L.shape[0] == 1:
-            return potrs(L[0].T, r.T, lower=0)[0].T
-        out = np.array(r, order="C")
-        if L.shape[-1] < LARGE:
-            for U, x in zip(L.mT, out[:, :, None], strict=True):
-                potrs(U, x, lower=0, overwrite_b=True)
-        else:
-            (trsv,) = get_blas_funcs(("trsv",), (L,))
-            for U, x in zip(L.mT, out, strict=True):
-                trsv(U, x, trans=1, overwrite_x=True)
-                trsv(U, x, overwrite_x=True)
-        return out
+        (triangles,) = factor
+        if len(triangles) == 1:
+            (potrs,) = get_lapack_funcs(("potrs",), (triangles,))
+            return potrs(_lower(triangles)[0].T, r.T, lower=0)[0].T
+        return _substitute(triangles, r, FORWARD, BACKWARD)
 
     def root(self, factor):
-        (L,) = factor
-        if L.shape[-1] >= SOLVED and len(L) > 1:
-            return _Root(None, L)
-        return _Root(L if _is_inverted(L) else _inverse_lower(L), None)
+        (triangles,) = factor
+        if len(triangles) > 1:
+            return _Root(None, triangles)
+        (trtri,) = get_lapack_funcs(("trtri",), (triangles,))
+        return _Root(trtri(_lower(triangles)[0].T, lower=0)[0].T[None], None)
 
     def whiten(self, root, r):
-        return _solve_lower(root.L, r) if root.inverse is None else super().whiten(root.inverse, r)
+        return super().whiten(root.inverse, r) if root.triangles is None else _substitute(root.triangles, r, FORWARD)
 
     def unwhiten(self, root, r):
-        return _solve_lower(root.L, r, transposed=True) if root.inverse is None else super().unwhiten(root.inverse, r)
+        return super().unwhiten(root.inverse, r) if root.triangles is None else _substitute(root.triangles, r, BACKWARD)
 
     def whiten_rows(self, root, K):
-        if root.inverse is not None:
+        if root.triangles is None:
             return super().whiten_rows(root.inverse, K)
-        out = np.array(np.broadcast_to(K, (len(root.L), *K.shape[1:])), order="C")
-        (trsm,) = get_blas_funcs(("trsm",), (out,))
+        out = np.array(np.broadcast_to(K, (len(root.triangles), *K.shape[1:])), order="C")
+        trsm = _blas("trsm", out.dtype)
         with single_threaded_blas():  # SciPy's BLAS has threads of its own, for which NumPy's would have to make room
-            for L, rows in zip(root.L, out, strict=True):
+            for L, rows in zip(_lower(root.triangles), out, strict=True):
                 trsm(1.0, L.T, rows.T, trans_a=1, overwrite_b=True)
         return out
 
@@ -214,38 +204,34 @@ def _cholesky_or_nan(M):
         return np.stack([_cholesky_or_nan(matrix) for matrix in M]) if M.ndim > 2 else np.full_like(M, np.nan)
 
 
-def _solve_lower(L, r, *, transposed=False):
-    """L⁻¹ r or L⁻ᵀ r for as many vectors r as matrices L."""
-    (trsv,) = get_blas_funcs(("trsv",), (L,))
+def _lower(triangles):
+    """Factors L without what is above them."""
+    return triangles[:, -triangles.shape[2] :]
+
+
+def _substitute(triangles, r, *directions):
+    """L⁻¹ r (FORWARD) or L⁻ᵀ r (BACKWARD), or one after the other, for as many vectors as triangles.
+
+    Set on the diagonal of one matrix the triangles make a banded one. To BLAS, which reads by columns, it is Lᵀ, and a
+    column of the band, up to the diagonal, is what lies in memory since the diagonal entry of the column before: the
+    zeros beside L, then a row of it. So a batch of small triangles takes one call.
+    """
+    count, n = r.shape
     out = np.array(r, order="C")
-    # Lᵀ is what BLAS sees of a row-major L without a copy.
-    for U, x in zip(L.mT, out, strict=True):
-        trsv(U, x, trans=0 if transposed else 1, overwrite_x=True)
+    if n < LARGE:
+        tbsv, band, x = _blas("tbsv", out.dtype), triangles.reshape(count * n, n + 1).T, out.reshape(-1)
+        for direction in directions:
+            tbsv(n, band, x, trans=direction, overwrite_x=1)
+        if np.isfinite(out).all():
+            return out
+        out[...] = r  # what is not finite does not stay in its problem where it is multiplied by zeros
+    trsv = _blas("trsv", out.dtype)
+    for L, x in zip(_lower(triangles), out, strict=True):
+        for direction in directions:
+            trsv(L.T, x, trans=direction, overwrite_x=1)
     return out
 
 
-def _is_inverted(L) -> bool:
-    """Whether a factor is kept as L⁻¹: products with it take far less time than a call of LAPACK for each problem."""
-    return L.shape[-1] <= INVERTED
-
-
-def _inverse_lower(L):
-    """L⁻¹ of lower triangular matrices: of few by LAPACK, of small ones row by row, of large ones by halves."""
-    batch, n = L.shape[:2]
-    out = np.zeros_like(L, order="C")
-    if batch < FEW:
-        (trtri,) = get_lapack_funcs(("trtri",), (L,))
-        for i in range(batch):
-            out[i] = trtri(L[i].T, lower=0)[0].T
-    elif n <= SMALL:
-        diagonal = 1.0 / np.linalg.diagonal(L)
-        for i in range(n):
-            np.matmul(L[:, i : i + 1, :i], out[:, :i, :i], out=out[:, i : i + 1, :i])
-            out[:, i, :i] *= -diagonal[:, i : i + 1]
-            out[:, i, i] = diagonal[:, i]
-    else:
-        half = n // 2
-        out[:, :half, :half] = first = _inverse_lower(L[:, :half, :half])
-        out[:, half:, half:] = second = _inverse_lower(L[:, half:, half:])
-        np.matmul(-second, L[:, half:, :half] @ first, out=out[:, half:, :half])
-    return out
+@cache
+def _blas(name: str, dtype):
+    return get_blas_funcs((name,), dtype=dtype)[0]
