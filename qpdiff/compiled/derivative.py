@@ -21,17 +21,16 @@ from .method import (
     copy,
     eliminate,
     factor,
+    invert_diagonal,
     make_work,
     residual,
     solve,
     solve_variables,
     whiten,
-    whiten_diagonal,
 )
 from .operands import at, fill_rows, in_primal_form, own_rows, reduced_at, stack
 from .stacks import cholesky, solve_cholesky
 from .threads import following, next_sum
-from .tiles import transpose
 
 STRIP = 16
 """Rows of a gradient that a thread sums up at a time."""
@@ -273,9 +272,7 @@ def solve_kkt(batch, own, store, metric, form, factored, v, s, i, ahead, r_x, r_
     one = One(Q, q, K, k, kind, batch.b.shape[1], lb.shape[0], ub.shape[0], D, E, Q, q, K, k)
     if form != DENSE_DUAL and factored and (form != PRIMAL or pivots_count(reduced.U, work.columns)):
         if form == DIAGONAL_DUAL:
-            if own:
-                transpose(K, work.turned)
-            whiten_diagonal(one, reduced, work.turned)
+            invert_diagonal(one, reduced)
         left, moved = solve_nearby(form, one, reduced, theta, heavy, r_x, r_v, u_x, u_v, rounds, work)
         if left <= 0.1 * accuracy and moved <= accuracy:
             return

@@ -89,7 +89,7 @@ class Reduced(NamedTuple):
     """The reduced KKT matrix of one problem: what does not change, and the factor. Matrices are `padded`."""
 
     hessian: Any
-    """The factor F of Q = FᵀF; of a diagonal Q with what the bounds add, one row with 1/F instead."""
+    """The factor F of Q = FᵀF; of a diagonal Q with what the bounds add, one row with Q⁻¹ instead."""
     V: Any
     """F⁻ᵀKᵀ."""
     S: Any
@@ -396,15 +396,11 @@ def bound_weights(one, weights, i):
 
 
 @jit
-def whiten_diagonal(one, reduced, turned):
-    """One over the square root of a diagonal Q with what bounds add to it, and Kᵀ times that."""
-    whitening, linear = reduced.hessian[0], one.K.shape[0]
-    for j in range(whitening.shape[0]):
-        whitening[j] = 1.0 / root(reduced.diagonal[j] + bound_weights(one, reduced.weights, j))
-    for j in range(whitening.shape[0]):
-        row, out, times = turned[j], reduced.V[j], whitening[j]
-        for i in range(linear):
-            out[i] = row[i] * times
+def invert_diagonal(one, reduced):
+    """One over a diagonal Q with what bounds add to it."""
+    inverse = reduced.hessian[0]
+    for j in range(inverse.shape[0]):
+        inverse[j] = 1.0 / (reduced.diagonal[j] + bound_weights(one, reduced.weights, j))
 
 
 @hot
@@ -433,7 +429,11 @@ def factor(form, one, reduced, theta, rho, delta, work):
         diagonal[i] = select(finite(entry), entry, huge)
     if form == DENSE_DUAL:
         return cholesky_of_sum(reduced.S, diagonal, U, linear)
-    whiten_diagonal(one, reduced, work.turned)
+    invert_diagonal(one, reduced)
+    for j in range(n):
+        row, out, scale = work.turned[j], reduced.V[j], root(reduced.hessian[0][j])
+        for i in range(linear):
+            out[i] = row[i] * scale
     U[:] = 0.0
     add_gram(reduced.V, n, U, linear)
     for i in range(linear):
@@ -480,22 +480,23 @@ def solve_rows(form, one, reduced, r_x, r_v, dx, dv, work):
             dv[i] = weights[i] * (dv[i] - r_v[i])
         return
     # Loops without branches, which become vector instructions.
-    whitening, of_upper = reduced.hessian[0], linear + lower
+    inverse, of_upper = reduced.hessian[0], linear + lower
     copy(r_x, t)
     for j in range(lower):
         t[j] -= weights[linear + j] * r_v[linear + j]
     for j in range(upper):
         t[j] += weights[of_upper + j] * r_v[of_upper + j]
     for j in range(n):
-        t[j] *= whitening[j]
+        t[j] *= inverse[j]
     y = dv[:linear]
+    product(K, t, y)
     for i in range(linear):
-        y[i] = -r_v[i]
-    add_product_transposed(reduced.V, t, y)
+        y[i] -= r_v[i]
     solve_cholesky(reduced.U, y)
-    product(reduced.V, y, dx)
+    dx[:] = 0.0
+    add_product_transposed(K, y, dx)
     for j in range(n):
-        dx[j] = (t[j] - dx[j]) * whitening[j]
+        dx[j] = t[j] - inverse[j] * dx[j]
     for j in range(lower):
         dv[linear + j] = weights[linear + j] * (-dx[j] - r_v[linear + j])
     for j in range(upper):
