@@ -30,9 +30,9 @@ import numpy as np
 from . import kkt
 from .backend import from_host
 from .engine import compiled_engine
-from .problem import OPERANDS, Layout, Problem, product, product_transposed
+from .problem import OPERANDS, Layout, Problem, product, product_transposed, take
 from .solution import Solution, Status
-from .solver import Linearization, fixed_variables, pack, positions, relax, unpack
+from .solver import Linearization, batch_order, fixed_variables, pack, relax, unpack
 
 
 class Gradients(NamedTuple):
@@ -263,18 +263,16 @@ def _solve_pieces(lin, r_x, r_v):
     parts = list(problem.backend.map(lambda piece: _solve_piece(lin, piece, r_x, r_v), lin.factors, problem.workers))
     u_x = xp.concat([part[0] for part in parts], axis=0)
     u_v = xp.concat([part[1] for part in parts], axis=0)
-    if len(parts) == 1:
+    order = batch_order(problem.backend, lin.factors)
+    if order is None:
         return u_x, u_v
-    if all(isinstance(piece.index, slice) for piece in lin.factors):  # chunks, one after the other
-        return u_x, u_v
-    order = xp.argsort(xp.concat([positions(problem.backend, piece.index) for piece in lin.factors]))
     return xp.take(u_x, order, axis=0), xp.take(u_v, order, axis=0)
 
 
 def _solve_piece(lin, piece, r_x, r_v):
     """The system for the problems of one piece: with what the solver has kept, afresh where that fails."""
     problem, xp = lin.problem, lin.problem.backend.xp
-    x, v, s, r_x, r_v = kkt.take(xp, (lin.x, lin.v, lin.s, r_x, r_v), piece.index)
+    x, v, s, r_x, r_v = take(xp, (lin.x, lin.v, lin.s, r_x, r_v), piece.index)
     part = problem.select(piece.index)
     inequality, equality = part.inequality, part.equality
     one = xp.ones_like(s)
@@ -301,7 +299,7 @@ def _solve_piece(lin, piece, r_x, r_v):
         return u_x, u_v
     order = xp.argsort(xp.astype(~good, xp.int8), stable=True)
     bad = order[count:]
-    metric = kkt.take(xp, piece.metric, bad)
+    metric = take(xp, piece.metric, bad)
     again = _solve_afresh(part.select(bad), metric, *(xp.take(a, bad, axis=0) for a in (theta, r_x, r_v)))
     back = xp.argsort(order)
     return tuple(

@@ -23,7 +23,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from .problem import Problem, product, product_transposed
+from .problem import Later, Problem, product, product_transposed, take
 
 
 class System(NamedTuple):
@@ -113,12 +113,10 @@ class DenseDualForm:
 
     definite = True
 
-    def __init__(self, problem: Problem, constants, where=None):
+    def __init__(self, problem: Problem, constants):
         self.problem = problem
-        self.S = constants[2]
-        self._whitening = constants[:2]
-        """The backend's root of Q and V = K F⁻ᵀ, of which those `where` are this batch's (None: all of them)."""
-        self._where = where
+        self._later, self.S = constants
+        """The backend's root of Q and V = K F⁻ᵀ, to be asked for, and S = V Vᵀ."""
 
     @classmethod
     def prepare(cls, problem: Problem) -> tuple[DenseDualForm, Any]:
@@ -131,21 +129,20 @@ class DenseDualForm:
         V = backend.whiten_rows(root, _stack(xp, blocks))
         enough = 1e-6 if problem.dtype == xp.float64 else 1e-2
         good = positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal)
-        return cls(problem, (root, V, backend.products(V, V.mT))), xp.all(good, axis=-1)
+        return cls(problem, (Later((root, V)), backend.products(V, V.mT))), xp.all(good, axis=-1)
 
     @cached_property
     def whitening(self):
         """The backend's root of Q and V, which a step in the rows alone does not ask for."""
-        return self._whitening if self._where is None else take(self.problem.backend.xp, self._whitening, self._where)
+        return self._later.now(self.problem.backend.xp)
 
     @property
     def constants(self):
-        return *self.whitening, self.S
+        return Later(self.whitening), self.S
 
     def select(self, problem: Problem, index) -> DenseDualForm:
         xp = self.problem.backend.xp
-        where = index if self._where is None else xp.take(self._where, index, axis=0)
-        return DenseDualForm(problem, (*self._whitening, take(xp, self.S, index)), where)
+        return DenseDualForm(problem, (self._later.select(xp, index), take(xp, self.S, index)))
 
     def factor(self, system: System):
         return self.factor_rows(system.theta + system.delta)
@@ -394,16 +391,6 @@ def equilibrate(problem: Problem) -> Metric:
 
 
 # ---- small pieces
-
-
-def take(xp, tree, index):
-    """The problems at `index`, positions or a slice, of every array in nested tuples; shared arrays stay."""
-    if isinstance(tree, tuple):
-        leaves = (take(xp, leaf, index) for leaf in tree)
-        return type(tree)(*leaves) if hasattr(tree, "_fields") else tuple(leaves)
-    if tree is None or tree.shape[0] == 1:
-        return tree
-    return tree[index, ...] if isinstance(index, slice) else xp.take(tree, index, axis=0)
 
 
 def _factor_rows(problem: Problem, S, theta):

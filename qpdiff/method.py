@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from . import kkt
-from .problem import Problem
+from .problem import Problem, take
 from .solution import Status
 
 MAX_ITERATIONS = 200
@@ -126,7 +126,7 @@ class Part(NamedTuple):
         problem = self.problem.select(index)
         exact = problem if self.exact is self.problem else self.exact.select(index)
         xp = problem.backend.xp
-        metric, sizes = kkt.take(xp, (self.metric, self.sizes), index)
+        metric, sizes = take(xp, (self.metric, self.sizes), index)
         return Part(self.form.select(problem, index), metric, sizes, exact)
 
 

@@ -30,6 +30,7 @@ OPERANDS = {
     "ub": ("n",),
 }
 """The operands of a quadratic program and their core shapes."""
+MATRICES = ("Q", "G", "A")
 INFINITE = 1e20
 """A bound this far out is none, as in other solvers, whose users write 1e20 or 1e30 for infinity."""
 
@@ -94,40 +95,31 @@ class Problem:
 
     def select(self, index) -> Problem:
         """The problems that a slice or an array of positions names; shared operands stay shared."""
+        xp = self.backend.xp
         if isinstance(index, slice):
             size = len(range(*index.indices(self.batch)))
             if size == self.batch:
                 return self
-            parts = {k: v[index, ...] for k, v in self.operands.items() if v.shape[0] != 1}
-            return replace(self, batch_shape=(size,), **parts)
-
-        def taken(array):
-            return array if array is None or array.shape[0] == 1 else xp.take(array, index, axis=0)
-
-        xp, later = self.backend.xp, {}
-        parts = {name: taken(getattr(self, name)) for name in ("q", "h", "b", "lb", "ub")}
-        for name in ("Q", "G", "A"):
-            array, where = self._later.get(name) or (getattr(self, name), None)
-            parts[name] = array
-            if array is not None and array.shape[0] != 1:
-                later[name] = array, index if where is None else xp.take(where, index, axis=0)
+            return replace(self, batch_shape=(size,), **{k: take(xp, v, index) for k, v in self.operands.items()})
+        parts: dict[str, Any] = dict.fromkeys(MATRICES)
+        parts |= {name: take(xp, getattr(self, name), index) for name in ("q", "h", "b", "lb", "ub")}
+        later = {name: (self._later.get(name) or Later(getattr(self, name))).select(xp, index) for name in MATRICES}
         part = replace(self, batch_shape=(index.shape[0],), **parts)
-        known = {"bytes_per_problem": self.bytes_per_problem, "_row_data": tuple(map(taken, self._row_data))}
+        known = {"bytes_per_problem": self.bytes_per_problem, "_row_data": take(xp, self._row_data, index)}
         part.__dict__.update(known, _later=later)
-        for name in later:
+        for name in MATRICES:
             del part.__dict__[name]
         return part
 
     @cached_property
-    def _later(self) -> dict[str, tuple]:
-        """Matrices of a larger batch and positions in it, of which those here have not been asked for."""
+    def _later(self) -> dict[str, Later]:
+        """Matrices that have not been asked for."""
         return {}
 
     def __getattr__(self, name: str):
         if name not in self.__dict__.get("_later", ()):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
-        array, where = self._later.pop(name)
-        self.__dict__[name] = matrix = self.backend.xp.take(array, where, axis=0)
+        self.__dict__[name] = matrix = self._later.pop(name).now(self.backend.xp)
         return matrix
 
     @cached_property
@@ -257,6 +249,31 @@ class Layout(NamedTuple):
 
     def problem(self, operands: dict[str, Any]) -> Problem:
         return Problem(self.backend, self.dtype, self.batch_shape, dict(self.shapes), **operands)
+
+
+class Later(NamedTuple):
+    """Arrays of the problems at some positions of a larger batch, to be copied when they are asked for."""
+
+    tree: Any
+    """Those of that batch, as for `take`."""
+    where: Any = None
+    """None: all of it."""
+
+    def select(self, xp, index) -> Later:
+        return Later(self.tree, index if self.where is None else xp.take(self.where, index, axis=0))
+
+    def now(self, xp):
+        return self.tree if self.where is None else take(xp, self.tree, self.where)
+
+
+def take(xp, tree, index):
+    """The problems at `index`, positions or a slice, of every array in nested tuples; shared arrays stay."""
+    if isinstance(tree, tuple):
+        leaves = (take(xp, leaf, index) for leaf in tree)
+        return type(tree)(*leaves) if hasattr(tree, "_fields") else tuple(leaves)
+    if tree is None or tree.shape[0] == 1:
+        return tree
+    return tree[index, ...] if isinstance(index, slice) else xp.take(tree, index, axis=0)
 
 
 def product(M, x):

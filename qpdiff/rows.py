@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from . import kkt
 from .method import (
     IMPATIENCE,
     ROUNDING,
@@ -36,7 +35,7 @@ from .method import (
     waited,
     with_proximal_terms,
 )
-from .problem import product, product_transposed
+from .problem import product, product_transposed, take
 
 WORTH_A_COPY = 2**15
 """Bytes of a problem from which on those that are looked at are copied, where they are few."""
@@ -201,10 +200,10 @@ def look_at_few(
     """`look` at copies of the `count` problems where that is wanted; what it says of the others is of no use."""
     xp = part.problem.backend.xp
     those = xp.argsort(xp.astype(~wanted, xp.int8), stable=True)[:count]
-    few, earlier = (kkt.take(xp, tree, those) for tree in (state, before))
+    few, earlier = (take(xp, tree, those) for tree in (state, before))
     looked = look(part.select(those), settings, earlier, few, stays=stays)
     place = xp.where(wanted, xp.cumulative_sum(xp.astype(wanted, xp.int32)) - 1, 0)
-    return kkt.take(xp, looked, place)
+    return take(xp, looked, place)
 
 
 def look(part: Part, settings: Settings, before: State, state: State, *, stays: bool) -> State:

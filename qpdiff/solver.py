@@ -31,7 +31,7 @@ from .method import (
     step,
     step_length,
 )
-from .problem import INFINITE, Layout, Problem, broadcasts, check_values, indefinite, make_problem
+from .problem import INFINITE, Layout, Problem, broadcasts, check_values, indefinite, make_problem, take
 from .solution import Solution, Status
 
 CENTERING_LIMIT = 50
@@ -374,7 +374,7 @@ def _run(
     """
     part, index = parts.pop()
     xp, backend = part.problem.backend.xp, part.problem.backend
-    start = None if near is None else kkt.take(xp, near, index)
+    start = None if near is None else take(xp, near, index)
     start_from, advance = (rows.initialize, rows.step) if rows.pay(part) else (initialize, step)
     state, factor = start_from(part, settings)
     cold = None
@@ -471,16 +471,23 @@ def unpack(arrays, layout: Layout) -> Linearization:
 
 def _in_batch(backend, index, where):
     """Where in the batch those problems are that are at `where` among the ones at `index`; None: all of them."""
-    return index if where is None else backend.xp.take(positions(backend, index), where, axis=0)
+    return index if where is None else backend.xp.take(_positions(backend, index), where, axis=0)
 
 
-def positions(backend, index):
+def _positions(backend, index):
     """A slice of the batch, or positions in it, as positions."""
     return backend.arange(index.stop)[index.start :] if isinstance(index, slice) else index
 
 
+def batch_order(backend, pieces):
+    """What brings the problems of all pieces into the order of the batch; None where they are in it."""
+    if all(isinstance(piece.index, slice) for piece in pieces):  # chunks, one after the other
+        return None
+    return backend.xp.argsort(backend.xp.concat([_positions(backend, piece.index) for piece in pieces]))
+
+
 def _rows_at(xp, tree, where):
-    return tree if where is None else kkt.take(xp, tree, where)
+    return tree if where is None else take(xp, tree, where)
 
 
 def _restart(xp, settings: Settings, state: State, cold: State) -> State:
@@ -529,13 +536,15 @@ def _relax(lin: Linearization, kappa: float) -> Linearization:
         for form, where in forms(problem.select(chunk)):
             at = _in_batch(backend, chunk, where)
             part = make_part(form)
-            point, factor = _center(part, settings, kappa, *kkt.take(xp, (lin.x, lin.v, lin.s), at))
+            point, factor = _center(part, settings, kappa, *take(xp, (lin.x, lin.v, lin.s), at))
             pieces.append(_kept(problem, part, at, factor))
             points.append(point)
     if not points:
         return lin
-    order = xp.argsort(xp.concat([positions(backend, piece.index) for piece in pieces]))
-    x, v, s, found = (xp.take(xp.concat(column, axis=0), order, axis=0) for column in zip(*points, strict=True))
+    x, v, s, found = (xp.concat(column, axis=0) for column in zip(*points, strict=True))
+    order = batch_order(backend, pieces)
+    if order is not None:
+        x, v, s, found = (xp.take(a, order, axis=0) for a in (x, v, s, found))
     lost = ~found & (lin.status == int(Status.SOLVED))
     return Linearization(
         problem, pieces, x, v, s, xp.where(lost, xp.full_like(lin.status, int(Status.STALLED)), lin.status)
@@ -586,7 +595,7 @@ def _join(problem: Problem, pieces: list[Ended]) -> Outcome:
         widths = {"x": problem.n, "v": problem.rows, "s": problem.rows}
         return Outcome(*(backend.full((0, widths.get(k, 1)), 0, kinds.get(k, problem.dtype)) for k in names))
     columns = [[getattr(piece.outcome, name) for piece in pieces] for name in names]
-    order = xp.argsort(xp.concat([positions(backend, piece.index) for piece in pieces])) if len(pieces) > 1 else None
+    order = batch_order(backend, pieces)
     pieces.clear()  # each column is free once it is joined
     whole = {}
     for name in reversed(names):

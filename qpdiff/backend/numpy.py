@@ -26,7 +26,7 @@ WORTH_A_THREAD = 2.5e6
 np.empty(2**25 - 2**13, np.uint8)
 """Freed at once, and by that the C library of Linux learns to keep freed memory of up to twice this size for what comes
 next (mallopt(3), M_MMAP_THRESHOLD). Else it gives the arrays of an iteration back to the system, which clears every
-page anew: half of the time of some solves."""
+page anew: more than a third of the time of some solves."""
 
 
 class _Root(NamedTuple):
