@@ -135,10 +135,10 @@ def make_part(form) -> Part:
     problem, backend = form.problem, form.problem.backend
     xp, metric, exact = backend.xp, kkt.equilibrate(problem), problem.astype(backend.exact)
     D, E = metric
-    count, k, q = total(xp, xp.astype(problem.inequality, problem.dtype)), exact.k, exact.q
+    count, k, q = backend.total(xp.astype(problem.inequality, problem.dtype)), exact.k, exact.q
     sizes = Sizes(
-        inequalities=backend.clip(count, 1.0), k=norm(xp, k), q=norm(xp, q),
-        scaled_k=backend.clip(norm(xp, E * k), 1.0), scaled_q=backend.clip(norm(xp, D * q), 1.0),
+        inequalities=backend.clip(count, 1.0), k=backend.norm(k), q=backend.norm(q),
+        scaled_k=backend.clip(backend.norm(E * k), 1.0), scaled_q=backend.clip(backend.norm(D * q), 1.0),
         least_rate=xp.where(count > 0, 0.0 * count, 0.9),
     )  # fmt: skip
     return Part(form, metric, sizes, exact)
@@ -157,14 +157,14 @@ class Point(NamedTuple):
 
 def initialize(part: Part, settings: Settings):
     """Starting point: the solution with θ = 1 in the scaled rows, moved onto s ∘ z = μ with s − z kept (PIQP)."""
-    problem = part.problem
-    xp, origin = problem.backend.xp, make_origin(part, settings)
+    backend = part.problem.backend
+    xp, origin = backend.xp, make_origin(part, settings)
     system = make_system(part, first_theta(part), origin.rho, origin.delta)
     factor, positive = part.form.factor(system)
     r_x, r_v = origin.r_x, origin.r_v
     x, v = part.form.solve(factor, part.form.eliminate(factor, r_x), r_v)
     x, v = kkt.refined(part.form, system, factor, r_x, r_v, x, v, origin.inexact)
-    sound = positive & all_finite(xp, x) & all_finite(xp, v)
+    sound = positive & backend.all_finite(x) & backend.all_finite(v)
     v, s, mu = place(part, settings, xp.where(sound, v, origin.v))
     state = origin._replace(x=xp.where(sound, x, origin.x), v=v, s=s, mu=mu)
     return assess(part, settings, state, origin), factor
@@ -204,7 +204,7 @@ def place(part: Part, settings: Settings, v):
     inequality, backend = part.problem.inequality, part.problem.backend
     xp = backend.xp
     z = xp.where(inequality, v / part.metric.rows, xp.zeros_like(v))
-    up, down = (backend.clip(largest(xp, a), 0.0) for a in (-z, z))
+    up, down = (backend.clip(backend.largest(a), 0.0) for a in (-z, z))
     mu = mean(part, xp.where(inequality, z + up, xp.zeros_like(z)), down - z)
     v, s = onto_path(part, v, z, backend.clip(mu, settings.smallest))
     return v, s, mean(part, s, v)
@@ -216,18 +216,17 @@ def start_near(part: Part, settings: Settings, near: Point, cold: State):
     μ grows with what that solution leaves of the residuals here, so that the slacks have room for the steps that make
     up for it, up to the μ of the ordinary start.
     """
-    problem, (D, E) = part.problem, part.metric
-    xp = problem.backend.xp
-    inequality, equality = problem.inequality, problem.equality
+    problem, backend, (D, E) = part.problem, part.problem.backend, part.metric
+    xp, inequality, equality = backend.xp, problem.inequality, problem.equality
     x, v = near.x + xp.zeros_like(cold.x), near.v + xp.zeros_like(cold.v)
     slack = E * (problem.k - problem.constraints(x))
     zero = xp.zeros_like(slack)
-    amiss = xp.where(equality, xp.abs(slack), xp.where(inequality, problem.backend.clip(-slack, 0.0), zero))
+    amiss = xp.where(equality, xp.abs(slack), xp.where(inequality, backend.clip(-slack, 0.0), zero))
     slope = problem.hessian(x) + problem.q + problem.adjoint(v)
-    error = xp.maximum(largest(xp, amiss), norm(xp, D * slope))
+    error = xp.maximum(backend.largest(amiss), backend.norm(D * slope))
     difference = xp.where(inequality, v / E - slack, zero)
     mu = xp.minimum(0.1 * error, cold.mu)
-    mu = problem.backend.clip(mu, max(settings.tol, settings.smallest))
+    mu = backend.clip(mu, max(settings.tol, settings.smallest))
     v, s = onto_path(part, v, difference, mu)
     state = cold._replace(x=x, v=v, s=s, mu=mean(part, s, v))
     state = assess(part, settings, state, state)
@@ -249,7 +248,7 @@ def onto_path(part: Part, v, difference, mu):
 
 
 def newton(part: Part, s, z, r_x, r_v, rho, delta):
-    """Factor the KKT matrix at s, z > 0 (0 and infinite where the row is no inequality); the step as two functions.
+    """Factor the KKT matrix at s, z > 0 (0 and infinite where the row is no inequality); it, and the step as functions.
 
     They take what s ∘ z is to be diminished by, and take all other residuals to 0. The first is for the rows alone.
     """
@@ -275,7 +274,7 @@ def newton(part: Part, s, z, r_x, r_v, rho, delta):
             dx, dv = kkt.refined(form, system, factor, r_x, right, dx, dv, refine)
         return dx, dv, slack(complementarity, dv)
 
-    return factor, positive, rows_direction, direction
+    return system, factor, positive, rows_direction, direction
 
 
 def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: bool):
@@ -285,10 +284,10 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     `stays` is whether any may be found to stay where it is: one that has ended, or is within the tolerance.
     """
     problem, backend = part.problem, part.problem.backend
-    xp, inequality = backend.xp, problem.inequality
+    xp, r_x, r_v = backend.xp, state.r_x, state.r_v
     # What is divided by an infinite s or z is 0 where the row is no inequality.
-    s, z = (xp.where(inequality, a, float("inf")) for a in (state.s, state.v))
-    factor, positive, rows_direction, direction = newton(part, state.s, z, state.r_x, state.r_v, state.rho, state.delta)
+    s, z = (problem.where_inequality(a, float("inf")) for a in (state.s, state.v))
+    system, factor, positive, rows_direction, direction = newton(part, state.s, z, r_x, r_v, state.rho, state.delta)
 
     excess, fraction = centering(part, settings, state, s, z, *rows_direction(state.s * state.v))
     dx, dv, ds = direction(excess, state.inexact if refine else None)
@@ -296,22 +295,21 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     x = state.x + alpha_s * dx
 
     # A step that cannot be computed is not taken; stronger proximal terms come instead.
-    sound = positive & all_finite(xp, x) & all_finite(xp, v) & all_finite(xp, s)
+    sound = positive & backend.all_finite(x) & backend.all_finite(v) & backend.all_finite(s)
     moved = state._replace(x=x, v=v, s=s, mu=mean(part, s, v))
     if not backend.none(~sound):
         moved = choose(xp, sound, moved, state)
     moved = assess(part, settings, moved._replace(iterations=state.iterations + 1), state)
 
     # What the linear solve has left of its system shows in the products before and after the step.
-    D, E = part.metric
     Q_dx = moved.Qx - state.Qx
-    Kt_dv = state.r_x - moved.r_x - Q_dx
-    left_x = state.r_x - Q_dx / alpha_s - Kt_dv / alpha_z - state.rho / D**2 * dx
-    left_v = moved.r_v - (1.0 - alpha_s) * state.r_v + alpha_s * state.delta / E**2 * dv
+    Kt_dv = r_x - moved.r_x - Q_dx
+    left_x = r_x - Q_dx / alpha_s - Kt_dv / alpha_z - system.rho * dx
+    left_v = moved.r_v - (1.0 - alpha_s) * r_v + alpha_s * (system.delta * dv)
     least = 0.01 * settings.tol
     inexact = (
-        ~(norm(xp, left_x) <= backend.clip(1e-6 * state.dual, least))
-        | ~(norm(xp, left_v) <= backend.clip(1e-6 * norm(xp, state.r_v), least))
+        ~(backend.norm(left_x) <= backend.clip(1e-6 * state.dual, least))
+        | ~(backend.norm(left_v) <= backend.clip(1e-6 * backend.norm(r_v), least))
         | ~sound
     )
 
@@ -335,15 +333,15 @@ def centering(part: Part, settings: Settings, state: State, s, z, dv, ds):
 
 def advance(part: Part, settings: Settings, state: State, s, z, dv, ds, fraction):
     """The step lengths for x and s, and for v, along the corrector's direction, and s and v after the step."""
-    problem, backend, inequality = part.problem, part.problem.backend, part.problem.inequality
+    problem, backend = part.problem, part.problem.backend
     xp = backend.xp
     alpha_s, alpha_z = step_length(backend, s, ds, fraction), step_length(backend, z, dv, fraction)
     # Unequal steps leave Qx + Kᵀv behind, which now and then goes round in circles.
     together, circling = xp.minimum(alpha_s, alpha_z), state.waiting >= IMPATIENCE
     alpha_s, alpha_z = xp.where(circling, together, alpha_s), xp.where(circling, together, alpha_z)
-    s = xp.where(inequality, backend.clip(state.s + alpha_s * ds, settings.tiny), 0.0)
-    v = state.v + alpha_z * dv
-    v = xp.where(inequality, backend.clip(v, settings.tiny), xp.where(problem.equality, v, 0.0))
+    s = problem.where_inequality(backend.clip(state.s + alpha_s * ds, settings.tiny), 0.0)
+    v = problem.where_exists(state.v + alpha_z * dv, 0.0)
+    v = problem.where_inequality(backend.clip(v, settings.tiny), v)
     return alpha_s, alpha_z, s, v
 
 
@@ -381,75 +379,78 @@ def settle(part: Part, settings: Settings, state: State, moved: State) -> State:
 def residuals(problem: Problem, x, v, s):
     """Qx, Kx, Kᵀv, and what Qx + q + Kᵀv = 0 and Kx + s = k leave, with the sign of a right-hand side."""
     Qx, Kx, Kv = problem.hessian(x), problem.constraints(x), problem.adjoint(v)
-    Kx = problem.backend.xp.where(problem.exists, Kx, 0.0)
+    Kx = problem.where_exists(Kx, 0.0)
     return Qx, Kx, Kv, -(Qx + problem.q + Kv), problem.k - Kx - s
 
 
 def assess(part: Part, settings: Settings, state: State, previous: State) -> State:
     """Compute the residuals afresh and decide how each problem stands; a certificate takes the place of x or v."""
-    problem, E, sizes = part.exact, part.metric.rows, part.sizes
-    xp, backend = problem.backend.xp, problem.backend
-    x, v, s = (xp.astype(a, problem.dtype, copy=False) for a in (state.x, state.v, state.s))
-    k, equality, inequality = problem.k, problem.equality, problem.inequality
+    problem, backend = part.exact, part.problem.backend
+    xp = backend.xp
+    x, v, s = (cast(xp, a, problem.dtype) for a in (state.x, state.v, state.s))
     Qx, Kx, Kv, r_x, r_v = residuals(problem, x, v, s)
-    violation = xp.where(equality, xp.abs(r_v), xp.where(inequality, backend.clip(Kx - k, 0.0), 0.0))
+    violation = problem.where_exists(problem.where_inequality(backend.clip(Kx - problem.k, 0.0), xp.abs(r_v)), 0.0)
     xQx, qx = backend.dot(x, Qx), backend.dot(x, problem.q)
     blocks = (problem.blocks[name] for name in ("G", "A", "ub", "lb"))
-    by_block = [backend.dot(k[:, rows], v[:, rows]) for rows in blocks if rows.stop > rows.start]
-    kv = sum(by_block, 0.0 * qx)
-    primal, dual, gap = largest(xp, violation), norm(xp, r_x), xp.abs(sum(by_block, xQx + qx))
-
+    kv = [backend.dot(problem.k[:, rows], v[:, rows]) for rows in blocks if rows.stop > rows.start]
+    primal, dual, gap = backend.largest(violation), backend.norm(r_x), xp.abs(sum(kv, xQx + qx))
     # Not `<=` on a maximum alone: NaN must never pass, nor an infinity that is compared with its own size.
     worst = xp.maximum(xp.maximum(primal, dual), gap)
-    tol, rtol = settings.tol, settings.rtol
-    scales = (
-        xp.maximum(norm(xp, Kx), sizes.k),
-        xp.maximum(xp.maximum(norm(xp, Qx), sizes.q), norm(xp, Kv)),
-        xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(kv)),
-    )
-    # The terms of the gap may cancel to 0 by luck: what their rounding hides must not be far beyond the tolerance.
-    terms = backend.dot(xp.abs(x), xp.abs(Qx) + xp.abs(problem.q)) + backend.dot(xp.abs(v), xp.abs(k))
-    near = (
-        (primal <= tol + rtol * scales[0])
-        & (dual <= tol + rtol * scales[1])
-        & (gap + LUCK * xp.finfo(problem.dtype).eps * terms <= tol + rtol * scales[2])
-        & (worst < float("inf"))
-    )
     best = xp.where(worst < state.best, worst, state.best)
+    near = (worst < float("inf")) & within(part, settings, (x, v, Qx, Kx, Kv), (xQx, qx, kv), primal, dual, gap)
 
     # Farkas: Kᵀv = 0, z ≥ 0, kᵀv < 0 leaves no x; Qx = 0, Kx ≤ 0 (= 0), qᵀx < 0 is a way down without end. Iterates
     # without a limit go off along such a direction, so it shows in their last step long before it does in them.
-    no_point, farkas, gain = contradiction(part, tol, v, previous.v, primal)
+    no_point, farkas, gain = contradiction(part, settings.tol, v, previous.v, primal)
     if part.form.definite:
-        no_bottom, ray, fall = xp.zeros_like(dual), x, dual
+        no_bottom, ray, fall = backend.full(tuple(dual.shape), 0.0, dual.dtype), x, dual
     else:
-        no_bottom, ray, fall = descent(part, tol, x, Qx, Kx, previous, dual)
+        no_bottom, ray, fall = descent(part, settings.tol, x, Qx, Kx, previous, dual)
     proof = xp.maximum(no_point, no_bottom)
 
     waiting = waited(xp, state, worst, proof)
     limit, patient = state.iterations >= state.limit, waiting < PATIENCE
     last = limit | ~patient
-    solved = near & ((worst <= 0.1 * tol) | last)
-    enough = settings.certificate * xp.where(last, 0.01, xp.ones_like(worst))
-    feasible = last | (largest(xp, E * violation) <= 1e-4 * sizes.scaled_k)
-    unbounded, infeasible = (no_bottom > enough) & feasible, no_point > enough
-    status = xp.where(limit, int(Status.MAX_ITERATIONS), xp.full_like(state.status, RUNNING))
-    status = xp.where(patient, status, int(Status.STALLED))
-    status = xp.where(unbounded, int(Status.DUAL_INFEASIBLE), status)
-    status = xp.where(infeasible, int(Status.PRIMAL_INFEASIBLE), status)
-    status = xp.where(solved, int(Status.SOLVED), status)
-    if not backend.none(unbounded | infeasible):
+    solved, proven = near & ((worst <= 0.1 * settings.tol) | last), settings.certificate
+    unbounded, infeasible = ((r > proven) | (last & (r > 0.01 * proven)) for r in (no_bottom, no_point))
+    if not backend.none(unbounded):
+        feasible = backend.largest(part.metric.rows * violation) <= 1e-4 * part.sizes.scaled_k
+        unbounded = unbounded & (last | feasible)
+    status = backend.full(tuple(limit.shape), RUNNING, xp.int32)
+    if not backend.none(last | solved | unbounded | infeasible):
+        status = xp.where(limit, int(Status.MAX_ITERATIONS), status)
+        status = xp.where(patient, status, int(Status.STALLED))
+        status = xp.where(unbounded, int(Status.DUAL_INFEASIBLE), status)
+        status = xp.where(infeasible, int(Status.PRIMAL_INFEASIBLE), status)
+        status = xp.where(solved, int(Status.SOLVED), status)
         x = xp.where(status == int(Status.DUAL_INFEASIBLE), ray / fall, x)
         v = xp.where(status == int(Status.PRIMAL_INFEASIBLE), farkas / gain, v)
 
-    def narrow(a):
-        return xp.astype(a, part.problem.dtype, copy=False)
-
+    x, v, r_x, r_v = (cast(xp, a, part.problem.dtype) for a in (x, v, r_x, r_v))
     return state._replace(
-        x=narrow(x), v=narrow(v), r_x=narrow(r_x), r_v=narrow(r_v), Qx=Qx, Kx=Kx, objective=0.5 * xQx + qx,
+        x=x, v=v, r_x=r_x, r_v=r_v, Qx=Qx, Kx=Kx, objective=0.5 * xQx + qx,
         primal=primal, dual=dual, gap=gap, near=near, worst=worst, best=best, proof=xp.maximum(proof, state.proof),
         waiting=waiting, status=status,
     )  # fmt: skip
+
+
+def within(part: Part, settings: Settings, vectors, terms, primal, dual, gap):
+    """Whether the residuals are within the tolerance, absolute and relative to the terms that they are sums of."""
+    problem, sizes, backend = part.exact, part.sizes, part.problem.backend
+    xp, tol, rtol = backend.xp, settings.tol, settings.rtol
+    (x, v, Qx, Kx, Kv), (xQx, qx, kv) = vectors, terms
+    most = tol + rtol * xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(sum(kv, 0.0 * qx)))
+    near = gap <= most
+    if backend.none(near):
+        return near
+    # The terms of the gap may cancel to 0 by luck: what their rounding hides must not be far beyond the tolerance.
+    hidden = backend.dot(xp.abs(x), xp.abs(Qx) + xp.abs(problem.q)) + backend.dot(xp.abs(v), xp.abs(problem.k))
+    slope = xp.maximum(xp.maximum(backend.norm(Qx), sizes.q), backend.norm(Kv))
+    return (
+        (primal <= tol + rtol * xp.maximum(backend.norm(Kx), sizes.k))
+        & (dual <= tol + rtol * slope)
+        & (gap + LUCK * xp.finfo(problem.dtype).eps * hidden <= most)
+    )
 
 
 def waited(xp, state: State, worst, proof):
@@ -460,45 +461,44 @@ def waited(xp, state: State, worst, proof):
 
 def descent(part: Part, tol, x, Qx, Kx, previous: State, dual):
     """How near the last step in the variables is to a way down without end, that step, and how far down it goes."""
-    problem, (D, E), sizes = part.exact, part.metric, part.sizes
-    xp = problem.backend.xp
-    ray = x - xp.astype(previous.x, x.dtype, copy=False)
-    falls, fall = falling(xp, tol, ray, problem.q * ray, dual)
-    no_bottom = xp.zeros_like(fall)
-    if not problem.backend.none(falls):
-        slope = Kx - previous.Kx
-        climb = xp.where(problem.equality, xp.abs(slope), problem.backend.clip(slope, 0.0))
-        uphill = xp.maximum(norm(xp, D * (Qx - previous.Qx)), largest(xp, E * climb))
-        # The rounding of these differences hides as much.
-        hidden = xp.maximum(norm(xp, D * Qx), norm(xp, E * Kx))
-        uphill = xp.maximum(uphill, xp.finfo(problem.dtype).eps * hidden)
-        no_bottom = xp.where(falls, fall / (uphill * sizes.scaled_q), no_bottom)
-    return no_bottom, ray, fall
+    problem, (D, E), backend = part.exact, part.metric, part.problem.backend
+    xp = backend.xp
+    ray = x - cast(xp, previous.x, x.dtype)
+    falls, fall = falling(backend, tol, problem.q, ray, dual)
+    if backend.none(falls):
+        return xp.astype(falls, fall.dtype), ray, fall
+    slope = Kx - previous.Kx
+    climb = xp.where(problem.equality, xp.abs(slope), backend.clip(slope, 0.0))
+    uphill = xp.maximum(backend.norm(D * (Qx - previous.Qx)), backend.largest(E * climb))
+    # The rounding of these differences hides as much.
+    hidden = xp.maximum(backend.norm(D * Qx), backend.norm(E * Kx))
+    uphill = xp.maximum(uphill, xp.finfo(problem.dtype).eps * hidden)
+    return xp.where(falls, fall / (uphill * part.sizes.scaled_q), 0.0), ray, fall
 
 
 def contradiction(part: Part, tol, v, previous, primal):
     """How near the last step in the multipliers is to a Farkas certificate, that step, and how much it gains."""
-    problem, (D, _), sizes = part.exact, part.metric, part.sizes
-    xp = problem.backend.xp
-    farkas = v - xp.astype(previous, v.dtype, copy=False)
-    farkas = xp.where(problem.inequality, problem.backend.clip(farkas, 0.0), farkas)
-    gains, gain = falling(xp, tol, farkas, problem.k * farkas, primal)
-    no_point = xp.zeros_like(gain)
-    if not problem.backend.none(gains):
-        left = norm(xp, D * problem.adjoint(farkas))
-        no_point = xp.where(gains, gain / (left * sizes.scaled_k), no_point)
-    return no_point, farkas, gain
+    problem, backend = part.exact, part.problem.backend
+    xp = backend.xp
+    farkas = v - cast(xp, previous, v.dtype)
+    farkas = problem.where_inequality(backend.clip(farkas, 0.0), farkas)
+    gains, gain = falling(backend, tol, problem.k, farkas, primal)
+    if backend.none(gains):
+        return xp.astype(gains, gain.dtype), farkas, gain
+    left = backend.norm(part.metric.variables * problem.adjoint(farkas))
+    return xp.where(gains, gain / (left * part.sizes.scaled_k), 0.0), farkas, gain
 
 
-def falling(xp, tol, direction, terms, residual):
-    """Where a direction goes down, and how far; `terms` sum to the change of cost along it.
+def falling(backend, tol, cost, direction, residual):
+    """Where a linear cost falls in a direction, and how far.
 
     The fall against what the direction leaves is a ratio r that proves that there is no solution of norm less than r in
     the scaled problem, whose own size is that of its cost. It has to be beyond rounding, and beyond what any point may
     leave of the residual within the tolerance: that takes tol·‖direction‖₁ off the fall.
     """
-    fall = -total(xp, terms)
-    least = xp.maximum(1e-8 * total(xp, xp.abs(terms)), tol * total(xp, xp.abs(direction)))
+    xp = backend.xp
+    fall, length = -backend.dot(cost, direction), xp.abs(direction)
+    least = xp.maximum(1e-8 * backend.dot(xp.abs(cost), length), tol * backend.total(length))
     return (residual > tol) & (fall > least), fall
 
 
@@ -506,8 +506,12 @@ def falling(xp, tol, direction, terms, residual):
 
 
 def make_system(part: Part, theta, rho, delta) -> kkt.System:
-    theta = part.problem.backend.xp.where(part.problem.exists, theta, float("inf"))
+    theta = part.problem.where_exists(theta, float("inf"))
     return kkt.System(theta, rho / part.metric.variables**2, delta / part.metric.rows**2)
+
+
+def cast(xp, a, dtype):
+    return a if a.dtype == dtype else xp.astype(a, dtype)
 
 
 def choose(xp, condition, new, old):
@@ -521,27 +525,9 @@ def choose(xp, condition, new, old):
 
 def step_length(backend, value, direction, fraction):
     """Largest step in [0, 1] that keeps value + step·direction ≥ (1 − fraction)·value, for positive values."""
-    return 1.0 / backend.clip(largest(backend.xp, direction / -value) / fraction, 1.0)
-
-
-def largest(xp, a):
-    """Largest entry a problem, 0 where there are none, (B, 1)."""
-    return xp.max(a, axis=-1, keepdims=True) if a.shape[-1] else total(xp, a)
-
-
-def norm(xp, a):
-    """Largest absolute value a problem, (B, 1)."""
-    return largest(xp, xp.abs(a))
-
-
-def all_finite(xp, a):
-    return xp.all(xp.isfinite(a), axis=-1, keepdims=True)
-
-
-def total(xp, a):
-    return xp.sum(a, axis=-1, keepdims=True)
+    return 1.0 / backend.clip(backend.largest(direction / -value) / fraction, 1.0)
 
 
 def mean(part: Part, s, z):
     """Mean of s ∘ z over the inequalities, where s is 0 in the other rows, (B, 1)."""
-    return total(part.problem.backend.xp, s * z) / part.sizes.inequalities
+    return part.problem.backend.dot(s, z) / part.sizes.inequalities

@@ -197,6 +197,19 @@ class Problem:
         """Which rows are one or the other; those that are neither do not exist."""
         return self._row_data[3]
 
+    def where_inequality(self, a, other):
+        """One array in the rows that are inequalities, another in the others."""
+        return a if self._uniform[0] else self.backend.xp.where(self.inequality, a, other)
+
+    def where_exists(self, a, other):
+        """One array in the rows that exist, another in the others."""
+        return a if self._uniform[1] else self.backend.xp.where(self.exists, a, other)
+
+    @cached_property
+    def _uniform(self) -> tuple[bool, bool]:
+        """Whether all rows are known to be inequalities, and to exist."""
+        return self.backend.none(~self.inequality), self.backend.none(~self.exists)
+
     # ---- products
 
     def hessian(self, x):

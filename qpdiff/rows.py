@@ -19,19 +19,15 @@ from .method import (
     Settings,
     State,
     advance,
-    all_finite,
     assess,
     centering,
     choose,
     contradiction,
     first_theta,
-    largest,
     make_origin,
     mean,
-    norm,
     place,
     settle,
-    total,
     waited,
     with_proximal_terms,
 )
@@ -88,7 +84,7 @@ def initialize(part: Part, settings: Settings):
     seen = origin.seen
     positive, _, refined = _newton(part, first_theta(part), origin)
     dv, Sdv = refined(origin.r_v, origin.inexact)
-    good = positive & all_finite(xp, Sdv)
+    good = positive & backend.all_finite(Sdv)
     dv = xp.where(good, dv, origin.v)
     # From x = 0 the step is Q⁻¹ (−q − Kᵀdv), which leaves nothing of Qx + q + Kᵀdv; but v is moved onto the path.
     v, s, mu = place(part, settings, dv)
@@ -108,7 +104,7 @@ def observe(part: Part, state: State) -> State:
     xp = backend.xp
     whitened, t = part.form.eliminate(None, state.r_x)
     return state._replace(seen=Glimpse(
-        x=state.x, v=state.v, r=state.r_x, whitened=whitened, length=norm(xp, state.r_x),
+        x=state.x, v=state.v, r=state.r_x, whitened=whitened, length=backend.norm(state.r_x),
         a=xp.ones_like(state.mu), u=xp.zeros_like(t), t=t, rr=backend.dot(whitened, whitened),
         xr=backend.dot(state.x, state.r_x), qx=backend.dot(state.x, part.problem.q),
         column=_longest_column(part) if state.seen is None else state.seen.column,
@@ -119,8 +115,8 @@ def observe(part: Part, state: State) -> State:
 def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: bool):
     """`method.step` with x only where that is looked at, and without the factor."""
     problem, backend, seen = part.problem, part.problem.backend, state.seen
-    xp, inequality, t = backend.xp, problem.inequality, seen.t
-    s, z = (xp.where(inequality, a, float("inf")) for a in (state.s, state.v))
+    xp, t = backend.xp, seen.t
+    s, z = (problem.where_inequality(a, float("inf")) for a in (state.s, state.v))
     theta = state.s / z
     positive, multipliers, refined = _newton(part, theta, state)
     dv = multipliers(state.r_v + state.s)
@@ -130,7 +126,7 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     alpha_s, alpha_z, s, v = advance(part, settings, state, s, z, dv, -excess - theta * dv, fraction)
 
     Kdx, keep, apart = t - Sdv, 1.0 - alpha_s, alpha_s - alpha_z
-    Kx = xp.where(problem.exists, state.Kx + alpha_s * Kdx, 0.0)
+    Kx = problem.where_exists(state.Kx + alpha_s * Kdx, 0.0)
     t_dv, dv_S_dv, Kx_dv = backend.dot(t, dv), backend.dot(dv, Sdv), backend.dot(state.Kx, dv)
     r_dx = seen.rr - t_dv
     seen = seen._replace(
@@ -141,15 +137,15 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
         xr=keep * seen.xr + apart * Kx_dv + alpha_s * (keep * r_dx + apart * (t_dv - dv_S_dv)),
         qx=seen.qx - alpha_s * (seen.xr - Kx_dv + backend.dot(state.v, Kdx) + r_dx),
         expected=keep * state.r_v - alpha_s * state.delta / part.metric.rows**2 * dv,
-        allowed=backend.clip(1e-6 * norm(xp, state.r_v), 0.01 * settings.tol),
+        allowed=backend.clip(1e-6 * backend.norm(state.r_v), 0.01 * settings.tol),
     )
     moved = state._replace(v=v, s=s, mu=mean(part, s, v), Kx=Kx, r_v=problem.k - Kx - s, seen=seen)
     # A step that cannot be computed is not taken; stronger proximal terms come instead.
-    sound = positive & all_finite(xp, Sdv) & all_finite(xp, v) & all_finite(xp, s)
+    sound = positive & backend.all_finite(Sdv) & backend.all_finite(v) & backend.all_finite(s)
     if not backend.none(~sound):
         nothing = state.seen._replace(expected=xp.full_like(t, xp.nan))
         moved = choose(xp, sound, moved, state._replace(seen=nothing))
-    moved = moved._replace(iterations=state.iterations + 1, inexact=_inexact(xp, moved))
+    moved = moved._replace(iterations=state.iterations + 1, inexact=_inexact(backend, moved))
     moved = with_proximal_terms(part, settings, state, moved, sound)
     moved = glance(part, settings, state, moved, sound, stays=stays)
     return choose(xp, state.status != RUNNING, state, moved) if stays else moved, None
@@ -160,21 +156,22 @@ def glance(part: Part, settings: Settings, before: State, state: State, sound, *
     problem, E, sizes, seen = part.problem, part.metric.rows, part.sizes, state.seen
     xp, backend, v, Kx, k = problem.backend.xp, problem.backend, state.v, state.Kx, problem.k
     running = before.status == RUNNING
-    violation = xp.where(problem.inequality, backend.clip(Kx - k, 0.0), xp.abs(state.r_v))
-    kv, vKx, primal = backend.dot(k, v), backend.dot(v, Kx), largest(xp, violation)
+    violation = problem.where_inequality(backend.clip(Kx - k, 0.0), xp.abs(state.r_v))
+    kv, vKx, primal = backend.dot(k, v), backend.dot(v, Kx), backend.largest(violation)
     gap = xp.abs(kv - vKx - seen.xr)
     others = xp.maximum(primal, gap)
     # The residual of the variables is seldom the largest, and if so a bound does, without K.
-    dual = seen.a * seen.length + seen.column * xp.sqrt(total(xp, (seen.u / E) ** 2))
+    dual = seen.a * seen.length + seen.column * xp.sqrt(backend.total((seen.u / E) ** 2))
     small = (dual <= others) | ~running
     if not backend.none(~small):
-        dual = xp.where(small, dual, norm(xp, seen.a * seen.r + problem.adjoint(seen.u)))
+        dual = xp.where(small, dual, backend.norm(seen.a * seen.r + problem.adjoint(seen.u)))
     worst = xp.maximum(dual, others)
     no_point, *_ = contradiction(part, settings.tol, v, before.v, primal)
 
     tol, rtol = settings.tol, settings.rtol
     size = xp.maximum(xp.abs(seen.xr + seen.qx + vKx), xp.maximum(xp.abs(seen.qx), xp.abs(kv)))
-    far = (primal > tol + rtol * xp.maximum(norm(xp, Kx), sizes.k)) | (gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * size)
+    far = primal > tol + rtol * xp.maximum(backend.norm(Kx), sizes.k)
+    far = far | (gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * size)
     waiting = waited(xp, before, worst, no_point)
     well = (waiting < IMPATIENCE) & (worst < float("inf")) & ~(no_point > 0.01 * settings.certificate)
     enough = far & well & ~before.near & sound & (state.iterations < state.limit)
@@ -182,9 +179,8 @@ def glance(part: Part, settings: Settings, before: State, state: State, sound, *
         primal=primal, dual=dual, gap=gap, near=before.near & False, worst=worst, waiting=waiting,
         best=xp.minimum(worst, before.best), proof=xp.maximum(no_point, before.proof),
     )  # fmt: skip
-    wanted, left_out = running & ~enough, xp.any(running & enough)
-    # How many are to be looked at, and whether they are not all that are running, in one value that goes to the host.
-    count, some = divmod(int(2 * xp.sum(xp.astype(wanted, xp.int32)) + xp.astype(left_out, xp.int32)), 2)
+    wanted = running & ~enough
+    count, some = backend.count(wanted, running & enough)
     if count == 0:
         return known
     if 2 * count <= problem.batch and problem.bytes_per_problem >= WORTH_A_COPY:
@@ -208,18 +204,18 @@ def look_at_few(
 
 def look(part: Part, settings: Settings, before: State, state: State, *, stays: bool) -> State:
     """How problems stand, with x and all residuals computed."""
-    xp, seen = part.problem.backend.xp, state.seen
+    seen = state.seen
     # From where it was last looked at, so that rounding counts for less and less.
     x = seen.x + part.form.variables((1.0 - seen.a) * seen.whitened, seen.u + state.v - seen.v)
     looked = assess(part, settings, state._replace(x=x), before)
-    looked = looked._replace(inexact=_inexact(xp, looked))
+    looked = looked._replace(inexact=_inexact(part.problem.backend, looked))
     return observe(part, settle(part, settings, before, looked) if stays else looked)
 
 
 def _newton(part: Part, theta, state: State):
     """Factor the KKT matrix; the multipliers for a right-hand side of the rows; these refined, and S times them."""
     form, backend, t = part.form, part.problem.backend, state.seen.t
-    theta = backend.xp.where(part.problem.exists, theta + state.delta / part.metric.rows**2, float("inf"))
+    theta = part.problem.where_exists(theta + state.delta / part.metric.rows**2, float("inf"))
     factor, positive = form.factor_rows(theta)
 
     def multipliers(right):
@@ -230,22 +226,21 @@ def _newton(part: Part, theta, state: State):
         Sdv = product(form.S, dv)
         if inexact is None:
             return dv, Sdv
-        left = t - right - Sdv - theta * dv
-        left = backend.xp.where(part.problem.exists, left, 0.0)
+        left = part.problem.where_exists(t - right - Sdv - theta * dv, 0.0)
         dv = backend.xp.where(inexact, dv + backend.solve(factor, left), dv)
         return dv, product(form.S, dv)
 
     return positive, multipliers, refined
 
 
-def _inexact(xp, state: State):
+def _inexact(backend, state: State):
     """Whether the last step has left too much in the rows."""
-    return ~(norm(xp, state.r_v - state.seen.expected) <= state.seen.allowed)
+    return ~(backend.norm(state.r_v - state.seen.expected) <= state.seen.allowed)
 
 
 def _longest_column(part: Part):
     """The largest norm of a column of K in the scaled rows."""
     problem, E = part.problem, part.metric.rows
-    xp, blocks = problem.backend.xp, ((problem.A, "A"), (problem.G, "G"))
+    backend, blocks = problem.backend, ((problem.A, "A"), (problem.G, "G"))
     squares = [product_transposed(K * K, E[:, problem.blocks[name]] ** 2) for K, name in blocks if K is not None]
-    return xp.sqrt(largest(xp, sum(squares[1:], squares[0])))
+    return backend.xp.sqrt(backend.largest(sum(squares[1:], squares[0])))

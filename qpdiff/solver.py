@@ -24,7 +24,6 @@ from .method import (
     initialize,
     make_part,
     newton,
-    norm,
     onto_path,
     residuals,
     start_near,
@@ -304,7 +303,7 @@ def warm_point(problem: Problem, sol: Solution | None) -> Point | None:
     v = xp.concat(rows, axis=-1)
     ended = flat(xp.astype(backend.asarray(sol.status), problem.dtype)[..., None], 1)
     usable = (ended != int(Status.PRIMAL_INFEASIBLE)) & (ended != int(Status.DUAL_INFEASIBLE))
-    finite = [xp.all(xp.isfinite(a), axis=-1, keepdims=True) for a in (parts["x"], v)]
+    finite = [backend.all_finite(a) for a in (parts["x"], v)]
     return Point(parts["x"], v, usable & finite[0] & finite[1])
 
 
@@ -387,9 +386,7 @@ def _run(
     ended, kept = [], [_kept(problem, part, index, None)] if part.form.definite else []
     while True:
         running = state.status == RUNNING
-        inexact, near = (xp.astype(xp.any(running & flag), xp.int32) for flag in (state.inexact, state.near))
-        # How many are running, and whether any is inexact or within the tolerance, in one value that goes to the host.
-        count, flags = divmod(int(4 * xp.sum(xp.astype(running, xp.int32)) + 2 * inexact + near), 4)
+        count, inexact, close = backend.count(running, running & state.inexact, running & state.near)
         if verbose:
             _report(xp, state)
         if count == 0 or (2 * count <= part.problem.batch and not part.idle):
@@ -403,9 +400,8 @@ def _run(
                 return ended, kept
             part, index = part.select(rest), _in_batch(backend, index, rest)
             state, cold = _rows_at(xp, (state, cold), rest)
-        stays = flags % 2 > 0 or count < part.problem.batch
         factor = None  # the next one may take its memory
-        state, factor = advance(part, settings, state, refine=flags >= 2, stays=stays)
+        state, factor = advance(part, settings, state, refine=inexact, stays=close or count < part.problem.batch)
         if cold is not None:
             state = _restart(xp, settings, state, cold)
 
@@ -563,12 +559,12 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
         *_, r_x, r_v = residuals(part.exact, *(xp.astype(a, part.exact.dtype, copy=False) for a in (x, v, s)))
         r_x, r_v = (xp.astype(a, problem.dtype, copy=False) for a in (r_x, r_v))
         s_, z_ = (xp.where(inequality, a, float("inf")) for a in (s, v))
-        factor, *_, direction = newton(part, s, z_, r_x, r_v, smallest, smallest)
+        _, factor, *_, direction = newton(part, s, z_, r_x, r_v, smallest, smallest)
         excess = xp.where(inequality, s * v - kappa, 0.0)
         found = (
-            (norm(xp, D * r_x) <= accuracy * (1.0 + norm(xp, D * problem.q)))
-            & (norm(xp, E * r_v) <= accuracy * (1.0 + norm(xp, E * problem.k)))
-            & (norm(xp, excess) <= accuracy * kappa)
+            (backend.norm(D * r_x) <= accuracy * (1.0 + backend.norm(D * problem.q)))
+            & (backend.norm(E * r_v) <= accuracy * (1.0 + backend.norm(E * problem.k)))
+            & (backend.norm(excess) <= accuracy * kappa)
         )
         dx, dv, ds = direction(excess, smallest > 0)
         alpha = xp.minimum(step_length(backend, s_, ds, STEP_FRACTION), step_length(backend, z_, dv, STEP_FRACTION))

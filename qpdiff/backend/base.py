@@ -95,6 +95,18 @@ class Backend:
         """Whether a mask is known to have no True entry; False where that would take a transfer to the host."""
         return False
 
+    def count(self, mask, *others) -> tuple:
+        """How many problems a mask (B, 1) names and whether each of the others names any, in one value for the host."""
+        xp = self.xp
+        code = xp.sum(xp.astype(mask, xp.int32))
+        for other in others:
+            code = 2 * code + xp.astype(xp.any(other), xp.int32)
+        code, flags = int(code), []
+        for _ in others:
+            code, flag = divmod(code, 2)
+            flags.append(bool(flag))
+        return code, *reversed(flags)
+
     def factor(self, M):
         """F with M = F Fᵀ for each matrix of a stack, and whether each was positive definite, shape (B, 1)."""
         xp = self.xp
@@ -176,6 +188,22 @@ class Backend:
     def dot(self, a, b):
         """aᵀb for vectors (B or 1, k), (B, 1)."""
         return self.xp.vecdot(a, b, axis=-1)[:, None]
+
+    def total(self, a):
+        """The sum of each vector (B, k), (B, 1)."""
+        return self.xp.sum(a, axis=-1, keepdims=True)
+
+    def largest(self, a):
+        """The largest entry of each vector (B, k), 0 where there are none, (B, 1)."""
+        return self.xp.max(a, axis=-1, keepdims=True) if a.shape[-1] else self.total(a)
+
+    def norm(self, a):
+        """The largest absolute value in each vector (B, k), (B, 1)."""
+        return self.largest(self.xp.abs(a))
+
+    def all_finite(self, a):
+        """Whether all entries of each vector (B, k) are finite, (B, 1)."""
+        return self.xp.all(self.xp.isfinite(a), axis=-1, keepdims=True)
 
 
 def _restore(kind, namespace: str, device) -> Backend:

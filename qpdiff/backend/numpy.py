@@ -18,6 +18,8 @@ LARGE = 64
 """From this size on the matrices of a batch take less time one after the other."""
 FORWARD, BACKWARD = 1, 0
 """What to do with the triangle that BLAS sees, which is Lᵀ: transpose it, or not."""
+SHORT = 32
+"""Up to so many entries a row counts as short."""
 PARTS = 4
 """In how many parts a thread does its work, so that the last to begin has less of it."""
 WORTH_A_THREAD = 2.5e6
@@ -93,6 +95,22 @@ class NumPyBackend(Backend):
     def none(self, mask) -> bool:
         return not mask.any()
 
+    def count(self, mask, *others) -> tuple:
+        return np.count_nonzero(mask), *(bool(other.any()) for other in others)
+
+    # NumPy reduces row by row, which for short rows takes longer than to copy them to columns, or to ask BLAS.
+
+    def total(self, a):
+        return np.vecdot(a, _constant(a.shape[-1], 1.0, a.dtype))[:, None]
+
+    def largest(self, a):
+        if not 0 < a.shape[-1] <= SHORT < a.shape[0]:
+            return super().largest(a)
+        return np.maximum.reduce(a.T.copy(), axis=0)[:, None]
+
+    def all_finite(self, a):
+        return np.vecdot(a, _constant(a.shape[-1], 0.0, a.dtype))[:, None] == 0.0  # 0·∞ is NaN
+
     def factor(self, M):
         return self._factor(M.shape, M.dtype, lambda part: M[part])
 
@@ -121,7 +139,7 @@ class NumPyBackend(Backend):
         else:
             triangles = _cholesky_or_nan(matrices(parts[0]))
         L = _lower(triangles)
-        positive = np.isfinite(np.linalg.diagonal(L)).all(axis=-1, keepdims=True)
+        positive = self.all_finite(np.linalg.diagonal(L))
         if not positive.all():
             L[~positive[:, 0]] = np.eye(n, dtype=dtype)
         return (triangles,), positive
@@ -230,6 +248,11 @@ def _substitute(triangles, r, *directions):
         for direction in directions:
             trsv(L.T, x, trans=direction, overwrite_x=1)
     return out
+
+
+@cache
+def _constant(n: int, value: float, dtype):
+    return np.full(n, value, dtype)
 
 
 @cache
