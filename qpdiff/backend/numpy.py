@@ -51,6 +51,9 @@ class NumPyBackend(Backend):
     def asarray(self, value, dtype=None):
         return np.asarray(value, dtype=dtype)
 
+    def full(self, shape, value, dtype):
+        return np.full(shape, value, dtype)
+
     def map(self, function, items: list, workers: int) -> Generator:
         """NumPy's loops release the interpreter lock, so that a thread a processor works on a chunk each."""
         if len(items) < 2 or workers < 2:

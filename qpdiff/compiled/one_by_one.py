@@ -164,7 +164,7 @@ def solve_batch(
     first, second = make_iterates(room)
     k, k64, kind = work.k, work.k64, work.kind
     single = batch.q.itemsize == 4
-    own = own_rows(batch, work)
+    own, turned = own_rows(batch, work), False
     i = end = np.int64(0)
     while True:
         i, end = following(i, end, turn, edges)
@@ -205,8 +205,9 @@ def solve_batch(
                 return False
         if form != preferred:
             reduced = in_primal_form(reduced, work)
-        if own and form == DIAGONAL_DUAL:
+        if form == DIAGONAL_DUAL and (own or not turned):
             transpose(K, work.turned)
+            turned = True
         now, verdict, iterations, useful = iterate(
             form, one, reduced, settings, warm, at(near[0], i), at(near[1], i), at(near[2], i), first, second, work
         )

@@ -11,7 +11,6 @@ from .compiler import OPTIONS, finite, inline, jit
 from .lanes import larger
 from .method import ABSENT, EQUALITY, INEQUALITY, SMALLEST, SMALLEST_SINGLE, Reduced, copy_matrix
 from .stacks import cholesky
-from .tiles import transpose
 
 
 @jit
@@ -149,11 +148,11 @@ def stack(A, G, room, own):
 
 @jit
 def own_rows(batch, work):
-    """Whether every problem has rows of its own; else they are put where `stack` and the solves look for them."""
-    if batch.A.shape[0] > 1 or batch.G.shape[0] > 1:
-        return True
-    transpose(stack(at(batch.A, 0), at(batch.G, 0), work.stacked, True), work.turned)
-    return False
+    """Whether every problem has rows of its own; else they are put where `stack` looks for them."""
+    own = batch.A.shape[0] > 1 or batch.G.shape[0] > 1
+    if not own:
+        stack(at(batch.A, 0), at(batch.G, 0), work.stacked, True)
+    return own
 
 
 def in_double(batch, exact, i, K, room):
