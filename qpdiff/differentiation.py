@@ -540,7 +540,7 @@ def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, A
         lower = xp.where(fixed & ~at_lower, xp.zeros_like(lower), lower)
     vectors = {"q": q, "b": k[:, blocks["A"]], "h": k[:, blocks["G"]], "lb": lower, "ub": upper}
     names = list(problem.operands if names is None else names)
-    shared = {name: getattr(problem, name).shape[0] == 1 for name in names}
+    shared = {name: getattr(problem, name).shape[0] == 1 != problem.batch for name in names}
     out = {}
     for name in names:
         if name == "Q":

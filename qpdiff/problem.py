@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple
 
@@ -345,8 +345,8 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
 
 def _one_batch_axis(chosen: Backend, dtype, arrays) -> Problem:
     """The problem in the caller's arrays of the working type, their shapes looked at."""
-    _check_core_shapes(arrays)
-    batch_shape = _broadcast_batch(arrays)
+    shapes = {name: tuple(value.shape) for name, value in arrays.items()}
+    batch_shape = _check_shapes(tuple(shapes.items()))
     batch = math.prod(batch_shape)
     flat = {}
     for name, value in arrays.items():
@@ -364,45 +364,48 @@ def _one_batch_axis(chosen: Backend, dtype, arrays) -> Problem:
         backend=chosen,
         dtype=dtype,
         batch_shape=batch_shape,
-        shapes={name: tuple(value.shape) for name, value in arrays.items()},
+        shapes=shapes,
         **{name: chosen.for_products(value) for name, value in flat.items()},
     )
 
 
-def _check_core_shapes(arrays) -> None:
-    for name, value in arrays.items():
+@lru_cache(maxsize=256)
+def _check_shapes(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int, ...]:
+    """The batch axes of operands with these shapes, once for the many calls that have the same."""
+    _check_core_shapes(dict(shapes))
+    return _broadcast_batch(dict(shapes))
+
+
+def _check_core_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
         core = OPERANDS[name]
-        if value.ndim < len(core):
+        if len(shape) < len(core):
             raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; expected (..., {', '.join(core)}), at least "
+                f"{name} has shape {shape}; expected (..., {', '.join(core)}), at least "
                 f"{'one axis' if len(core) == 1 else 'two axes'}"
             )
-    shape = tuple(arrays["Q"].shape)
-    n = shape[-1]
-    if shape[-2] != n:
-        raise ValueError(f"Q has shape {shape}; expected (..., n, n), square")
+    n = shapes["Q"][-1]
+    if shapes["Q"][-2] != n:
+        raise ValueError(f"Q has shape {shapes['Q']}; expected (..., n, n), square")
     if n == 0:
-        raise ValueError(f"Q has shape {shape}; a problem needs at least one variable")
+        raise ValueError(f"Q has shape {shapes['Q']}; a problem needs at least one variable")
     sizes = {"n": n}
-    for name, value in arrays.items():
-        shape, core = tuple(value.shape), OPERANDS[name]
+    for name, shape in shapes.items():
+        core = OPERANDS[name]
         for size, letter in zip(shape[len(shape) - len(core) :], core, strict=True):
             if sizes.setdefault(letter, size) != size:
                 source = {"n": "Q", "m": "G", "p": "A"}[letter]
                 raise ValueError(
                     f"{name} has shape {shape}; expected (..., {', '.join(core)}) with {letter} = {sizes[letter]} "
-                    f"from {source} of shape {tuple(arrays[source].shape)}"
+                    f"from {source} of shape {shapes[source]}"
                 )
 
 
-def _broadcast_batch(arrays) -> tuple[int, ...]:
-    all_leading = {tuple(value.shape[: value.ndim - len(OPERANDS[name])]) for name, value in arrays.items()}
-    if len(all_leading) == 1:
-        return all_leading.pop()
+def _broadcast_batch(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     batch_shape: tuple[int, ...] = ()
     so_far: list[str] = []
-    for name, value in arrays.items():
-        leading = tuple(value.shape[: value.ndim - len(OPERANDS[name])])
+    for name, shape in shapes.items():
+        leading = shape[: len(shape) - len(OPERANDS[name])]
         width = max(len(leading), len(batch_shape))
         old, new = (1,) * (width - len(batch_shape)) + batch_shape, (1,) * (width - len(leading)) + leading
         if any(a != b and 1 not in (a, b) for a, b in zip(old, new, strict=True)):

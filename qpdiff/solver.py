@@ -604,11 +604,9 @@ def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
     xp = problem.backend.xp
     x, v, s = outcome.x, outcome.v, outcome.s
     y, z, z_lb, z_ub = multipliers(problem, v)
-    if problem.m:
-        slack = s[:, problem.blocks["G"]]
-        slack = xp.where(problem.h >= INFINITE, problem.backend.full((1, 1), float("inf"), problem.dtype), slack)
-    else:
-        slack = s[:, :0]
+    slack = s[:, problem.blocks["G"]]
+    if problem.m and not problem.backend.none(absent := problem.h >= INFINITE):
+        slack = xp.where(absent, float("inf"), slack)
 
     def shaped(value):
         return value if len(problem.batch_shape) == 1 else xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
@@ -639,7 +637,7 @@ def multipliers(problem: Problem, v):
     xp, blocks = problem.backend.xp, problem.blocks
     zero: Any = None
     if problem.lb is None or problem.ub is None:
-        zero = xp.broadcast_to(problem.backend.full((1, problem.n), 0.0, problem.dtype), (v.shape[0], problem.n))
+        zero = problem.backend.zeros_of_all(v.shape[0], problem.n, problem.dtype)
     z_lb = v[:, blocks["lb"]] if problem.lb is not None else zero
     z_ub = v[:, blocks["ub"]] if problem.ub is not None else zero
     if problem.lb is not None and problem.ub is not None:

@@ -61,6 +61,10 @@ class Backend:
     def full(self, shape, value, dtype):
         return self.xp.full(shape, value, dtype=dtype, device=self.device)
 
+    def zeros_of_all(self, batch: int, n: int, dtype):
+        """Zeros (batch, n) that all problems share, as broadcasting makes them."""
+        return self.xp.broadcast_to(self.full((1, n), 0.0, dtype), (batch, n))
+
     def eye(self, n, dtype):
         return self.xp.eye(n, dtype=dtype, device=self.device)
 

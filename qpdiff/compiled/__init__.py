@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -260,15 +260,21 @@ _NEEDED = {PRIMAL: {"U", "weights"}, DENSE_DUAL: {"hessian", "V", "S"}, DIAGONAL
 
 def _store(problem: Problem, form: int, shared: bool) -> Reduced:
     """Room for what is kept of every problem, or once for all that share it; empty where nothing is kept."""
-    shapes, dtype = _shapes(problem, form), np.dtype(problem.dtype)
+    shapes, size = _store_shapes(form, _shapes(problem, form), problem.batch, shared, True)
+    few, many = (limit // np.dtype(problem.dtype).itemsize for limit in KEPT_BYTES)
+    if size > few and size > min(many, sum(distinct(problem, name).size for name in problem.operands)):
+        shapes, _ = _store_shapes(form, _shapes(problem, form), problem.batch, shared, False)
+    return Reduced(*(empty(shape, problem.dtype) for shape in shapes))
+
+
+@lru_cache(maxsize=256)
+def _store_shapes(form: int, cores: Reduced, batch: int, shared: bool, keep: bool) -> tuple[Reduced, int]:
+    """Shapes of the store, with or without what is kept of every problem, and how many numbers that is."""
     once = _CONSTANT[form] if shared else set()
-    kept = _NEEDED[form] - once
-    size = sum(math.prod(getattr(shapes, name)) for name in kept) * dtype.itemsize * problem.batch
-    few, many = KEPT_BYTES
-    if size > few and size > min(many, sum(distinct(problem, name).nbytes for name in problem.operands)):
-        kept = set()
-    counts = {name: problem.batch if name in kept else int(name in once) for name in Reduced._fields}
-    return Reduced(*(empty((counts[k], *shape), dtype) for k, shape in zip(counts, shapes, strict=True)))
+    kept = _NEEDED[form] - once if keep else set()
+    counts = {name: batch if name in kept else int(name in once) for name in Reduced._fields}
+    shapes = Reduced(*((counts[name], *core) for name, core in zip(counts, cores, strict=True)))
+    return shapes, sum(math.prod(getattr(shapes, name)) for name in kept)
 
 
 def _stored(problem: Problem, store: Reduced, form: int, where: slice) -> Reduced:
