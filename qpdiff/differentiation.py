@@ -294,7 +294,7 @@ def _solve_piece(lin, piece, r_x, r_v):
             lambda: _choose(xp, good, (u_x, u_v), _solve_afresh(part, piece.metric, theta, r_x, r_v)),
         )
     good = good[:, 0]
-    count = int(xp.sum(xp.astype(good, xp.int32)))
+    (count,) = problem.backend.count(good)
     if count == good.shape[0]:
         return u_x, u_v
     order = xp.argsort(xp.astype(~good, xp.int8), stable=True)
@@ -334,8 +334,7 @@ def _solve_in_rows(form: kkt.DenseDualForm, metric: kkt.Metric, theta, r_x, r_v)
 
     def refine(u, accurate):
         correction = backend.solve(factor, xp.where(exists, right - product(form.S, u) - theta * u, zero))
-        size = xp.max(xp.abs(correction / E), axis=-1, keepdims=True)
-        now = size <= enough * xp.max(xp.abs(u / E), axis=-1, keepdims=True)
+        now = backend.norm(correction / E) <= enough * backend.norm(u / E)
         return xp.where(accurate | ~exists, u, u + correction), accurate | now
 
     u, accurate = backend.while_loop(inaccurate, refine, (backend.solve(factor, right), positive & False), 3)
@@ -357,8 +356,7 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
     scaled = theta * metric.rows**2
     raised = problem.inequality & (scaled < largest)
     zero = xp.zeros_like(scaled)
-    candidates = xp.concat([xp.where(raised, scaled, zero), xp.zeros_like(r_x[:, :1])], axis=-1)
-    top = xp.max(candidates, axis=-1, keepdims=True)
+    top = problem.backend.largest(xp.where(raised, scaled, zero))
     level = problem.backend.clip(scaled * (largest / xp.where(top > 0, top, xp.ones_like(top))), smallest, largest)
     diagonal = xp.where(problem.equality, zero + equal, xp.where(raised, level, scaled)) / metric.rows**2
     form = kkt.PrimalForm(problem)

@@ -314,7 +314,7 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
 
     def size(a_x, a_v, x_scale, v_scale):
         parts = [xp.abs(x_scale * a_x), xp.abs(v_scale * xp.where(heavy, a_v, zero))]
-        return xp.max(xp.concat(parts, axis=-1), axis=-1, keepdims=True)
+        return problem.backend.largest(xp.concat(parts, axis=-1))
 
     def correction(e_x, e_v):
         b_x, b_v = e_x + problem.adjoint(xp.where(heavy, zero, weights * e_v)), xp.where(heavy, e_v, zero)

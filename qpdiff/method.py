@@ -386,7 +386,7 @@ def residuals(problem: Problem, x, v, s):
 def assess(part: Part, settings: Settings, state: State, previous: State) -> State:
     """Compute the residuals afresh and decide how each problem stands; a certificate takes the place of x or v."""
     problem, backend = part.exact, part.problem.backend
-    xp = backend.xp
+    xp, tol, proven = backend.xp, settings.tol, settings.certificate
     x, v, s = (cast(xp, a, problem.dtype) for a in (state.x, state.v, state.s))
     Qx, Kx, Kv, r_x, r_v = residuals(problem, x, v, s)
     violation = problem.where_exists(problem.where_inequality(backend.clip(Kx - problem.k, 0.0), xp.abs(r_v)), 0.0)
@@ -401,17 +401,17 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
 
     # Farkas: Kᵀv = 0, z ≥ 0, kᵀv < 0 leaves no x; Qx = 0, Kx ≤ 0 (= 0), qᵀx < 0 is a way down without end. Iterates
     # without a limit go off along such a direction, so it shows in their last step long before it does in them.
-    no_point, farkas, gain = contradiction(part, settings.tol, v, previous.v, primal)
+    no_point, farkas, gain = contradiction(part, tol, v, previous.v, primal)
     if part.form.definite:
         no_bottom, ray, fall = backend.full(tuple(dual.shape), 0.0, dual.dtype), x, dual
     else:
-        no_bottom, ray, fall = descent(part, settings.tol, x, Qx, Kx, previous, dual)
+        no_bottom, ray, fall = descent(part, tol, x, Qx, Kx, previous, dual)
     proof = xp.maximum(no_point, no_bottom)
 
     waiting = waited(xp, state, worst, proof)
     limit, patient = state.iterations >= state.limit, waiting < PATIENCE
     last = limit | ~patient
-    solved, proven = near & ((worst <= 0.1 * settings.tol) | last), settings.certificate
+    solved = near & ((worst <= 0.1 * tol) | last)
     unbounded, infeasible = ((r > proven) | (last & (r > 0.01 * proven)) for r in (no_bottom, no_point))
     if not backend.none(unbounded):
         feasible = backend.largest(part.metric.rows * violation) <= 1e-4 * part.sizes.scaled_k

@@ -199,16 +199,21 @@ class Problem:
 
     def where_inequality(self, a, other):
         """One array in the rows that are inequalities, another in the others."""
-        return a if self._uniform[0] else self.backend.xp.where(self.inequality, a, other)
+        return a if self._all_inequalities else self.backend.xp.where(self.inequality, a, other)
 
     def where_exists(self, a, other):
         """One array in the rows that exist, another in the others."""
-        return a if self._uniform[1] else self.backend.xp.where(self.exists, a, other)
+        return a if self._all_exist else self.backend.xp.where(self.exists, a, other)
 
     @cached_property
-    def _uniform(self) -> tuple[bool, bool]:
-        """Whether all rows are known to be inequalities, and to exist."""
-        return self.backend.none(~self.inequality), self.backend.none(~self.exists)
+    def _all_inequalities(self) -> bool:
+        """Whether that is known of the rows."""
+        return self.backend.none(~self.inequality)
+
+    @cached_property
+    def _all_exist(self) -> bool:
+        """Whether that is known of the rows."""
+        return self.backend.none(~self.exists)
 
     # ---- products
 
@@ -346,7 +351,7 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
 def _one_batch_axis(chosen: Backend, dtype, arrays) -> Problem:
     """The problem in the caller's arrays of the working type, their shapes looked at."""
     shapes = {name: tuple(value.shape) for name, value in arrays.items()}
-    batch_shape = _check_shapes(tuple(shapes.items()))
+    batch_shape = _batch_shape(tuple(shapes.items()))
     batch = math.prod(batch_shape)
     flat = {}
     for name, value in arrays.items():
@@ -370,10 +375,11 @@ def _one_batch_axis(chosen: Backend, dtype, arrays) -> Problem:
 
 
 @lru_cache(maxsize=256)
-def _check_shapes(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int, ...]:
-    """The batch axes of operands with these shapes, once for the many calls that have the same."""
-    _check_core_shapes(dict(shapes))
-    return _broadcast_batch(dict(shapes))
+def _batch_shape(items: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int, ...]:
+    """The batch axes of operands with these shapes, looked at once for the many calls that have the same."""
+    shapes = dict(items)
+    _check_core_shapes(shapes)
+    return _broadcast_batch(shapes)
 
 
 def _check_core_shapes(shapes: dict[str, tuple[int, ...]]) -> None:

@@ -20,6 +20,7 @@ from .method import (
     Point,
     Settings,
     State,
+    cast,
     choose,
     initialize,
     make_part,
@@ -352,7 +353,7 @@ def forms(problem: Problem):
     form, safe = kkt.choose_form(problem)
     if safe is None:
         return [(form, None)]
-    count = int(xp.sum(xp.astype(safe, xp.int32)))  # one value to the host for each chunk
+    (count,) = problem.backend.count(safe)
     if count == safe.shape[0]:
         return [(form, None)]
     if count == 0:
@@ -550,17 +551,17 @@ def _relax(lin: Linearization, kappa: float) -> Linearization:
 def _center(part: Part, settings: Settings, kappa: float, x, v, s):
     """Newton's method for the KKT conditions with s ∘ z = κ: the point, whether it was found, and its factor."""
     problem, (D, E) = part.problem, part.metric
-    backend, xp, inequality = problem.backend, problem.backend.xp, problem.inequality
-    v, s = onto_path(part, v, xp.where(inequality, v / E - E * s, 0.0), kappa)
+    backend, xp = problem.backend, problem.backend.xp
+    v, s = onto_path(part, v, problem.where_inequality(v / E - E * s, 0.0), kappa)
     smallest = xp.full_like(x[:, :1], settings.smallest)
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
 
     def move(x, v, s, *_):
-        *_, r_x, r_v = residuals(part.exact, *(xp.astype(a, part.exact.dtype, copy=False) for a in (x, v, s)))
-        r_x, r_v = (xp.astype(a, problem.dtype, copy=False) for a in (r_x, r_v))
-        s_, z_ = (xp.where(inequality, a, float("inf")) for a in (s, v))
+        *_, r_x, r_v = residuals(part.exact, *(cast(xp, a, part.exact.dtype) for a in (x, v, s)))
+        r_x, r_v = (cast(xp, a, problem.dtype) for a in (r_x, r_v))
+        s_, z_ = (problem.where_inequality(a, float("inf")) for a in (s, v))
         _, factor, *_, direction = newton(part, s, z_, r_x, r_v, smallest, smallest)
-        excess = xp.where(inequality, s * v - kappa, 0.0)
+        excess = problem.where_inequality(s * v - kappa, 0.0)
         found = (
             (backend.norm(D * r_x) <= accuracy * (1.0 + backend.norm(D * problem.q)))
             & (backend.norm(E * r_v) <= accuracy * (1.0 + backend.norm(E * problem.k)))

@@ -100,16 +100,13 @@ class Backend:
         return False
 
     def count(self, mask, *others) -> tuple:
-        """How many problems a mask (B, 1) names and whether each of the others names any, in one value for the host."""
+        """How many problems a mask names and whether each of the others names any, in one value for the host."""
         xp = self.xp
         code = xp.sum(xp.astype(mask, xp.int32))
         for other in others:
             code = 2 * code + xp.astype(xp.any(other), xp.int32)
-        code, flags = int(code), []
-        for _ in others:
-            code, flag = divmod(code, 2)
-            flags.append(bool(flag))
-        return code, *reversed(flags)
+        code, bits = int(code), reversed(range(len(others)))
+        return code >> len(others), *(code >> bit & 1 == 1 for bit in bits)
 
     def factor(self, M):
         """F with M = F Fᵀ for each matrix of a stack, and whether each was positive definite, shape (B, 1)."""

@@ -260,10 +260,11 @@ _NEEDED = {PRIMAL: {"U", "weights"}, DENSE_DUAL: {"hessian", "V", "S"}, DIAGONAL
 
 def _store(problem: Problem, form: int, shared: bool) -> Reduced:
     """Room for what is kept of every problem, or once for all that share it; empty where nothing is kept."""
-    shapes, size = _store_shapes(form, _shapes(problem, form), problem.batch, shared, True)
+    cores = _shapes(problem, form)
+    shapes, size = _store_shapes(form, cores, problem.batch, shared, True)
     few, many = (limit // np.dtype(problem.dtype).itemsize for limit in KEPT_BYTES)
     if size > few and size > min(many, sum(distinct(problem, name).size for name in problem.operands)):
-        shapes, _ = _store_shapes(form, _shapes(problem, form), problem.batch, shared, False)
+        shapes, _ = _store_shapes(form, cores, problem.batch, shared, False)
     return Reduced(*(empty(shape, problem.dtype) for shape in shapes))
 
 
