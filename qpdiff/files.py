@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
-import shutil
+import re
 import tempfile
 import warnings
 import zlib
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from .problem import OPERANDS
+from .problem import OPERANDS, indefinite, make_problem
 
 MODELS = {".mps": ".mps", ".qps": ".mps", ".lp": ".lp"}
 """The suffix by which HiGHS knows the format of a file."""
@@ -21,6 +22,9 @@ OLDEST = (1, 14)
 """The first HiGHS that reads either triangle of a Hessian; those before silently drop one."""
 LARGEST = 8 * 2**30
 """Bytes that the dense matrices of a file may take."""
+MINIMIZE = ("MIN", "MINIMIZE", "MINIMISE", "MINIMUM")
+MAXIMIZE = ("MAX", "MAXIMIZE", "MAXIMISE", "MAXIMUM")
+"""The words for the sense of the objective, in any case: of OBJSENSE in an MPS file, and the first of an LP file."""
 
 
 class FileProblem(NamedTuple):
@@ -62,7 +66,8 @@ def read_problem(file) -> FileProblem:
     OSError
         For a file that cannot be opened.
     ValueError
-        For a file of another kind, or one that cannot be read, naming it; for integer variables, and for a problem
+        For a file of another kind, or one that cannot be read, naming it; for a sense of the objective that is not
+        known; for a quadratic objective that is maximised and not concave; for integer variables; and for a problem
         whose dense matrices, n² numbers for Q and n for each row of G and A, would take more than 8 GiB.
     ImportError
         For an MPS or LP file without HiGHS, naming the extra to install.
@@ -159,6 +164,8 @@ def _read_model(file: Path, suffix: str, opened) -> FileProblem:
         )
     sense = -1.0 if lp.sense_ == highspy.ObjSense.kMaximize else 1.0
     operands = {"Q": sense * _hessian(highspy, hessian, n), "q": sense * np.asarray(lp.col_cost_)}
+    if sense < 0 and hessian.dim_:
+        _check_concave(file, operands)
     matrix = lp.a_matrix_
     kind = sp.csc_array if matrix.format_ == highspy.MatrixFormat.kColwise else sp.csr_array
     K = sp.csr_array(kind((matrix.value_, matrix.index_, matrix.start_), (lp.num_row_, n)))
@@ -183,7 +190,7 @@ def _model(highspy, file: Path, suffix: str, opened):
         named = Path(folder) / f"model{suffix}"  # HiGHS knows no .qps, and in some builds no compression
         try:
             with opened(file, "rb") as source, named.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
+                (_copy_mps if suffix == ".mps" else _copy_lp)(file, source, copy)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{file} cannot be decompressed: {error}") from error
         status = highs.readModel(str(named))
@@ -197,6 +204,81 @@ def _model(highspy, file: Path, suffix: str, opened):
     if notes:
         warnings.warn(f"HiGHS reads {file} with a warning: {notes.replace(str(named), str(file))}", stacklevel=4)
     return highs.getModel()
+
+
+def _copy_mps(file: Path, source, copy) -> None:
+    """Copy an MPS file with its sections before ROWS in the one spelling that both of HiGHS's parsers understand.
+
+    They skip there what they do not know without a word, and so would minimise after ``OBJSENSE MAXIMIZE``. A file
+    without ROWS is copied as it is, for HiGHS to refuse.
+    """
+    header, senses, unknown, section = [], [], [], ""
+    for line in source:
+        header.append(line)
+        words = line.removeprefix(codecs.BOM_UTF8).decode(errors="replace").split()
+        if not words or words[0].startswith("*"):
+            continue
+        first = words[0].upper()
+        if first == "ROWS" and len(words) == 1:
+            break
+        if first == "NAME":
+            section = first
+        elif first.startswith("OBJSENSE"):  # OBJSENSEMAX, which lp_solve has, too
+            section, given = "OBJSENSE", [words[0][len("OBJSENSE") :], *words[1:]]
+            senses.append(" ".join(given).strip())
+        elif section == "OBJSENSE" and (line[:1].isspace() or not senses[-1]):
+            senses[-1] = f"{senses[-1]} {' '.join(words)}".strip()
+        else:
+            section = ""
+            unknown.append(" ".join(words))
+    else:
+        copy.writelines(header)
+        return
+    if unknown:
+        raise ValueError(
+            f"{file} has {unknown[0]!r} before ROWS; expected NAME, OBJSENSE or a comment that begins with *"
+        )
+    maximize = [_maximizes(f"{file} has an OBJSENSE that is", sense) for sense in senses]
+    if len(maximize) > 1:
+        raise ValueError(f"{file} has {len(maximize)} sections OBJSENSE; expected at most one")
+    copy.write(b"NAME\nOBJSENSE\n  MAX\nROWS\n" if any(maximize) else b"NAME\nROWS\n")
+    for line in source:
+        if line.upper().split(maxsplit=1)[:1] == [b"OBJSENSE"]:
+            raise ValueError(f"{file} has OBJSENSE after ROWS; expected it before")
+        if not line.isspace():  # at which the parser of fixed columns hangs
+            copy.write(line)
+
+
+_LP_START = re.compile(rb"((?:\s|\\[^\n]*|/\*.*?\*/)*)(\S*)", re.DOTALL)
+"""Blanks and comments, and the first word."""
+
+
+def _copy_lp(file: Path, source, copy) -> None:
+    """Copy an LP file, whose first word is the sense: HiGHS before 1.16 drops the cost after one it does not know."""
+    text = source.read().removeprefix(codecs.BOM_UTF8)
+    start = next(_LP_START.finditer(text))
+    maximize = _maximizes(f"{file} begins with", start[2].decode(errors="replace"))
+    copy.write(start[1].count(b"\n") * b"\n")  # for the numbers of lines in messages
+    copy.write(b"max" if maximize else b"min")
+    copy.write(text[start.end() :])
+
+
+def _maximizes(what: str, sense: str) -> bool:
+    """Whether a word for the sense, in any case, is one for maximisation."""
+    if sense.upper() not in MINIMIZE + MAXIMIZE:
+        raise ValueError(f"{what} {sense!r}; expected one of {', '.join(MINIMIZE + MAXIMIZE)}")
+    return sense.upper() in MAXIMIZE
+
+
+def _check_concave(file: Path, operands: dict[str, np.ndarray]) -> None:
+    """Refuse an objective that is maximised and not concave; the operands are those of its negative."""
+    problem = make_problem(dict.fromkeys(OPERANDS) | operands)
+    with problem.backend.quietly():
+        if np.any(indefinite(problem)):
+            raise ValueError(
+                f"{file} maximises a quadratic objective that is not concave, so the problem is not convex; expected a "
+                "negative semidefinite matrix where a file maximises"
+            )
 
 
 def _hessian(highspy, hessian, n: int) -> np.ndarray:

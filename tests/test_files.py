@@ -200,6 +200,88 @@ ENDATA
     assert not problem.operands["Q"].any()
 
 
+OBJSENSES = ["OBJSENSE {}\n", "OBJSENSE\n    {}\n", "OBJSENSE\n{}\n", " OBJSENSE\n\t{}\r\n", "OBJSENSE\n* why\n\n {}\n"]
+"""Ways to place the sense: on the line of the section as Gurobi does, or on the next as CPLEX does."""
+LINEAR = """ROWS
+ N obj
+ L r
+COLUMNS
+ x obj 1 r 1
+RHS
+ rhs obj -3 r 10
+ENDATA
+"""
+"""3 + x over 0 ≤ x ≤ 10."""
+SPACES = """ROWS
+ N  obj
+ L  one row
+COLUMNS
+    one col   obj                1.0   one row            1.0
+RHS
+    RHS       one row           10.0   obj               -3.0
+ENDATA
+"""
+"""The same in fixed columns, with names that have spaces, for which HiGHS has a second parser."""
+
+
+def file_of(folder, name, text):
+    """A file with the text, compressed if its name says so."""
+    (folder / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return folder / name
+
+
+def optimum(file):
+    problem = read_problem(file)
+    solution = qpdiff.solve_qp(**problem.operands)
+    assert solution.status == qpdiff.Status.SOLVED
+    return float(problem.objective(solution.objective))
+
+
+@pytest.mark.filterwarnings("ignore:HiGHS reads .* switching to fixed format parser")
+@pytest.mark.parametrize("body", [LINEAR, SPACES], ids=["free", "fixed"])
+@pytest.mark.parametrize("name", ["a.mps", "a.qps", "a.mps.gz"])
+@pytest.mark.parametrize("placed", OBJSENSES)
+def test_every_spelling_of_the_sense_in_mps(tmp_path, placed, name, body):
+    for start, value in (("MAX", 13.0), ("MIN", 3.0)):
+        for sense in (start, f"{start}IMIZE", f"{start}IMISE", f"{start}imum", f"{start}imize".lower()):
+            for header in (f"NAME a\n{placed.format(sense)}", f"* a comment\n{placed.format(sense)}NAME a\n"):
+                file = file_of(tmp_path, name, header + body)
+                assert optimum(file) == pytest.approx(value, abs=1e-6), header
+                file = file_of(tmp_path, name, header.replace("OBJSENSE", "objsense") + body)
+                assert optimum(file) == pytest.approx(value, abs=1e-6), header
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [("", 3), ("NAME\n", 3), ("\ufeffOBJSENSE MAXIMIZE\n", 13), ("NAME OBJSENSE MAX\n", 3), ("OBJSENSEMAX\n", 13)],
+)
+def test_headers_of_mps(tmp_path, header, value):
+    assert optimum(file_of(tmp_path, "a.mps", header + LINEAR)) == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("before", ["", "\\ max or min?\n\n", "/* min\n max */ ", "\ufeff"])
+@pytest.mark.parametrize("name", ["a.lp", "a.lp.gz"])
+@pytest.mark.parametrize(
+    "sense", ["max", "MAX", "Maximize", "maximise", "maximum", "min", "MINIMIZE", "minimise", "Minimum"]
+)
+def test_every_spelling_of_the_sense_in_lp(tmp_path, sense, name, before):
+    file = file_of(tmp_path, name, f"{before}{sense} obj: x + 3\nsubject to\n r: x <= 10\nend\n")
+    assert optimum(file) == pytest.approx(13 if sense.lower().startswith("max") else 3, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:HiGHS reads .* switching to fixed format parser")
+def test_blank_lines_in_fixed_columns(tmp_path):
+    file = file_of(tmp_path, "a.mps", "NAME\n\n" + SPACES.replace("\n", "\n\n").replace("RHS\n", "RHS\n  \r\n"))
+    assert optimum(file) == pytest.approx(3.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("placed", OBJSENSES)
+@pytest.mark.parametrize("sense", ["MAX", "MAXIMIZE", "maximise"])
+def test_a_concave_objective_is_maximised(tmp_path, placed, sense):
+    text = GREATEST.replace("OBJSENSE\n    MAX\n", placed.format(sense))
+    assert optimum(file_of(tmp_path, "a.mps", text)) == pytest.approx(3.5, abs=1e-6)
+
+
 def test_a_problem_without_constraints(tmp_path):
     (tmp_path / "a.lp").write_text("min\n obj: - 3 x + [ x ^ 2 ] / 2 + 1\nst\nbounds\n x free\nend\n")
     problem = read_problem(tmp_path / "a.lp")
@@ -249,6 +331,46 @@ def test_files_that_cannot_be_read(refused, tmp_path):
     assert "does not end in .npz" in refused("a.npz.gz", "")
     np.savez(tmp_path / "a.npz", q=np.ones(2))
     assert "has no array Q" in refused("a.npz", None)
+
+
+@pytest.mark.parametrize("header", ["OBJSENSE {}\n", "OBJSENSE\n    {}\n", "objsense\n{}\n"])
+@pytest.mark.parametrize("sense", ["MAXI", "-1", "MAX extra", "maximal", ": MAX", "MAX MIN", "MIN\n    MAX"])
+def test_unknown_senses(refused, header, sense):
+    message = refused("a.mps", f"NAME\n{header.format(sense)}{LINEAR}")
+    assert f"has an OBJSENSE that is '{' '.join(sense.split())}'; expected one of MIN, MINIMIZE" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"NAME\nOBJSENSE\n{LINEAR}", "has an OBJSENSE that is ''; expected one of MIN"),
+        (f"NAME\nOBJSENSE MAX\nOBJSENSE MIN\n{LINEAR}", "has 2 sections OBJSENSE; expected at most one"),
+        (f"NAME\nOBJSENCE\n MAX\n{LINEAR}", "has 'OBJSENCE' before ROWS; expected NAME, OBJSENSE or a comment"),
+        (f"NAME\nMAXIMIZE\n{LINEAR}", "has 'MAXIMIZE' before ROWS"),
+        (f"NAME\nOBJSENSE\n MAX\nOBJNAME\n obj\n{LINEAR}", "has 'OBJNAME' before ROWS"),
+        (f"NAME\n{LINEAR.replace('RHS', 'objsense maximize' + chr(10) + 'RHS')}", "has OBJSENSE after ROWS"),
+    ],
+)
+def test_senses_that_highs_would_skip(refused, text, message):
+    assert message in refused("a.mps", text)
+
+
+@pytest.mark.parametrize("sense", ["maximal", "objective", "max:"])
+def test_unknown_senses_in_lp(refused, sense):
+    message = refused("a.lp", f"\\ max\n\n{sense} \n obj: x\nst\n r: x <= 10\nend\n")
+    assert f"begins with {sense!r}; expected one of MIN, MINIMIZE" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.mps", GREATEST.replace("x x -1", "x x 1")),
+        ("a.qps", QPTEST.replace("ROWS", "OBJSENSE MAXIMIZE\nROWS")),
+        ("a.lp", "maximize\n obj: [ x ^ 2 - y ^ 2 ] / 2\nst\n r: x + y <= 10\nend\n"),
+    ],
+)
+def test_a_convex_objective_that_is_maximised(refused, name, text):
+    assert "maximises a quadratic objective that is not concave, so the problem is not convex" in refused(name, text)
 
 
 def test_integer_variables(refused):
