@@ -181,10 +181,9 @@ def _read_model(file: Path, suffix: str, opened) -> FileProblem:
 
 def _model(highspy, file: Path, suffix: str, opened):
     """What HiGHS reads in a file; its complaints become ours."""
-    highs, messages = highspy.Highs(), []
+    highs, messages = _silent(highspy), []
     if tuple(int(number) for number in highs.version().split(".")[:2]) < OLDEST:
         raise ImportError(f"reading {file} needs HiGHS 1.14 or newer: pip install 'qpdiff[io]'")
-    highs.setOptionValue("log_to_console", False)
     highs.cbLogging.subscribe(lambda event: messages.append((event.data_out.log_type, event.message.strip())))
     with tempfile.TemporaryDirectory() as folder:
         named = Path(folder) / f"model{suffix}"  # HiGHS knows no .qps, and in some builds no compression
@@ -204,6 +203,20 @@ def _model(highspy, file: Path, suffix: str, opened):
     if notes:
         warnings.warn(f"HiGHS reads {file} with a warning: {notes.replace(str(named), str(file))}", stacklevel=4)
     return highs.getModel()
+
+
+def _silent(highspy):
+    """A HiGHS that prints nothing.
+
+    Its banner goes to standard output while it is made, with the callbacks, and by then it has to know.
+    """
+
+    class Silent(highspy.Highs):
+        def enableCallbacks(self):
+            self.setOptionValue("log_to_console", False)
+            super().enableCallbacks()
+
+    return Silent()
 
 
 def _copy_mps(file: Path, source, copy) -> None:

@@ -1,6 +1,7 @@
 """Problems read from files, against HiGHS's own solution of the models that it has written."""
 
 import gzip
+import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ from problems import random_problem
 
 import qpdiff
 from qpdiff.files import read_problem
+from qpdiff.problem import OPERANDS
 
 QPTEST = """NAME          QPTEST
 ROWS
@@ -426,6 +428,17 @@ def test_solve_prints_and_saves_the_objective_of_the_file(run, tmp_path, name, t
     assert result.exit_code == 0
     with np.load(tmp_path / "out.npz") as out:
         np.testing.assert_allclose(out["objective"], float(value), rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["a.mps", "a.lp"])
+def test_reading_prints_nothing(tmp_path, name):
+    """In a process of its own: HiGHS prints from C, past `sys.stdout`, and what it has not flushed at the end."""
+    (tmp_path / "a.mps").write_text(QPTEST.replace("RHS\n", "    c2        r2        5.0\nRHS\n"))  # with a warning
+    (tmp_path / "a.lp").write_text("max\n obj: x\nst\n c: x <= 1\nend\n")
+    code = f"from qpdiff.files import read_problem; print(*read_problem({str(tmp_path / name)!r}).operands)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= set(OPERANDS)
+    assert len(done.stdout.splitlines()) == 1
 
 
 def test_check_takes_models(run, tmp_path):
