@@ -75,55 +75,56 @@ def check(
     threshold: Annotated[float, typer.Option(help="largest relative error that passes")] = 1e-4,
     seed: int = 0,
 ) -> None:
-    """Compare the gradients of the problems of FILE with central differences; exit code 1 where they differ."""
+    """Compare the gradients of the problems of FILE with finite differences; exit code 1 where they differ.
+
+    The differences are central ones. Q has to stay positive semidefinite: where it is singular, as in a linear program,
+    it moves along positive semidefinite directions, and only forward.
+    """
     rng = np.random.default_rng(seed)
-    tight = {"backend": backend, "tol": 1e-12, "rtol": 1e-12}
+    tight = {"backend": backend, "dtype": "float64", "tol": 1e-12, "rtol": 1e-12}
     in_double_precision(backend)
     with bad_input_exits(file):
         operands = read_problem(file).operands
         sol = qpdiff.solve_qp(**operands, **tight)
+        if {"lb", "ub"} <= set(operands):  # of one shape, because they move together where they are equal
+            operands["lb"], operands["ub"] = np.broadcast_arrays(operands["lb"], operands["ub"])
+            sol = qpdiff.solve_qp(**operands, **tight)
     status = np.atleast_1d(to_numpy(sol.status))
     if np.any(status != qpdiff.Status.SOLVED):
         errors.print(f"{file}: {np.sum(status != qpdiff.Status.SOLVED)} of {status.size} problems are not solved")
         raise typer.Exit(1)
     cotangent = rng.normal(size=sol.x.shape)
-    gradients = qpdiff.vjp(sol, x=cotangent)
+    gradients = {name: to_numpy(value) for name, value in qpdiff.vjp(sol, x=cotangent)._asdict().items()}
 
     def loss(changed):
-        return float(np.sum(cotangent * to_numpy(qpdiff.solve_qp(**(operands | changed), **tight).x)))
+        moved = qpdiff.solve_qp(**(operands | changed), **tight)
+        solved = np.all(to_numpy(moved.status) == qpdiff.Status.SOLVED)
+        return float(np.sum(cotangent * to_numpy(moved.x))) if solved else np.nan
 
-    table = Table("operand", "largest relative error", "verdict", title=f"gradients of sum(c·x), {file.name}")
     here, failed = loss({}), False
+    if jumps(loss, here, operands["q"], step * rng.normal(size=operands["q"].shape)):
+        console.print(f"{file}: the solution of a problem is not unique, so it has no derivative to compare with")
+        return
+    table = Table("operand", "largest relative error", "verdict", title=f"gradients of sum(c·x), {file.name}")
     with progress_bar("differences", len(operands) * directions) as advance:
-        for name, value in operands.items():
+        for name in operands:
             worst, kinks = 0.0, 0
             for _ in range(directions):
-                tangent = direction(rng, name, value, operands)
-                changed = [{name: value + sign * step * tangent} for sign in (1, -1)]
-                if name in ("lb", "ub"):  # a fixed variable stays fixed: both of its bounds move
-                    changed = [
-                        {**c, **move_partner(name, sign * step * tangent, operands)}
-                        for c, sign in zip(changed, (1, -1), strict=True)
-                    ]
-                above, below = (loss(c) for c in changed)
-                right, left, central = (above - here) / step, (here - below) / step, (above - below) / (2 * step)
-                pulled = float(np.sum(to_numpy(getattr(gradients, name)) * tangent))
-                if name in ("lb", "ub") and "lb" in operands and "ub" in operands:
-                    other = "ub" if name == "lb" else "lb"
-                    fixed = np.broadcast_to(operands["lb"] == operands["ub"], tangent.shape)
-                    pulled += float(np.sum(to_numpy(getattr(gradients, other)) * np.where(fixed, tangent, 0.0)))
-                size = max(abs(central), abs(pulled), 1e-3 * float(np.linalg.norm(cotangent)))
+                tangents = direction(rng, name, operands, step)
+                slope, right, left = slopes(loss, here, tangents, operands, to_numpy(sol.x), step)
+                pulled = float(sum(np.sum(gradients[other] * tangent) for other, tangent in tangents.items()))
+                size = max(abs(pulled), abs(slope), 1e-2 * float(np.linalg.norm(cotangent)))
                 advance()
-                if abs(right - left) > 0.01 * size:
-                    kinks += 1
+                if abs(right - left) <= 0.01 * size and np.isfinite(slope):
+                    worst = max(worst, abs(slope - pulled) / size)
                 else:
-                    worst = max(worst, abs(central - pulled) / size)
+                    kinks += 1
             failed |= worst > threshold
             verdict = "[red]differs[/red]" if worst > threshold else "[green]agrees[/green]"
             if kinks == directions:
                 verdict = "not differentiable here"
             elif kinks:
-                verdict += f" ({kinks} of {directions} directions cross a kink: a constraint is weakly active)"
+                verdict += f" ({kinks} of {directions} directions left out: a weakly active constraint, or no solution)"
             table.add_row(name, f"{worst:.1e}", verdict)
     console.print(table)
     if failed:
@@ -193,21 +194,62 @@ def solve_in_blocks(operands: dict[str, np.ndarray], options: dict) -> dict[str,
     return {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
 
 
-def direction(rng: np.random.Generator, name: str, value: np.ndarray, operands) -> np.ndarray:
-    """A random tangent of an operand: symmetric for Q, zero at infinite bounds."""
+def direction(rng: np.random.Generator, name: str, operands, step: float) -> dict[str, np.ndarray]:
+    """A random tangent of an operand, along which the problem remains one of its kind, and of the bound that it moves.
+
+    That of Q is symmetric, and positive semidefinite where Q is too near to singular for a step the other way. That of
+    a bound is 0 where it is infinite. A fixed variable stays fixed, and a bound does not pass the other one.
+    """
+    value = operands[name]
     tangent = rng.normal(size=value.shape)
     if name == "Q":
-        return (tangent + np.swapaxes(tangent, -1, -2)) / 2
-    return np.where(np.isfinite(value), tangent, 0.0)
+        both_ways = (tangent + np.swapaxes(tangent, -1, -2)) / 2
+        if keeps_definite(value, step * both_ways):
+            return {name: both_ways}
+        return {name: tangent @ np.swapaxes(tangent, -1, -2) / value.shape[-1]}
+    tangent = np.where(np.isfinite(value), tangent, 0.0)
+    if name not in ("lb", "ub") or not {"lb", "ub"} <= set(operands):
+        return {name: tangent}
+    gap = operands["ub"] - operands["lb"]
+    room = np.where(gap > 0, gap / (2 * step), np.inf)
+    tangent = np.clip(tangent, -room, room)
+    return {name: tangent, "ub" if name == "lb" else "lb": np.where(gap > 0, 0.0, tangent)}
 
 
-def move_partner(name: str, change: np.ndarray, operands) -> dict[str, np.ndarray]:
-    """The other bound, moved by the same where the two fix a variable."""
-    other = "ub" if name == "lb" else "lb"
-    if other not in operands:
-        return {}
-    fixed = operands["lb"] == operands["ub"]
-    return {other: operands[other] + np.where(fixed, change, 0.0)} if np.any(fixed) else {}
+def jumps(loss, here: float, q: np.ndarray, change: np.ndarray) -> bool:
+    """Whether a hundredth of a change of q changes a loss by as much as all of it, or leaves it without a value.
+
+    So it is where x is not unique: the smallest change of q leaves few of the solutions, or none.
+    """
+    once, little = (abs(loss({"q": q + size * change}) - here) for size in (1.0, 0.01))
+    return not little <= 0.1 * once + 1e-5 * (1.0 + abs(here))
+
+
+def slopes(loss, here: float, tangents, operands, x, step: float) -> tuple[float, float, float]:
+    """The slope of a loss along tangents of operands, to second or third order, and those to the right and the left.
+
+    The last two differ where there is a kink. A change of Q moves the solution as one of q by (change of Q) x does, to
+    first order: that tells a kink where Q cannot move to the left.
+    """
+
+    def differences(tangents):
+        above, below = (
+            loss({name: operands[name] + size * tangent for name, tangent in tangents.items()})
+            for size in (step, -step)
+        )
+        return (above - below) / (2 * step), (above - here) / step, (here - below) / step
+
+    Q = tangents.get("Q")
+    if Q is None or keeps_definite(operands["Q"], step * Q):
+        return differences(tangents)
+    once, twice, thrice = (loss({"Q": operands["Q"] + count * step * Q}) for count in (1, 2, 3))
+    _, right, left = differences({"q": (Q @ x[..., None])[..., 0]})
+    return (18 * once - 9 * twice + 2 * thrice - 11 * here) / (6 * step), right, left
+
+
+def keeps_definite(Q: np.ndarray, change: np.ndarray) -> bool:
+    """Whether Q minus the change is positive definite, with as much left as the change takes."""
+    return bool(np.min(np.linalg.eigvalsh(Q)) > 2 * np.max(np.linalg.norm(change, 2, axis=(-2, -1))))
 
 
 # ---- what is printed

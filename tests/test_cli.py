@@ -106,6 +106,81 @@ def test_check_agrees(run, save):
     assert "differs" not in result.output
 
 
+def verdicts(result):
+    """The verdict of every operand in the table of `check`, without the number of directions left out."""
+    return dict(re.findall(r"^│ (\w+) +│ [\de.+-]+ +│ (.*?) +(?:\(.*)?│$", result.output, re.MULTILINE))
+
+
+@pytest.mark.parametrize("shared", [(), ("Q",), ("Q", "q", "A", "b", "G", "h", "lb", "ub")], ids=["own", "Q", "all"])
+@pytest.mark.parametrize("cost", ["lp", "psd", "pd", "diagonal"])
+def test_check_agrees_for_every_convex_cost(run, save, cost, shared):
+    rng = np.random.default_rng(5)
+    operands = random_problem(rng, "A G lb ub", cost=cost, batch=(2,), shared=shared)
+    result = run("check", save(operands), "--directions", 3)
+    assert result.exit_code == 0, result.output
+    assert verdicts(result) == dict.fromkeys(operands, "agrees")
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_check_takes_a_cost_of_zero_and_one_variable(run, save, batch):
+    result = run("check", save({"Q": np.zeros((*batch, 1, 1)), "q": np.ones(1), "lb": np.zeros((*batch, 1))}))
+    assert result.exit_code == 0, result.output
+    assert verdicts(result) == {"Q": "agrees", "q": "agrees", "lb": "agrees"}
+
+
+def test_check_tells_wrong_gradients_of_a_singular_cost(run, save, monkeypatch):
+    right = qpdiff.vjp
+    monkeypatch.setattr(qpdiff, "vjp", lambda *a, **k: right(*a, **k)._replace(Q=right(*a, **k).Q + np.eye(6) / 10))
+    for cost in ("lp", "psd"):
+        operands = random_problem(np.random.default_rng(2), "A G lb ub", cost=cost)
+        result = run("check", save(operands), "--directions", 2)
+        assert result.exit_code == 1
+        assert verdicts(result) == dict.fromkeys(operands, "agrees") | {"Q": "differs"}
+
+
+def test_check_tells_a_kink_of_a_singular_cost(run, save):
+    # The minimiser 1 of ½x² − x lies on the bound x ≥ 1. With Q one way it stays, and the other way there is no Q.
+    operands = {"Q": np.diag([1.0, 0.0]), "q": np.array([-1.0, 1.0]), "lb": np.array([1.0, 2.0])}
+    result = run("check", save(operands))
+    assert result.exit_code == 0, result.output
+    assert verdicts(result)["Q"] == "not differentiable here"
+
+
+@pytest.mark.parametrize("ub", [1.0, np.inf])
+def test_check_tells_a_solution_that_is_not_unique(run, save, ub):
+    # x₁ + x₂ = 1 is all that counts; with a change of q x is at one end of that, or the problem is unbounded.
+    operands = {"Q": np.zeros((2, 2)), "q": np.ones(2), "G": -np.ones((1, 2)), "h": -np.ones(1), "ub": np.full(2, ub)}
+    result = run("check", save(operands))
+    assert result.exit_code == 0, result.output
+    assert "not unique, so it has no derivative" in result.output
+
+
+def test_check_leaves_out_what_has_no_solution(run, save):
+    # x₁ + x₂ = 1 twice: where one of them moves, no point satisfies both.
+    operands = {"Q": np.eye(2), "q": np.array([0.0, 1.0]), "A": np.ones((2, 2)), "b": np.ones(2)}
+    result = run("check", save(operands))
+    assert result.exit_code == 0, result.output
+    assert verdicts(result) == {
+        "Q": "agrees", "q": "agrees", "A": "not differentiable here", "b": "not differentiable here"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-12, 1e-6, 1e-4])
+def test_check_keeps_bounds_apart(run, save, gap):
+    lb, ub = np.array([1.0, 0.0, -np.inf]), np.array([[1.0 + gap, 5.0, 3.0], [2.0, 0.0 + gap, np.inf]])
+    operands = {"Q": np.eye(3), "q": np.array([-4.0, 1.0, 1.0]), "lb": lb, "ub": ub}
+    result = run("check", save(operands))
+    assert result.exit_code == 0, result.output
+    assert "differs" not in result.output
+
+
+def test_check_takes_single_precision(run, save):
+    operands = random_problem(np.random.default_rng(2), "A G")
+    result = run("check", save({name: value.astype(np.float32) for name, value in operands.items()}))
+    assert result.exit_code == 0, result.output
+    assert verdicts(result) == dict.fromkeys(operands, "agrees")
+
+
 def test_check_tells_wrong_gradients(run, save, monkeypatch):
     right = qpdiff.vjp
     monkeypatch.setattr(qpdiff, "vjp", lambda *a, **k: right(*a, **k)._replace(q=-right(*a, **k).q))

@@ -441,8 +441,9 @@ def test_reading_prints_nothing(tmp_path, name):
     assert len(done.stdout.splitlines()) == 1
 
 
-def test_check_takes_models(run, tmp_path):
-    (tmp_path / "a.qps").write_text(QPTEST)
+@pytest.mark.parametrize("text", [QPTEST, QPTEST[: QPTEST.index("QUADOBJ")] + "ENDATA\n", GREATEST, LINEAR])
+def test_check_takes_models(run, tmp_path, text):
+    (tmp_path / "a.qps").write_text(text)
     result = run("check", tmp_path / "a.qps", "--directions", 2)
     assert result.exit_code == 0, result.output
     assert "agrees" in result.output
