@@ -14,11 +14,13 @@ from __future__ import annotations
 import enum
 import functools
 import math
+import re
 from typing import Any
 
 import numpy as np
 
 from . import solver
+from .backend import choose_backend
 from .differentiation import kkt_jvp, kkt_vjp, right_hand_side, solution_vjp, solve_kkt
 from .problem import Problem, make_problem
 from .solution import FIELDS, Solution, check_unsolved, raise_if_unsolved
@@ -420,9 +422,10 @@ def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolv
 
     The function that it returns takes ``(Q, p, G, h, A, b)`` and returns the variables (batch, n) that minimise
     ½ zᵀQz + pᵀz subject to Gz ≤ h, Az = b, for Q (n, n) or (batch, n, n), p (n) or (batch, n), and so on; an empty
-    tensor stands for constraints that are not there. As with qpth the gradient of an operand without batch axis is the
-    **mean** over the batch; that of `solve_qp` is the sum, which is the derivative. All is computed in float64 and
-    returned in the type of p.
+    tensor, or None, stands for constraints that are not there. Arrays and lists become tensors on the device of the
+    others. As with qpth the gradient of an operand without batch axis is the **mean** over the batch; that of
+    `solve_qp` is the sum, which is the derivative, and so is that of a batch axis of length 1, which broadcasts. All is
+    computed in float64 and returned in the type of p.
 
     Parameters
     ----------
@@ -437,6 +440,8 @@ def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolv
 
     Raises
     ------
+    TypeError, ValueError
+        For bad operands, as `solve_qp` does, naming them; for Q or p that is None or empty.
     RuntimeError
         When a problem cannot be solved; qpth prints a warning and returns what it has.
 
@@ -451,20 +456,49 @@ def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolv
 
     def solve(Q, p, G, h, A, b):
         axes = {"Q": 3, "p": 2, "G": 3, "h": 2, "A": 3, "b": 2}
-        given = {k: v for k, v in zip(axes, (Q, p, G, h, A, b), strict=True) if v.numel()}
-        for name, value in given.items():
-            if value.ndim not in (axes[name] - 1, axes[name]):
-                few = axes[name] - 1
-                raise ValueError(f"{name} has {value.ndim} axes; expected {few}, or {few + 1} with that of the batch")
-        batch = next((len(value) for name, value in given.items() if value.ndim == axes[name]), 1)
+        given = _tensors(dict(zip(axes, (Q, p, G, h, A, b), strict=True)))
+        batch = _batch(given, axes)
+        given = {name: value for name, value in given.items() if 0 not in value.shape[1 - axes[name] :]}
+        for name, value in (("Q", Q), ("p", p)):
+            if name not in given:
+                what = "None" if value is None else "empty"
+                raise TypeError(f"{name} is {what}; every problem needs Q and p (pass zeros for what it lacks)")
+        kind = given["p"].dtype
         given = {k: v if v.ndim == axes[k] else _MeanGradient.apply(v, batch) for k, v in given.items()}
-        given = {name: value.double() for name, value in given.items()}
+        given = {name: value if value.is_complex() else value.double() for name, value in given.items()}
         Q, q = given.pop("Q"), given.pop("p")
         options = {"tol": max(eps, 1e-8), "check": check_Q_spd, "verbose": verbose == 1}
-        x = solve_qp((Q + Q.mT) / 2, q, **given, **options).x
-        return x.reshape(batch, x.shape[-1]).to(p.dtype)
+        try:
+            x = solve_qp((Q + Q.mT) / 2 if Q.shape[-1] == Q.shape[-2] else Q, q, **given, **options).x
+        except (TypeError, ValueError) as error:
+            raise type(error)(re.sub(r"\bq\b", "p", str(error))) from error  # as it is called here
+        return x.expand(batch, x.shape[-1]).to(kind if kind.is_floating_point else x.dtype)
 
     return solve
+
+
+def _tensors(operands: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The operands but for those that are None, as tensors on the device of those that are tensors."""
+    device = next((value.device for value in operands.values() if isinstance(value, torch.Tensor)), None)
+    given = {name: _stacked(value) for name, value in operands.items() if value is not None}
+    return {
+        name: value if isinstance(value, torch.Tensor) else choose_backend({name: value}, "torch")[1][name].to(device)
+        for name, value in given.items()
+    }
+
+
+def _batch(tensors: dict[str, torch.Tensor], axes: dict[str, int]) -> int:
+    """The length of the batch axis, with which an operand has so many axes."""
+    batch, first = 1, ""
+    for name, value in tensors.items():
+        few = axes[name] - 1
+        if value.ndim not in (few, few + 1) and value.numel():
+            raise ValueError(f"{name} has {value.ndim} axes; expected {few}, or {few + 1} with that of the batch")
+        if value.ndim == few + 1 and len(value) not in (1, batch):
+            if batch != 1:
+                raise ValueError(f"{name} has a batch of {len(value)}, but {first} one of {batch}; expected the same")
+            batch, first = len(value), name
+    return batch
 
 
 class _MeanGradient(Function):
@@ -482,4 +516,4 @@ class _MeanGradient(Function):
 
     @staticmethod
     def backward(ctx, g):
-        return g / ctx.count, None
+        return g / max(ctx.count, 1), None

@@ -792,6 +792,100 @@ def test_qpfunction_without_constraints_and_with_an_odd_hessian():
     assert linear.isfinite().all()
 
 
+def closed_form(batch, n, axes):
+    """A batch of projections onto Σz = 1 as operands with a batch axis where `axes` says so, and their solution."""
+    rng = np.random.default_rng(10)
+    p = rng.normal(size=(batch, n))
+    operands = {"Q": np.eye(n), "p": p, "G": -np.eye(n), "h": np.full(n, 100.0), "A": np.ones((1, n)), "b": np.ones(1)}
+    shaped = {name: value[None] if axes[name] else value for name, value in operands.items() if name != "p"}
+    shaped = {"Q": shaped.pop("Q"), "p": p, **shaped}
+    return shaped, -p + (1 + p.sum(-1, keepdims=True)) / n
+
+
+@pytest.mark.parametrize("single", ["", "Q", "G h", "A b", "Q G h A b"])
+@pytest.mark.parametrize("batch", [0, 1, 7])
+def test_qpfunction_broadcasts_a_batch_axis_of_one(batch, single):
+    operands, expected = closed_form(batch, 3, {name: name in single.split() for name in "QpGhAb"})
+    tensors = [torch.tensor(value, requires_grad=True) for value in operands.values()]
+    z = qpdiff.torch.QPFunction()(*tensors)
+    assert z.shape == (batch, 3)
+    torch.testing.assert_close(z.detach(), torch.tensor(expected), atol=1e-7, rtol=1e-7)
+    z[:, 0].sum().backward()
+    # Each z moves with b along 1/n: the sum over the batch where b has an axis that broadcasts, else qpth's mean.
+    size = batch if "b" in single.split() else min(batch, 1)
+    torch.testing.assert_close(tensors[5].grad, torch.full(tensors[5].shape, size / 3.0, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize(
+    "absent",
+    [
+        (None, None),
+        (torch.Tensor(),) * 2,
+        (torch.empty(0, 3), torch.empty(0)),
+        (np.empty(0), None),
+        ([], torch.Tensor()),
+    ],
+    ids=str,
+)
+def test_qpfunction_without_constraints_in_any_form(absent):
+    Q, p = torch.eye(3, dtype=DOUBLE), torch.tensor([[1.0, -2.0, 3.0]], dtype=DOUBLE)
+    torch.testing.assert_close(qpdiff.torch.QPFunction()(Q, p, *absent, *absent), -p)
+    bound = qpdiff.torch.QPFunction()(Q, p, -torch.eye(3), torch.zeros(3), *absent)
+    torch.testing.assert_close(bound, p.neg().clamp(min=0), atol=1e-6, rtol=0)
+
+
+def test_qpfunction_keeps_a_batch_that_only_absent_constraints_have():
+    e = torch.empty(4, 0, 2)
+    z = qpdiff.torch.QPFunction()(torch.eye(2), torch.ones(2), torch.Tensor(), torch.Tensor(), e, torch.empty(4, 0))
+    torch.testing.assert_close(z, -torch.ones(4, 2))
+
+
+def test_qpfunction_takes_arrays_lists_and_integers():
+    operands, expected = closed_form(3, 4, dict.fromkeys("QpGhAb", False))
+    for form in (lambda a: a, np.ndarray.tolist, np.asfortranarray, lambda a: a[::-1][::-1]):
+        z = qpdiff.torch.QPFunction()(*(form(value) for value in operands.values()))
+        assert z.dtype == DOUBLE
+        np.testing.assert_allclose(z, expected, atol=1e-7)
+    p = torch.tensor(operands["p"], dtype=torch.float32, requires_grad=True)
+    z = qpdiff.torch.QPFunction()(*(p if name == "p" else value for name, value in operands.items()))
+    assert z.dtype == torch.float32
+    z.sum().backward()
+    assert p.grad.shape == p.shape
+    z = qpdiff.torch.QPFunction()(2 * torch.eye(2), torch.tensor([1, -1]), None, None, None, None)
+    torch.testing.assert_close(z, torch.tensor([[-0.5, 0.5]], dtype=DOUBLE))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"p": torch.Tensor()}, TypeError, "p is empty; every problem needs Q and p"),
+        ({"p": None}, TypeError, "p is None; every problem needs Q and p"),
+        ({"Q": None}, TypeError, "Q is None; every problem needs Q and p"),
+        ({"Q": torch.Tensor()}, TypeError, "Q is empty; every problem needs Q and p"),
+        ({"Q": np.empty((0, 0))}, TypeError, "Q is empty; every problem needs Q and p"),
+        ({"G": None}, ValueError, "h was given without G"),
+        ({"b": torch.Tensor()}, ValueError, "A was given without b"),
+        ({"p": torch.ones(7, 3), "h": torch.ones(5, 4)}, ValueError, "h has a batch of 5, but p one of 7"),
+        ({"Q": torch.eye(3).expand(2, 3, 3), "p": torch.ones(0, 3)}, ValueError, "p has a batch of 0, but Q one of 2"),
+        ({"p": torch.ones(4)}, ValueError, "p has shape (4,); expected (..., n) with n = 3 from Q"),
+        ({"p": torch.ones(7, 4)}, ValueError, "p has shape (7, 4); expected (..., n) with n = 3 from Q"),
+        ({"Q": torch.ones(3, 2)}, ValueError, "Q has shape (3, 2); expected (..., n, n), square"),
+        ({"p": torch.tensor([1.0, torch.nan, 0.0])}, ValueError, "p has NaN or infinite entries"),
+        ({"p": torch.ones(3, dtype=torch.complex64)}, TypeError, "p has dtype"),
+        ({"h": torch.tensor(1.0)}, ValueError, "h has 0 axes; expected 1, or 2 with that of the batch"),
+        ({"G": torch.ones(3)}, ValueError, "G has 1 axes; expected 2, or 3 with that of the batch"),
+        ({"p": "ones"}, TypeError, "p has dtype"),
+        ({"A": {}}, TypeError, "A has dtype"),
+        ({"p": [[1.0], [1.0, 2.0]]}, ValueError, "p is not a regular array"),
+    ],
+)
+def test_qpfunction_names_what_is_wrong(change, kind, message):
+    good = {"Q": torch.eye(3), "p": torch.ones(3), "G": torch.ones(4, 3), "h": torch.ones(4)}
+    good |= {"A": torch.ones(1, 3), "b": torch.ones(1)}
+    with pytest.raises(kind, match="^" + re.escape(message)):
+        qpdiff.torch.QPFunction()(**(good | change))
+
+
 def test_qpfunction_under_vmap():
     Q, p, G, h, A, b = qpth_problem(9, ["p"])
     function = qpdiff.torch.QPFunction()
