@@ -340,6 +340,7 @@ class OptNet(nn.Module):
     L : Parameter (n, n)
         Entries above the diagonal do not matter.
     G, A, z0, s0 : Parameter (m, n), (p, n), (n), (m)
+        None where there are no such constraints, so that no parameter is empty; z₀ where there are neither.
 
     Notes
     -----
@@ -362,10 +363,10 @@ class OptNet(nn.Module):
     """
 
     L: nn.Parameter
-    G: nn.Parameter
-    A: nn.Parameter
-    z0: nn.Parameter
-    s0: nn.Parameter
+    G: nn.Parameter | None
+    A: nn.Parameter | None
+    z0: nn.Parameter | None
+    s0: nn.Parameter | None
 
     def __init__(
         self, n: int, m: int = 0, p: int = 0, *, nonnegative=False, eps=1e-4, device=None, dtype=None, **options
@@ -374,9 +375,10 @@ class OptNet(nn.Module):
         if not eps > 0:
             raise ValueError(f"eps is {eps!r}; expected a number > 0, which makes the solution unique")
         self.nonnegative, self.eps, self.options = nonnegative, eps, options
-        shapes = {"L": (n, n), "G": (m, n), "A": (p, n), "z0": (n,), "s0": (m,)}
+        shapes = {"L": (n, n), "G": (m, n), "A": (p, n), "z0": (n,) if m or p else (0,), "s0": (m,)}
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            value = None if 0 in shape else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(name, value)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -384,26 +386,45 @@ class OptNet(nn.Module):
         one = math.log(math.e - 1)  # softplus of it is 1
         with torch.no_grad():
             self.L.uniform_().tril_()
-            self.G.uniform_(-1, 1)
-            self.A.uniform_()
-            self.z0.fill_(one if self.nonnegative else 0.0)
-            self.s0.fill_(one)
+            if self.G is not None:
+                self.G.uniform_(-1, 1)
+            if self.A is not None:
+                self.A.uniform_()
+            if self.z0 is not None:
+                self.z0.fill_(one if self.nonnegative else 0.0)
+            if self.s0 is not None:
+                self.s0.fill_(one)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Earlier versions saved empty parameters of constraints that are not there, and z₀ in any case.
+        for name in ("G", "A", "z0", "s0"):
+            saved = state_dict.get(prefix + name)
+            if getattr(self, name) is None and saved is not None and (name == "z0" or not saved.numel()):
+                del state_dict[prefix + name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def operands(self) -> dict[str, torch.Tensor]:
         """The operands of `solve_qp` but for q, by name, in float64."""
-        L, G, A, z0, s0 = (value.double() for value in (self.L.tril(), self.G, self.A, self.z0, self.s0))
-        point = nn.functional.softplus(z0) if self.nonnegative else z0
-        Q = L @ L.mT + self.eps * torch.eye(len(L), dtype=L.dtype, device=L.device)
-        out = {"Q": Q, "G": G, "h": G @ point + nn.functional.softplus(s0), "A": A, "b": A @ point}
-        return out | ({"lb": torch.zeros_like(point)} if self.nonnegative else {})
+        L, names = self.L.tril().double(), ("G", "A", "z0", "s0")
+        given = {name: value.double() for name in names if (value := getattr(self, name)) is not None}
+        out = {"Q": L @ L.mT + self.eps * torch.eye(len(L), dtype=L.dtype, device=L.device)}
+        if self.nonnegative:
+            out["lb"] = L.new_zeros(len(L))
+        if "z0" in given:
+            point = nn.functional.softplus(given["z0"]) if self.nonnegative else given["z0"]
+            if "G" in given:
+                out |= {"G": given["G"], "h": given["G"] @ point + nn.functional.softplus(given["s0"])}
+            if "A" in given:
+                out |= {"A": given["A"], "b": given["A"] @ point}
+        return out
 
     def forward(self, q):
         """The solutions x (..., n) for linear terms q (..., n), in the type of q."""
         return solve_qp(q=q.double(), **self.operands(), **self.options).x.to(q.dtype)
 
     def extra_repr(self) -> str:
-        shown = {"n": len(self.L), "m": len(self.G), "p": len(self.A)}
-        shown |= {"nonnegative": self.nonnegative, "eps": self.eps, **self.options}
+        rows = {name: 0 if value is None else len(value) for name, value in (("m", self.G), ("p", self.A))}
+        shown = {"n": len(self.L), **rows, "nonnegative": self.nonnegative, "eps": self.eps, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 

@@ -550,7 +550,9 @@ def test_the_array_engine_records_nothing():
 # ---- OptNet
 
 
-SIZES = [(4, 0, 0, False), (4, 6, 0, False), (4, 3, 2, False), (4, 0, 2, True), (4, 3, 2, True)]
+SIZES = [
+    (4, 0, 0, False), (4, 0, 0, True), (4, 6, 0, False), (4, 3, 2, False), (4, 0, 2, True), (4, 3, 2, True)
+]  # fmt: skip
 
 
 def optnet(n, m, p, nonnegative, **options):
@@ -562,7 +564,7 @@ def violation(layer, x):
     d = {name: value.detach().double() for name, value in layer.operands().items()}
     x = x.detach().double()
     parts = []
-    for matrix, vector in (("G", "h"), ("A", "b")):
+    for matrix, vector in [pair for pair in (("G", "h"), ("A", "b")) if pair[0] in d]:
         product, size = x @ d[matrix].mT, 1 + x.abs() @ d[matrix].abs().mT + d[vector].abs()
         over = (product - d[vector]) / size
         parts.append(over if matrix == "G" else over.abs())
@@ -579,7 +581,8 @@ def test_optnet_is_the_problem_that_it_says(sizes):
     q = 10 * torch.randn(2, 3, n, dtype=DOUBLE)
     assert violation(layer, layer(q)) < 1e-8
     L = np.tril(layer.L.detach().numpy())
-    point = np.log1p(np.exp(layer.z0.detach().numpy())) if nonnegative else layer.z0.detach().numpy()
+    z0 = np.zeros(n) if layer.z0 is None else layer.z0.detach().numpy()
+    point = np.log1p(np.exp(z0)) if nonnegative else z0
     operands = {"Q": L @ L.T + 1e-4 * np.eye(n), "q": q.numpy()}
     if m:
         G = layer.G.detach().numpy()
@@ -676,6 +679,52 @@ def test_optnet_as_a_module():
     for layer in empty:
         layer.reset_parameters()
     assert empty(inputs).isfinite().all()
+
+
+def earlier_state(layer):
+    """The state as it was when each parameter was there in any case."""
+    n = len(layer.L)
+    empty = {"L": layer.L, "G": torch.empty(0, n), "A": torch.empty(0, n), "z0": torch.ones(n), "s0": torch.empty(0)}
+    return empty | dict(layer.named_parameters())
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_optnet_has_no_empty_parameters(sizes):
+    torch.manual_seed(7)
+    n, m, p, _ = sizes
+    layer, other = optnet(*sizes), optnet(*sizes)
+    expected = {"L": (n, n)} | ({"G": (m, n), "s0": (m,)} if m else {}) | ({"A": (p, n)} if p else {})
+    expected |= {"z0": (n,)} if m or p else {}
+    assert {name: tuple(value.shape) for name, value in layer.named_parameters()} == expected
+    assert set(layer.state_dict()) == set(expected)
+    for name in {"L", "G", "A", "z0", "s0"} - set(expected):
+        assert getattr(layer, name) is None
+    inputs = 3 * torch.randn(5, n)
+    layer(inputs).square().sum().backward()
+    assert all(parameter.grad.abs().max().isfinite() for parameter in layer.parameters())
+    optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=0.1)
+    torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0, norm_type=float("inf"))
+    optimizer.step()
+    for state in (layer.state_dict(), earlier_state(layer)):
+        other.reset_parameters()
+        assert not torch.equal(other(inputs), layer(inputs))
+        other.load_state_dict(state)
+        assert torch.equal(other(inputs), layer(inputs))
+        network = nn.Sequential(other, nn.Identity())
+        network.load_state_dict({f"0.{name}": value for name, value in state.items()})
+        assert torch.equal(network(inputs), layer(inputs))
+    for same in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.double().float()):
+        assert torch.equal(same(inputs), layer(inputs))
+    assert f"n={n}, m={m}, p={p}" in str(layer)
+
+
+def test_optnet_refuses_the_state_of_other_sizes():
+    state = optnet(3, 2, 1, False).state_dict()
+    for sizes, wrong in (((3, 0, 1, False), "G"), ((3, 2, 0, False), "A"), ((3, 0, 0, True), "s0")):
+        with pytest.raises(RuntimeError, match=rf'Unexpected key.* "{wrong}"'):
+            optnet(*sizes).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r'Missing key.* "G"'):
+        optnet(3, 2, 1, False).load_state_dict(optnet(3, 0, 1, False).state_dict())
 
 
 def test_optnet_in_a_network_of_another_type():
