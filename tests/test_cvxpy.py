@@ -1,5 +1,7 @@
 """CVXPY problems as functions of their parameters, and the solver among CVXPY's own."""
 
+import copy
+import pickle
 import subprocess
 import sys
 from typing import NamedTuple
@@ -402,6 +404,70 @@ def test_a_variable_that_drops_out_is_zero():
     layer = qpdiff.from_cvxpy(cp.Problem(cp.Minimize(cp.sum_squares(x - 1)), [gone[:0] >= 1]), [], [gone, x])
     np.testing.assert_allclose(layer()[gone], np.zeros((3, 2)))
     np.testing.assert_allclose(layer()[x], np.ones(2), atol=1e-7)
+
+
+def copies(value):
+    """Copies by every way to make one, and copies of copies."""
+    once = [copy.copy(value), copy.deepcopy(value), *(pickle.loads(pickle.dumps(value, n)) for n in (2, 5))]
+    return [*once, *map(copy.deepcopy, once), *(pickle.loads(pickle.dumps(one)) for one in once)]
+
+
+def two_variables():
+    """Variables that are a and 2a for a parameter a, and their layer."""
+    x, y, a = cp.Variable(2, name="x"), cp.Variable(2), cp.Parameter(2)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a) + cp.sum_squares(y - 2 * a)))
+    return x, y, qpdiff.from_cvxpy(problem, [a], [x, y])
+
+
+def test_copies_of_a_layer_know_the_callers_variables():
+    x, y, layer = two_variables()
+    other, *_ = two_variables()
+    solution = layer(np.array([1.0, 3.0]))
+    for copied in copies(layer):
+        again = copied(np.array([1.0, 3.0]))
+        own = copied.variables
+        keys = (x, "x", own[0]), (y, y.name(), own[1])
+        for names, expected in zip(keys, ([1.0, 3.0], [2.0, 6.0]), strict=True):
+            for key in names:
+                np.testing.assert_allclose(again[key], expected, atol=1e-6)
+        for key in (other, "z", None, 0, x + y, cp.Variable(2, var_id=x.id)):
+            with pytest.raises(KeyError, match=r"is not among the variables of the layer: x, var\d+"):
+                again[key]
+        gradient = layer.vjp(solution, *np.ones((2, 2)))[0]
+        np.testing.assert_array_equal(copied.vjp(solution, *np.ones((2, 2)))[0], gradient)
+        np.testing.assert_allclose(layer.vjp(again, *np.ones((2, 2)))[0], gradient, atol=1e-6)
+    with pytest.raises(KeyError, match=r"it has another one of this name, solution\['x'\]"):
+        solution[other]
+
+
+def test_copies_of_a_solution_know_the_callers_variables():
+    x, y, layer = two_variables()
+    solution = layer(np.array([1.0, 3.0]))
+    for copied in copies(solution):
+        np.testing.assert_array_equal(copied[x], solution[x])
+        np.testing.assert_array_equal(copied[y], solution[y])
+        np.testing.assert_array_equal(layer.vjp(copied, np.ones(2), None)[0], layer.vjp(solution, np.ones(2), None)[0])
+
+
+def test_a_layer_in_another_process(tmp_path):
+    """Its variables have the same ids as others there."""
+    x, _, layer = two_variables()
+    (tmp_path / "both.pickle").write_bytes(pickle.dumps((layer, x)))
+    code = f"""if True:
+        import pickle, cvxpy as cp, numpy as np
+        local = [cp.Variable(2, name="x", var_id=i) for i in range(1, {x.id + 2})] + [cp.Variable(2)]
+        with open({str(tmp_path / "both.pickle")!r}, "rb") as file:
+            layer, x = pickle.load(file)
+        solution = layer(np.array([1.0, 3.0]), engine="array")
+        assert np.allclose(solution[x], [1, 3]) and np.allclose(solution["x"], [1, 3])
+        for variable in local:
+            try:
+                solution[variable]
+            except KeyError:
+                continue
+            raise AssertionError(variable.id)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_callers_problem_stays_as_it_is():

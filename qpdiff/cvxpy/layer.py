@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
+from weakref import WeakValueDictionary
 
 import cvxpy as cp
 import numpy as np
@@ -28,6 +30,13 @@ from ..solution import Solution, Status
 from .attributes import check_parameter
 from .canonical import canonicalize
 from .maps import AffineMap, SparseMatrix
+
+_ORIGINALS: WeakValueDictionary[tuple[str, int], Any] = WeakValueDictionary()
+"""The caller's variables by the key of their layer and their position in it.
+
+A copied or pickled layer has its key, but variables of its own. Their ids tell nothing: CVXPY gives a copy a new one,
+and in another process the same one may be any variable's.
+"""
 
 
 def from_cvxpy(problem, parameters, variables=None) -> Layer:
@@ -114,7 +123,8 @@ class LayerSolution:
     """The solution of a CVXPY problem for every value of its parameters.
 
     Arrays are of the library of the parameters; `batch` stands for their broadcast batch axes. One variable's value is
-    also found by the variable or by its name: ``solution[x]``, ``solution["x"]``.
+    also found by the variable or by its name: ``solution[x]``, ``solution["x"]``, also after the layer was copied or
+    pickled; in another process by the name, or by a variable that was pickled with the layer.
 
     Attributes
     ----------
@@ -139,11 +149,7 @@ class LayerSolution:
     """The arrays that the layer was called with."""
 
     def __getitem__(self, key):
-        named = zip(self.layer.variables, self.variables, strict=True)
-        found = [v for variable, v in named if variable is key or (isinstance(key, str) and variable.name() == key)]
-        if len(found) != 1:
-            raise KeyError(f"{key} is {'the name of several variables' if found else 'not among the variables'}")
-        return found[0]
+        return self.variables[self.layer._position(key)]
 
 
 class Layer:
@@ -176,6 +182,29 @@ class Layer:
         self._maps = maps
         self._recoveries = recoveries
         self._sense = -1.0 if maximize else 1.0
+        self._key = uuid4().hex
+        _ORIGINALS.update({(self._key, i): variable for i, variable in enumerate(variables)})
+
+    def _position(self, key) -> int:
+        """The position in `variables` of a variable, also by its name, or of the one that it was before copying.
+
+        Raises
+        ------
+        KeyError
+            For what is not among them, and for the name of several.
+        """
+        found = []
+        for i, variable in enumerate(self.variables):
+            same = key is variable or key is _ORIGINALS.get((self._key, i), variable)
+            if same or (isinstance(key, str) and variable.name() == key):
+                found.append(i)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise KeyError(f"{key} is the name of several variables")
+        names = [variable.name() for variable in self.variables]
+        another = f"; it has another one of this name, solution[{str(key)!r}]" if str(key) in names else ""
+        raise KeyError(f"{key} is not among the variables of the layer: {', '.join(names)}{another}")
 
     def __call__(self, *parameters, backend=None, dtype=None, check=True, **options) -> LayerSolution:
         """Solve the problem for every value of the parameters.
@@ -356,7 +385,7 @@ class Layer:
         return {name: affine.value(backend, dtype, flat) for name, affine in self._maps.items()}
 
     def _problem(self, solution: LayerSolution):
-        if not isinstance(solution, LayerSolution) or solution.layer is not self:
+        if not isinstance(solution, LayerSolution) or solution.layer._key != self._key:
             raise TypeError("solution is not one of this layer's")
         return solution.solution.linearization.problem
 
