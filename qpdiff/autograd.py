@@ -15,7 +15,7 @@ import numpy as np
 from . import solver
 from .backend import Backend
 from .differentiation import kkt_vjp, solution_vjp, solve_kkt
-from .problem import OPERANDS, Problem
+from .problem import Problem
 from .solution import Solution, check_unsolved, raise_if_unsolved
 from .solver import multipliers
 
@@ -89,11 +89,11 @@ def _plain(value):
 
 def _one_batch_axis(problem: Problem, name: str, value):
     """An operand with its batch axes flattened to one, by operations that autograd differentiates."""
-    core = problem.shapes[name][-len(OPERANDS[name]) :]
-    leading = problem.shapes[name][: -len(OPERANDS[name])]
-    size = getattr(problem, name).shape[0]
-    if size != 1 and leading != problem.batch_shape:
-        value = value * np.ones(problem.batch_shape + core, dtype=problem.dtype)
+    shape = problem.shapes[name]
+    size, *core = getattr(problem, name).shape
+    whole = (*problem.batch_shape, *core) if size != 1 else (*shape[: -len(core)], *core)
+    if shape != whole:
+        value = value * np.ones(whole, dtype=problem.dtype)
     return anp.reshape(value, (size, *core))
 
 

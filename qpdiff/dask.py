@@ -106,11 +106,11 @@ def solve_qp(
 
     options = {"tol": tol, "rtol": rtol, "max_iterations": max_iterations, "check": check, "engine": engine}
     options["dtype"] = np.dtype(kind).name
-    none = {k: backend.full((0, *v.shape[v.ndim - len(OPERANDS[k]) :]), 0.0, kind) for k, v in arrays.items()}
+    none = {k: backend.full((0, *_core(k, v.shape)) if v.ndim else (), 0.0, kind) for k, v in arrays.items()}
     empty = solver.solve_qp(**none, **options)
     chunks = _batch_chunks(arrays, problem.batch_shape)
     near = _warm_parts(warm_start, problem)
-    parts = [(name, value, len(OPERANDS[name])) for name, value in arrays.items()]
+    parts = [(name, value, len(_core(name, value.shape))) for name, value in arrays.items()]
     parts += [(f"warm_start.{name}", value, _CORE[name]) for name, value in near.items()]
     axes = _batch_axes(len(chunks))
     where = (ArraySliceDep(chunks), axes) if chunks else ((), None)
@@ -260,9 +260,10 @@ def jvp(
     for name, value in given.items():
         if name not in blocks.shapes:
             raise ValueError(f"tangent of {name} was given, but the problem has no {name}")
-        shape = sol.status.shape + blocks.shapes[name][-len(OPERANDS[name]) :]
+        shape = sol.status.shape + _core(name, blocks.shapes[name])
         given[name] = _fitting(f"tangent of {name}", value, shape, blocks)
-    pushed = blocks.map(_jvp_block, given, {name: len(OPERANDS[name]) for name in given}, options, "qpdiff-jvp")
+    core = {name: len(_core(name, blocks.shapes[name])) for name in given}
+    pushed = blocks.map(_jvp_block, given, core, options, "qpdiff-jvp")
     return Tangents(*(blocks.read(pushed, name, getattr(empty, name)) for name in Tangents._fields))
 
 
@@ -432,7 +433,7 @@ def _batch_chunks(arrays, batch_shape) -> tuple[tuple[int, ...], ...]:
     """The blocks of the batch axes: those of the dask arrays that have them, unified."""
     pairs = []
     for name, value in arrays.items():
-        if isinstance(value, da.Array):
+        if isinstance(value, da.Array) and value.ndim:
             core = len(OPERANDS[name])
             whole = value.rechunk(dict.fromkeys(range(value.ndim - core, value.ndim), -1))
             pairs += [whole, _index(name, value, core, len(batch_shape))]
@@ -458,6 +459,11 @@ def _index(name: str, value, core: int, batch: int):
     """Labels of an array's axes, those of the batch as NumPy broadcasts them."""
     leading = value.ndim - core
     return _batch_axes(batch)[batch - leading :] + _core_axes(name, value.shape[leading:])
+
+
+def _core(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of an operand without its batch axes; a number that stands for all entries has no axes at all."""
+    return shape[max(0, len(shape) - len(OPERANDS[name])) :]
 
 
 def _batch_axes(count: int) -> tuple[str, ...]:

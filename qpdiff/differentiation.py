@@ -81,9 +81,9 @@ def vjp(
     Returns
     -------
     Gradients
-        Of the shapes in which the operands were given: summed over the batch axes that an operand lacks. The gradient
-        with respect to Q is symmetric. Where lb = ub fixes a variable, the gradient goes to the bound that holds it
-        against the cost.
+        Of the shapes in which the operands were given: summed over the batch axes that an operand lacks, and over the
+        entries that a number stands for. The gradient with respect to Q is symmetric. Where lb = ub fixes a variable,
+        the gradient goes to the bound that holds it against the cost.
 
     Raises
     ------
@@ -399,11 +399,13 @@ def _to_rows(sol: Solution, given):
 
 
 def _reduce(problem: Problem, name: str, gradient):
-    """Sum a gradient (B or 1, core) over the batch axes that the operand lacks, in the caller's shape."""
+    """Sum a gradient (B or 1, core) over the axes that the operand lacks, in the caller's shape."""
     xp = problem.backend.xp
     shape = problem.shapes[name]
     if gradient.shape == shape:
         return gradient
+    if not shape:
+        return summed(xp, gradient, shape)
     if getattr(problem, name).shape[0] == 1:
         return xp.reshape(gradient, shape)
     return summed(xp, xp.reshape(gradient, problem.batch_shape + gradient.shape[1:]), shape)
@@ -422,6 +424,8 @@ def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
     if name in OPERANDS:
         if name not in problem.operands:
             raise ValueError(f"{kind} of {name} was given, but the problem has no {name}")
+        if not problem.shapes[name]:
+            value = as_tangent(problem, f"{kind} of {name}", value, problem.batch_shape)[..., None]
         shape = problem.batch_shape + getattr(problem, name).shape[1:]
     else:
         shape = getattr(sol, name).shape

@@ -30,6 +30,8 @@ OPERANDS = {
     "ub": ("n",),
 }
 """The operands of a quadratic program and their core shapes."""
+SIZED_BY = {"h": "G", "b": "A", "lb": "Q", "ub": "Q"}
+"""The operands that one number may stand for, and the matrix that has as many rows as they have entries."""
 MATRICES = ("Q", "G", "A")
 INFINITE = 1e20
 """A bound this far out is none, as in other solvers, whose users write 1e20 or 1e30 for infinity."""
@@ -350,8 +352,11 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
 
 def _one_batch_axis(chosen: Backend, dtype, arrays) -> Problem:
     """The problem in the caller's arrays of the working type, their shapes looked at."""
-    shapes = {name: tuple(value.shape) for name, value in arrays.items()}
-    batch_shape = _batch_shape(tuple(shapes.items()))
+    shapes = whole = {name: tuple(value.shape) for name, value in arrays.items()}
+    if () in shapes.values():
+        arrays = {name: _repeated(chosen, name, arrays) for name in arrays}
+        whole = {name: tuple(value.shape) for name, value in arrays.items()}
+    batch_shape = _batch_shape(tuple(whole.items()))
     batch = math.prod(batch_shape)
     flat = {}
     for name, value in arrays.items():
@@ -372,6 +377,13 @@ def _one_batch_axis(chosen: Backend, dtype, arrays) -> Problem:
         shapes=shapes,
         **{name: chosen.for_products(value) for name, value in flat.items()},
     )
+
+
+def _repeated(chosen: Backend, name: str, arrays):
+    """An operand, as a vector with the same number in every entry where it is a number and that has a meaning."""
+    value = arrays[name]
+    sizes = arrays[SIZED_BY[name]].shape[-2:] if name in SIZED_BY and not value.shape else ()
+    return chosen.xp.broadcast_to(value, sizes[:1]) if len(sizes) == 2 else value
 
 
 @lru_cache(maxsize=256)

@@ -69,7 +69,8 @@ def solve_qp(
                     lb ≤ x ≤ ub    multipliers z_lb, z_ub ≥ 0
 
     Each operand is its core shape with any leading batch axes, and these broadcast together as in NumPy. An operand
-    without batch axes is shared by all problems and never copied.
+    without batch axes is shared by all problems and never copied. A number, or an array without axes, for h, b, lb or
+    ub stands for all of its entries.
 
     Parameters
     ----------

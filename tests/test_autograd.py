@@ -52,6 +52,20 @@ def test_fixed_and_infinite_bounds():
     check_grads(loss, modes=["rev"], order=2)(np.array([1.0, -2.0, 0.3]), np.array([[1.0, 1.0, -1.0]]))
 
 
+def test_numbers_as_bounds():
+    Q, q = np.diag([1.0, 2.0, 3.0]), np.array([[3.0, -2.0, 0.1], [-4.0, 2.0, 6.0]])
+
+    def loss(q, lb, ub):
+        sol = qpdiff.autograd.solve_qp(Q, q, lb=lb, ub=ub, **TIGHT)
+        return anp.sum(anp.sin(sol.x)) + anp.sum(sol.z_lb**2) - anp.sum(sol.z_ub**2)
+
+    check_grads(loss, modes=["rev"], order=2)(q, -0.9, 0.7)
+    check_grads(loss, modes=["rev"], order=2)(q, np.array(-0.9), np.full(3, 0.7))
+    x = jacobian(lambda ub: anp.sum(qpdiff.autograd.solve_qp(Q, q, lb=-0.9, ub=ub, **TIGHT).x))(np.array(0.7))
+    np.testing.assert_allclose(x, 2.0)  # the variables at the bound
+    assert np.shape(x) == ()
+
+
 def test_jacobian_of_a_projection_onto_the_simplex():
     def project(point):
         return qpdiff.autograd.solve_qp(np.eye(3), -point, A=np.ones((1, 3)), b=[1.0], lb=np.zeros(3)).x

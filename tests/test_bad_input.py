@@ -279,6 +279,10 @@ def empty_rows(d):
     return d | {"G": np.ones((0, 2)), "h": np.ones((3, 0)), "A": np.ones((3, 0, 2)), "b": np.ones(0)}
 
 
+def numbers(d):
+    return d | {"h": 1.0, "b": 0, "lb": np.array(-5.0), "ub": np.float64(np.inf)}
+
+
 def lists(d):
     return d | {"q": [1, 1.0], "G": d["G"].tolist(), "lb": (-5, -5.0), "b": [0]}
 
@@ -297,6 +301,7 @@ ACCEPTED = {
     "integers-float32": (integers_beside_float32, "float32"),
     "mixed-floats": (as_type("float32", "float64"), "float64"),
     "lists": (lists, "float64"),
+    "number": (numbers, "float64"),
 }
 
 

@@ -128,6 +128,17 @@ def test_check_takes_a_cost_of_zero_and_one_variable(run, save, batch):
     assert verdicts(result) == {"Q": "agrees", "q": "agrees", "lb": "agrees"}
 
 
+def test_numbers_in_a_file(run, save, tmp_path):
+    operands = {"Q": np.eye(2), "q": np.array([[3.0, -2.0]] * 300), "lb": np.array(-1.0), "ub": np.array(0.5)}
+    result = run("solve", save(operands), "-o", tmp_path / "out.npz")
+    assert result.exit_code == 0, result.output
+    with np.load(tmp_path / "out.npz") as out:
+        np.testing.assert_allclose(out["x"], [[-1.0, 0.5]] * 300, atol=1e-6)
+    result = run("check", save(operands | {"q": operands["q"][:2]}))
+    assert result.exit_code == 0, result.output
+    assert verdicts(result) == dict.fromkeys(operands, "agrees")
+
+
 def test_check_tells_wrong_gradients_of_a_singular_cost(run, save, monkeypatch):
     right = qpdiff.vjp
     monkeypatch.setattr(qpdiff, "vjp", lambda *a, **k: right(*a, **k)._replace(Q=right(*a, **k).Q + np.eye(6) / 10))

@@ -107,6 +107,29 @@ def test_the_same_as_without_dask(seed):
         np.testing.assert_allclose(getattr(found_tangents, name), value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("lazily", [False, True])
+def test_numbers(batch, lazily):
+    rng = np.random.default_rng(8)
+    operands = random_problem(rng, "A G lb ub", batch=batch)
+    numbers = {"lb": -0.5, "ub": 0.75, "h": 2.0, "b": 0.0}
+    lazy = {name: da.from_array(value, chunks=blocks(rng, value.shape)) for name, value in operands.items()}
+    lazy |= {name: da.asarray(np.asarray(value)) if lazily else value for name, value in numbers.items()}
+    expected, sol = qpdiff.solve_qp(**operands | numbers), qpdiff.dask.solve_qp(**lazy)
+    cotangent = rng.normal(size=expected.x.shape)
+    tangents = {"lb": 1.0, "ub": rng.normal(size=batch), "q": operands["q"]}
+    pulled, pushed = qpdiff.dask.vjp(sol, x=cotangent), qpdiff.dask.jvp(sol, **tangents)
+    pairs = [(sol.x, expected.x), (sol.status, expected.status)]
+    pairs += zip(pulled, qpdiff.vjp(expected, x=cotangent), strict=True)
+    pairs += zip(pushed, qpdiff.jvp(expected, **tangents), strict=True)
+    found = sync(*(one for one, _ in pairs))
+    for (one, other), value in zip(pairs, found, strict=True):
+        assert one.shape == other.shape == value.shape
+        np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="tangent of lb has shape"):
+        qpdiff.dask.jvp(sol, lb=np.ones((*batch, 5)))
+
+
 def test_blocks_are_those_of_the_operands():
     Q, q = np.broadcast_to(np.eye(3), (10, 3, 3)), np.ones((10, 3))
     sol = qpdiff.dask.solve_qp(

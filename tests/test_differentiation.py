@@ -109,6 +109,35 @@ def test_vjp_and_jvp_against_central_differences(xp, parts, shared, diagonal):
     assert any(checked)
 
 
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_a_number_for_bounds_and_right_hand_sides(xp, batch):
+    rng = np.random.default_rng(11)
+    numbers = {"lb": np.array(-0.4), "ub": np.array(0.6), "h": np.array(0.3), "b": np.array(0.0)}
+    checked = [
+        check_derivative(xp, rng, random_problem(rng, "Q q A b G h lb ub", batch=batch) | numbers) for _ in "123"
+    ]
+    assert any(checked)
+
+
+def test_derivatives_by_a_number_are_those_by_its_entries():
+    rng = np.random.default_rng(12)
+    Q, q = 2 * np.eye(4), rng.normal(size=(4, 4))  # as many problems as variables
+    sol, full = qpdiff.solve_qp(Q, q, lb=-0.2, ub=0.3), qpdiff.solve_qp(Q, q, lb=np.full(4, -0.2), ub=np.full(4, 0.3))
+    cotangents = {name: rng.normal(size=(4, 4)) for name in ("x", "z_lb", "z_ub")}
+    for options in ({}, {"smoothing": 0.1}):
+        one, other = (qpdiff.vjp(each, **cotangents, **options) for each in (sol, full))
+        assert one.lb.shape == one.ub.shape == ()
+        np.testing.assert_allclose([one.lb, one.ub], [other.lb.sum(), other.ub.sum()], rtol=1e-9)
+        # A tangent is a number, or one for each problem.
+        for tangent, entries in ((2.0, np.full(4, 2.0)), (q[0], np.tile(q[0][:, None], 4))):
+            one, other = qpdiff.jvp(sol, lb=tangent, **options), qpdiff.jvp(full, lb=entries, **options)
+            np.testing.assert_allclose(one.x, other.x, rtol=1e-9)
+    with pytest.raises(ValueError, match=r"tangent of lb has shape \(3,\); expected \(4,\)"):
+        qpdiff.jvp(sol, lb=np.ones(3))
+    with pytest.raises(ValueError, match=r"tangent of lb has shape \(4,\); expected \(\)"):
+        qpdiff.jvp(qpdiff.solve_qp(Q, q[0], lb=-0.2), lb=np.ones(4))
+
+
 @pytest.mark.parametrize(("n", "m", "p"), [(1, 1, 0), (1, 2, 1), (3, 12, 1), (30, 10, 5)])
 def test_sizes(xp, n, m, p):
     rng = np.random.default_rng(n + m)

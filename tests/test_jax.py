@@ -91,6 +91,22 @@ def test_both_modes_give_the_jacobian_of_a_projection_onto_the_simplex():
         np.testing.assert_allclose(jax.jit(jacobian(project))(point), np.eye(3) - 1 / 3, atol=1e-6)
 
 
+def test_numbers_as_bounds():
+    Q, q = jnp.diag(jnp.asarray([1.0, 2.0, 3.0])), jnp.asarray([[3.0, -2.0, 0.1], [-4.0, 2.0, 6.0]])
+
+    @jax.jit
+    def loss_and_gradients(lb, ub):
+        return jax.value_and_grad(lambda lb, ub: weigh(qpdiff.jax.solve_qp(Q, q, lb=lb, ub=ub, **TIGHT)), (0, 1))(
+            lb, ub
+        )
+
+    _, gradients = loss_and_gradients(-0.9, 0.7)
+    assert [gradient.shape for gradient in gradients] == [(), ()]
+    for gradient, (dl, du) in zip(gradients, [(1e-5, 0.0), (0.0, 1e-5)], strict=True):
+        above, below = (loss_and_gradients(-0.9 + sign * dl, 0.7 + sign * du)[0] for sign in (1, -1))
+        np.testing.assert_allclose(gradient, (above - below) / 2e-5, rtol=1e-6)
+
+
 def test_vmap_is_the_batch():
     operands = some(np.random.default_rng(5), "A G lb")
     shared = {name: value if name in ("q", "h") else value[0] for name, value in operands.items()}

@@ -145,6 +145,27 @@ def test_infinite_right_hand_sides_are_no_constraints(xp):
     assert np.all(np.isinf(sol["s"][:, 0]))
 
 
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_a_number_is_every_entry(xp, batch):
+    operands = random_problem(np.random.default_rng(7), "A G lb ub", batch=batch)
+    numbers = {"lb": -0.5, "ub": 0.75, "h": 2.0, "b": 0.0}
+    full = {name: np.full(operands[name].shape[-1:], value) for name, value in numbers.items()}
+    matrices = {name: xp.asarray(value) for name, value in operands.items()}
+    for form in (numbers, {name: xp.asarray(value) for name, value in numbers.items()}):
+        sol = qpdiff.solve_qp(**matrices | form)
+        sol = {name: xp.to_numpy(getattr(sol, name)) for name in (*OUTPUTS, "status")}
+        assert_optimal(operands | full, sol)
+        np.testing.assert_allclose(sol["x"], solve(operands | full)["x"], atol=1e-7)
+
+
+def test_numbers_alone(xp):
+    """Bounds that are numbers, and the least that may come with them."""
+    sol = qpdiff.solve_qp(xp.asarray(np.eye(3)), xp.asarray(np.array([-2.0, 0.5, 2.0])), lb=-1, ub=1.0)
+    np.testing.assert_allclose(xp.to_numpy(sol.x), [1.0, -0.5, -1.0], atol=1e-7)
+    sol = qpdiff.solve_qp([[1.0]], [-5.0], lb=0.0, ub=np.float64(2.0))
+    np.testing.assert_allclose(sol.x, [2.0], atol=1e-7)
+
+
 def test_huge_bounds_are_none(xp):
     operands = random_problem(np.random.default_rng(12), "A G lb ub")
     for name, value in (("h", 1e20), ("lb", -1e30), ("ub", 1e25)):

@@ -257,6 +257,29 @@ def test_every_entry_of_first_and_second_derivatives():
     assert gradgradcheck(solve, values, atol=1e-5, rtol=1e-5, check_fwd_over_rev=True)
 
 
+NUMBERS = {"Q": np.diag([1.0, 2.0, 3.0]), "q": np.array([[3.0, -2.0, 0.1], [-4.0, 2.0, 6.0]]), "lb": -0.9, "ub": 0.7}
+"""A box of one number each, with all but one variable at a bound."""
+
+
+def test_numbers_as_bounds(solved_by):
+    def solve(q, lb, ub):
+        sol = qpdiff.torch.solve_qp(torch.tensor(NUMBERS["Q"]), q, lb=lb, ub=ub, **TIGHT)
+        return sol.x, sol.z_lb, sol.z_ub
+
+    values = [torch.tensor(NUMBERS[name], dtype=DOUBLE, requires_grad=True) for name in ("q", "lb", "ub")]
+    assert gradcheck(solve, values, atol=1e-6, rtol=1e-5, check_forward_ad=True)
+    assert gradgradcheck(solve, values, atol=1e-5, rtol=1e-5, check_fwd_over_rev=True)
+    x, *_ = solve(*values)
+    x.sum().backward()
+    assert [value.grad.shape for value in values[1:]] == [(), ()]
+    torch.testing.assert_close(torch.stack([v.grad for v in values[1:]]), torch.tensor([3.0, 2.0], dtype=DOUBLE))
+    with_numbers, *_ = solve(values[0], NUMBERS["lb"], NUMBERS["ub"])
+    torch.testing.assert_close(with_numbers, x)
+    # A number for each sample: gradients of its own.
+    each = vmap(jacrev(lambda q, ub: solve(q, values[1], ub)[0].sum(), 1))(values[0], values[2].expand(2))
+    torch.testing.assert_close(each, torch.tensor([1.0, 1.0], dtype=DOUBLE))
+
+
 def test_third_derivatives():
     operands = problem(2, ["A", "G", "ub"])
 
