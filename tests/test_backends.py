@@ -1,6 +1,7 @@
 """What depends on the array library: that derivatives agree, and moving data."""
 
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from problems import random_problem
 
 import qpdiff
 from qpdiff import solver
-from qpdiff.backend import NumPyBackend
+from qpdiff.backend import NumPyBackend, single_threaded_blas
 from qpdiff.backend.numpy import LARGE
 from qpdiff.backend.threads import THREADS
 from qpdiff.problem import OPERANDS, make_problem
@@ -189,3 +190,39 @@ def test_problems_that_have_ended_stay_or_are_dropped(xp, monkeypatch, parts, co
     assert not groups if xp.name == "jax" else groups[0] > groups[1] == 1, "JAX does not drop"
     for dropped, stayed in zip(*answers, strict=True):
         np.testing.assert_allclose(dropped, stayed, rtol=1e-5, atol=1e-6)
+
+
+# ---- threads of BLAS
+
+
+@pytest.fixture
+def blas_threads():
+    """The threads that each BLAS has, as a function; two at first."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+
+    def count():
+        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        if set(count()) != {2}:
+            pytest.skip("BLAS has one thread only")
+        yield count
+
+
+def test_any_thread_holds_blas_to_one_thread(blas_threads):
+    """And the last that leaves gives back what there was, whoever came first."""
+
+    def entered(stack):
+        stack.enter_context(single_threaded_blas())
+        return blas_threads()
+
+    seen = []
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for first, last in ((one, other), (other, one)):
+            stacks = ExitStack(), ExitStack()
+            seen += [thread.submit(entered, s).result() for thread, s in zip((first, last), stacks, strict=True)]
+            first.submit(stacks[0].close).result()
+            seen.append(blas_threads())
+            last.submit(stacks[1].close).result()
+            assert set(blas_threads()) == {2}
+    assert {count for counts in seen for count in counts} == {1}

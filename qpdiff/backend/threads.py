@@ -51,6 +51,7 @@ def single_threaded_blas() -> Iterator[None]:
         return
     with _lock:
         if _users == 0:
+            _release_control()
             _limit = _controller().limit(limits=1, user_api="blas")
         _users += 1
     try:
@@ -59,7 +60,21 @@ def single_threaded_blas() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
+                _release_control()
                 _limit.restore_original_limits()
+                _release_control()
+
+
+def _release_control() -> None:
+    """Let any thread set the number of OpenBLAS's threads.
+
+    From version 3.8 on, threadpoolctl reserves that for the first thread that does, and ignores the others without a
+    word. The thread that lifts our limit may be another than the one that set it.
+    """
+    from threadpoolctl import OpenBLASController
+
+    if hasattr(OpenBLASController, "clear_controlling_thread"):
+        OpenBLASController.clear_controlling_thread(force=True)
 
 
 @contextmanager
