@@ -120,7 +120,7 @@ def vjp(
     >>> qpdiff.vjp(sol, x=[1.0], smoothing=0.1).lb.round(3).tolist()
     [0.077]
     """
-    with _quietly(sol):
+    with _quietly(sol), sol.linearization.problem.reproducibly():
         sol = _smoothed(sol, smoothing)
         lin = sol.linearization
         r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
@@ -176,7 +176,7 @@ def jvp(
     >>> np.round(qpdiff.jvp(sol, b=np.array([1.0])).x, 6).tolist()
     [0.5, 0.5]
     """
-    with _quietly(sol):
+    with _quietly(sol), sol.linearization.problem.reproducibly():
         sol = _smoothed(sol, smoothing)
         lin = sol.linearization
         problem, xp = lin.problem, lin.problem.backend.xp
@@ -226,7 +226,8 @@ FILL = {"nan": float("nan"), "zero": 0.0}
 
 def solve_kkt(lin: Linearization, r_x, r_v, *, unsolved: str = "nan"):
     """Solve the KKT system at a solution for right-hand sides (B, n) and (B, rows)."""
-    return _solve_kkt(lin, r_x, r_v, unsolved)[:2]
+    with lin.problem.reproducibly():
+        return _solve_kkt(lin, r_x, r_v, unsolved)[:2]
 
 
 def _solve_kkt(lin: Linearization, r_x, r_v, unsolved: str, of_matrices: bool = False):

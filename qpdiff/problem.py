@@ -93,6 +93,11 @@ class Problem:
             return self
         return replace(self, dtype=dtype, **{k: self.backend.xp.astype(v, dtype) for k, v in self.operands.items()})
 
+    def reproducibly(self):
+        """The context of work whose results the number of threads must not change."""
+        longest = max(self.n, self.m + self.p)
+        return self.backend.reproducibly(self.dtype, self.n * longest * max(self.batch, longest))
+
     # ---- parts of the batch
 
     def select(self, index) -> Problem:

@@ -150,7 +150,7 @@ def solve_qp(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
     compiled = choose_engine(engine, problem, verbose)
-    with problem.backend.quietly():
+    with problem.backend.quietly(), problem.reproducibly():
         near = warm_point(problem, warm_start)
         if compiled:
             solved = compiled.solve(problem, settings, near, progress, check)

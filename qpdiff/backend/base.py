@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Generator
+from contextlib import nullcontext
 
 import array_api_compat
 import numpy as np
@@ -82,6 +83,10 @@ class Backend:
     def quietly(self):
         """The context of work that is not to be differentiated by the library itself."""
         return self.context()
+
+    def reproducibly(self, dtype, products: int):
+        """The context of work with so many products of numbers whose results the number of threads must not change."""
+        return nullcontext()
 
     def while_loop(self, unfinished, body, carry: tuple, limit: int) -> tuple:
         """Apply ``carry = body(*carry)`` while the truth value ``unfinished(*carry)`` holds, at most `limit` times."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ SHORT = 32
 """Up to so many entries a row counts as short."""
 PARTS = 4
 """In how many parts a thread does its work, so that the last to begin has less of it."""
+FEW = 2**18
+"""Products of numbers up to which OpenBLAS wakes no threads."""
 WORTH_A_THREAD = 2.5e6
 """Operations of BLAS and LAPACK on a stack for which it is worth while to wake a thread."""
 
@@ -67,6 +70,10 @@ class NumPyBackend(Backend):
                     yield future.result()
             finally:
                 threads.shutdown(cancel_futures=True)
+
+    def reproducibly(self, dtype, products: int):
+        # In float32 what the threads of BLAS add up in another order decides where the iteration ends.
+        return single_threaded_blas() if dtype == np.float32 and products > FEW else nullcontext()
 
     def _parts(self, count: int, operations: float) -> list[slice]:
         """Parts of a stack of so many, some for each thread that it is worth while to wake for the operations on it."""
