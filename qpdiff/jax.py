@@ -15,7 +15,7 @@ import numpy as np
 from . import solver
 from .differentiation import right_hand_side, solve_kkt
 from .method import Settings
-from .problem import Layout, Problem, check_values, make_problem
+from .problem import Layout, Problem, check_values, make_problem, symmetrized
 from .solution import FIELDS, Solution, Status, check_unsolved, raise_if_unsolved
 from .solver import Outcome
 
@@ -86,6 +86,7 @@ def solve_qp(
     check_unsolved(unsolved)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem({name: _joined(value) for name, value in operands.items()}, backend="jax", dtype=dtype)
+    problem = symmetrized(problem)
     settings = solver.read_settings(problem, tol, rtol, max_iterations)
     near = jax.lax.stop_gradient(solver.warm_point(problem, warm_start))
     numbers = jax.lax.stop_gradient(problem.operands)

@@ -58,6 +58,8 @@ class Problem:
     b: Any = None
     lb: Any = None
     ub: Any = None
+    rounding: float = 1e-8
+    """How large rounding may be in Q, relative to its largest entry: a matter of the type that Q came in."""
     batch: int = field(init=False)
     n: int = field(init=False)
     m: int = field(init=False)
@@ -85,7 +87,7 @@ class Problem:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.backend, self.dtype, self.batch_shape, tuple(self.shapes.items()))
+        return Layout(self.backend, self.dtype, self.batch_shape, tuple(self.shapes.items()), self.rounding)
 
     def astype(self, dtype) -> Problem:
         """The same problems in another floating point type."""
@@ -271,9 +273,12 @@ class Layout(NamedTuple):
     dtype: Any
     batch_shape: tuple[int, ...]
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    rounding: float
 
     def problem(self, operands: dict[str, Any]) -> Problem:
-        return Problem(self.backend, self.dtype, self.batch_shape, dict(self.shapes), **operands)
+        return Problem(
+            self.backend, self.dtype, self.batch_shape, dict(self.shapes), rounding=self.rounding, **operands
+        )
 
 
 class Later(NamedTuple):
@@ -349,13 +354,22 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
     present = {name: value for name, value in operands.items() if value is not None}
     chosen, arrays = choose_backend(present, backend)
     dtype = working_dtype(chosen, arrays, present, dtype)
+    coarsest = max(rounding(chosen.xp, arrays["Q"].dtype), rounding(chosen.xp, dtype))
     with chosen.context():  # what overflows in the working type is refused as infinite
-        return _one_batch_axis(
-            chosen, dtype, {k: v if v.dtype == dtype else chosen.xp.astype(v, dtype) for k, v in arrays.items()}
-        )
+        arrays = {k: v if v.dtype == dtype else chosen.xp.astype(v, dtype) for k, v in arrays.items()}
+        return _one_batch_axis(chosen, dtype, arrays, coarsest)
 
 
-def _one_batch_axis(chosen: Backend, dtype, arrays) -> Problem:
+@cache
+def rounding(xp, dtype) -> float:
+    """How large rounding may be in a matrix that was computed in this type, relative to its largest entry."""
+    eps = float(xp.finfo(dtype).eps) if xp.isdtype(dtype, "real floating") else 0.0
+    if eps > xp.finfo(xp.float32).eps:  # half precision
+        return 10 * eps
+    return 1e-4 if eps > xp.finfo(xp.float64).eps else 1e-8
+
+
+def _one_batch_axis(chosen: Backend, dtype, arrays, coarsest: float) -> Problem:
     """The problem in the caller's arrays of the working type, their shapes looked at."""
     shapes = whole = {name: tuple(value.shape) for name, value in arrays.items()}
     if () in shapes.values():
@@ -380,6 +394,7 @@ def _one_batch_axis(chosen: Backend, dtype, arrays) -> Problem:
         dtype=dtype,
         batch_shape=batch_shape,
         shapes=shapes,
+        rounding=coarsest,
         **{name: chosen.for_products(value) for name, value in flat.items()},
     )
 
@@ -389,6 +404,20 @@ def _repeated(chosen: Backend, name: str, arrays):
     value = arrays[name]
     sizes = arrays[SIZED_BY[name]].shape[-2:] if name in SIZED_BY and not value.shape else ()
     return chosen.xp.broadcast_to(value, sizes[:1]) if len(sizes) == 2 else value
+
+
+def symmetrized(problem: Problem) -> Problem:
+    """The problem without the asymmetry of Q that is rounding in the type that it came in.
+
+    In a finer type that would be data: the engines, of which some read one triangle where others read both, would solve
+    different problems. What is more than rounding stays, for `check_values`.
+    """
+    Q, xp, backend = problem.Q, problem.backend.xp, problem.backend
+    if problem.rounding <= rounding(xp, problem.dtype) or backend.none(Q.mT != Q):
+        return problem
+    difference = Q.mT - Q
+    small = xp.abs(difference) < problem.rounding * _largest(problem)
+    return replace(problem, Q=Q + xp.where(small, difference, xp.zeros_like(Q)) / 2)
 
 
 @lru_cache(maxsize=256)
@@ -529,24 +558,21 @@ def _out_of_range(name: str, problem: Problem):
 
 
 def _largest(problem: Problem):
-    """The largest entry of Q, (B, 1, 1), and what is rounding relative to it; denormal numbers round by more."""
+    """The largest entry of Q, (B, 1, 1), or the smallest number to which rounding is relative."""
     xp = problem.backend.xp
     largest = xp.max(xp.abs(problem.Q), axis=(-2, -1), keepdims=True)
-    smallest = float(xp.finfo(problem.dtype).smallest_normal)
-    return problem.backend.clip(largest, smallest), 1e-8 if problem.dtype == xp.float64 else 1e-4
+    return problem.backend.clip(largest, float(xp.finfo(problem.dtype).smallest_normal))
 
 
 def _asymmetric(problem: Problem):
-    largest, tolerance = _largest(problem)
-    return problem.backend.xp.abs(problem.Q - problem.Q.mT) > tolerance * largest
+    return problem.backend.xp.abs(problem.Q - problem.Q.mT) > problem.rounding * _largest(problem)
 
 
 def indefinite(problem: Problem):
     """Whether Q has an eigenvalue that is negative beyond rounding, (B, 1): where the shifted Q has no factor."""
     # Divided by its largest entry, because the shift would overflow with huge and vanish with denormal numbers.
-    largest, tolerance = _largest(problem)
-    shift = tolerance * problem.backend.eye(problem.n, problem.dtype)
-    _, positive = problem.backend.factor(problem.Q / largest + shift)
+    shift = problem.rounding * problem.backend.eye(problem.n, problem.dtype)
+    _, positive = problem.backend.factor(problem.Q / _largest(problem) + shift)
     return ~positive
 
 
@@ -573,7 +599,10 @@ def _both_bounds(problem: Problem, entry) -> str:
 
 
 def _smallest_eigenvalue(problem: Problem, entry) -> str:
-    largest, _ = _largest(problem)
-    xp = problem.backend.xp
+    xp, largest = problem.backend.xp, _largest(problem)
     unit = float(xp.min(xp.linalg.eigvalsh(problem.Q / largest)))
-    return f"its smallest eigenvalue is {unit * float(largest[0, 0, 0]):.3g}"
+    smallest = unit * float(largest[0, 0, 0])
+    return (
+        f"its smallest eigenvalue is {smallest:.3g}, {unit:.2g} of its largest entry; if that is rounding, add "
+        f"{-smallest:.3g} to its diagonal or pass check=False"
+    )

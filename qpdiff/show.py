@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .method import MAX_ITERATIONS, RUNNING, State, initialize, make_part, step
-from .problem import OPERANDS, Problem, check_values, make_problem
+from .problem import OPERANDS, Problem, check_values, make_problem, symmetrized
 from .solution import Status
 from .solver import forms, read_settings
 
@@ -51,7 +51,7 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
     >>> [axes.get_title() for axes in figure.axes]
     ['primal residual', 'dual residual', 'duality gap', 'complementarity μ', 'problem 0: SOLVED']
     """
-    problem = make_problem({name: operands.get(name) for name in OPERANDS}, backend="numpy")
+    problem = symmetrized(make_problem({name: operands.get(name) for name in OPERANDS}, backend="numpy"))
     check_values(problem)
     shown = [problem.select(slice(i, i + 1)) for i in range(min(problem.batch, CURVES))]
     histories = [history(one) for one in shown]

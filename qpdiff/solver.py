@@ -31,7 +31,7 @@ from .method import (
     step,
     step_length,
 )
-from .problem import INFINITE, Layout, Problem, broadcasts, check_values, indefinite, make_problem, take
+from .problem import INFINITE, Layout, Problem, broadcasts, check_values, indefinite, make_problem, symmetrized, take
 from .solution import Solution, Status
 
 CENTERING_LIMIT = 50
@@ -144,6 +144,25 @@ def solve_qp(
     """
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem(operands, backend=backend, dtype=dtype)
+    return solve_problem(
+        problem, tol=tol, rtol=rtol, max_iterations=max_iterations, warm_start=warm_start, check=check,
+        verbose=verbose, engine=engine, progress=progress,
+    )  # fmt: skip
+
+
+def solve_problem(
+    problem: Problem,
+    *,
+    tol=None,
+    rtol=None,
+    max_iterations=MAX_ITERATIONS,
+    warm_start=None,
+    check=True,
+    verbose=False,
+    engine="auto",
+    progress=None,
+) -> Solution:
+    """`solve_qp` for operands that are a `Problem` already."""
     if problem.backend.traced:
         _refuse_traced(problem, verbose)
     settings = read_settings(problem, tol, rtol, max_iterations)
@@ -151,6 +170,7 @@ def solve_qp(
         raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
     compiled = choose_engine(engine, problem, verbose)
     with problem.backend.quietly(), problem.reproducibly():
+        problem = symmetrized(problem)
         near = warm_point(problem, warm_start)
         if compiled:
             solved = compiled.solve(problem, settings, near, progress, check)

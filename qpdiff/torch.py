@@ -15,6 +15,7 @@ import enum
 import functools
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import numpy as np
 from . import solver
 from .backend import choose_backend
 from .differentiation import kkt_jvp, kkt_vjp, right_hand_side, solution_vjp, solve_kkt
-from .problem import Problem, make_problem
+from .problem import OPERANDS, Problem, make_problem
 from .solution import FIELDS, Solution, check_unsolved, raise_if_unsolved
 from .solver import multipliers
 
@@ -123,6 +124,7 @@ class _Layer:
     def __init__(self, problem: Problem, unsolved: str, options: dict[str, Any]):
         self.backend: Any = problem.backend
         self.names = tuple(problem.operands)
+        self.rounding = problem.rounding
         self.unsolved, self.options = unsolved, options
         self.linearization: Any = None
 
@@ -133,7 +135,8 @@ class _Layer:
         if near:
             known = dict.fromkeys(_CONSTANT) | dict(zip(_WARM, map(_array, near), strict=True))
             options["warm_start"] = Solution(**known)
-        sol = solver.solve_qp(**arrays, backend="numpy" if host else "torch", **options)
+        problem = make_problem(dict.fromkeys(OPERANDS) | arrays, backend="numpy" if host else "torch")
+        sol = solver.solve_problem(replace(problem, rounding=self.rounding), **options)
         if self.unsolved == "raise":
             raise_if_unsolved(np.asarray(sol.status if host else sol.status.cpu()))
         self.linearization = sol.linearization
@@ -420,7 +423,7 @@ class OptNet(nn.Module):
 
     def forward(self, q):
         """The solutions x (..., n) for linear terms q (..., n), in the type of q."""
-        return solve_qp(q=q.double(), **self.operands(), **self.options).x.to(q.dtype)
+        return solve_qp(q=q, **self.operands(), dtype="float64", **self.options).x.to(q.dtype)
 
     def extra_repr(self) -> str:
         rows = {name: 0 if value is None else len(value) for name, value in (("m", self.G), ("p", self.A))}
@@ -486,9 +489,8 @@ def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolv
                 raise TypeError(f"{name} is {what}; every problem needs Q and p (pass zeros for what it lacks)")
         kind = given["p"].dtype
         given = {k: v if v.ndim == axes[k] else _MeanGradient.apply(v, batch) for k, v in given.items()}
-        given = {name: value if value.is_complex() else value.double() for name, value in given.items()}
         Q, q = given.pop("Q"), given.pop("p")
-        options = {"tol": max(eps, 1e-8), "check": check_Q_spd, "verbose": verbose == 1}
+        options = {"dtype": "float64", "tol": max(eps, 1e-8), "check": check_Q_spd, "verbose": verbose == 1}
         try:
             x = solve_qp((Q + Q.mT) / 2 if Q.shape[-1] == Q.shape[-2] else Q, q, **given, **options).x
         except (TypeError, ValueError) as error:

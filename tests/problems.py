@@ -21,6 +21,14 @@ def optnet(rng, batch, n, m, p):
     return operands | ({"A": A, "b": apply(A, point)} if p else {})
 
 
+def rounded_product(dtype):
+    """Two products of a factor with its transpose as they come out in a type: of rank 3, and neither symmetric."""
+    R = np.random.default_rng(0).normal(size=(2, 6, 3))
+    Q = (R @ R.mT).astype(dtype)
+    upper = np.triu(np.ones((6, 6), bool), 1)
+    return np.where(upper, Q * (1 + np.finfo(dtype).eps), Q).astype(dtype)
+
+
 def random_problem(rng, parts, *, batch=(4,), shared=(), cost="pd", n=6, m=5, p=2, infinite=0.0, fixed=0):
     """A feasible and bounded problem with the operands in `parts`.
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import apply, complete, kkt_residuals, random_problem
+from problems import apply, complete, kkt_residuals, random_problem, rounded_product
 
 import qpdiff
 from qpdiff import Status
@@ -330,6 +330,29 @@ def test_accepted_with_dtype(dtype):
     sol = qpdiff.solve_qp(**as_type(dtype)(GOOD), dtype="float32")
     assert sol.x.dtype == np.float32
     np.testing.assert_allclose(sol.x, -1.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_accepted_computed_Q(xp, dtype):
+    """What is solved and differentiated is the problem of the symmetric part, whatever the engine reads of Q."""
+    if dtype == np.float16 and xp.name == "array-api-strict":
+        pytest.skip("has no half precision")
+    Q, box = rounded_product(dtype), {"lb": np.full(6, -1.0), "ub": np.ones(6)}
+    exact = (Q.astype(np.float64) + Q.mT) / 2
+    largest = np.max(np.abs(exact), axis=(-2, -1))
+    assert np.all(np.max(np.abs(Q - exact), axis=(-2, -1)) > 1e-8 * largest)
+    assert np.all(np.linalg.eigvalsh(exact)[:, 0] < -1e-8 * largest)
+    operands = {"q": np.random.default_rng(1).normal(size=(2, 6)), **box}
+    expected = qpdiff.solve_qp(exact, **operands, check=False)
+    assert np.all(expected.status == Status.SOLVED)
+    options = {} if dtype == np.float32 else {"dtype": "float64"}
+    sol = qpdiff.solve_qp(**to_library(xp, {"Q": Q, **operands}), **options)
+    np.testing.assert_allclose(xp.to_numpy(sol.x), expected.x, atol=1e-9)
+    gradient = xp.to_numpy(qpdiff.vjp(sol, x=xp.asarray(np.ones((2, 6)))).Q)
+    np.testing.assert_allclose(gradient, qpdiff.vjp(expected, x=np.ones((2, 6))).Q, atol=1e-7)
+    np.testing.assert_array_equal(gradient, gradient.mT)
+    with raises("asymmetric-Q"):
+        qpdiff.solve_qp(**to_library(xp, {"Q": np.array([[1.0, 0.5], [0.0, 1.0]], dtype), "q": np.ones(2)}), **options)
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")

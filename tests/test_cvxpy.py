@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("cvxpy")
 import cvxpy as cp
+from problems import rounded_product
 
 import qpdiff
 from qpdiff import Status
@@ -585,6 +586,25 @@ def test_parameters_are_what_their_attributes_promise(attributes, good, bad, xp)
     with pytest.raises(ValueError, match=r"parameter a is declared .* \(problem 1 of the batch\)"):
         layer(xp.asarray(np.stack([good, bad])))
     assert int(layer(xp.asarray(bad), check=False).status) == Status.SOLVED
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_a_parameter_that_was_computed_in_another_type(kind):
+    """Of rank 3 and rounded by more than the type that it is solved in would do; so are bounds on it."""
+    x, P = cp.Variable(6), cp.Parameter((6, 6), name="P", PSD=True)
+    q, shift = cp.Parameter(6), cp.Parameter(name="shift", bounds=[0.1, 0.7])
+    problem = cp.Problem(cp.Minimize(cp.quad_form(x, P) + q @ x + shift), [x >= -1, x <= 1])
+    layer = qpdiff.from_cvxpy(problem, [P, q, shift])
+    numbers = np.random.default_rng(1).normal(size=(2, 6))
+    value = rounded_product(kind)
+    exact = (value.astype(np.float64) + value.mT) / 2
+    expected = layer(exact, numbers, 0.5, check=False)
+    solution = layer(value, numbers, np.float32(0.7), dtype="float64")
+    np.testing.assert_allclose(solution[x], expected[x], atol=1e-8)
+    pulled = [layer.vjp(found, np.ones(6))[0] for found in (solution, expected)]
+    np.testing.assert_allclose(*pulled, atol=1e-7)
+    with pytest.raises(ValueError, match="parameter P is declared PSD, but is not"):
+        layer(value - kind(0.2 if kind == np.float16 else 0.01) * np.eye(6, dtype=kind), numbers, 0.5, dtype="float64")
 
 
 # ---- the solver among CVXPY's own

@@ -6,7 +6,7 @@ import pytest
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp
 from jax.test_util import check_grads
-from problems import random_problem
+from problems import random_problem, rounded_product
 
 import qpdiff
 import qpdiff.jax
@@ -173,6 +173,21 @@ def test_single_precision_is_what_jax_starts_with():
         np.testing.assert_allclose(sol.x, expected.x, atol=1e-3)
         with pytest.raises(ValueError, match="dtype is float64"):
             qpdiff.jax.solve_qp(jnp.eye(2), jnp.ones(2), dtype="float64")
+
+
+def test_a_hessian_that_was_computed_in_float32():
+    """Traced or not, it is rounded by more than float64 would do."""
+    Q, q = rounded_product(np.float32), jnp.asarray(np.random.default_rng(1).normal(size=(2, 6)))
+
+    def solve(Q, **options):
+        return jnp.sum(qpdiff.jax.solve_qp(Q, q, lb=-jnp.ones(6), ub=jnp.ones(6), **options).x)
+
+    expected, gradient = jax.value_and_grad(solve)(jnp.asarray(Q.astype(np.float64) + Q.mT) / 2, check=False)
+    for function in (solve, jax.jit(solve)):
+        value, pulled = jax.value_and_grad(function)(jnp.asarray(Q))
+        np.testing.assert_allclose(value, expected, atol=1e-8)
+        np.testing.assert_allclose(pulled, gradient, atol=1e-6)  # it has the type of Q
+        np.testing.assert_array_equal(pulled, pulled.mT)
 
 
 def test_a_warm_start_saves_iterations():

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from problems import mostly_active, random_problem
+from problems import mostly_active, random_problem, rounded_product
 
 pytest.importorskip("torch")
 import torch
@@ -90,20 +90,18 @@ def random_problem_in_torch(seed=0, parts="A G lb ub", **options):
 def test_nothing_is_copied(monkeypatch):
     seen = {}
 
-    def spy(*args, **operands):
-        seen.update(operands)
-        seen["sol"] = solve(*args, **operands)
+    def spy(problem, **options):
+        seen["sol"] = solve(problem, **options)
         return seen["sol"]
 
-    solve = qpdiff.torch.solver.solve_qp
-    monkeypatch.setattr(qpdiff.torch.solver, "solve_qp", spy)
+    solve = qpdiff.torch.solver.solve_problem
+    monkeypatch.setattr(qpdiff.torch.solver, "solve_problem", spy)
     for batch in [(), (3,), (2, 2)]:
         operands = {k: v.requires_grad_() for k, v in random_problem_in_torch(batch=batch, shared=("Q",)).items()}
         sol = qpdiff.torch.solve_qp(**operands)
-        for name, tensor in operands.items():
-            assert isinstance(seen[name], np.ndarray)
-            assert seen[name].__array_interface__["data"][0] == tensor.data_ptr()
-        assert seen["sol"].linearization.problem.Q.__array_interface__["data"][0] == operands["Q"].data_ptr()
+        for name, array in seen["sol"].linearization.problem.operands.items():
+            assert isinstance(array, np.ndarray)
+            assert array.__array_interface__["data"][0] == operands[name].data_ptr()
         assert np.shares_memory(sol.x.detach().numpy(), seen["sol"].x)
         assert np.shares_memory(sol.z.detach().numpy(), seen["sol"].z)
 
@@ -141,6 +139,22 @@ def test_mixed_types_and_conversion():
         qpdiff.torch.solve_qp(Q, half)
     qpdiff.torch.solve_qp(Q, half, dtype="float32").x.sum().backward()
     assert half.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_a_hessian_that_was_computed_in_another_type(solved_by, kind):
+    """It is rounded by more than the type that it is solved in would do."""
+    Q = torch.tensor(rounded_product({torch.float32: np.float32, torch.float16: np.float16}[kind])).requires_grad_()
+    q, others = torch.randn(2, 6), {"lb": -torch.ones(6), "ub": torch.ones(6)}
+    precise = symmetric(Q.detach().double()).requires_grad_()
+    expected = qpdiff.torch.solve_qp(precise, q, **others, dtype="float64", check=False).x
+    expected.sum().backward()
+    x = qpdiff.torch.solve_qp(Q, q, **others, dtype="float64").x
+    x.sum().backward()
+    torch.testing.assert_close(x, expected, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(Q.grad, precise.grad.to(kind), atol=1e-3 if kind == torch.float16 else 1e-6, rtol=1e-3)
+    mapped = vmap(lambda Q, q: qpdiff.torch.solve_qp(Q, q, **others, dtype="float64").x)
+    torch.testing.assert_close(mapped(Q.detach(), q), expected.detach(), atol=1e-9, rtol=1e-9)
 
 
 def test_lists_numbers_and_arrays_become_tensors():
@@ -364,14 +378,14 @@ def test_a_change_in_place_is_noticed():
 def linearizations(monkeypatch):
     """References to what the solutions from now on keep for the derivative."""
     kept = []
-    solve = qpdiff.torch.solver.solve_qp
+    solve = qpdiff.torch.solver.solve_problem
 
-    def spy(*args, **operands):
-        sol = solve(*args, **operands)
+    def spy(problem, **options):
+        sol = solve(problem, **options)
         kept.append(weakref.ref(sol.linearization.problem))
         return sol
 
-    monkeypatch.setattr(qpdiff.torch.solver, "solve_qp", spy)
+    monkeypatch.setattr(qpdiff.torch.solver, "solve_problem", spy)
     return kept
 
 
@@ -956,6 +970,18 @@ def test_qpfunction_names_what_is_wrong(change, kind, message):
     good |= {"A": torch.ones(1, 3), "b": torch.ones(1)}
     with pytest.raises(kind, match="^" + re.escape(message)):
         qpdiff.torch.QPFunction()(**(good | change))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_qpfunction_takes_a_hessian_that_was_computed_in_its_type(kind):
+    Q = torch.tensor(rounded_product(np.float32)).to(kind)
+    box, p = torch.cat([torch.eye(6), -torch.eye(6)]).to(kind), torch.randn(2, 6).to(kind)
+    e = torch.Tensor()
+    z = qpdiff.torch.QPFunction()(Q, p, box, torch.ones(12).to(kind), e, e)
+    assert z.dtype == kind
+    precise = symmetric(Q.double())
+    expected = qpdiff.torch.solve_qp(precise, p.double(), box.double(), torch.ones(12).double(), check=False).x
+    torch.testing.assert_close(z, expected.to(kind), atol=1e-6, rtol=1e-6)
 
 
 def test_qpfunction_under_vmap():

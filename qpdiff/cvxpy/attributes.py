@@ -11,12 +11,17 @@ ROUNDING = 1e-10
 """By how much a number may miss its sign, its bounds or its zero, as in CVXPY."""
 
 
-def check_parameter(backend, parameter, value) -> None:
-    """Refuse a value (..., *shape) that has NaN or is not what the attributes of the parameter promise."""
+def check_parameter(backend, parameter, value, tolerance: float) -> None:
+    """Refuse a value (..., *shape) that has NaN or is not what the attributes of the parameter promise.
+
+    `tolerance` is that of `qpdiff.problem.rounding` for the type that the value came in.
+    """
     xp, batch = backend.xp, tuple(value.shape[: value.ndim - parameter.ndim])
-    if not value.size:
+    if math.prod(value.shape) == 0:
         return
-    for what, wrong in _violations(backend, parameter, value):
+    if value.dtype not in (xp.float32, backend.exact):  # integers, and half precision, which has no eigenvalues
+        value = xp.astype(value, backend.exact)
+    for what, wrong in _violations(backend, parameter, value, tolerance):
         problems = xp.any(xp.reshape(wrong, (math.prod(batch), -1)), axis=-1)
         if bool(xp.any(problems)):
             first = [int(i) for i in np.unravel_index(int(xp.argmax(xp.astype(problems, xp.int8))), batch)]
@@ -24,7 +29,7 @@ def check_parameter(backend, parameter, value) -> None:
             raise ValueError(f"parameter {parameter.name()} {what}{where}")
 
 
-def _violations(backend, parameter, value):
+def _violations(backend, parameter, value, tolerance: float):
     """What is wrong in words, and where: True in an array whose leading axes are those of the batch."""
     xp, has = backend.xp, parameter.attributes
     yield "has NaN", xp.isnan(value)
@@ -51,9 +56,8 @@ def _violations(backend, parameter, value):
         yield f"is declared {kind}, but has entries elsewhere", (xp.abs(value) > ROUNDING) & backend.asarray(zero)
     if has["symmetric"] or has["PSD"] or has["NSD"]:
         largest = xp.max(xp.abs(value), axis=(-2, -1), keepdims=True)
-        tolerance = largest * (1e-8 if value.dtype == xp.float64 else 1e-4)
-        yield "is declared symmetric (PSD, NSD), but is not", xp.abs(value - value.mT) > tolerance
+        yield "is declared symmetric (PSD, NSD), but is not", xp.abs(value - value.mT) > tolerance * largest
         for kind, sign in (("PSD", 1.0), ("NSD", -1.0)):
             if has[kind]:
                 eigenvalues = xp.linalg.eigvalsh(sign * (value + value.mT) / 2)
-                yield f"is declared {kind}, but is not", eigenvalues < -tolerance[..., 0]
+                yield f"is declared {kind}, but is not", eigenvalues < -tolerance * largest[..., 0]

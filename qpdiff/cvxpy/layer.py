@@ -14,7 +14,7 @@ NeurIPS 2019.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -25,7 +25,7 @@ import numpy as np
 from .. import differentiation, solver
 from ..backend import choose_backend, working_dtype
 from ..differentiation import Gradients, as_tangent, summed
-from ..problem import OPERANDS
+from ..problem import OPERANDS, make_problem, rounding
 from ..solution import Solution, Status
 from .attributes import check_parameter
 from .canonical import canonicalize
@@ -227,13 +227,17 @@ class Layer:
             For a parameter of a wrong shape or with wrong numbers, naming it, and for what `qpdiff.solve_qp` refuses.
         """
         backend, dtype, arrays = self._arrays(parameters, backend, dtype)
+        xp = backend.xp
+        coarsest = [max(rounding(xp, array.dtype), rounding(xp, dtype)) for array in arrays]
         if check:
-            for parameter, array in zip(self.parameters, arrays, strict=True):
-                check_parameter(backend, parameter, array)
+            for parameter, array, tolerance in zip(self.parameters, arrays, coarsest, strict=True):
+                check_parameter(backend, parameter, array, tolerance)
         with backend.quietly():
             data = self._data(backend, dtype, arrays)
-        offset, xp = data.pop("offset"), backend.xp
-        sol = solver.solve_qp(**data, check=check, **options)
+        offset = data.pop("offset")
+        problem = make_problem(dict.fromkeys(OPERANDS) | data)
+        of_Q = [problem.rounding, *(coarsest[i] for i in self._maps["Q"].matrices)]
+        sol = solver.solve_problem(replace(problem, rounding=max(of_Q)), check=check, **options)
         value = self._sense * (sol.objective + offset)
         for status, sign in ((Status.PRIMAL_INFEASIBLE, 1.0), (Status.DUAL_INFEASIBLE, -1.0)):
             value = xp.where(sol.status == int(status), sign * self._sense * xp.inf, value)
@@ -358,7 +362,7 @@ class Layer:
     # ---- arguments
 
     def _arrays(self, values, backend, dtype):
-        """The parameters as arrays of one library and one floating point type, their shapes checked."""
+        """The parameters as arrays of one library, their shapes checked, and the floating point type to compute in."""
         if len(values) != len(self.parameters):
             names = ", ".join(parameter.name() for parameter in self.parameters)
             raise TypeError(f"{len(values)} parameters were given; expected {len(self.parameters)}: {names}")
@@ -378,10 +382,14 @@ class Layer:
                     f"{label} has batch axes {leading}, which do not broadcast with the batch axes {batch} of the "
                     "parameters before it"
                 ) from error
-        return backend, dtype, tuple(backend.xp.astype(array, dtype, copy=False) for array in arrays.values())
+        return backend, dtype, tuple(arrays.values())
 
     def _data(self, backend, dtype, arrays) -> dict[str, Any]:
-        flat = {i: _flattened(backend.xp, a, self.parameters[i].shape) for i, a in enumerate(arrays)}
+        xp = backend.xp
+        flat = {
+            i: _flattened(xp, xp.astype(array, dtype, copy=False), self.parameters[i].shape)
+            for i, array in enumerate(arrays)
+        }
         return {name: affine.value(backend, dtype, flat) for name, affine in self._maps.items()}
 
     def _problem(self, solution: LayerSolution):
