@@ -65,7 +65,7 @@ class Trial(NamedTuple):
 
 def with_qpdiff(d, tol):
     def run():
-        return qpdiff.solve_qp(**d, tol=tol, rtol=0.0)
+        return qpdiff.solve_qp(**d, dtype=d["Q"].dtype.name, tol=tol, rtol=0.0)
 
     def read(sol):
         return Answer(int(sol.status) == qpdiff.Status.SOLVED, (sol.x, sol.y, sol.z, sol.z_lb, sol.z_ub))

@@ -77,7 +77,9 @@ def solve_qp(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved
     x, v = solution[:, : problem.n], solution[:, problem.n :]
     parts = dict(zip(("y", "z", "z_lb", "z_ub"), multipliers(layer.problem(*flat.values()), v), strict=True))
     parts["x"] = x
-    return replace(sol, **{k: anp.reshape(part, (*problem.batch_shape, part.shape[-1])) for k, part in parts.items()})
+    shapes = {name: (*problem.batch_shape, part.shape[-1]) for name, part in parts.items()}
+    returned = layer.problem(*flat.values()).returned
+    return replace(sol, **{name: anp.reshape(returned(part), shapes[name]) for name, part in parts.items()})
 
 
 def _plain(value):
@@ -88,7 +90,9 @@ def _plain(value):
 
 
 def _one_batch_axis(problem: Problem, name: str, value):
-    """An operand with its batch axes flattened to one, by operations that autograd differentiates."""
+    """An operand as the problem has it, with one batch axis, by operations that autograd differentiates."""
+    if getattr(value, "dtype", problem.dtype) != problem.dtype:
+        value = value.astype(problem.dtype)
     shape = problem.shapes[name]
     size, *core = getattr(problem, name).shape
     whole = (*problem.batch_shape, *core) if size != 1 else (*shape[: -len(core)], *core)
@@ -103,6 +107,7 @@ def _one_batch_axis(problem: Problem, name: str, value):
 _OPERATIONS = SimpleNamespace(
     **{
         **vars(anp),
+        "astype": lambda a, dtype: a.astype(dtype),
         "bool": np.bool_,
         "concat": anp.concatenate,
         "matrix_transpose": lambda a: anp.swapaxes(a, -1, -2),

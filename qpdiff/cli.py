@@ -46,7 +46,7 @@ def solve(
     file: FileArgument,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write the solution to this .npz file")] = None,
     backend: BackendOption = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or float64")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64, to compute in and to write")] = None,
     tol: Annotated[float | None, typer.Option(help="absolute tolerance")] = None,
     rtol: Annotated[float | None, typer.Option(help="relative tolerance")] = None,
     max_iterations: Annotated[int | None, typer.Option(help="limit on the iterations")] = None,

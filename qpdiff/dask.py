@@ -15,10 +15,10 @@ import array_api_compat
 import numpy as np
 
 from . import differentiation, solver
-from .backend import choose_backend, from_host, single_threaded, working_dtype
+from .backend import choose_backend, floating_types, from_host, single_threaded
 from .differentiation import Gradients, Tangents
 from .problem import OPERANDS, Problem, broadcasts, make_problem
-from .solution import FIELDS, Solution, check_unsolved, raise_if_unsolved
+from .solution import FIELDS, POINT, Solution, check_unsolved, raise_if_unsolved
 
 try:
     import dask.array as da
@@ -100,13 +100,18 @@ def solve_qp(
     given = {name: value for name, value in operands.items() if value is not None}
     metas = {name: value._meta if isinstance(value, da.Array) else value for name, value in given.items()}
     backend, arrays = choose_backend(metas)
-    kind = working_dtype(backend, arrays, metas, dtype)
-    arrays = {name: given[name] if isinstance(given[name], da.Array) else value for name, value in arrays.items()}
+    result = floating_types(backend, arrays, metas, dtype).result
+    for name, value in arrays.items():
+        if isinstance(given[name], da.Array):
+            arrays[name] = given[name]
+        elif not hasattr(given[name], "dtype") and backend.xp.isdtype(value.dtype, "real floating"):
+            arrays[name] = backend.xp.astype(value, result)  # a list has no type, but the array that is made of it has
     problem = _with_shapes_of(arrays)
 
     options = {"tol": tol, "rtol": rtol, "max_iterations": max_iterations, "check": check, "engine": engine}
-    options["dtype"] = np.dtype(kind).name
-    none = {k: backend.full((0, *_core(k, v.shape)) if v.ndim else (), 0.0, kind) for k, v in arrays.items()}
+    name = np.dtype(result).name
+    options["dtype"] = None if dtype is None and name == "float32" else name
+    none = {k: backend.full((0, *_core(k, v.shape)) if v.ndim else (), 0, v.dtype) for k, v in arrays.items()}
     empty = solver.solve_qp(**none, **options)
     chunks = _batch_chunks(arrays, problem.batch_shape)
     near = _warm_parts(warm_start, problem)
@@ -405,10 +410,12 @@ def _whole(value):
 
 @sizeof.register(Solution)
 def _size_of_solution(sol: Solution) -> int:
-    """What a block takes; its variables and multipliers are parts of its linearization."""
-    if sol.linearization is None:
+    """What a block takes; its variables and multipliers are parts of its linearization, if of the same type."""
+    lin = sol.linearization
+    if lin is None:
         return sum(sizeof(getattr(sol, name)) for name in FIELDS)
-    return sizeof(tuple(sol.linearization)) + sum(sizeof(getattr(sol, name)) for name in FIELDS[6:])
+    own = [name for name in FIELDS if name not in POINT or lin.problem.result != lin.problem.dtype]
+    return sizeof(tuple(lin)) + sum(sizeof(getattr(sol, name)) for name in own)
 
 
 @sizeof.register(Problem)

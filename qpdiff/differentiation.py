@@ -82,8 +82,9 @@ def vjp(
     -------
     Gradients
         Of the shapes in which the operands were given: summed over the batch axes that an operand lacks, and over the
-        entries that a number stands for. The gradient with respect to Q is symmetric. Where lb = ub fixes a variable,
-        the gradient goes to the bound that holds it against the cost.
+        entries that a number stands for. Computed in the type in which the problem was solved, returned in that of its
+        solution. The gradient with respect to Q is symmetric. Where lb = ub fixes a variable, the gradient goes to the
+        bound that holds it against the cost.
 
     Raises
     ------
@@ -128,7 +129,7 @@ def vjp(
         problem = lin.problem
         rest = [name for name in problem.operands if name not in done]
         out = done | solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest)
-        return Gradients(**{name: _reduce(problem, name, value) for name, value in out.items()})
+        return Gradients(**{name: problem.returned(_reduce(problem, name, value)) for name, value in out.items()})
 
 
 def jvp(
@@ -162,6 +163,7 @@ def jvp(
     Returns
     -------
     Tangents
+        In the types of `vjp`.
 
     Raises
     ------
@@ -195,7 +197,7 @@ def jvp(
             d_lb = xp.where(fixed & ~at_lower, zero, d_lb)
 
         def shaped(value):
-            return xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
+            return xp.reshape(problem.returned(value), (*problem.batch_shape, value.shape[-1]))
 
         return Tangents(shaped(dx), shaped(dv[:, blocks["A"]]), shaped(dv[:, blocks["G"]]), shaped(d_lb), shaped(d_ub))
 
@@ -352,7 +354,7 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
     """
     xp = problem.backend.xp
     single = problem.dtype == xp.float32
-    smallest, largest, equal, rho = (1e-4, 1e-2, 1e-5, 1e-5) if single else (1e-6, 1e-3, 1e-10, 1e-9)
+    smallest, largest, equal, rho = (1e-4, 1e-2, 1e-5, 1e-5) if single else (1e-6, 1e-3, 1e-11, 1e-9)
     heavy = _heavy(problem, metric, theta)
     scaled = theta * metric.rows**2
     raised = problem.inequality & (scaled < largest)

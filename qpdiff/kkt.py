@@ -23,7 +23,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from .problem import Later, Problem, product, product_transposed, take
+from .problem import INFINITE, Later, Problem, _concat, product, product_transposed, take
 
 
 class System(NamedTuple):
@@ -35,10 +35,18 @@ class System(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """Equilibration: the scale D of the variables (B or 1, n) and E of the rows (B or 1, rows)."""
+    """Equilibration: the variables x/D, the slacks E s and the multipliers v/E are those of the scaled problem."""
 
     variables: Any
+    """D, (B or 1, n)."""
     rows: Any
+    """E, (B or 1, rows)."""
+    primal: Any
+    """What the scaled primal residual E(Kx + s − k) is measured in, (B or 1, 1)."""
+    dual: Any
+    """What the scaled dual residual D(Qx + q + Kᵀv) is measured in, (B or 1, 1)."""
+    reach: Any
+    """How far x/D is likely to go at most, infinite where nothing is known of it, (B or 1, 1)."""
 
 
 # ---- the reduced forms
@@ -189,7 +197,7 @@ class DiagonalDualForm:
         """
         xp = problem.backend.xp
         diagonal = xp.linalg.diagonal(problem.Q)
-        scaled = diagonal * equilibrate(problem).variables ** 2
+        scaled = diagonal * balance(problem).D ** 2
         rows = _stack(xp, [K for K in (problem.A, problem.G) if K is not None])
         return cls(problem, (diagonal + _own_terms(problem, diagonal), rows)), xp.all(scaled > 1e-6, axis=-1)
 
@@ -310,7 +318,7 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
     problem, xp = form.problem, form.problem.backend.xp
     weights = 1.0 / (system.theta + system.delta)
     zero = xp.zeros_like(r_v)
-    D, E = metric
+    D, E, *_ = metric
 
     def size(a_x, a_v, x_scale, v_scale):
         parts = [xp.abs(x_scale * a_x), xp.abs(v_scale * xp.where(heavy, a_v, zero))]
@@ -351,43 +359,165 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
 
 
 METRIC_PASSES = 4
+ROUNDING = 1e-8
+"""A right-hand side is nothing but rounding where it is so much smaller than x at the least cost of all."""
+UNCERTAINTY = 100.0
+"""How much further than the largest curvature says x may go where other curvatures are smaller."""
+SMALLEST_CURVATURE = 1e-12
+LARGEST_RATIO = 1e8
+"""Limit on the squares of D and E against those that they begin with, for rows and columns of nothing but rounding."""
 
 
 def equilibrate(problem: Problem) -> Metric:
-    """Scales that bring the rows of [[Q, Kᵀ], [K, 0]] to about unit length (Ruiz, 2001, in the 2-norm).
+    """Scales of the variables and the constraints, and the sizes that residuals of the scaled problem are measured in.
 
-    A bound row is scaled as its variable, and a variable that is in no row and not in Q by its bounds. Scales are
-    limited to [1e-4, 1e4], those by bounds to [1e-6, 1e6], and are 1 for a row of zeros.
+    D and E are those of `balance`. Without curvature they leave open how large the cost is against the constraints:
+    then they also make max |Dq| about as large as the entries of Ek.
     """
-    xp = problem.backend.xp
+    xp, backend = problem.backend.xp, problem.backend
+    balanced = balance(problem)
+    D, occupied, curvature = balanced.D, balanced.occupied, balanced.curvature
+    boxed = problem.lb is not None and problem.ub is not None
+    bounds = [1.0 / D for bound in (problem.lb, problem.ub) if bound is not None]
+    E = _together(xp, [*balanced.E, *bounds], D)
+    # A variable in no row and not in Q takes the scale of its bounds, so that they say nothing of the others.
+    counts = _together(xp, [*balanced.filled, *(occupied if boxed else occupied | True for _ in bounds)], occupied)
+    k = xp.where(problem.exists & counts, E * problem.k, 0.0)
+    q = D * problem.q
+    primal, dual, reach = residual_units(problem, k, q, curvature, balanced.least_curvature)
+    if boxed:
+        span = problem.ub - problem.lb
+        bounded = ~occupied & (span > 0) & (span < INFINITE)
+        if not backend.none(bounded):
+            D = xp.where(bounded, span / primal, D)
+            E = _together(xp, [*balanced.E, 1.0 / D, 1.0 / D], D)
+    metric, slope = Metric(D, E, primal, dual, reach), backend.norm(q)
+    flat = (curvature == 0) & (slope > 0)
+    if backend.none(flat):
+        return metric
+    return with_cost(metric, xp.where(flat, _mean_size(backend, k) / xp.where(slope > 0, slope, 1.0), 1.0))
+
+
+def _together(xp, parts, like):
+    """Arrays (B or 1, ·) side by side; of none, one without columns."""
+    return _concat(xp, parts) if parts else like[:, :0]
+
+
+def with_cost(metric: Metric, c) -> Metric:
+    """The scaling of the problem whose cost is c times as large."""
+    D, E, primal, dual, reach = metric
+    root = c**0.5
+    return Metric(root * D, E / root, primal / root, root * dual, reach / root)
+
+
+def residual_units(problem: Problem, k, q, curvature, least_curvature):
+    """What the residuals of the scaled problem are measured in, and how far x is likely to go at most.
+
+    Residuals are measured in lower estimates of how large their terms are. A solution is at least as large as the
+    right-hand sides that x = 0 does not satisfy. Where it satisfies all, the solution is where the cost is least, or
+    the first constraint on the way there stops it.
+    """
+    xp, backend = problem.backend.xp, problem.backend
+    length, infinite = xp.abs(k), float("inf")
+
+    def where_positive(a, value, other):
+        return xp.where(a > 0, value / xp.where(a > 0, a, 1.0), other)
+
+    needed = backend.largest(xp.where(problem.equality, length, backend.clip(-k, 0.0)))
+    nearest = backend.largest(where_positive(length, 1.0, 0.0))
+    slope = backend.norm(q)
+    free = where_positive(curvature, slope, 0.0)
+    least = xp.minimum(where_positive(nearest, 1.0, infinite), xp.where(free > 0, free, infinite))
+    # What is smaller by eight digits than where the cost is least is rounding in somebody's data.
+    primal = xp.where(needed > 0, xp.maximum(needed, ROUNDING * free), least)
+    primal = xp.where(primal < infinite, primal, 1.0)
+    curved = curvature * primal
+    dual = xp.where(curved < slope, xp.sqrt(slope * xp.where(curved > 0, curved, slope)), curved)
+    reach = xp.minimum(where_positive(least_curvature, slope, infinite), UNCERTAINTY * free)
+    reach = xp.maximum(needed, reach)
+    return primal, xp.where(dual > 0, dual, primal), xp.where(reach > 0, reach, infinite)
+
+
+def _mean_size(backend, k):
+    """The geometric mean of the entries that are not zero, which no single one decides; 1 where there are none."""
+    xp = backend.xp
+    length = xp.abs(k)
+    count = backend.total(xp.astype(length > 0, k.dtype))
+    return xp.exp(backend.total(xp.log(xp.where(length > 0, length, 1.0))) / backend.clip(count, 1.0))
+
+
+class Balance(NamedTuple):
+    """What `balance` finds."""
+
+    D: Any
+    """(B or 1, n)."""
+    E: list
+    """Those of the rows of A, and of G, where they are given."""
+    filled: list
+    """Which of these rows have an entry that is not 0."""
+    occupied: Any
+    """Which variables are in Q or in a row of A and G, (B or 1, n)."""
+    curvature: Any
+    """The largest length of a row of DQD, (B or 1, 1)."""
+    least_curvature: Any
+
+
+def balance(problem: Problem) -> Balance:
+    """D and E such that the rows of [[DQD, DKᵀE], [EKD, 0]] are of about unit length (Ruiz, 2001, in the 2-norm).
+
+    Each scale begins with the curvature of its variable, or else with the largest entry of its row or column, so that
+    the units of the data do not matter, nor overflow.
+    """
+    xp, backend = problem.backend.xp, problem.backend
     matrices = [K for K in (problem.A, problem.G) if K is not None]
-    Q2, K2 = problem.Q * problem.Q, [K * K for K in matrices]
+
+    def inverse(length, usable):
+        return xp.where(usable, 1.0 / xp.where(usable, length, xp.ones_like(length)), xp.ones_like(length))
+
+    diagonal = xp.linalg.diagonal(problem.Q)
+    curved = diagonal > SMALLEST_CURVATURE * backend.largest(diagonal)
+    curved = curved & xp.isfinite(diagonal)
+    first_D = inverse(xp.sqrt(xp.where(curved, diagonal, 1.0)), curved)
+    known = xp.where(curved, first_D, 0.0)
+    first_E, filled = [], []
+    for K in matrices:
+        size = xp.abs(K)
+        some = xp.max(size * known[:, None, :], axis=-1) if K.shape[-2] else K[..., 0]
+        every = xp.max(size, axis=-1) if K.shape[-2] else K[..., 0]
+        length = xp.where(some > 0, some, every)
+        filled.append((length > 0) & xp.isfinite(length))
+        first_E.append(inverse(length, filled[-1]))
+    columns = [
+        xp.max(xp.abs(K) * e[:, :, None], axis=-2) for K, e in zip(matrices, first_E, strict=True) if K.shape[-2]
+    ]
+    if columns:
+        length = columns[0] if len(columns) == 1 else xp.maximum(*columns)
+        first_D = xp.where(curved, first_D, inverse(length, (length > 0) & xp.isfinite(length)))
+    Q2 = (first_D[:, :, None] * problem.Q * first_D[:, None, :]) ** 2
+    K2 = [(K * e[:, :, None] * first_D[:, None, :]) ** 2 for K, e in zip(matrices, first_E, strict=True)]
     batch = max(M.shape[0] for M in (Q2, *K2))
-    D2 = problem.backend.full((batch, problem.n), 1.0, problem.dtype)
-    E2 = [problem.backend.full((batch, K.shape[-2]), 1.0, problem.dtype) for K in matrices]
+    D2 = backend.full((batch, problem.n), 1.0, problem.dtype)
+    E2 = [backend.full((batch, K.shape[-2]), 1.0, problem.dtype) for K in matrices]
 
     def rescaled(scale, length2):
         usable = xp.isfinite(length2) & (length2 > 0)
         one = xp.ones_like(length2)
-        return problem.backend.clip(xp.where(usable, scale / xp.sqrt(xp.where(usable, length2, one)), one), 1e-8, 1e8)
+        value = xp.where(usable, scale / xp.sqrt(xp.where(usable, length2, one)), one)
+        return backend.clip(value, 1.0 / LARGEST_RATIO, LARGEST_RATIO)
 
     occupied = D2 < 0
     for _ in range(METRIC_PASSES):
-        columns = D2 * sum((product_transposed(K, e) for K, e in zip(K2, E2, strict=True)), product(Q2, D2))
+        curved = D2 * product(Q2, D2)
+        columns = sum((D2 * product_transposed(K, e) for K, e in zip(K2, E2, strict=True)), curved)
         rows = [e * product(K, D2) for K, e in zip(K2, E2, strict=True)]
         occupied = columns > 0
-        D2 = rescaled(D2, columns)
+        before, D2 = D2, rescaled(D2, columns)
+        curved = curved * (D2 / before)
         E2 = [rescaled(e, r) for e, r in zip(E2, rows, strict=True)]
-    if problem.lb is not None and problem.ub is not None:
-        span = problem.ub - problem.lb
-        known = ~occupied & xp.isfinite(span) & (span > 0)
-        D2 = xp.where(known, problem.backend.clip(span, 1e-6, 1e6) ** 2, D2)
-    D = xp.sqrt(D2)
-    E = [xp.sqrt(e) for e in E2] + [1.0 / D for bound in (problem.lb, problem.ub) if bound is not None]
-    if not E:
-        return Metric(D, D[:, :0])
-    batch = max(e.shape[0] for e in E)
-    return Metric(D, xp.concat([xp.broadcast_to(e, (batch, e.shape[-1])) for e in E], axis=-1))
+    D = xp.sqrt(D2) * first_D
+    E = [xp.sqrt(e) * first for e, first in zip(E2, first_E, strict=True)]
+    flattest = xp.min(curved, axis=-1, keepdims=True)
+    return Balance(D, E, filled, occupied, xp.sqrt(backend.largest(curved)), xp.sqrt(flattest))
 
 
 # ---- small pieces

@@ -22,10 +22,22 @@ MAX_ITERATIONS = 200
 RUNNING = -1
 STEP_FRACTION, LARGEST_FRACTION = 0.995, 0.9999
 """Share of the step to the boundary of s > 0, z > 0 that is taken at least, and at most."""
+LOOSE = 10.0
+"""A right-hand side this many times as far away as x is likely to go is that of a bound which means none."""
+LEAST_CENTRALITY = 0.01
+"""μ of the starting point against the square of the largest multiplier there, at least: 0 where all are equal."""
+LARGE_MULTIPLIERS, SMALLER_COST, NEARER = 10.0, 1e-4, 0.5
+"""From which ratio of the multipliers of equalities to the variables on a start for a fraction of the cost is tried,
+the fraction, and how much smaller than that of the ordinary start its primal residual has to be."""
+DOMINANT, STUCK, LOWER_LIMIT = 0.2, 0.5, 1e-4
+"""δ is lowered where it makes up the first share of a residual of which a step leaves the second; down to the ordinary
+limit times the third."""
 IMPATIENCE = 3
 """Iterations without progress after which variables and multipliers move by the same step length."""
 PATIENCE = 30
 """Iterations without progress after which a problem counts as stalled."""
+REACHED = 100.0
+"""Up to so many times the right-hand sides, an iterate's size counts as that of a solution that is to be ruled out."""
 LUCK = 1e-4
 """Share of the rounding error of the duality gap that counts towards the gap."""
 ROUNDING = 1e-13
@@ -37,6 +49,8 @@ class Settings(NamedTuple):
 
     tol: float
     rtol: float
+    absolute: bool
+    """Whether residuals are measured in the caller's units, else in those of the scaled problem (`Units`)."""
     max_iterations: int
     rho: float
     delta: float
@@ -66,15 +80,18 @@ class State(NamedTuple):
     Qx: Any
     Kx: Any
     objective: Any
+    found: Residuals
+    """In the caller's units."""
     primal: Any
+    """The residuals in the units of the tolerance."""
     dual: Any
     gap: Any
     near: Any
     """Whether the iterate is within the tolerance."""
     worst: Any
     """Largest of the three residuals."""
-    best: Any
-    """Smallest `worst` so far."""
+    best: Residuals
+    """The smallest of each so far."""
     inexact: Any
     """Whether the last step was not accurate enough to go without refinement."""
     proof: Any
@@ -89,16 +106,38 @@ class State(NamedTuple):
     """What `qpdiff.rows` knows of x where x itself is that of an earlier iterate."""
 
 
+class Residuals(NamedTuple):
+    """Primal residual, dual residual and duality gap, (B, 1)."""
+
+    primal: Any
+    dual: Any
+    gap: Any
+
+
+class Unit(NamedTuple):
+    """Residuals are multiplied by a scale and divided by a size before they are compared with the tolerance."""
+
+    scale: Any
+    size: Any
+
+
+class Units(NamedTuple):
+    """Those of the variables and the constraints, and the size of the gap; None: residuals in the caller's units."""
+
+    x: Unit | None
+    rows: Unit | None
+    gap: Any
+
+
 class Sizes(NamedTuple):
     """Numbers of each problem's data, (B or 1, 1)."""
 
     inequalities: Any
     """How many there are, at least 1."""
-    k: Any
-    """The largest |k|."""
     q: Any
+    """The largest |q| in the units of the tolerance."""
     scaled_k: Any
-    """The largest |k| in the scaled problem, at least 1."""
+    """The largest |k| in the scaled problem but for loose constraints, at least what its residual is measured in."""
     scaled_q: Any
     least_rate: Any
     """How fast ρ and δ shrink at least: by themselves where there is no inequality and so no complementarity."""
@@ -110,6 +149,7 @@ class Part(NamedTuple):
     form: Any
     metric: kkt.Metric
     sizes: Sizes
+    units: Units
     exact: Problem
     """The problems in float64, in which residuals are computed: in float32 rounding would hide what is left."""
 
@@ -126,22 +166,23 @@ class Part(NamedTuple):
         problem = self.problem.select(index)
         exact = problem if self.exact is self.problem else self.exact.select(index)
         xp = problem.backend.xp
-        metric, sizes = take(xp, (self.metric, self.sizes), index)
-        return Part(self.form.select(problem, index), metric, sizes, exact)
+        metric, sizes, units = take(xp, (self.metric, self.sizes, self.units), index)
+        return Part(self.form.select(problem, index), metric, sizes, units, exact)
 
 
-def make_part(form) -> Part:
+def make_part(form, settings: Settings) -> Part:
     """The problems of a reduced form, ready to iterate on."""
     problem, backend = form.problem, form.problem.backend
     xp, metric, exact = backend.xp, kkt.equilibrate(problem), problem.astype(backend.exact)
-    D, E = metric
-    count, k, q = backend.total(xp.astype(problem.inequality, problem.dtype)), exact.k, exact.q
+    D, E, primal, dual, reach = metric
+    units = Units(None, None, None) if settings.absolute else Units(Unit(D, dual), Unit(E, primal), primal * dual)
+    count, k = backend.total(xp.astype(problem.inequality, problem.dtype)), E * exact.k
     sizes = Sizes(
-        inequalities=backend.clip(count, 1.0), k=backend.norm(k), q=backend.norm(q),
-        scaled_k=backend.clip(backend.norm(E * k), 1.0), scaled_q=backend.clip(backend.norm(D * q), 1.0),
-        least_rate=xp.where(count > 0, 0.0 * count, 0.9),
+        inequalities=backend.clip(count, 1.0), q=measured(backend, units.x, exact.q),
+        scaled_k=xp.maximum(backend.norm(xp.where(k <= LOOSE * reach, k, 0.0)), primal),
+        scaled_q=xp.maximum(backend.norm(D * exact.q), dual), least_rate=xp.where(count > 0, 0.0 * count, 0.9),
     )  # fmt: skip
-    return Part(form, metric, sizes, exact)
+    return Part(form, metric, sizes, units, exact)
 
 
 class Point(NamedTuple):
@@ -156,16 +197,47 @@ class Point(NamedTuple):
 
 
 def initialize(part: Part, settings: Settings):
-    """Starting point: the solution with θ = 1 in the scaled rows, moved onto s ∘ z = μ with s − z kept (PIQP)."""
+    """The problems with the scaling to iterate with, their starting point, and the factor that it was made with.
+
+    Where the multipliers of equalities are large because of the cost, as in optimal control of an unstable plant, the
+    ordinary starting point is far from feasible; one for a fraction of the cost takes its place if it is nearer.
+    """
+    state, factor = starting_point(part, settings)
+    problem, backend = part.problem, part.problem.backend
+    if part.form.definite or not problem.may_have_equalities:
+        return part, state, factor
+    xp = backend.xp
+    ratio = multiplier_ratio(part, state)
+    large, one = ratio > LARGE_MULTIPLIERS, xp.ones_like(ratio)
+    if backend.none(large):
+        return part, state, factor
+    other = part._replace(metric=kkt.with_cost(part.metric, xp.where(large, SMALLER_COST, one)))
+    smaller, factor = starting_point(other, settings)
+    nearer = large & (smaller.primal < NEARER * state.primal)
+    nearer = nearer & (multiplier_ratio(other, smaller) < 0.1 * ratio)
+    part = part._replace(metric=kkt.with_cost(part.metric, xp.where(nearer, SMALLER_COST, one)))
+    return part, choose(xp, nearer, smaller, state), factor
+
+
+def multiplier_ratio(part: Part, state: State):
+    """The largest multiplier of an equality against the largest variable in the scaled problem."""
+    backend, (D, E, *_) = part.problem.backend, part.metric
+    x = backend.norm(state.x / D)
+    v = backend.norm(backend.xp.where(part.problem.equality, state.v / E, 0.0))
+    return v / backend.xp.where(x > 0, x, 1.0)
+
+
+def starting_point(part: Part, settings: Settings):
+    """The solution with θ = 1 in the scaled rows, moved onto s ∘ z = μ with s − z kept (PIQP); and its factor."""
     backend = part.problem.backend
-    xp, origin = backend.xp, make_origin(part, settings)
-    system = make_system(part, first_theta(part), origin.rho, origin.delta)
+    xp, origin, theta = backend.xp, make_origin(part, settings), first_theta(part)
+    system = make_system(part, theta, origin.rho, origin.delta)
     factor, positive = part.form.factor(system)
     r_x, r_v = origin.r_x, origin.r_v
     x, v = part.form.solve(factor, part.form.eliminate(factor, r_x), r_v)
     x, v = kkt.refined(part.form, system, factor, r_x, r_v, x, v, origin.inexact)
     sound = positive & backend.all_finite(x) & backend.all_finite(v)
-    v, s, mu = place(part, settings, xp.where(sound, v, origin.v))
+    v, s, mu = place(part, settings, theta, xp.where(sound, v, origin.v))
     state = origin._replace(x=xp.where(sound, x, origin.x), v=v, s=s, mu=mu)
     return assess(part, settings, state, origin), factor
 
@@ -180,33 +252,40 @@ def make_origin(part: Part, settings: Settings) -> State:
 
     x, v = full(problem.n, 0.0, problem.dtype), full(problem.rows, 0.0, problem.dtype)
     infinite, count = full(1, float("inf"), exact), full(1, 0, xp.int32)
+    nothing = Residuals(infinite, infinite, infinite)
     return State(
         x=x, v=v, s=v, mu=full(1, 0.0, problem.dtype),
         rho=full(1, 0.0 if part.form.definite else settings.rho, problem.dtype),
         delta=full(1, settings.delta, problem.dtype), r_x=x - problem.q, r_v=problem.k + v,
         Qx=full(problem.n, 0.0, exact), Kx=full(problem.rows, 0.0, exact),
-        objective=infinite, primal=infinite, dual=infinite, gap=infinite, near=infinite < 0,
-        worst=infinite, best=infinite, inexact=infinite > 0, proof=full(1, 0.0, exact),
+        objective=infinite, found=nothing, primal=infinite, dual=infinite, gap=infinite, near=infinite < 0,
+        worst=infinite, best=nothing, inexact=infinite > 0, proof=full(1, 0.0, exact),
         waiting=count, iterations=count, limit=count + settings.max_iterations, status=count + RUNNING,
     )  # fmt: skip
 
 
 def first_theta(part: Part):
-    """θ of the KKT matrix that the starting point is made with: 1 in the scaled rows."""
-    problem = part.problem
-    xp = problem.backend.xp
+    """θ of the KKT matrix that the starting point is made with: 1 in the scaled rows, more in those that are loose.
+
+    Else a bound of 1e12 that means none would draw the starting point half of the way there.
+    """
+    problem, metric = part.problem, part.metric
+    xp, E = problem.backend.xp, metric.rows
     zero = problem.backend.full((problem.batch, problem.rows), 0.0, problem.dtype)
-    return xp.where(problem.inequality, 1.0 / part.metric.rows**2 + zero, zero)
+    distance = problem.backend.clip(E * problem.k / (LOOSE * metric.reach), 1.0)
+    return xp.where(problem.inequality, distance / E**2 + zero, zero)
 
 
-def place(part: Part, settings: Settings, v):
-    """Multipliers and slacks on s ∘ z = μ for multipliers v, and the mean complementarity."""
-    inequality, backend = part.problem.inequality, part.problem.backend
+def place(part: Part, settings: Settings, theta, v):
+    """Multipliers and slacks on s ∘ z = μ for multipliers v of a solution with θ, and the mean complementarity."""
+    problem, backend, metric = part.problem, part.problem.backend, part.metric
     xp = backend.xp
-    z = xp.where(inequality, v / part.metric.rows, xp.zeros_like(v))
+    z = xp.where(problem.inequality, v / metric.rows, xp.zeros_like(v))
     up, down = (backend.clip(backend.largest(a), 0.0) for a in (-z, z))
-    mu = mean(part, xp.where(inequality, z + up, xp.zeros_like(z)), down - z)
-    v, s = onto_path(part, v, z, backend.clip(mu, settings.smallest))
+    mu = mean(part, xp.where(problem.inequality, z + up, xp.zeros_like(z)), down - z)
+    mu = xp.maximum(mu, LEAST_CENTRALITY * xp.maximum(up, down) ** 2)
+    mu = xp.maximum(mu, settings.smallest * metric.primal * metric.dual)
+    v, s = onto_path(part, v, metric.rows**2 * theta * z, mu)
     return v, s, mean(part, s, v)
 
 
@@ -216,8 +295,8 @@ def start_near(part: Part, settings: Settings, near: Point, cold: State):
     μ grows with what that solution leaves of the residuals here, so that the slacks have room for the steps that make
     up for it, up to the μ of the ordinary start.
     """
-    problem, backend, (D, E) = part.problem, part.problem.backend, part.metric
-    xp, inequality, equality = backend.xp, problem.inequality, problem.equality
+    problem, backend, (D, E, *units, _) = part.problem, part.problem.backend, part.metric
+    xp, inequality, equality, unit = backend.xp, problem.inequality, problem.equality, units[0] * units[1]
     x, v = near.x + xp.zeros_like(cold.x), near.v + xp.zeros_like(cold.v)
     slack = E * (problem.k - problem.constraints(x))
     zero = xp.zeros_like(slack)
@@ -225,8 +304,8 @@ def start_near(part: Part, settings: Settings, near: Point, cold: State):
     slope = problem.hessian(x) + problem.q + problem.adjoint(v)
     error = xp.maximum(backend.largest(amiss), backend.norm(D * slope))
     difference = xp.where(inequality, v / E - slack, zero)
-    mu = xp.minimum(0.1 * error, cold.mu)
-    mu = backend.clip(mu, max(settings.tol, settings.smallest))
+    mu = xp.minimum(0.1 * error * xp.sqrt(unit), cold.mu)
+    mu = xp.maximum(mu, max(settings.tol, settings.smallest) * unit)
     v, s = onto_path(part, v, difference, mu)
     state = cold._replace(x=x, v=v, s=s, mu=mean(part, s, v))
     state = assess(part, settings, state, state)
@@ -306,14 +385,16 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     Kt_dv = r_x - moved.r_x - Q_dx
     left_x = r_x - Q_dx / alpha_s - Kt_dv / alpha_z - system.rho * dx
     left_v = moved.r_v - (1.0 - alpha_s) * r_v + alpha_s * (system.delta * dv)
-    least = 0.01 * settings.tol
+    least, units = 0.01 * settings.tol, part.units
+    left_x, left_v = measured(backend, units.x, left_x), measured(backend, units.rows, left_v)
     inexact = (
-        ~(backend.norm(left_x) <= backend.clip(1e-6 * state.dual, least))
-        | ~(backend.norm(left_v) <= backend.clip(1e-6 * backend.norm(r_v), least))
+        ~(left_x <= backend.clip(1e-6 * state.dual, least))
+        | ~(left_v <= backend.clip(1e-6 * measured(backend, units.rows, r_v), least))
         | ~sound
     )
 
-    moved = with_proximal_terms(part, settings, state, moved._replace(inexact=inexact), sound)
+    moved = moved._replace(inexact=inexact)
+    moved = with_proximal_terms(part, settings, state, moved, sound, alpha_s * (system.delta * dv))
     return settle(part, settings, state, moved) if stays else moved, factor
 
 
@@ -345,14 +426,26 @@ def advance(part: Part, settings: Settings, state: State, s, z, dv, ds, fraction
     return alpha_s, alpha_z, s, v
 
 
-def with_proximal_terms(part: Part, settings: Settings, state: State, moved: State, sound) -> State:
-    """The state after a step with ρ and δ for the next one."""
+def with_proximal_terms(part: Part, settings: Settings, state: State, moved: State, sound, left) -> State:
+    """The state after a step with ρ and δ for the next one; `left` is what δ has left in the constraints.
+
+    Where that keeps their residual from falling, as it does where the multipliers have to become very large, δ falls
+    faster, and further.
+    """
     backend = part.problem.backend
     xp = backend.xp
+    now, before, left = (measured(backend, part.units.rows, a) for a in (moved.r_v, state.r_v, left))
+    limiting = (left > DOMINANT * now) & (now > STUCK * before) & (now > settings.tol)
     rate = xp.maximum((state.mu - moved.mu) / (state.mu + settings.tiny), part.sizes.least_rate)
+    lowest = xp.minimum(state.delta, settings.smallest)
+    if not backend.none(limiting):
+        E = part.metric.rows
+        limiting = limiting & (backend.norm(moved.v / E) > backend.norm(E * (part.problem.k - moved.s - moved.r_v)))
+        rate = xp.where(limiting, xp.maximum(rate, 0.9), rate)
+        lowest = xp.where(limiting, LOWER_LIMIT * settings.smallest, lowest)
     times = xp.where(sound, 1.0 - rate, 100.0)
     rho = state.rho if part.form.definite else backend.clip(times * state.rho, settings.smallest)
-    return moved._replace(rho=rho, delta=backend.clip(times * state.delta, settings.smallest))
+    return moved._replace(rho=rho, delta=xp.maximum(times * state.delta, lowest))
 
 
 def settle(part: Part, settings: Settings, state: State, moved: State) -> State:
@@ -393,22 +486,26 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     xQx, qx = backend.dot(x, Qx), backend.dot(x, problem.q)
     blocks = (problem.blocks[name] for name in ("G", "A", "ub", "lb"))
     kv = [backend.dot(problem.k[:, rows], v[:, rows]) for rows in blocks if rows.stop > rows.start]
-    primal, dual, gap = backend.largest(violation), backend.norm(r_x), xp.abs(sum(kv, xQx + qx))
+    found = Residuals(backend.largest(violation), backend.norm(r_x), xp.abs(sum(kv, xQx + qx)))
+    primal, dual, gap = found
+    if not settings.absolute:
+        units = part.units
+        primal, dual = measured(backend, units.rows, violation), measured(backend, units.x, r_x)
+        gap = gap / units.gap
     # Not `<=` on a maximum alone: NaN must never pass, nor an infinity that is compared with its own size.
     worst = xp.maximum(xp.maximum(primal, dual), gap)
-    best = xp.where(worst < state.best, worst, state.best)
     near = (worst < float("inf")) & within(part, settings, (x, v, Qx, Kx, Kv), (xQx, qx, kv), primal, dual, gap)
 
     # Farkas: Kᵀv = 0, z ≥ 0, kᵀv < 0 leaves no x; Qx = 0, Kx ≤ 0 (= 0), qᵀx < 0 is a way down without end. Iterates
     # without a limit go off along such a direction, so it shows in their last step long before it does in them.
-    no_point, farkas, gain = contradiction(part, tol, v, previous.v, primal)
+    no_point, farkas, gain = contradiction(part, tol, v, previous.v, Kx, primal)
     if part.form.definite:
         no_bottom, ray, fall = backend.full(tuple(dual.shape), 0.0, dual.dtype), x, dual
     else:
         no_bottom, ray, fall = descent(part, tol, x, Qx, Kx, previous, dual)
     proof = xp.maximum(no_point, no_bottom)
 
-    waiting = waited(xp, state, worst, proof)
+    waiting, best = waited(xp, settings, state, Residuals(primal, dual, gap), proof)
     limit, patient = state.iterations >= state.limit, waiting < PATIENCE
     last = limit | ~patient
     solved = near & ((worst <= 0.1 * tol) | last)
@@ -428,7 +525,7 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
 
     x, v, r_x, r_v = (cast(xp, a, part.problem.dtype) for a in (x, v, r_x, r_v))
     return state._replace(
-        x=x, v=v, r_x=r_x, r_v=r_v, Qx=Qx, Kx=Kx, objective=0.5 * xQx + qx,
+        x=x, v=v, r_x=r_x, r_v=r_v, Qx=Qx, Kx=Kx, objective=0.5 * xQx + qx, found=found,
         primal=primal, dual=dual, gap=gap, near=near, worst=worst, best=best, proof=xp.maximum(proof, state.proof),
         waiting=waiting, status=status,
     )  # fmt: skip
@@ -436,35 +533,49 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
 
 def within(part: Part, settings: Settings, vectors, terms, primal, dual, gap):
     """Whether the residuals are within the tolerance, absolute and relative to the terms that they are sums of."""
-    problem, sizes, backend = part.exact, part.sizes, part.problem.backend
+    problem, sizes, backend, units = part.exact, part.sizes, part.problem.backend, part.units
     xp, tol, rtol = backend.xp, settings.tol, settings.rtol
     (x, v, Qx, Kx, Kv), (xQx, qx, kv) = vectors, terms
-    most = tol + rtol * xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(sum(kv, 0.0 * qx)))
+    largest = xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(sum(kv, 0.0 * qx)))
+    of_gap = 1.0 if units.gap is None else 1.0 / units.gap
+    most = tol + rtol * of_gap * largest
     near = gap <= most
     if backend.none(near):
         return near
     # The terms of the gap may cancel to 0 by luck: what their rounding hides must not be far beyond the tolerance.
     hidden = backend.dot(xp.abs(x), xp.abs(Qx) + xp.abs(problem.q)) + backend.dot(xp.abs(v), xp.abs(problem.k))
-    slope = xp.maximum(xp.maximum(backend.norm(Qx), sizes.q), backend.norm(Kv))
+    slope = xp.maximum(xp.maximum(measured(backend, units.x, Qx), sizes.q), measured(backend, units.x, Kv))
     return (
-        (primal <= tol + rtol * xp.maximum(backend.norm(Kx), sizes.k))
+        (primal <= tol + rtol * measured(backend, units.rows, Kx))
         & (dual <= tol + rtol * slope)
-        & (gap + LUCK * xp.finfo(problem.dtype).eps * hidden <= most)
+        & (gap + LUCK * xp.finfo(problem.dtype).eps * of_gap * hidden <= most)
     )
 
 
-def waited(xp, state: State, worst, proof):
-    """Iterations since the residuals or what proves that there is no solution last improved, after a further one."""
-    improved = (worst < 0.9 * state.best) | (proof > 1.1 * state.proof)
-    return xp.where(improved, 0, state.waiting + 1)
+def measured(backend, unit: Unit | None, a):
+    """The largest entry of residuals or of their terms, in the units of the tolerance."""
+    return backend.norm(a) if unit is None else backend.norm(unit.scale * a) / unit.size
+
+
+def waited(xp, settings: Settings, state: State, residuals: Residuals, proof):
+    """Iterations since a residual or what proves that there is no solution last improved; and the best of each.
+
+    Each of the three residuals counts by itself: while the primal and the dual one fall, the gap may grow.
+    """
+    least = 0.1 * settings.tol
+    improved = proof > 1.1 * state.proof
+    for now, best in zip(residuals, state.best, strict=True):
+        improved = improved | ((now < 0.9 * best) & (best > least))
+    best = Residuals(*(xp.where(a < b, a, b) for a, b in zip(residuals, state.best, strict=True)))
+    return xp.where(improved, 0, state.waiting + 1), best
 
 
 def descent(part: Part, tol, x, Qx, Kx, previous: State, dual):
     """How near the last step in the variables is to a way down without end, that step, and how far down it goes."""
-    problem, (D, E), backend = part.exact, part.metric, part.problem.backend
+    problem, (D, E, *_), backend = part.exact, part.metric, part.problem.backend
     xp = backend.xp
     ray = x - cast(xp, previous.x, x.dtype)
-    falls, fall = falling(backend, tol, problem.q, ray, dual)
+    falls, fall = falling(backend, tol, problem.q, ray, dual, part.units.x)
     if backend.none(falls):
         return xp.astype(falls, fall.dtype), ray, fall
     slope = Kx - previous.Kx
@@ -476,20 +587,24 @@ def descent(part: Part, tol, x, Qx, Kx, previous: State, dual):
     return xp.where(falls, fall / (uphill * part.sizes.scaled_q), 0.0), ray, fall
 
 
-def contradiction(part: Part, tol, v, previous, primal):
+def contradiction(part: Part, tol, v, previous, Kx, primal):
     """How near the last step in the multipliers is to a Farkas certificate, that step, and how much it gains."""
     problem, backend = part.exact, part.problem.backend
     xp = backend.xp
     farkas = v - cast(xp, previous, v.dtype)
     farkas = problem.where_inequality(backend.clip(farkas, 0.0), farkas)
-    gains, gain = falling(backend, tol, problem.k, farkas, primal)
+    gains, gain = falling(backend, tol, problem.k, farkas, primal, part.units.rows)
     if backend.none(gains):
         return xp.astype(gains, gain.dtype), farkas, gain
     left = backend.norm(part.metric.variables * problem.adjoint(farkas))
-    return xp.where(gains, gain / (left * part.sizes.scaled_k), 0.0), farkas, gain
+    # The rounding of the difference hides as much.
+    left = xp.maximum(left, xp.finfo(problem.dtype).eps * backend.norm(v / part.metric.rows))
+    size = part.sizes.scaled_k
+    size = xp.maximum(size, xp.minimum(backend.norm(part.metric.rows * Kx), REACHED * size))
+    return xp.where(gains, gain / (left * size), 0.0), farkas, gain
 
 
-def falling(backend, tol, cost, direction, residual):
+def falling(backend, tol, cost, direction, residual, unit):
     """Where a linear cost falls in a direction, and how far.
 
     The fall against what the direction leaves is a ratio r that proves that there is no solution of norm less than r in
@@ -498,7 +613,8 @@ def falling(backend, tol, cost, direction, residual):
     """
     xp = backend.xp
     fall, length = -backend.dot(cost, direction), xp.abs(direction)
-    least = xp.maximum(1e-8 * backend.dot(xp.abs(cost), length), tol * backend.total(length))
+    total = backend.total(length) if unit is None else unit.size * backend.total(length / unit.scale)
+    least = xp.maximum(1e-8 * backend.dot(xp.abs(cost), length), tol * total)
     return (residual > tol) & (fall > least), fall
 
 

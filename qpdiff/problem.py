@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backend import Backend, choose_backend, working_dtype
+from .backend import Backend, Types, choose_backend, floating_types
 
 OPERANDS = {
     "Q": ("n", "n"),
@@ -47,6 +47,7 @@ class Problem:
 
     backend: Backend
     dtype: Any
+    """The floating point type of the operands, in which is computed."""
     batch_shape: tuple[int, ...]
     shapes: dict[str, tuple[int, ...]]
     """The shape in which the caller gave each operand."""
@@ -58,6 +59,8 @@ class Problem:
     b: Any = None
     lb: Any = None
     ub: Any = None
+    result: Any = None
+    """The floating point type of the results, by default the one in which is computed."""
     rounding: float = 1e-8
     """How large rounding may be in Q, relative to its largest entry: a matter of the type that Q came in."""
     batch: int = field(init=False)
@@ -73,7 +76,8 @@ class Problem:
         m, p = (0 if k is None else k.shape[-1] for k in (self.h, self.b))
         blocks = _blocks(p, m, n * (self.lb is not None), n * (self.ub is not None))
         sizes = {"batch": math.prod(self.batch_shape), "n": n, "m": m, "p": p, "rows": blocks["ub"].stop}
-        self.__dict__.update(sizes, blocks=blocks)  # past `frozen`, once
+        result = self.dtype if self.result is None else self.result
+        self.__dict__.update(sizes, blocks=blocks, result=result)  # past `frozen`, once
 
     @cached_property
     def operands(self) -> dict[str, Any]:
@@ -87,13 +91,19 @@ class Problem:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.backend, self.dtype, self.batch_shape, tuple(self.shapes.items()), self.rounding)
+        return Layout(
+            self.backend, self.dtype, self.batch_shape, tuple(self.shapes.items()), self.result, self.rounding
+        )
 
     def astype(self, dtype) -> Problem:
         """The same problems in another floating point type."""
         if dtype == self.dtype:
             return self
         return replace(self, dtype=dtype, **{k: self.backend.xp.astype(v, dtype) for k, v in self.operands.items()})
+
+    def returned(self, value):
+        """An array in the type of the results."""
+        return value if value.dtype == self.result else self.backend.xp.astype(value, self.result)
 
     def reproducibly(self):
         """The context of work whose results the number of threads must not change."""
@@ -214,6 +224,11 @@ class Problem:
         """One array in the rows that exist, another in the others."""
         return a if self._all_exist else self.backend.xp.where(self.exists, a, other)
 
+    @property
+    def may_have_equalities(self) -> bool:
+        """Whether there are rows of A, or pairs of bounds that may be equal."""
+        return self.p > 0 or (self.lb is not None and self.ub is not None)
+
     @cached_property
     def _all_inequalities(self) -> bool:
         """Whether that is known of the rows."""
@@ -273,12 +288,11 @@ class Layout(NamedTuple):
     dtype: Any
     batch_shape: tuple[int, ...]
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    result: Any
     rounding: float
 
     def problem(self, operands: dict[str, Any]) -> Problem:
-        return Problem(
-            self.backend, self.dtype, self.batch_shape, dict(self.shapes), rounding=self.rounding, **operands
-        )
+        return Problem(**self._asdict() | operands | {"shapes": dict(self.shapes)})
 
 
 class Later(NamedTuple):
@@ -353,11 +367,11 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
             raise ValueError(f"{given} was given without {missing}; they come together")
     present = {name: value for name, value in operands.items() if value is not None}
     chosen, arrays = choose_backend(present, backend)
-    dtype = working_dtype(chosen, arrays, present, dtype)
-    coarsest = max(rounding(chosen.xp, arrays["Q"].dtype), rounding(chosen.xp, dtype))
+    types = floating_types(chosen, arrays, present, dtype)
+    coarsest = max(rounding(chosen.xp, kind) for kind in (arrays["Q"].dtype, types.working))
     with chosen.context():  # what overflows in the working type is refused as infinite
-        arrays = {k: v if v.dtype == dtype else chosen.xp.astype(v, dtype) for k, v in arrays.items()}
-        return _one_batch_axis(chosen, dtype, arrays, coarsest)
+        arrays = {k: v if v.dtype == types.working else chosen.xp.astype(v, types.working) for k, v in arrays.items()}
+        return _one_batch_axis(chosen, types, arrays, coarsest)
 
 
 @cache
@@ -369,7 +383,7 @@ def rounding(xp, dtype) -> float:
     return 1e-4 if eps > xp.finfo(xp.float64).eps else 1e-8
 
 
-def _one_batch_axis(chosen: Backend, dtype, arrays, coarsest: float) -> Problem:
+def _one_batch_axis(chosen: Backend, types: Types, arrays, coarsest: float) -> Problem:
     """The problem in the caller's arrays of the working type, their shapes looked at."""
     shapes = whole = {name: tuple(value.shape) for name, value in arrays.items()}
     if () in shapes.values():
@@ -391,9 +405,10 @@ def _one_batch_axis(chosen: Backend, dtype, arrays, coarsest: float) -> Problem:
             flat[name] = chosen.xp.reshape(value, (batch, *trailing))
     return Problem(
         backend=chosen,
-        dtype=dtype,
+        dtype=types.working,
         batch_shape=batch_shape,
         shapes=shapes,
+        result=types.result,
         rounding=coarsest,
         **{name: chosen.for_products(value) for name, value in flat.items()},
     )

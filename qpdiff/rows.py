@@ -16,6 +16,7 @@ from .method import (
     ROUNDING,
     RUNNING,
     Part,
+    Residuals,
     Settings,
     State,
     advance,
@@ -26,6 +27,7 @@ from .method import (
     first_theta,
     make_origin,
     mean,
+    measured,
     place,
     settle,
     waited,
@@ -82,12 +84,13 @@ def initialize(part: Part, settings: Settings):
     problem, form, backend = part.problem, part.form, part.problem.backend
     xp, origin = backend.xp, observe(part, make_origin(part, settings))
     seen = origin.seen
-    positive, _, refined = _newton(part, first_theta(part), origin)
+    theta = first_theta(part)
+    positive, _, refined = _newton(part, theta, origin)
     dv, Sdv = refined(origin.r_v, origin.inexact)
     good = positive & backend.all_finite(Sdv)
     dv = xp.where(good, dv, origin.v)
     # From x = 0 the step is Q⁻¹ (−q − Kᵀdv), which leaves nothing of Qx + q + Kᵀdv; but v is moved onto the path.
-    v, s, mu = place(part, settings, dv)
+    v, s, mu = place(part, settings, theta, dv)
     u, a, Kx = dv - v, xp.astype(~good, problem.dtype), xp.where(good & problem.exists, seen.t - Sdv, 0.0)
     Su = product(form.S, u)
     seen = seen._replace(
@@ -95,7 +98,7 @@ def initialize(part: Part, settings: Settings):
         qx=xp.where(good, backend.dot(seen.t, dv) - seen.rr, 0.0),
     )  # fmt: skip
     state = origin._replace(v=v, s=s, mu=mu, Kx=Kx, r_v=problem.k - Kx - s, seen=seen)
-    return glance(part, settings, origin, state, good, stays=False), None
+    return part, glance(part, settings, origin, state, good, stays=False), None
 
 
 def observe(part: Part, state: State) -> State:
@@ -104,7 +107,7 @@ def observe(part: Part, state: State) -> State:
     xp = backend.xp
     whitened, t = part.form.eliminate(None, state.r_x)
     return state._replace(seen=Glimpse(
-        x=state.x, v=state.v, r=state.r_x, whitened=whitened, length=backend.norm(state.r_x),
+        x=state.x, v=state.v, r=state.r_x, whitened=whitened, length=measured(backend, part.units.x, state.r_x),
         a=xp.ones_like(state.mu), u=xp.zeros_like(t), t=t, rr=backend.dot(whitened, whitened),
         xr=backend.dot(state.x, state.r_x), qx=backend.dot(state.x, part.problem.q),
         column=_longest_column(part) if state.seen is None else state.seen.column,
@@ -128,7 +131,7 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     Kdx, keep, apart = t - Sdv, 1.0 - alpha_s, alpha_s - alpha_z
     Kx = problem.where_exists(state.Kx + alpha_s * Kdx, 0.0)
     t_dv, dv_S_dv, Kx_dv = backend.dot(t, dv), backend.dot(dv, Sdv), backend.dot(state.Kx, dv)
-    r_dx = seen.rr - t_dv
+    r_dx, left = seen.rr - t_dv, alpha_s * state.delta / part.metric.rows**2 * dv
     seen = seen._replace(
         a=keep * seen.a,
         u=keep * seen.u + apart * dv,
@@ -136,8 +139,8 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
         rr=keep * keep * seen.rr + 2.0 * keep * apart * t_dv + apart * apart * dv_S_dv,
         xr=keep * seen.xr + apart * Kx_dv + alpha_s * (keep * r_dx + apart * (t_dv - dv_S_dv)),
         qx=seen.qx - alpha_s * (seen.xr - Kx_dv + backend.dot(state.v, Kdx) + r_dx),
-        expected=keep * state.r_v - alpha_s * state.delta / part.metric.rows**2 * dv,
-        allowed=backend.clip(1e-6 * backend.norm(state.r_v), 0.01 * settings.tol),
+        expected=keep * state.r_v - left,
+        allowed=backend.clip(1e-6 * measured(backend, part.units.rows, state.r_v), 0.01 * settings.tol),
     )
     moved = state._replace(v=v, s=s, mu=mean(part, s, v), Kx=Kx, r_v=problem.k - Kx - s, seen=seen)
     # A step that cannot be computed is not taken; stronger proximal terms come instead.
@@ -145,39 +148,41 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     if not backend.none(~sound):
         nothing = state.seen._replace(expected=xp.full_like(t, xp.nan))
         moved = choose(xp, sound, moved, state._replace(seen=nothing))
-    moved = moved._replace(iterations=state.iterations + 1, inexact=_inexact(backend, moved))
-    moved = with_proximal_terms(part, settings, state, moved, sound)
+    moved = moved._replace(iterations=state.iterations + 1, inexact=_inexact(part, moved))
+    moved = with_proximal_terms(part, settings, state, moved, sound, left)
     moved = glance(part, settings, state, moved, sound, stays=stays)
     return choose(xp, state.status != RUNNING, state, moved) if stays else moved, None
 
 
 def glance(part: Part, settings: Settings, before: State, state: State, sound, *, stays: bool) -> State:
     """How problems stand as far as it shows without x; where that is not all there is to know, also with x."""
-    problem, E, sizes, seen = part.problem, part.metric.rows, part.sizes, state.seen
+    problem, E, seen, units = part.problem, part.metric.rows, state.seen, part.units
     xp, backend, v, Kx, k = problem.backend.xp, problem.backend, state.v, state.Kx, problem.k
     running = before.status == RUNNING
     violation = problem.where_inequality(backend.clip(Kx - k, 0.0), xp.abs(state.r_v))
-    kv, vKx, primal = backend.dot(k, v), backend.dot(v, Kx), backend.largest(violation)
-    gap = xp.abs(kv - vKx - seen.xr)
+    kv, vKx, primal = backend.dot(k, v), backend.dot(v, Kx), measured(backend, units.rows, violation)
+    of_gap = 1.0 if units.gap is None else 1.0 / units.gap
+    gap = of_gap * xp.abs(kv - vKx - seen.xr)
     others = xp.maximum(primal, gap)
     # The residual of the variables is seldom the largest, and if so a bound does, without K.
     dual = seen.a * seen.length + seen.column * xp.sqrt(backend.total((seen.u / E) ** 2))
     small = (dual <= others) | ~running
     if not backend.none(~small):
-        dual = xp.where(small, dual, backend.norm(seen.a * seen.r + problem.adjoint(seen.u)))
+        exactly = measured(backend, units.x, seen.a * seen.r + problem.adjoint(seen.u))
+        dual = xp.where(small, dual, exactly)
     worst = xp.maximum(dual, others)
-    no_point, *_ = contradiction(part, settings.tol, v, before.v, primal)
+    no_point, *_ = contradiction(part, settings.tol, v, before.v, Kx, primal)
 
     tol, rtol = settings.tol, settings.rtol
     size = xp.maximum(xp.abs(seen.xr + seen.qx + vKx), xp.maximum(xp.abs(seen.qx), xp.abs(kv)))
-    far = primal > tol + rtol * xp.maximum(backend.norm(Kx), sizes.k)
-    far = far | (gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * size)
-    waiting = waited(xp, before, worst, no_point)
+    far = primal > tol + rtol * measured(backend, units.rows, Kx)
+    far = far | (gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * of_gap * size)
+    waiting, best = waited(xp, settings, before, Residuals(primal, dual, gap), no_point)
     well = (waiting < IMPATIENCE) & (worst < float("inf")) & ~(no_point > 0.01 * settings.certificate)
     enough = far & well & ~before.near & sound & (state.iterations < state.limit)
     known = state._replace(
         primal=primal, dual=dual, gap=gap, near=before.near & False, worst=worst, waiting=waiting,
-        best=xp.minimum(worst, before.best), proof=xp.maximum(no_point, before.proof),
+        best=best, proof=xp.maximum(no_point, before.proof),
     )  # fmt: skip
     wanted = running & ~enough
     count, some = backend.count(wanted, running & enough)
@@ -208,7 +213,7 @@ def look(part: Part, settings: Settings, before: State, state: State, *, stays: 
     # From where it was last looked at, so that rounding counts for less and less.
     x = seen.x + part.form.variables((1.0 - seen.a) * seen.whitened, seen.u + state.v - seen.v)
     looked = assess(part, settings, state._replace(x=x), before)
-    looked = looked._replace(inexact=_inexact(part.problem.backend, looked))
+    looked = looked._replace(inexact=_inexact(part, looked))
     return observe(part, settle(part, settings, before, looked) if stays else looked)
 
 
@@ -233,9 +238,10 @@ def _newton(part: Part, theta, state: State):
     return positive, multipliers, refined
 
 
-def _inexact(backend, state: State):
+def _inexact(part: Part, state: State):
     """Whether the last step has left too much in the rows."""
-    return ~(backend.norm(state.r_v - state.seen.expected) <= state.seen.allowed)
+    left = measured(part.problem.backend, part.units.rows, state.r_v - state.seen.expected)
+    return ~(left <= state.seen.allowed)
 
 
 def _longest_column(part: Part):
@@ -243,4 +249,4 @@ def _longest_column(part: Part):
     problem, E = part.problem, part.metric.rows
     backend, blocks = problem.backend, ((problem.A, "A"), (problem.G, "G"))
     squares = [product_transposed(K * K, E[:, problem.blocks[name]] ** 2) for K, name in blocks if K is not None]
-    return backend.xp.sqrt(backend.largest(sum(squares[1:], squares[0])))
+    return measured(backend, part.units.x, backend.xp.sqrt(sum(squares[1:], squares[0])))

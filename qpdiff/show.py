@@ -60,7 +60,7 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
     rows = figure.subfigures(1 + bool(planes), 1, squeeze=False)[:, 0]
     for axes, (name, title) in zip(rows[0].subplots(1, len(QUANTITIES)), QUANTITIES.items(), strict=True):
         for number, states in enumerate(histories):
-            values = np.array([getattr(state, name).item() for state in states])
+            values = np.array([(state.found._asdict() | {"mu": state.mu})[name].item() for state in states])
             axes.semilogy(np.where(values > 0, values, np.nan), ".-", label=f"problem {number}")
         axes.set(title=title, xlabel="iteration")
         axes.grid(alpha=0.3)
@@ -80,8 +80,7 @@ def history(problem: Problem) -> list[State]:
     settings = read_settings(problem, None, None, MAX_ITERATIONS)
     with problem.backend.quietly():
         ((form, _),) = forms(problem)
-        part = make_part(form)
-        state, _ = initialize(part, settings)
+        part, state, _ = initialize(make_part(form, settings), settings)
         states = [state]
         while state.status.item() == RUNNING:
             state, _ = step(part, settings, state, refine=state.inexact.item(), stays=state.near.item())

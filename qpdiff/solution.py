@@ -32,7 +32,9 @@ class Status(enum.IntEnum):
 class Solution:
     """The solution of a batch of quadratic programs.
 
-    Arrays are of the caller's library; `batch` stands for the broadcast batch axes of the operands.
+    Arrays are of the caller's library; `batch` stands for the broadcast batch axes of the operands. The variables, the
+    multipliers and the slack are in the type that `qpdiff.solve_qp` returns; the objective, the residuals and the gap
+    are those of the point before it was rounded to that, in float64 where the library has it.
 
     Attributes
     ----------
@@ -80,6 +82,8 @@ class Solution:
     """What the derivative needs: the problem and the last factorisation (not part of the public interface)."""
 
 
+POINT = ("x", "y", "z", "z_lb", "z_ub", "s")
+"""The fields of a solution that are in the type of the results; what tells how exact it is, is in float64."""
 FIELDS = tuple(each.name for each in fields(Solution) if each.name != "linearization")
 """The public fields of a solution."""
 

@@ -18,6 +18,7 @@ from .method import (
     STEP_FRACTION,
     Part,
     Point,
+    Residuals,
     Settings,
     State,
     cast,
@@ -85,16 +86,21 @@ def solve_qp(
     backend : {"numpy", "cupy", "torch", "jax"}, optional
         Move the operands there first. By default they stay in their library; lists mean NumPy.
     dtype : {"float32", "float64"}, optional
-        By default float32 if every floating point operand is, else float64.
+        The type to compute in and to return. By default all is computed in float64, where the library has it, and
+        returned in float32 if every floating point operand is float32. "float32" computes in that: for speed, with a
+        solution to 1e-4 and gradients that may be wrong beside a nearly active constraint.
     tol : float, optional
-        Absolute tolerance; 1e-8 in float64, 1e-4 in float32.
+        Absolute tolerance on the primal residual, the dual residual and the duality gap, in the caller's units (see
+        `Solution`). By default they are measured in units of the problem's own, which do not change with those of the
+        cost, of the variables or of the constraints, and the tolerance is 1e-8 where it is computed in float64, 1e-4 in
+        float32: see Notes.
     rtol : float, optional
-        Relative tolerance; the same defaults. With r the primal residual, the dual residual and the duality gap (see
-        `Solution`), and scale the largest of the terms that each is a sum of (‖Kx‖∞, ‖k‖∞ for the primal residual;
-        ‖Qx‖∞, ‖q‖∞, ‖Kᵀv‖∞ for the dual; |xᵀQx|, |qᵀx|, |kᵀv| for the gap; K, k, v all constraints together), a
-        problem is SOLVED when all three r ≤ tol + rtol·scale. The iteration goes on from such a point while a step
-        still halves the largest r, down to tol / 10, so that rtol decides only where rounding or bad conditioning is in
-        the way of tol. ``rtol=0`` insists on tol. Norms are infinity norms, in the caller's units and freshly computed.
+        Relative tolerance; 1e-8 in float64, 1e-4 in float32. With r one of the three residuals, and scale the largest
+        of the terms that it is a sum of (‖Kx‖∞ for the primal residual; ‖Qx‖∞, ‖q‖∞, ‖Kᵀv‖∞ for the dual; |xᵀQx|,
+        |qᵀx|, |kᵀv| for the gap; K, k, v all constraints together), a problem is SOLVED when all three r ≤ tol +
+        rtol·scale. The iteration goes on from such a point while a step still halves the largest r, down to tol / 10,
+        so that rtol decides only where rounding or bad conditioning is in the way of tol. ``rtol=0`` insists on tol.
+        Norms are infinity norms, freshly computed.
     max_iterations : int
         Limit on the interior-point iterations.
     warm_start : Solution, optional
@@ -124,6 +130,12 @@ def solve_qp(
     -----
     A proximal primal-dual interior-point method [1]_ with Mehrotra's predictor and corrector. A problem that cannot be
     solved gets its `Status` and does not disturb the others of its batch.
+
+    The default tolerance measures the primal residual as ‖E(Kx − k)₊‖∞ / X (‖E(Kx − k)‖∞ for equalities), the dual one
+    as ‖D(Qx + q + Kᵀv)‖∞ / V, and the gap divided by XV. D and E are the equilibration; X and V are lower estimates of
+    how large D⁻¹x and E⁻¹v are: X is the largest entry of Ek that x = 0 does not satisfy; where it satisfies all, the
+    smaller of ‖Dq‖∞ / ‖DQD‖ and of the least entry of E|k| that is not 0. V is the geometric mean of ‖Dq‖∞ and
+    ‖DQD‖X, where the first is larger, else the second.
 
     References
     ----------
@@ -204,6 +216,7 @@ def read_settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
     return Settings(
         tol=default if tol is None else float(tol),
         rtol=default if rtol is None else float(rtol),
+        absolute=tol is not None,
         max_iterations=int(max_iterations),
         rho=3e-4 if single else 1e-6,
         delta=1e-3 if single else 1e-4,
@@ -228,6 +241,11 @@ class Outcome(NamedTuple):
     primal: Any
     dual: Any
     gap: Any
+
+
+def _outcome(state: State) -> Outcome:
+    rest = {name: getattr(state, name) for name in Outcome._fields if name not in Residuals._fields}
+    return Outcome(**state.found._asdict(), **rest)
 
 
 class Ended(NamedTuple):
@@ -281,7 +299,7 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bo
         chosen = forms(problem.select(chunk))
         if check_convexity and any(not form.definite and xp.any(indefinite(form.problem)) for form, _ in chosen):
             check_values(problem)
-        parts = [(make_part(form), _in_batch(backend, chunk, where)) for form, where in chosen]
+        parts = [(make_part(form, settings), _in_batch(backend, chunk, where)) for form, where in chosen]
         del chosen  # which would keep what `_run` frees
         ended, kept = [], []
         while parts:
@@ -397,7 +415,7 @@ def _run(
     xp, backend = part.problem.backend.xp, part.problem.backend
     start = None if near is None else take(xp, near, index)
     start_from, advance = (rows.initialize, rows.step) if rows.pay(part) else (initialize, step)
-    state, factor = start_from(part, settings)
+    part, state, factor = start_from(part, settings)
     cold = None
     if start is not None:
         cold, (state, usable) = state, start_near(part, settings, start, state)
@@ -414,7 +432,7 @@ def _run(
         if count == 0 or (2 * count <= part.problem.batch and not part.idle):
             order = xp.argsort(xp.astype(~running[:, 0], xp.int8), stable=True)
             done, rest = (order[count:], order[:count]) if count else (None, None)
-            outcome = Outcome(*(_rows_at(xp, getattr(state, name), done) for name in Outcome._fields))
+            outcome = _rows_at(xp, _outcome(state), done)
             ended.append(Ended(_in_batch(backend, index, done), outcome))
             if not part.form.definite:
                 kept.append(_kept(problem, part, index, factor, done))
@@ -444,8 +462,8 @@ def _run_traced(operands, near: Point | None, layout: Layout, settings: Settings
     _ = problem.k  # kept by the problem, so it has to be made here, where all branches and loops may use it
 
     def run(form):
-        part = make_part(form)
-        state, factor = initialize(part, settings)
+        part = make_part(form, settings)
+        part, state, factor = initialize(part, settings)
         cold = None
         if near is not None:
             cold, (state, usable) = state, start_near(part, settings, near, state)
@@ -461,7 +479,7 @@ def _run_traced(operands, near: Point | None, layout: Layout, settings: Settings
 
         start = state, factor if keep else None
         state, factor = backend.while_loop(unfinished, body, start, 2 * settings.max_iterations + 2)
-        return Outcome(*(getattr(state, name) for name in Outcome._fields)), factor, part.metric
+        return _outcome(state), factor, part.metric
 
     form, safe = kkt.choose_traced_form(problem)
     if safe is None:
@@ -553,7 +571,7 @@ def _relax(lin: Linearization, kappa: float) -> Linearization:
     for chunk in problem.chunks():
         for form, where in forms(problem.select(chunk)):
             at = _in_batch(backend, chunk, where)
-            part = make_part(form)
+            part = make_part(form, settings)
             point, factor = _center(part, settings, kappa, *take(xp, (lin.x, lin.v, lin.s), at))
             pieces.append(_kept(problem, part, at, factor))
             points.append(point)
@@ -571,7 +589,7 @@ def _relax(lin: Linearization, kappa: float) -> Linearization:
 
 def _center(part: Part, settings: Settings, kappa: float, x, v, s):
     """Newton's method for the KKT conditions with s ∘ z = κ: the point, whether it was found, and its factor."""
-    problem, (D, E) = part.problem, part.metric
+    problem, (D, E, primal, dual, _) = part.problem, part.metric
     backend, xp = problem.backend, problem.backend.xp
     v, s = onto_path(part, v, problem.where_inequality(v / E - E * s, 0.0), kappa)
     smallest = xp.full_like(x[:, :1], settings.smallest)
@@ -584,8 +602,8 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
         _, factor, *_, direction = newton(part, s, z_, r_x, r_v, smallest, smallest)
         excess = problem.where_inequality(s * v - kappa, 0.0)
         found = (
-            (backend.norm(D * r_x) <= accuracy * (1.0 + backend.norm(D * problem.q)))
-            & (backend.norm(E * r_v) <= accuracy * (1.0 + backend.norm(E * problem.k)))
+            (backend.norm(D * r_x) <= accuracy * (dual + backend.norm(D * problem.q)))
+            & (backend.norm(E * r_v) <= accuracy * (primal + backend.norm(E * problem.k)))
             & (backend.norm(excess) <= accuracy * kappa)
         )
         dx, dv, ds = direction(excess, smallest > 0)
@@ -631,6 +649,7 @@ def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
         slack = xp.where(absent, float("inf"), slack)
 
     def shaped(value):
+        value = problem.returned(value)
         return value if len(problem.batch_shape) == 1 else xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
 
     def scalar(name):

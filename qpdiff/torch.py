@@ -24,7 +24,7 @@ from . import solver
 from .backend import choose_backend
 from .differentiation import kkt_jvp, kkt_vjp, right_hand_side, solution_vjp, solve_kkt
 from .problem import OPERANDS, Problem, make_problem
-from .solution import FIELDS, Solution, check_unsolved, raise_if_unsolved
+from .solution import FIELDS, POINT, Solution, check_unsolved, raise_if_unsolved
 from .solver import multipliers
 
 try:
@@ -99,6 +99,7 @@ def solve_qp(
     x, v, *constants = _Solution.apply(layer, problem.batch_shape, *problem.operands.values(), *near)
     parts = dict(zip(("x", "y", "z", "z_lb", "z_ub"), (x, *multipliers(problem, v)), strict=True))
     parts |= dict(zip(_CONSTANT, constants, strict=True))
+    parts |= {name: problem.returned(parts[name]) for name in POINT}
     return Solution(**{name: part.reshape((*problem.batch_shape, *part.shape[1:])) for name, part in parts.items()})
 
 
@@ -320,8 +321,9 @@ class OptNet(nn.Module):
         x ≥ 0                                  where asked for; z₀ is softplus(z₀) then
 
     Whatever the parameters, z₀ satisfies all constraints and Q is positive definite, so that every problem has exactly
-    one solution. It is found in float64, whatever the type of the parameters and of the input, which is that of the
-    output: in float32 the gradient of a problem with a nearly active constraint can be far off.
+    one solution. The operands are computed in float64, whatever the type of the parameters: rounded to float32, Q need
+    not be definite, and A x = b need not have a solution where rows of A are dependent. The output has the type of the
+    input.
 
     Parameters
     ----------

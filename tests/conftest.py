@@ -19,7 +19,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 
 METHOD = {
     "test_solver.py", "test_differentiation.py", "test_degenerate.py", "test_fuzz.py", "test_certificates.py",
-    "test_warm_start.py", "test_smoothing.py", "test_memory.py", "test_backends.py",
+    "test_warm_start.py", "test_smoothing.py", "test_memory.py", "test_backends.py", "test_units.py",
 }  # fmt: skip
 """What both engines must pass on NumPy."""
 

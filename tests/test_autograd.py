@@ -85,6 +85,24 @@ def test_matches_vjp():
         np.testing.assert_allclose(grad(fun)(operands[name]), getattr(by_hand, name), rtol=1e-9, atol=1e-12)
 
 
+def test_float32_operands_are_solved_in_float64():
+    operands = mostly_active(np.random.default_rng(4), ["A", "G", "lb"])
+    single = {name: value.astype(np.float32) for name, value in operands.items()}
+    precise = {name: value.astype(np.float64) for name, value in single.items()}
+
+    def loss(q, operands):
+        sol = qpdiff.autograd.solve_qp(**(operands | {"q": q}))
+        return anp.sum(sol.x**3) + anp.sum(sol.z_lb**2) + anp.sum(sol.y * sol.z[:, :1])
+
+    sol, exact = (qpdiff.autograd.solve_qp(**o) for o in (single, precise))
+    assert {getattr(sol, name).dtype for name in ("x", "y", "z", "z_lb", "z_ub", "s")} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(sol.z, exact.z.astype(np.float32))
+    for derivative in (grad(loss), jacobian(grad(loss))):
+        one, other = (derivative(o["q"], o) for o in (single, precise))
+        assert one.dtype == np.float32
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_unsolved():
     q, h = np.ones((3, 1)), np.array([[1.0, 1.0], [1.0, -2.0], [1.0, -2.0]])
     G = np.array([[1.0], [-1.0]])

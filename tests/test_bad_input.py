@@ -310,7 +310,7 @@ def test_accepted(xp, row):
     change, dtype = ACCEPTED[row]
     assert ROWS[row].startswith("accepted")
     sol = qpdiff.solve_qp(**to_library(xp, change(GOOD)))
-    np.testing.assert_allclose(xp.to_numpy(sol.x), -np.ones((3, 2)), atol=1e-3 if dtype == "float32" else 1e-6)
+    np.testing.assert_allclose(xp.to_numpy(sol.x), -np.ones((3, 2)), atol=1e-6)
     assert xp.to_numpy(sol.status).tolist() == [Status.SOLVED] * 3
     assert str(sol.x.dtype).endswith(dtype)
     if row == "infinite-bounds":

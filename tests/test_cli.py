@@ -60,6 +60,17 @@ def test_solve_prints_a_row_a_problem_and_writes_the_solution(run, save, tmp_pat
             np.testing.assert_array_equal(out[name], getattr(sol, name))
 
 
+def test_a_file_in_float32_is_solved_and_checked_in_float64(run, save, tmp_path):
+    operands = {k: v.astype(np.float32) for k, v in random_problem(np.random.default_rng(0), "A G lb ub").items()}
+    file = save(operands)
+    assert run("solve", file, "-o", tmp_path / "out.npz").exit_code == 0
+    with np.load(tmp_path / "out.npz") as out:
+        assert out["x"].dtype == np.float32
+        np.testing.assert_array_equal(out["x"], qpdiff.solve_qp(**operands, dtype="float64").x.astype(np.float32))
+    result = run("check", file, "--directions", 2)
+    assert result.exit_code == 0, result.output
+
+
 def test_an_unsolved_problem_is_exit_code_1(run, save):
     result = run(
         "solve", save({"Q": np.eye(1), "q": np.zeros(1), "G": np.array([[1.0], [-1.0]]), "h": np.array([0.0, -1.0])})

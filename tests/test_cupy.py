@@ -18,7 +18,7 @@ import scipy.linalg
 from problems import infeasible, parallel_rows, random_problem, repeated_inequalities
 
 import qpdiff
-from qpdiff.backend import choose_backend, working_dtype
+from qpdiff.backend import choose_backend, floating_types
 from qpdiff.backend.cupy import CuPyBackend
 from qpdiff.differentiation import _flat
 from qpdiff.problem import Problem
@@ -217,7 +217,8 @@ def test_matrices_that_are_not_positive_definite_are_flagged(stand_in, dtype, sc
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_solutions_and_derivatives_as_numpy(stand_in, form, shared, dtype):
     operands = {name: value.astype(dtype) for name, value in draw(form, shared=shared).items()}
-    sol, expected = qpdiff.solve_qp(**stand_in.operands(operands, dtype)), qpdiff.solve_qp(**operands, engine="array")
+    sol = qpdiff.solve_qp(**stand_in.operands(operands, dtype), dtype=dtype)
+    expected = qpdiff.solve_qp(**operands, dtype=dtype, engine="array")
     within = {"rtol": 1e-6, "atol": 1e-6} if dtype == "float64" else {"rtol": 2e-2, "atol": 2e-2}
     assert set(stand_in.to_numpy(sol.status)) == set(expected.status) == {qpdiff.Status.SOLVED}
     for name in ("x", "y", "z", "z_lb", "z_ub"):
@@ -292,12 +293,12 @@ def exercise(stand_in):
     """What calls everything that the array engine calls."""
     for form in FORMS:
         for shared in ((), ("Q", "A", "G")):
-            for dtype in ("float64", "float32"):
+            for kind, dtype in (("float64", None), ("float32", None), ("float32", "float32")):
                 operands = draw(form, shared=shared)
-                sol = qpdiff.solve_qp(**stand_in.operands(operands, dtype) | {"Q": operands["Q"].tolist()})
-                again = qpdiff.solve_qp(**stand_in.operands(operands, dtype), warm_start=sol)
+                sol = qpdiff.solve_qp(**stand_in.operands(operands, kind) | {"Q": operands["Q"].tolist()}, dtype=dtype)
+                again = qpdiff.solve_qp(**stand_in.operands(operands, kind), dtype=dtype, warm_start=sol)
                 qpdiff.vjp(again, x=sol.x, z=sol.z, z_lb=sol.z_lb, smoothing=1e-3)
-                tangents = stand_in.operands({name: np.ones_like(value) for name, value in operands.items()}, dtype)
+                tangents = stand_in.operands({name: np.ones_like(value) for name, value in operands.items()}, kind)
                 qpdiff.jvp(again, **tangents, unsolved="zero")
     operands = stand_in.operands(random_problem(np.random.default_rng(0), "A G lb ub", fixed=2, infinite=0.5))
     qpdiff.vjp(qpdiff.solve_qp(**operands, verbose=True), z_ub=np.ones((4, 6)))
@@ -429,7 +430,8 @@ def test_arrays_of_cupy_choose_its_backend_on_their_gpu(on_gpu, number, dtype):
     assert backend.device == number
     assert backend is choose_backend(operands)[0]
     assert all(arrays[name] is operands[name] for name in operands)
-    assert np.dtype(working_dtype(backend, arrays, operands)) == dtype
+    types = floating_types(backend, arrays, operands)
+    assert [np.dtype(kind) for kind in types] == ["float64", dtype]
     again = pickle.loads(pickle.dumps(backend))  # arrays go to the current GPU of the process that unpickles them
     assert (type(again), again.xp, again.device) == (CuPyBackend, backend.xp, None)
 

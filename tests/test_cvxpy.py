@@ -319,7 +319,16 @@ def test_the_type_is_that_of_the_parameters():
     solution = layer(*single)
     gradients = layer.vjp(solution, np.ones(3))
     assert {a.dtype for a in (*solution.variables, *gradients)} == {np.dtype("float32")}
-    np.testing.assert_allclose(solution.variables[0], layer(*values).variables[0], atol=1e-3)
+    exact = layer(*map(np.float64, single))
+    np.testing.assert_array_equal(solution.variables[0], exact.variables[0].astype(np.float32))
+    for one, other in zip(gradients, layer.vjp(exact, np.ones(3)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    tangent = layer.jvp(solution, np.ones((5, 3)), None)[0]
+    assert tangent.dtype == np.float32
+    np.testing.assert_allclose(tangent, layer.jvp(exact, np.ones((5, 3)), None)[0], rtol=1e-5, atol=1e-5)
+    operands = layer.operands(*single)
+    assert {a.dtype for a in operands.values()} == {np.dtype("float32")}
+    np.testing.assert_allclose(layer.values(qpdiff.solve_qp(**operands).x)[0], exact.variables[0], atol=1e-5)
     assert layer(*single, dtype="float64").variables[0].dtype == np.float64
     assert layer(values[0].tolist(), values[1].tolist()).variables[0].dtype == np.float64
 

@@ -144,16 +144,18 @@ def test_blocks_are_those_of_the_operands():
     assert qpdiff.dask.solve_qp(Q, q).x.numblocks == (1, 1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("kind", "dtype"), [("float32", None), ("float32", "float32"), ("float64", None)])
 @pytest.mark.parametrize("engine", ["array", "compiled"])
-def test_types_of_the_blocks(engine, dtype):
+def test_types_of_the_blocks(engine, kind, dtype):
     if engine == "compiled":
         pytest.importorskip("numba")
     rng = np.random.default_rng(0)
-    operands = {k: v.astype(dtype) for k, v in random_problem(rng, "A G lb ub", batch=(5,), shared=("G", "A")).items()}
+    operands = {k: v.astype(kind) for k, v in random_problem(rng, "A G lb ub", batch=(5,), shared=("G", "A")).items()}
     operands["lb"] = operands["lb"].tolist()  # a list has no type of its own
-    expected = qpdiff.solve_qp(**operands, engine=engine)
-    sol = qpdiff.dask.solve_qp(**operands | {"q": da.from_array(operands["q"], chunks=(2, 6))}, engine=engine)
+    options = {"engine": engine, "dtype": dtype}
+    expected = qpdiff.solve_qp(**operands, **options)
+    assert expected.x.dtype == kind
+    sol = qpdiff.dask.solve_qp(**operands | {"q": da.from_array(operands["q"], chunks=(2, 6))}, **options)
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == "float32" else {}
     for name in FIELDS:  # checks the type and the shape of every block too
         assert_eq(getattr(sol, name), getattr(expected, name), **tolerance)
@@ -161,7 +163,7 @@ def test_types_of_the_blocks(engine, dtype):
     for name, value in qpdiff.vjp(expected, x=np.ones(6))._asdict().items():
         assert_eq(getattr(gradients, name), value, **tolerance)
     assert_eq(qpdiff.dask.jvp(sol, b=[1, 2]).x, qpdiff.jvp(expected, b=[1, 2]).x, **tolerance)
-    other = "float64" if dtype == "float32" else "float32"
+    other = "float64" if kind == "float32" else "float32"
     assert qpdiff.dask.solve_qp(**operands, engine=engine, dtype=other).x.dtype == other
 
 

@@ -254,3 +254,35 @@ def test_the_last_factorisation_is_reused(monkeypatch, parts, largest):
     monkeypatch.setattr(type(backend), "factor", refuse)
     gradients = qpdiff.vjp(sol, x=np.ones((3, 30)))
     assert np.isfinite(gradients.Q).all()
+
+
+# ---- float32
+
+
+@pytest.mark.parametrize("shared", [(), ("Q", "A", "G")], ids=["own", "shared"])
+@pytest.mark.parametrize("smoothing", [None, 0.1])
+def test_derivatives_of_float32_operands_are_those_of_float64_rounded(xp, shared, smoothing):
+    rng = np.random.default_rng(4)
+    operands = random_problem(rng, "Q q G h A b lb ub", shared=shared)
+    operands = {name: xp.asarray(value.astype(np.float32)) for name, value in operands.items()}
+    tangent = rng.normal(size=(3, 6))
+    quick, precise = (qpdiff.solve_qp(**operands, dtype=dtype) for dtype in (None, "float64"))
+    assert "float32" in str(quick.x.dtype)
+    for kind in (np.float32, np.float64):
+        direction = xp.asarray(tangent.astype(kind))
+        for derivative, name in ((qpdiff.vjp, "x"), (qpdiff.jvp, "q")):
+            exact, rounded = (derivative(sol, **{name: direction}, smoothing=smoothing) for sol in (precise, quick))
+            for one, other in zip(exact, rounded, strict=True):
+                one, other = xp.to_numpy(one), xp.to_numpy(other)
+                assert (one.dtype, other.dtype) == (np.float64, np.float32)
+                np.testing.assert_array_equal(other, one.astype(np.float32))
+
+
+@pytest.mark.parametrize(("distance", "slope"), [(1e-3, 0.0), (-1e-3, 1.0)], ids=["active", "inactive"])
+def test_float32_operands_beside_a_nearly_active_bound(xp, distance, slope):
+    """In float32 arithmetic the derivative of this projection is 0.4 on one side of the kink and 0.6 on the other."""
+    operands = {"Q": np.eye(1), "q": np.array([-distance]), "ub": np.zeros(1)}
+    sol = qpdiff.solve_qp(**{name: xp.asarray(value.astype(np.float32)) for name, value in operands.items()})
+    gradient = xp.to_numpy(qpdiff.vjp(sol, x=xp.asarray(np.ones(1, np.float32))).q)
+    assert gradient.dtype == np.float32
+    np.testing.assert_allclose(gradient, -slope, atol=1e-3)

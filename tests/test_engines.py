@@ -116,7 +116,7 @@ def test_iteration_by_iteration(case, way, monkeypatch):
         np.testing.assert_array_equal(array.status, compiled.status)
         np.testing.assert_array_equal(array.iterations, compiled.iterations)
         assert_same(array, compiled, of_case(ROUNDING, case, 1e-7))
-    array, compiled = (qpdiff.solve_qp(**operands, engine=engine) for engine in ("array", "compiled"))
+    array, compiled = (qpdiff.solve_qp(**operands, engine=engine, tol=1e-8) for engine in ("array", "compiled"))
     assert np.mean(array.status != compiled.status) <= of_case(UNDECIDED, case, 0.0)
     solved = (array.status == qpdiff.Status.SOLVED) & (compiled.status == qpdiff.Status.SOLVED)
     assert np.max(np.abs(array.iterations - compiled.iterations)[solved], initial=0) <= 2
@@ -128,7 +128,7 @@ def test_one_bad_step_is_not_the_end_of_a_problem():
     """Without a second chance all of them end at 7e-8 to 4e-7, which rtol allows."""
     operands = second_chance()
     for engine in ("array", "compiled"):
-        sol = qpdiff.solve_qp(**operands, engine=engine)
+        sol = qpdiff.solve_qp(**operands, engine=engine, tol=1e-8)
         point = [getattr(sol, name) for name in ("x", "y", "z", "z_lb", "z_ub")]
         assert np.all(documented_test(operands, *point, 1e-8, 0.0) <= 1)
         assert np.all(sol.iterations <= 14)
@@ -139,7 +139,8 @@ def test_single_precision(case):
     operands = {name: value.astype(np.float32) for name, value in CASES[case]().items()}
     for k in range(4):
         array, compiled = (
-            qpdiff.solve_qp(**operands, engine=engine, max_iterations=k) for engine in ("array", "compiled")
+            qpdiff.solve_qp(**operands, dtype="float32", engine=engine, max_iterations=k)
+            for engine in ("array", "compiled")
         )
         assert compiled.x.dtype == np.float32
         np.testing.assert_array_equal(array.iterations, compiled.iterations)
@@ -429,10 +430,10 @@ def test_the_array_engine_reports_chunk_by_chunk_and_can_be_stopped(monkeypatch,
     monkeypatch.setattr("qpdiff.problem.Problem.workers", threads)
     make_part, begun, seen = qpdiff.solver.make_part, [], []
 
-    def counted(form):
+    def counted(form, settings):
         begun.append(form.problem.batch)
         time.sleep(0.5 if len(begun) > 2 * threads else 0.0)  # so that no thread is done before the first report
-        return make_part(form)
+        return make_part(form, settings)
 
     def stop(done, batch):
         seen.append(done)

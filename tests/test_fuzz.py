@@ -52,11 +52,10 @@ def in_units(rng, operands, orders):
 # ---- what must hold
 
 
-def check(operands, expected, *, surely=True, stalls=False):
+def check(operands, expected, *, surely=True, stalls=False, dtype="float64"):
     """Solve and check what comes back; `surely` asks for the expected status and not only for none that is wrong."""
-    sol = qpdiff.solve_qp(**operands)
-    dtype = str(sol.x.dtype)
     tol = 1e-8 if dtype == "float64" else 1e-4
+    sol = qpdiff.solve_qp(**operands, tol=tol, dtype=dtype)  # in the caller's units, as below
     point = [getattr(sol, name) for name in OUTPUTS]
     status = np.asarray(sol.status)
 
@@ -182,4 +181,4 @@ def test_unbounded(operands, orders, seed):
 @share(0.1)
 @given(solvable() | degenerate(DEGENERATE))
 def test_single_precision(operands):
-    check(single(operands), Status.SOLVED, surely=False)
+    check(single(operands), Status.SOLVED, surely=False, dtype="float32")

@@ -130,8 +130,9 @@ def test_vmap_is_the_batch():
 @pytest.mark.parametrize("parts", ["A G", "lb ub"])
 def test_the_whole_solve_lowers_for_accelerators(platform, parts):
     operands = some(np.random.default_rng(6), parts)
-    function = jax.jit(jax.value_and_grad(lambda o: weigh(qpdiff.jax.solve_qp(**o))))
-    if platform == "tpu":  # which has no double precision
+    dtype = "float32" if platform == "tpu" else None  # which has no double precision
+    function = jax.jit(jax.value_and_grad(lambda o: weigh(qpdiff.jax.solve_qp(**o, dtype=dtype))))
+    if platform == "tpu":
         operands = {name: value.astype(jnp.float32) for name, value in operands.items()}
     module = jax.export.export(function, platforms=[platform])(operands).mlir_module()
     assert "stablehlo.while" in module
@@ -188,6 +189,34 @@ def test_a_hessian_that_was_computed_in_float32():
         np.testing.assert_allclose(value, expected, atol=1e-8)
         np.testing.assert_allclose(pulled, gradient, atol=1e-6)  # it has the type of Q
         np.testing.assert_array_equal(pulled, pulled.mT)
+
+
+def test_float32_operands_are_solved_in_float64_where_there_is():
+    operands = some(np.random.default_rng(10), "A G lb ub")
+    single = {name: value.astype(jnp.float32) for name, value in operands.items()}
+    precise = {name: value.astype(jnp.float64) for name, value in single.items()}
+
+    def solve(q, operands):
+        return qpdiff.jax.solve_qp(**operands | {"q": q})
+
+    def loss(q, operands):
+        return weigh(solve(q, operands))
+
+    for transformed in (lambda function: function, jax.jit):
+        sol, exact = (transformed(solve)(o["q"], o) for o in (single, precise))
+        for name in (*OUTPUTS, "s"):
+            assert getattr(sol, name).dtype == jnp.float32
+            np.testing.assert_allclose(getattr(sol, name), getattr(exact, name), rtol=1e-6, atol=1e-6)
+        assert sol.objective.dtype == jnp.float64
+        gradient, other = (transformed(jax.grad(loss))(o["q"], o) for o in (single, precise))
+        assert gradient.dtype == jnp.float32
+        np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-5)
+    second, other = (jax.jit(jax.hessian(loss))(o["q"], o) for o in (single, precise))
+    np.testing.assert_allclose(second, other, rtol=1e-4, atol=1e-4)
+    mapped = jax.vmap(lambda o: qpdiff.jax.solve_qp(**o).x)(single)
+    np.testing.assert_allclose(mapped, sol.x, rtol=1e-6, atol=1e-6)
+    assert qpdiff.vjp(solve(single["q"], single), x=jnp.ones_like(sol.x)).q.dtype == jnp.float32
+    assert qpdiff.jax.solve_qp(**single, dtype="float64").x.dtype == jnp.float64
 
 
 def test_a_warm_start_saves_iterations():

@@ -139,8 +139,10 @@ def test_float32():
     operands = problem(np.random.default_rng(4), "A G lb ub")
     exact = qpdiff.vjp(qpdiff.solve_qp(**operands), x=np.ones((3, 5)), smoothing=0.1)
     single = {name: value.astype(np.float32) for name, value in operands.items()}
-    actual = qpdiff.vjp(qpdiff.solve_qp(**single), x=np.ones((3, 5), dtype=np.float32), smoothing=0.1)
-    np.testing.assert_allclose(actual.q, exact.q, atol=1e-2)
+    for dtype, atol in ((None, 1e-5), ("float32", 1e-2)):
+        actual = qpdiff.vjp(qpdiff.solve_qp(**single, dtype=dtype), x=np.ones((3, 5), dtype=np.float32), smoothing=0.1)
+        assert actual.q.dtype == np.float32
+        np.testing.assert_allclose(actual.q, exact.q, atol=atol)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, -1.0, np.nan, np.inf, "much"])

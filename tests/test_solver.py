@@ -346,11 +346,15 @@ def test_the_iteration_limit(xp):
 def test_float32(xp, parts):
     operands = random_problem(np.random.default_rng(9), parts)
     single = {name: value.astype(np.float32) for name, value in operands.items()}
-    sol = solve(single, xp)
-    assert sol["x"].dtype == np.float32
-    assert np.all(sol["status"] == Status.SOLVED)
-    np.testing.assert_allclose(sol["x"], solve(operands)["x"], atol=5e-2)
-    assert solve(single, xp, dtype="float64")["x"].dtype == np.float64
+    precise, sol, quick = (solve(single, xp, dtype=dtype) for dtype in ("float64", None, "float32"))
+    for name in ("x", "y", "z", "z_lb", "z_ub", "s"):
+        assert (precise[name].dtype, sol[name].dtype, quick[name].dtype) == (np.float64, np.float32, np.float32)
+        np.testing.assert_array_equal(sol[name], precise[name].astype(np.float32))
+    for name in ("status", "iterations", "objective", "primal_residual", "dual_residual", "duality_gap"):
+        np.testing.assert_array_equal(sol[name], precise[name])
+        assert sol[name].dtype == precise[name].dtype
+    assert np.all(quick["status"] == Status.SOLVED)
+    np.testing.assert_allclose(quick["x"], solve(operands)["x"], atol=5e-2)
 
 
 def test_lists_and_integers():

@@ -119,11 +119,26 @@ def test_layouts():
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_floating_point_types(solved_by, kind):
-    operands = {k: v.to(kind).requires_grad_() for k, v in random_problem_in_torch(parts="G", batch=(3,)).items()}
-    sol = qpdiff.torch.solve_qp(**operands)
-    assert sol.x.dtype == sol.z.dtype == sol.s.dtype == kind
-    sol.x.sum().backward()
-    assert {v.grad.dtype for v in operands.values()} == {kind}
+    operands = {k: v.to(kind).requires_grad_() for k, v in random_problem_in_torch(batch=(3,)).items()}
+    precise = {k: v.detach().double().requires_grad_() for k, v in operands.items()}
+    sol, expected = qpdiff.torch.solve_qp(**operands), qpdiff.torch.solve_qp(**precise)
+    for name in (*OUTPUTS, "s"):
+        assert torch.equal(getattr(sol, name), getattr(expected, name).to(kind))
+    first, second = first_and_second(operands)
+    for one, other in zip((*first, *second), sum(first_and_second(precise), ()), strict=True):
+        assert one.dtype == kind
+        torch.testing.assert_close(one, other.to(kind), rtol=1e-4, atol=1e-4)
+    (_, tangent), (_, other) = (
+        torch.func.jvp(lambda q, o=o: qpdiff.torch.solve_qp(**o | {"q": q}).x, (o["q"],), (o["q"],))
+        for o in (operands, precise)
+    )
+    torch.testing.assert_close(tangent, other.to(kind), rtol=1e-6, atol=1e-6)
+    each = {"in_dims": (dict.fromkeys(operands, 0),)}
+    mapped = vmap(lambda o: qpdiff.torch.solve_qp(**o).z, **each)(operands)
+    torch.testing.assert_close(mapped, expected.z.to(kind), rtol=1e-6, atol=1e-6)
+    near = qpdiff.torch.solve_qp(**operands, warm_start=sol)
+    assert torch.all(near.iterations <= sol.iterations)
+    torch.testing.assert_close(near.x, sol.x, rtol=1e-6, atol=1e-6)
 
 
 def test_mixed_types_and_conversion():

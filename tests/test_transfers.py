@@ -3,6 +3,8 @@
 array-api-strict on a device that is not the CPU stands in for the GPU and counts.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 from problems import infeasible, parallel_rows, random_problem
@@ -27,13 +29,15 @@ A_DERIVATIVE = 19
 """For problems that ended together: 3 rounds with the last factor, whether that did, a fresh factor and 12 rounds."""
 
 
-@pytest.fixture(params=["float64", "float32"])
+@pytest.fixture(params=[("float64", None), ("float32", None), ("float32", "float32")], ids=["64", "32 in 64", "32"])
 def on_device(request, strict):
-    """Onto a device that is not the CPU, in either type."""
+    """Onto a device that is not the CPU, in either type, solved in either."""
+    kind, dtype = request.param
 
     def moved(value):
-        return strict.asarray(np.asarray(value), dtype=getattr(strict, request.param), device=strict.Device("device1"))
+        return strict.asarray(np.asarray(value), dtype=getattr(strict, kind), device=strict.Device("device1"))
 
+    moved.solve = partial(qpdiff.solve_qp, dtype=dtype)
     return moved
 
 
@@ -62,7 +66,7 @@ def rounds(strict, form, sol):
     """
     iterations = to_host(strict, sol.iterations)
     primal, dense = (iterations[:1], iterations[1:]) if form == MIXED else (iterations[:0], iterations)
-    in_rows = FORMS[form][2] is kkt.DenseDualForm and sol.x.dtype == strict.float64
+    in_rows = FORMS[form][2] is kkt.DenseDualForm and sol.linearization.problem.dtype == strict.float64
     return int(np.max(primal, initial=0)) + (1 + in_rows) * int(np.max(dense, initial=0))
 
 
@@ -72,7 +76,7 @@ def test_one_an_iteration_and_a_few_a_solve(strict, transfers, on_device, form, 
     operands = {name: on_device(value) for name, value in draw(form, batch).items()}
     on_top = set()
     for limit in (1, 3, 200):
-        sol, count = counted(transfers, qpdiff.solve_qp, **operands, max_iterations=limit)
+        sol, count = counted(transfers, on_device.solve, **operands, max_iterations=limit)
         on_top.add(count - rounds(strict, form, sol))
     assert len(on_top) == 1, "the same few, however many iterations"
     assert max(on_top) <= A_SOLVE
@@ -84,19 +88,19 @@ def test_one_an_iteration_and_a_few_a_solve(strict, transfers, on_device, form, 
 
 def test_the_check_of_the_numbers_takes_one(transfers, on_device):
     operands = {name: on_device(value) for name, value in draw("linear program", 6).items()}
-    _, checked = counted(transfers, qpdiff.solve_qp, **operands)
-    _, unchecked = counted(transfers, qpdiff.solve_qp, **operands, check=False)
+    _, checked = counted(transfers, on_device.solve, **operands)
+    _, unchecked = counted(transfers, on_device.solve, **operands, check=False)
     assert checked - unchecked == 1
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_warm_start_takes_none(strict, transfers, on_device, form):
     operands = draw(form, 6)
-    near = qpdiff.solve_qp(**{name: on_device(value) for name, value in operands.items()})
+    near = on_device.solve(**{name: on_device(value) for name, value in operands.items()})
     operands["q"] = operands["q"] * 1.01
     operands = {name: on_device(value) for name, value in operands.items()}
-    cold, cold_count = counted(transfers, qpdiff.solve_qp, **operands)
-    warm, warm_count = counted(transfers, qpdiff.solve_qp, **operands, warm_start=near)
+    cold, cold_count = counted(transfers, on_device.solve, **operands)
+    warm, warm_count = counted(transfers, on_device.solve, **operands, warm_start=near)
     assert cold_count - rounds(strict, form, cold) == warm_count - rounds(strict, form, warm)
 
 
@@ -105,7 +109,7 @@ def test_a_warm_start_takes_none(strict, transfers, on_device, form):
 def test_a_derivative_takes_a_few_whatever_the_batch(transfers, on_device, form, shared):
     for batch in (1, 20):
         operands = {name: on_device(v[0] if name in shared else v) for name, v in draw(form, batch).items()}
-        sol = qpdiff.solve_qp(**operands)
+        sol = on_device.solve(**operands)
         groups = len(sol.linearization.factors)
         assert groups <= 2 * (1 + np.log2(batch))
         _, count = counted(transfers, qpdiff.vjp, sol, x=sol.x)
@@ -115,7 +119,7 @@ def test_a_derivative_takes_a_few_whatever_the_batch(transfers, on_device, form,
 
 
 def test_smoothing_takes_one_a_newton_step(transfers, on_device):
-    sol = qpdiff.solve_qp(**{name: on_device(value) for name, value in draw("primal", 6).items()})
+    sol = on_device.solve(**{name: on_device(value) for name, value in draw("primal", 6).items()})
     _, plain = counted(transfers, qpdiff.vjp, sol, x=sol.x)
     _, smoothed = counted(transfers, qpdiff.vjp, sol, x=sol.x, smoothing=1e-2)
     assert smoothed <= plain + 50
@@ -123,11 +127,11 @@ def test_smoothing_takes_one_a_newton_step(transfers, on_device):
 
 def test_certificates_take_no_more(strict, transfers, on_device):
     operands = infeasible(np.random.default_rng(0), parallel_rows, "pd", (5, 4, 2))
-    sol, count = counted(transfers, qpdiff.solve_qp, **{name: on_device(value) for name, value in operands.items()})
+    sol, count = counted(transfers, on_device.solve, **{name: on_device(value) for name, value in operands.items()})
     assert np.all(to_host(strict, sol.status) == qpdiff.Status.PRIMAL_INFEASIBLE)
     assert count <= 2 * np.max(to_host(strict, sol.iterations)) + A_SOLVE
 
 
 def test_verbose_works_where_only_the_standard_does(strict, on_device, capsys):
-    sol = qpdiff.solve_qp(**{name: on_device(value) for name, value in draw("primal", 6).items()}, verbose=True)
+    sol = on_device.solve(**{name: on_device(value) for name, value in draw("primal", 6).items()}, verbose=True)
     assert capsys.readouterr().out.count("\n") == 1 + int(np.max(to_host(strict, sol.iterations)))

@@ -85,6 +85,16 @@ def test_one_solution_starts_a_whole_batch():
     np.testing.assert_allclose(sol.x, qpdiff.solve_qp(**batch).x, atol=1e-6)
 
 
+def test_a_solution_in_float32_is_a_start():
+    d = {k: v.astype(np.float32) for k, v in random_problem(np.random.default_rng(4), "A G lb ub", fixed=1).items()}
+    start = qpdiff.solve_qp(**d)
+    assert start.x.dtype == np.float32
+    sol = qpdiff.solve_qp(**d, warm_start=start)
+    assert np.all(sol.status == Status.SOLVED)
+    assert sol.iterations.sum() < 0.7 * start.iterations.sum()
+    np.testing.assert_allclose(sol.x, start.x, rtol=1e-6, atol=1e-6)
+
+
 def test_fixed_variables():
     d = random_problem(np.random.default_rng(6), "G lb ub", batch=(5,), fixed=2)
     start = qpdiff.solve_qp(**d)

@@ -6,11 +6,11 @@ length B or, where it is shared by the batch, of length 1.
 """
 
 from .base import Backend
-from .choice import choose_backend, from_host, working_dtype
+from .choice import Types, choose_backend, floating_types, from_host
 from .numpy import NumPyBackend
 from .threads import pool, single_threaded, single_threaded_blas
 
 __all__ = [
-    "Backend", "NumPyBackend", "choose_backend", "from_host", "pool", "single_threaded", "single_threaded_blas",
-    "working_dtype",
+    "Backend", "NumPyBackend", "Types", "choose_backend", "floating_types", "from_host", "pool", "single_threaded",
+    "single_threaded_blas",
 ]  # fmt: skip

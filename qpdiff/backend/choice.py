@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import array_api_compat
 import numpy as np
@@ -116,8 +116,17 @@ def _library_of(value):
     return array_api_compat.array_namespace(value) if array_api_compat.is_array_api_obj(value) else None
 
 
-def working_dtype(backend, arrays, operands, dtype=None):
-    """The floating point type to compute in: the caller's, else float32 if every floating array is, else float64."""
+class Types(NamedTuple):
+    """Floating point types of a problem."""
+
+    working: Any
+    """The one to compute in."""
+    result: Any
+    """That of the results."""
+
+
+def floating_types(backend, arrays, operands, dtype=None) -> Types:
+    """What to compute in and to return: the caller's choice, else float64, and float32 if every floating array is."""
     xp = backend.xp
     floating = set()
     for key, value in arrays.items():
@@ -133,13 +142,14 @@ def working_dtype(backend, arrays, operands, dtype=None):
                 )
             floating.add(value.dtype)
     if dtype is None:
-        return xp.float32 if floating and all(kind == xp.float32 for kind in floating) else backend.exact
+        single = floating and all(kind == xp.float32 for kind in floating)
+        return Types(backend.exact, xp.float32 if single else backend.exact)
     wanted = _name(dtype)
     if wanted not in ("float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}; expected 'float32' or 'float64'")
     if getattr(xp, wanted) not in (xp.float32, backend.exact):
         raise ValueError(f"dtype is {wanted}, which {_library_name(xp)} has switched off")
-    return getattr(xp, wanted)
+    return Types(getattr(xp, wanted), getattr(xp, wanted))
 
 
 def _library_name(xp):

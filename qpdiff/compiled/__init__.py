@@ -86,8 +86,7 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
     form = _form(problem)
     shared = all(distinct(problem, name).shape[0] == 1 for name in problem.operands if name in _DECIDING)
     store = _store(problem, form, shared)
-    own = 1 if shared else count
-    metric = empty((own, n), dtype), empty((own, rows), dtype)
+    metric = empty((count, n), dtype), empty((count, rows), dtype)
     outcome = Outcome(
         empty((count, n), dtype), empty((count, rows), dtype), empty((count, rows), dtype),
         np.empty((count, 1), np.int32), np.empty((count, 1), np.int32), *np.empty((4, count, 1)),

@@ -150,7 +150,7 @@ def solve_afresh(one, reduced, theta, heavy, r_x, r_v, u_x, u_v, work):
     n, rows = u_x.shape[0], u_v.shape[0]
     single = u_x.itemsize == 4
     smallest, largest = (1e-4, 1e-2) if single else (1e-6, 1e-3)
-    equal, start = (1e-5, 1e-5) if single else (1e-10, 1e-9)
+    equal, start = (1e-5, 1e-5) if single else (1e-11, 1e-9)
     top = 0.0
     for i in range(rows):
         scaled = theta[i] * one.E[i] ** 2
@@ -269,7 +269,7 @@ def solve_kkt(batch, own, store, metric, form, factored, v, s, i, ahead, r_x, r_
     if in_rows and solve_in_rows(store, ahead, reduced, kind, E, theta, r_x, r_v, u_x, u_v, work):
         return
     Q, q, K = at(batch.Q, i), at(batch.q, i), stack(at(batch.A, i), at(batch.G, i), work.stacked, own)
-    one = One(Q, q, K, k, kind, batch.b.shape[1], lb.shape[0], ub.shape[0], D, E, Q, q, K, k)
+    one = One(Q, q, K, k, kind, batch.b.shape[1], lb.shape[0], ub.shape[0], D, E, work.sizes, Q, q, K, k)
     if form != DENSE_DUAL and factored and (form != PRIMAL or pivots_count(reduced.U, work.columns)):
         if form == DIAGONAL_DUAL:
             invert_diagonal(one, reduced)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..method import IMPATIENCE
+from ..method import IMPATIENCE, LARGE_MULTIPLIERS
 from .compiler import entry, hot, jit
 from .lanes import LANES, each, every, first_lanes, larger, no, of_lane, put, select, some, stacked, take
 from .memory import aligned, kept_by_thread
 from .method import (
+    CURVATURE,
     DENSE_DUAL,
     DIAGONAL_DUAL,
     INEQUALITY,
@@ -24,24 +25,28 @@ from .method import (
     OF_VARIABLES,
     PRIMAL,
     RUNNING,
+    SIZES,
     SOLVED,
     One,
     Reduced,
     Room,
     Verdict,
     assess,
+    balance,
     begin,
     equilibrate,
     first_rho,
+    later_delta,
     later_rho,
     make_iterates,
     make_work,
-    needs_refinement,
     positive,
     prepare_dense,
     prepare_diagonal,
     revised,
+    rows_after,
     step,
+    variables_are_exact,
 )
 from .operands import at, convex, fill_rows, plausible
 from .stacks import transpose
@@ -73,7 +78,8 @@ def make_group_room(n: int, linear: int, rows: int, lower: int, upper: int, form
     size = n if form == PRIMAL else linear
     room = Room(
         lanes(OF_VARIABLES, n), lanes(OF_ROWS, rows), lanes(5, n), lanes(5, rows), np.zeros((2, rows), np.int8),
-        np.zeros(rows, np.int64), lanes(linear, n), lanes(0, 0), lanes(linear, n), lanes(n, linear), lanes(n, n),
+        np.zeros(rows, np.int64), lanes(SIZES), lanes(linear, n), lanes(0, 0), lanes(linear, n), lanes(n, linear),
+        lanes(n, n),
     )  # fmt: skip
     reduced = Reduced(
         lanes(n if form == DENSE_DUAL else 1, n), lanes(n, linear), lanes(linear, linear), lanes(n), lanes(size, size),
@@ -152,9 +158,11 @@ def chosen(where, one, other):
     """One verdict for the problems of a mask, and another for the rest."""
     return Verdict(
         select(where, one.status, other.status), select(where, one.objective, other.objective),
-        select(where, one.primal, other.primal), select(where, one.dual, other.dual),
-        select(where, one.gap, other.gap), select(where, one.near, other.near),
-        select(where, one.worst, other.worst), select(where, one.best, other.best),
+        select(where, one.found_primal, other.found_primal), select(where, one.found_dual, other.found_dual),
+        select(where, one.found_gap, other.found_gap), select(where, one.primal, other.primal),
+        select(where, one.dual, other.dual), select(where, one.gap, other.gap), select(where, one.near, other.near),
+        select(where, one.worst, other.worst), select(where, one.best_primal, other.best_primal),
+        select(where, one.best_dual, other.best_dual), select(where, one.best_gap, other.best_gap),
         select(where, one.proof, other.proof), select(where, one.waiting, other.waiting),
     )  # fmt: skip
 
@@ -166,12 +174,12 @@ def keep(i, lane, form, shared, one, reduced, now, verdict, iterations, store, m
     take_vector(now.v, lane, outcome.v[i])
     take_vector(now.s, lane, outcome.s[i])
     outcome.status[i, 0], outcome.iterations[i, 0] = of_lane(verdict.status, lane), iterations
-    outcome.objective[i, 0], outcome.gap[i, 0] = of_lane(verdict.objective, lane), of_lane(verdict.gap, lane)
-    outcome.primal[i, 0], outcome.dual[i, 0] = of_lane(verdict.primal, lane), of_lane(verdict.dual, lane)
+    outcome.objective[i, 0], outcome.gap[i, 0] = of_lane(verdict.objective, lane), of_lane(verdict.found_gap, lane)
+    outcome.primal[i, 0], outcome.dual[i, 0] = of_lane(verdict.found_primal, lane), of_lane(verdict.found_dual, lane)
+    take_vector(one.D, lane, metric[0][i])
+    take_vector(one.E, lane, metric[1][i])
     if i == 0 or not shared:
         n, linear = one.K.shape[1], one.K.shape[0]
-        take_vector(one.D, lane, at(metric[0], i))
-        take_vector(one.E, lane, at(metric[1], i))
         if form == DENSE_DUAL:
             take_matrix(reduced.hessian, lane, at(store.hessian, i), n, n)
             invert_blocks(at(store.hessian, i), n)
@@ -198,8 +206,8 @@ def solve_group(
     for row in range(one.kind.shape[0]):
         inequalities |= one.kind[row] == INEQUALITY
     now, before = first, second
-    mu, verdict, sound = begin(form, one, reduced, settings, now, before, work)
-    active = first_lanes(size) & sound & (verdict.status == RUNNING)
+    mu, verdict, sound, ratio = begin(form, one, reduced, settings, now, before, work)
+    active = first_lanes(size) & sound & (verdict.status == RUNNING) & no(ratio > LARGE_MULTIPLIERS)
     for lane in range(size):
         wanted[i + lane] = not of_lane(active, lane)
     rho, delta = each(mu, first_rho(form, settings)), each(mu, settings.delta)
@@ -211,7 +219,8 @@ def solve_group(
         )
         iterations += 1
         verdict = assess(form, one, settings, now, before, past, iterations, limit, work)
-        unrefined = needs_refinement(settings, alpha_s, alpha_z, before, now, past, work)
+        exact, limiting = rows_after(one, settings, alpha_s, before, now, work)
+        exact &= variables_are_exact(settings, alpha_s, alpha_z, before, now, past, work)
         # From a point within the tolerance one more step is worth it only if it halves the residuals.
         back = active & past.near & no(verdict.worst <= 0.5 * past.worst)
         again = back & (past.worst > settings.tol) & (past.waiting < IMPATIENCE) & (iterations < limit)
@@ -236,21 +245,22 @@ def solve_group(
                 wanted[i + lane] = True
         active = going_on
         rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else each(mu, 0.9)
+        rate = select(limiting, larger(rate, 0.9), rate)
         rho = select(again, rho, later_rho(form, settings, rho, rate))
-        delta = select(again, delta, larger((1.0 - rate) * delta, settings.smallest))
+        delta = select(again, delta, later_delta(settings, delta, rate, limiting))
         mu = select(again, mu, new_mu)
-        refine = select(again, refine, unrefined)
+        refine = select(again, refine, no(exact))
 
 
 @jit
-def prepare(check, form, one, lower, upper, reduced, work):
-    """Fill the metric and what does not change of the reduced form; whether the form is safe, and Q convex."""
-    equilibrate(one, lower, upper, work)
+def prepare(check, form, one, reduced, work):
+    """Fill what the metric is made of and what does not change of the reduced form; whether that is safe, Q convex."""
+    balance(one, work)
     if form == DENSE_DUAL:
         return every(prepare_dense(one, reduced, False)), True
     if form == DIAGONAL_DUAL:
         transpose(one.K, work.turned)
-        return every(prepare_diagonal(one, reduced, False)), True
+        return every(prepare_diagonal(one, reduced, False, work)), True
     return True, not check or every(convex(one.Q, work.square))
 
 
@@ -267,7 +277,7 @@ def solve_groups(
     arrays, parts = memory.room, memory.reduced
     room = Room(
         stacked(arrays.x), stacked(arrays.v), stacked(arrays.x64), stacked(arrays.v64), arrays.flags,
-        arrays.order, stacked(arrays.stacked), stacked(arrays.stacked64), stacked(arrays.scaled),
+        arrays.order, stacked(arrays.sizes), stacked(arrays.stacked), stacked(arrays.stacked64), stacked(arrays.scaled),
         stacked(arrays.turned), stacked(arrays.square),
     )  # fmt: skip
     reduced = Reduced(
@@ -280,7 +290,7 @@ def solve_groups(
     lower, upper = stacked(memory.bounds[0]), stacked(memory.bounds[1])
     one = One(
         Q, q, K, k, work.kind, batch.b.shape[1], lower.shape[0], upper.shape[0], stacked(memory.D), stacked(memory.E),
-        Q, q, K, k,
+        work.sizes, Q, q, K, k,
     )  # fmt: skip
     ready = safe = False
     stop = np.int64(0)
@@ -298,12 +308,15 @@ def solve_groups(
             alike = load(batch, i, size, one, memory.k, memory.kind)
             if not (ready and shared):
                 load_matrices(batch, i, size, one, lower, upper)
-                safe, definite = prepare(check, form, one, lower, upper, reduced, work)
+                safe, definite = prepare(check, form, one, reduced, work)
                 if not definite:
                     turn[0] = edges.shape[0]
                     return False
                 ready = True
-            if alike and safe:
+            slope = equilibrate(one, settings, lower, upper, work)
+            # Problems without curvature have a scale of the cost, which `one_by_one` finds.
+            curved = every((one.sizes[CURVATURE] > 0.0) | no(slope > 0.0))
+            if alike and safe and curved:
                 solve_group(
                     i, size, form, shared, one, reduced, settings, first, second, store, metric, outcome, forms,
                     factored, wanted, work,

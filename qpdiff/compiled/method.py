@@ -15,8 +15,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..kkt import METRIC_PASSES
-from ..method import LARGEST_FRACTION, LUCK, PATIENCE, RUNNING, STEP_FRACTION
+from ..kkt import LARGEST_RATIO, METRIC_PASSES, ROUNDING, SMALLEST_CURVATURE, UNCERTAINTY
+from ..method import (
+    DOMINANT,
+    LARGE_MULTIPLIERS,
+    LARGEST_FRACTION,
+    LEAST_CENTRALITY,
+    LOOSE,
+    LOWER_LIMIT,
+    LUCK,
+    NEARER,
+    PATIENCE,
+    REACHED,
+    RUNNING,
+    SMALLER_COST,
+    STEP_FRACTION,
+    STUCK,
+)
+from ..problem import INFINITE
 from ..solution import Status
 from .compiler import finite, hot, jit
 from .lanes import each, every, larger, no, root, select, smaller, some, zero
@@ -45,8 +61,10 @@ PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = 0, 1, 2
 SMALLEST, SMALLEST_SINGLE = (float(np.finfo(kind).smallest_normal) for kind in (np.float64, np.float32))
 LARGEST_ROOT, LARGEST_ROOT_SINGLE = (float(np.sqrt(np.finfo(kind).max)) for kind in (np.float64, np.float32))
 EPS = float(np.finfo(np.float64).eps)
-OF_VARIABLES, OF_ROWS = 15, 26
+OF_VARIABLES, OF_ROWS = 18, 29
 """Vectors of a `Room`."""
+PRIMAL_UNIT, DUAL_UNIT, GAP_UNIT, REACH, CURVATURE, LEAST_CURVATURE, SIZES = 0, 1, 2, 3, 4, 5, 6
+"""Entries of `One.sizes`, and how many there are."""
 
 
 class Batch(NamedTuple):
@@ -78,6 +96,8 @@ class One(NamedTuple):
     upper: int
     D: Any
     E: Any
+    sizes: Any
+    """What its residuals are measured in, how far x is likely to go, and the curvature of the scaled Q."""
     Q64: Any
     """Q, q, K and k in float64, in which residuals are computed."""
     q64: Any
@@ -115,12 +135,20 @@ class Verdict(NamedTuple):
 
     status: int
     objective: float
+    found_primal: float
+    """The residuals in the caller's units."""
+    found_dual: float
+    found_gap: float
     primal: float
+    """The residuals in the units of the tolerance."""
     dual: float
     gap: float
     near: bool
     worst: float
-    best: float
+    best_primal: float
+    """The smallest of each so far."""
+    best_dual: float
+    best_gap: float
     proof: float
     waiting: int
 
@@ -137,6 +165,7 @@ class Room(NamedTuple):
     """Vectors of rows of small integers."""
     order: Any
     """Numbers of rows."""
+    sizes: Any
     stacked: Any
     """The rows of A and G; and in float64."""
     stacked64: Any
@@ -153,7 +182,8 @@ def make_room(n, linear, rows, dtype) -> Room:
 
     return Room(
         np.zeros((OF_VARIABLES, n), dtype), np.zeros((OF_ROWS, rows), dtype), np.zeros((5, n)), np.zeros((5, rows)),
-        np.zeros((2, rows), np.int8), np.zeros(rows, np.int64), np.empty((linear, n), dtype), np.empty((linear, n)),
+        np.zeros((2, rows), np.int8), np.zeros(rows, np.int64), np.zeros(SIZES), np.empty((linear, n), dtype),
+        np.empty((linear, n)),
         matrix(linear, n), matrix(n, linear), matrix(n, n),
     )  # fmt: skip
 
@@ -198,6 +228,17 @@ class Work(NamedTuple):
     v_seen: Any
     u: Any
     Sdv: Any
+    base_D: Any
+    """What `balance` finds, which does not depend on q and k."""
+    base_E: Any
+    filled: Any
+    """1 for the rows of A and G with an entry that is not 0, else 0."""
+    occupied: Any
+    """1 for the variables that are in Q or in a row, else 0."""
+    unit_x: Any
+    """What residuals are multiplied by before they are compared with the tolerance."""
+    unit_v: Any
+    sizes: Any
     cx: Any
     cv: Any
     e_x: Any
@@ -219,6 +260,7 @@ def make_work(room):
         rho=x[0], b_x=x[1], t=x[2], dx=x[3], cx=x[4], e_x=x[5], columns=x[6], right_x=x[7],
         metric_x=x[12], metric_v=v[19], per_s=v[20], per_z=v[21],
         x_seen=x[13], r_seen=x[14], v_seen=v[22], u=v[23], Sdv=v[24], diagonal=v[25],
+        base_D=x[15], occupied=x[16], unit_x=x[17], base_E=v[26], unit_v=v[27], filled=v[28], sizes=room.sizes,
         theta=v[0], delta=v[1], shifted=v[2], complementarity=v[3], weights=v[4], Vt=v[5], dv=v[6], ds=v[7], cv=v[8],
         e_v=v[9], k=v[10], right_v=v[11], theta_exact=v[12],
     )  # fmt: skip
@@ -300,49 +342,168 @@ def positive(a):
 
 
 @jit
-def equilibrate(one, lb, ub, work):
-    """Fill the metric of a problem, `kkt.equilibrate`; its bounds only matter for variables that are in no row."""
-    Q, K, D, E = one.Q, one.K, one.D, one.E
+def balance(one, work):
+    """Fill the scales of the variables and of the rows of A and G, `kkt.balance`, and the curvature."""
+    Q, K, D2, E2 = one.Q, one.K, work.base_D, work.base_E
     n, linear = Q.shape[0], K.shape[0]
-    columns, lengths = work.columns, work.shifted
-    D[:] = 1.0
-    E[:] = 1.0
+    columns, lengths, curved = work.columns, work.shifted, work.occupied
+    first_D, first_E = work.dx, work.dv
+    largest = zero(columns)
+    for j in range(n):
+        largest = larger(Q[j, j], largest)
+    for j in range(n):
+        entry = Q[j, j]
+        usable = (entry > SMALLEST_CURVATURE * largest) & finite(entry)
+        curved[j] = select(usable, 1.0, 0.0)
+        first_D[j] = 1.0 / root(select(usable, entry, 1.0))
+        columns[j] = 0.0
+    for i in range(linear):
+        some_curved = every = zero(columns)
+        for j in range(n):
+            entry = abs(K[i, j])
+            every = larger(entry, every)
+            some_curved = larger(entry * first_D[j] * curved[j], some_curved)
+        length = select(some_curved > 0.0, some_curved, every)
+        first_E[i] = reciprocal(length)
+        work.filled[i] = select((length > 0.0) & finite(length), 1.0, 0.0)
+        for j in range(n):
+            columns[j] = larger(abs(K[i, j]) * first_E[i], columns[j])
+        E2[i] = 1.0
+    for j in range(n):
+        first_D[j] = select(curved[j] > 0.0, first_D[j], reciprocal(columns[j]))
+        D2[j] = 1.0
+    curvature, flattest = zero(columns), zero(columns)
     for _ in range(METRIC_PASSES):
         for i in range(n):
-            total = 0.0
+            total = zero(columns)
             for j in range(n):
-                total += Q[i, j] * Q[i, j] * D[j]
-            columns[i] = total
+                total += square(Q[i, j] * first_D[j]) * D2[j]
+            columns[i] = square(first_D[i]) * total
+            curved[i] = columns[i]
         for i in range(linear):
-            total, scale = 0.0, E[i]
+            total, scale = zero(columns), E2[i]
             for j in range(n):
-                square = K[i, j] * K[i, j]
-                columns[j] += square * scale
-                total += square * D[j]
+                entry = square(K[i, j] * first_E[i] * first_D[j])
+                columns[j] += entry * scale
+                total += entry * D2[j]
             lengths[i] = scale * total
         for i in range(linear):
-            E[i] = rescaled(E[i], lengths[i])
+            E2[i] = rescaled(E2[i], lengths[i])
+        curvature, flattest = zero(columns), zero(columns) + np.inf
         for j in range(n):
-            columns[j] *= D[j]
-            D[j] = rescaled(D[j], columns[j])
-    for j in range(min(lb.shape[0], ub.shape[0])):
-        span = ub[j] - lb[j]
-        width = smaller(larger(span, 1e-6), 1e6)
-        D[j] = select(no(columns[j] > 0.0) & finite(span) & (span > 0.0), width * width, D[j])
-    for i in range(linear):
-        E[i] = root(E[i])
-    row = linear
+            columns[j] *= D2[j]
+            D2[j] = rescaled(D2[j], columns[j])
+            curvature, flattest = larger(curved[j] * D2[j], curvature), smaller(curved[j] * D2[j], flattest)
     for j in range(n):
-        D[j] = root(D[j])
-        if one.lower:
-            E[row + j] = 1.0 / D[j]
-        if one.upper:
-            E[row + one.lower + j] = 1.0 / D[j]
+        D2[j] = root(D2[j]) * first_D[j]
+        work.occupied[j] = select(columns[j] > 0.0, 1.0, 0.0)
+    for i in range(linear):
+        E2[i] = root(E2[i]) * first_E[i]
+    one.sizes[CURVATURE], one.sizes[LEAST_CURVATURE] = root(curvature), root(flattest)
+
+
+@jit
+def reciprocal(length):
+    usable = (length > 0.0) & finite(length)
+    return 1.0 / select(usable, length, 1.0)
 
 
 @jit
 def rescaled(scale, length2):
-    return select(finite(length2) & (length2 > 0.0), smaller(larger(scale / root(length2), 1e-8), 1e8), 1.0)
+    usable = finite(length2) & (length2 > 0.0)
+    value = scale / root(select(usable, length2, 1.0))
+    return select(usable, smaller(larger(value, 1.0 / LARGEST_RATIO), LARGEST_RATIO), 1.0)
+
+
+@jit
+def equilibrate(one, settings, lb, ub, work):
+    """Fill the metric of a problem after `balance`, and what its residuals are measured in; its largest |Dq|."""
+    D, E, occupied = one.D, one.E, work.occupied
+    n, linear, lower, upper = one.q.shape[0], one.K.shape[0], one.lower, one.upper
+    for j in range(n):
+        D[j] = work.base_D[j]
+    for i in range(linear):
+        E[i] = work.base_E[i]
+    scale_bounds(one)
+    needed = nearest = slope = zero(one.q)
+    for i in range(E.shape[0]):
+        k = select(one.kind[i] == ABSENT, 0.0, E[i] * one.k[i])
+        if i < linear:
+            k *= work.filled[i]
+        elif lower and upper:
+            k *= occupied[i - linear if i < linear + lower else i - linear - lower]
+        needed = larger(abs(k) if one.kind[i] == EQUALITY else positive(-k), needed)
+        nearest = larger(select(k == 0.0, 0.0, 1.0 / select(k == 0.0, 1.0, abs(k))), nearest)
+    for j in range(n):
+        slope = larger(abs(D[j] * one.q[j]), slope)
+    curvature = one.sizes[CURVATURE]
+    free = select(curvature > 0.0, slope / select(curvature > 0.0, curvature, 1.0), 0.0)
+    least = select(nearest > 0.0, 1.0 / select(nearest > 0.0, nearest, 1.0), np.inf)
+    primal = smaller(least, select(free > 0.0, free, np.inf))
+    primal = select(needed > 0.0, larger(needed, ROUNDING * free), primal)
+    primal = select(primal < np.inf, primal, 1.0)
+    curved = curvature * primal
+    dual = select(curved < slope, root(slope * select(curved > 0.0, curved, slope)), curved)
+    dual = select(dual > 0.0, dual, primal)
+    flattest = one.sizes[LEAST_CURVATURE]
+    far = select(flattest > 0.0, slope / select(flattest > 0.0, flattest, 1.0), np.inf)
+    reach = larger(needed, smaller(far, UNCERTAINTY * free))
+    one.sizes[PRIMAL_UNIT], one.sizes[DUAL_UNIT], one.sizes[GAP_UNIT] = primal, dual, primal * dual
+    one.sizes[REACH] = select(reach > 0.0, reach, np.inf)
+    if lower and upper:
+        for j in range(n):
+            span = ub[j] - lb[j]
+            known = (occupied[j] == 0.0) & (span > 0.0) & (span < INFINITE)
+            D[j] = select(known, span / primal, D[j])
+        scale_bounds(one)
+    for j in range(n):
+        work.unit_x[j] = 1.0 if settings.absolute else D[j] / dual
+    for i in range(E.shape[0]):
+        work.unit_v[i] = 1.0 if settings.absolute else E[i] / primal
+    return slope
+
+
+@jit
+def scale_bounds(one):
+    """The scale of a row of bounds is that of its variable."""
+    row = one.K.shape[0]
+    for j in range(one.lower):
+        one.E[row + j] = 1.0 / one.D[j]
+    row += one.lower
+    for j in range(one.upper):
+        one.E[row + j] = 1.0 / one.D[j]
+
+
+@jit
+def scale_cost(one, c):
+    """The metric of the problem whose cost is c times as large; what residuals are compared with does not change."""
+    factor, sizes = root(c), one.sizes
+    for j in range(one.D.shape[0]):
+        one.D[j] *= factor
+    for i in range(one.E.shape[0]):
+        one.E[i] /= factor
+    sizes[PRIMAL_UNIT], sizes[DUAL_UNIT], sizes[REACH] = (
+        sizes[PRIMAL_UNIT] / factor, sizes[DUAL_UNIT] * factor, sizes[REACH] / factor
+    )  # fmt: skip
+
+
+@jit
+def balance_cost(one, slope, work):
+    """Without curvature, make the cost about as large as the right-hand sides: `kkt.equilibrate`; for one problem."""
+    if one.sizes[CURVATURE] > 0.0 or not slope > 0.0:
+        return
+    linear, lower, total, count = one.K.shape[0], one.lower, 0.0, 0
+    for i in range(one.E.shape[0]):
+        counts = one.kind[i] != ABSENT
+        if i < linear:
+            counts &= work.filled[i] > 0.0
+        elif lower and one.upper:
+            counts &= work.occupied[i - linear if i < linear + lower else i - linear - lower] > 0.0
+        k = abs(one.E[i] * one.k[i])
+        if counts and k > 0.0:
+            total += np.log(k)
+            count += 1
+    scale_cost(one, np.exp(total / max(count, 1)) / slope)
 
 
 @jit
@@ -373,12 +534,12 @@ def prepare_dense(one, reduced, single):
 
 
 @jit
-def prepare_diagonal(one, reduced, single):
+def prepare_diagonal(one, reduced, single, work):
     """The same for a diagonal Q, with or without bounds."""
     sound = True
     for i in range(one.Q.shape[0]):
         entry = one.Q[i, i]
-        sound &= entry * one.D[i] * one.D[i] > 1e-6
+        sound &= entry * work.base_D[i] * work.base_D[i] > 1e-6
         reduced.diagonal[i] = entry + own_terms(entry, single)
     return sound
 
@@ -590,6 +751,13 @@ def later_rho(form, settings, rho, rate):
 
 
 @jit
+def later_delta(settings, delta, rate, limiting):
+    """The δ of the next step; further down where it keeps the residual of the constraints from falling."""
+    lowest = select(limiting, LOWER_LIMIT * settings.smallest, smaller(delta, settings.smallest))
+    return larger((1.0 - rate) * delta, lowest)
+
+
+@jit
 def weigh_start(form, one, settings, work):
     """Fill the diagonals of the KKT matrix that the ordinary starting point is made with."""
     for i in range(work.rho.shape[0]):
@@ -599,7 +767,11 @@ def weigh_start(form, one, settings, work):
         work.metric_v[i] = 1.0 / square(one.E[i])
         work.delta[i] = settings.delta * work.metric_v[i]
         kind = one.kind[i]
-        work.theta[i] = work.metric_v[i] if kind == INEQUALITY else (0.0 if kind == EQUALITY else np.inf)
+        if kind == INEQUALITY:
+            distance = larger(one.E[i] * one.k[i] / (LOOSE * one.sizes[REACH]), 1.0)
+            work.theta[i] = distance * work.metric_v[i]
+        else:
+            work.theta[i] = 0.0 if kind == EQUALITY else np.inf
 
 
 @jit
@@ -615,7 +787,12 @@ def place(one, settings, now, work):
         if one.kind[i] == INEQUALITY:
             total += (difference[i] + least) * (most - difference[i])
             count += 1
-    onto_path(one, now.v, difference, larger(total / max(count, 1), settings.smallest), now.s)
+    mu = larger(total / max(count, 1), LEAST_CENTRALITY * square(larger(most, least)))
+    mu = larger(mu, settings.smallest * one.sizes[PRIMAL_UNIT] * one.sizes[DUAL_UNIT])
+    for i in range(rows):
+        if one.kind[i] == INEQUALITY:
+            difference[i] *= square(one.E[i]) * work.theta[i]
+    onto_path(one, now.v, difference, mu, now.s)
     return mean(one, now.s, now.v)
 
 
@@ -658,8 +835,10 @@ def start_near(one, settings, cold_mu, now, work):
         difference[i] = now.v[i] / E[i] - value if one.kind[i] == INEQUALITY else 0.0
     for i in range(n):
         error = larger(abs(D[i] * (work.dx[i] + one.q[i] + work.columns[i])), error)
-    mu = 0.1 * error if 0.1 * error < cold_mu else cold_mu
-    mu = max(mu, settings.tol, settings.smallest)
+    unit = one.sizes[PRIMAL_UNIT] * one.sizes[DUAL_UNIT]
+    mu = 0.1 * error * root(unit)
+    mu = mu if mu < cold_mu else cold_mu
+    mu = max(mu, max(settings.tol, settings.smallest) * unit)
     onto_path(one, now.v, difference, mu, now.s)
     return mean(one, now.s, now.v)
 
@@ -686,18 +865,20 @@ def assess(form, one, settings, now, before, past, iterations, limit, work):
     constraints(one.K64, one.lower, one.upper, x, now.Kx)
     adjoint(one.K64, one.lower, one.upper, v, Kv)
 
-    dual = size_Qx = size_q = size_Kv = terms = zero(x)
+    found_dual = dual = size_Qx = size_q = size_Kv = terms = zero(x)
     for i in range(n):
-        Qx, q = now.Qx[i], one.q64[i]
+        Qx, q, unit = now.Qx[i], one.q64[i], work.unit_x[i]
         r_x = -(Qx + q + Kv[i])
         now.r_x[i] = r_x
-        dual = larger(abs(r_x), dual)
-        size_Qx, size_q, size_Kv = larger(abs(Qx), size_Qx), larger(abs(q), size_q), larger(abs(Kv[i]), size_Kv)
+        found_dual, dual = larger(abs(r_x), found_dual), larger(unit * abs(r_x), dual)
+        size_Qx, size_q = larger(unit * abs(Qx), size_Qx), larger(unit * abs(q), size_q)
+        size_Kv = larger(unit * abs(Kv[i]), size_Kv)
         terms += abs(x[i]) * (abs(Qx) + abs(q))
-    primal = size_Kx = size_k = scaled_violation = scaled_k = zero(x)
+    found_primal = primal = size_Kx = scaled_violation = zero(x)
+    scaled_k, most = one.sizes[PRIMAL_UNIT], LOOSE * one.sizes[REACH]
     for i in range(rows):
-        k, E = one.k64[i], one.E[i]
-        size_k, scaled_k = larger(abs(k), size_k), larger(abs(E * k), scaled_k)
+        k, E, unit = one.k64[i], one.E[i], work.unit_v[i]
+        scaled_k = larger(select(E * k <= most, abs(E * k), 0.0), scaled_k)
         terms += abs(v[i]) * abs(k)
         if one.kind[i] == ABSENT:
             now.Kx[i] = 0.0
@@ -707,8 +888,9 @@ def assess(form, one, settings, now, before, past, iterations, limit, work):
         r_v = k - Kx - now.s[i]
         now.r_v[i] = r_v
         violation = abs(r_v) if one.kind[i] == EQUALITY else positive(Kx - k)
-        size_Kx = larger(abs(Kx), size_Kx)
-        primal, scaled_violation = larger(violation, primal), larger(E * violation, scaled_violation)
+        size_Kx = larger(unit * abs(Kx), size_Kx)
+        found_primal, primal = larger(violation, found_primal), larger(unit * violation, primal)
+        scaled_violation = larger(E * violation, scaled_violation)
     xQx, qx = dot(x, now.Qx), dot(x, one.q64)
     kv, gap = zero(x), xQx + qx
     # By blocks, each summed by itself, the last first: terms that cancel do so in the same way everywhere.
@@ -717,33 +899,33 @@ def assess(form, one, settings, now, before, past, iterations, limit, work):
         part = dot(one.k64[start:stop], v[start:stop])
         gap += part
         kv += part
-    gap = abs(gap)
+    found_gap, unit = abs(gap), gap_unit(one, settings)
+    gap = unit * found_gap
 
     worst = larger(primal, larger(dual, gap))
     tol, rtol = settings.tol, settings.rtol
     near = (
-        (primal <= tol + rtol * larger(size_Kx, size_k))
+        (primal <= tol + rtol * size_Kx)
         & (dual <= tol + rtol * larger(size_Qx, larger(size_q, size_Kv)))
-        & (gap + LUCK * EPS * terms <= tol + rtol * larger(abs(xQx), larger(abs(qx), abs(kv))))
+        & (gap + LUCK * EPS * unit * terms <= tol + rtol * unit * larger(abs(xQx), larger(abs(qx), abs(kv))))
         & (worst < np.inf)
     )
-    best = select(worst < past.best, worst, past.best)
 
     no_bottom = fall = no_point = gain = zero(x)
     if form != DENSE_DUAL and some(dual > tol):
         no_bottom, fall = unbounded(one, tol, now, before, x, work)
     if some(primal > tol):
-        no_point, gain = infeasible(one, tol, before, v, scaled_k, work)
+        no_point, gain = infeasible(one, tol, before, v, now.Kx, scaled_k, work)
     no_bottom, no_point = select(dual > tol, no_bottom, 0.0), select(primal > tol, no_point, 0.0)
     proof = larger(no_point, no_bottom)
 
-    waiting = waited(past, worst, proof)
+    waiting = waited(settings, past, primal, dual, gap, proof)
     at_limit = iterations >= limit
     patient = waiting < PATIENCE
     last = no(patient) | at_limit
     enough = settings.certificate * select(last, 0.01, 1.0)
     status = select(patient, select(at_limit, MAX_ITERATIONS, RUNNING), STALLED)
-    falls = (no_bottom > enough) & (last | (scaled_violation <= 1e-4 * larger(scaled_k, 1.0)))
+    falls = (no_bottom > enough) & (last | (scaled_violation <= 1e-4 * scaled_k))
     contradicts = no_point > enough
     status = select(falls, DUAL_INFEASIBLE, status)
     status = select(contradicts, PRIMAL_INFEASIBLE, status)
@@ -754,27 +936,48 @@ def assess(form, one, settings, now, before, past, iterations, limit, work):
     if some(status == PRIMAL_INFEASIBLE):
         for i in range(rows):
             now.v[i] = select(status == PRIMAL_INFEASIBLE, work.farkas[i] / gain, now.v[i])
-    proof = larger(proof, past.proof)
-    return Verdict(status, 0.5 * xQx + qx, primal, dual, gap, near, worst, best, proof, waiting)
+    return Verdict(
+        status, 0.5 * xQx + qx, found_primal, found_dual, found_gap, primal, dual, gap, near, worst,
+        least_of(primal, past.best_primal), least_of(dual, past.best_dual), least_of(gap, past.best_gap),
+        larger(proof, past.proof), waiting,
+    )  # fmt: skip
 
 
 @hot
-def waited(past, worst, proof):
-    """Iterations since the residuals or what proves that there is no solution last improved, after a further one."""
-    return select((worst < 0.9 * past.best) | (proof > 1.1 * past.proof), 0, past.waiting + 1)
+def gap_unit(one, settings):
+    """What a gap is multiplied by before it is compared with the tolerance."""
+    return each(one.sizes[GAP_UNIT], 1.0) if settings.absolute else 1.0 / one.sizes[GAP_UNIT]
+
+
+@hot
+def least_of(value, best):
+    """The smaller one; NaN does not count."""
+    return select(value < best, value, best)
+
+
+@hot
+def waited(settings, past, primal, dual, gap, proof):
+    """Iterations since a residual or what proves that there is no solution last improved, after a further one."""
+    least = 0.1 * settings.tol
+    improved = proof > 1.1 * past.proof
+    improved |= (primal < 0.9 * past.best_primal) & (past.best_primal > least)
+    improved |= (dual < 0.9 * past.best_dual) & (past.best_dual > least)
+    improved |= (gap < 0.9 * past.best_gap) & (past.best_gap > least)
+    return select(improved, 0, past.waiting + 1)
 
 
 @jit
 def unbounded(one, tol, now, before, x, work):
     """How near the last step in x is to a direction of unbounded descent, and how far it goes down."""
     ray = work.ray
-    total = size = length = uphill = hidden = cost = zero(x)
+    total = size = length = uphill = hidden = zero(x)
+    cost = one.sizes[DUAL_UNIT]
     for i in range(x.shape[0]):
         ray[i] = x[i] - before.x[i]
         term = one.q64[i] * ray[i]
         total += term
         size += abs(term)
-        length += abs(ray[i])
+        length += abs(ray[i]) / work.unit_x[i]
         D = one.D[i]
         uphill = larger(abs(D * (now.Qx[i] - before.Qx[i])), uphill)
         hidden = larger(abs(D * now.Qx[i]), hidden)
@@ -788,11 +991,11 @@ def unbounded(one, tol, now, before, x, work):
         uphill = larger(E * climb, uphill)
         hidden = larger(abs(E * now.Kx[i]), hidden)
     uphill = larger(uphill, EPS * hidden)
-    return select(falls, -total / (uphill * larger(cost, 1.0)), 0.0), -total
+    return select(falls, -total / (uphill * cost), 0.0), -total
 
 
 @jit
-def infeasible(one, tol, before, v, size_k, work):
+def infeasible(one, tol, before, v, Kx, size_k, work):
     """How near the last step in the multipliers is to a Farkas certificate, and how much it gains."""
     farkas = work.farkas
     total = size = length = zero(v)
@@ -802,7 +1005,7 @@ def infeasible(one, tol, before, v, size_k, work):
         term = one.k64[i] * farkas[i]
         total += term
         size += abs(term)
-        length += abs(farkas[i])
+        length += abs(farkas[i]) / work.unit_v[i]
     gains = -total > larger(1e-8 * size, tol * length)
     if not some(gains):
         return select(gains, 1.0, 0.0), -total
@@ -810,7 +1013,13 @@ def infeasible(one, tol, before, v, size_k, work):
     left = zero(v)
     for i in range(work.Kv.shape[0]):
         left = larger(abs(one.D[i] * work.Kv[i]), left)
-    return select(gains, -total / (left * larger(size_k, 1.0)), 0.0), -total
+    reached = hidden = zero(v)
+    for i in range(Kx.shape[0]):
+        reached, hidden = larger(abs(one.E[i] * Kx[i]), reached), larger(abs(v[i] / one.E[i]), hidden)
+    # The rounding of the difference hides as much.
+    left = larger(left, EPS * hidden)
+    most = larger(size_k, smaller(reached, REACHED * size_k))
+    return select(gains, -total / (left * most), 0.0), -total
 
 
 @hot
@@ -910,53 +1119,95 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
 
 
 @hot
-def needs_refinement(settings, alpha_s, alpha_z, before, now, past, work):
-    """Whether the linear solve has left too much of its system; it shows in the products before and after the step."""
+def variables_are_exact(settings, alpha_s, alpha_z, before, now, past, work):
+    """Whether the linear solve has left little in the variables; it shows in the products before and after the step."""
     left = zero(work.dx)
     per_alpha_s, per_alpha_z = 1.0 / alpha_s, 1.0 / alpha_z
     for i in range(now.x.shape[0]):
         Q_dx = now.Qx[i] - before.Qx[i]
         Kt_dv = before.r_x[i] - now.r_x[i] - Q_dx
         value = before.r_x[i] - Q_dx * per_alpha_s - Kt_dv * per_alpha_z - work.rho[i] * work.dx[i]
-        left = larger(abs(value), left)
-    enough = left <= larger(1e-6 * past.dual, 0.01 * settings.tol)
-    return no(enough & rows_are_exact(settings, alpha_s, before, now, work))
+        left = larger(work.unit_x[i] * abs(value), left)
+    return left <= larger(1e-6 * past.dual, 0.01 * settings.tol)
 
 
 @hot
-def rows_are_exact(settings, alpha_s, before, now, work):
-    """Whether the linear solve has left little in the rows."""
-    left = allowed = zero(work.dv)
+def rows_after(one, settings, alpha_s, before, now, work):
+    """Whether the linear solve has left little in the rows; and whether δ keeps their residual from falling."""
+    left = was = now_is = by_delta = multipliers = products = zero(work.dv)
     for i in range(now.v.shape[0]):
-        r_v = before.r_v[i]
-        allowed = larger(abs(r_v), allowed)
-        value = now.r_v[i] - (1.0 - alpha_s) * r_v + alpha_s * work.delta[i] * work.dv[i]
-        left = larger(abs(value), left)
-    return left <= larger(1e-6 * allowed, 0.01 * settings.tol)
+        r_v, unit = before.r_v[i], work.unit_v[i]
+        was, now_is = larger(unit * abs(r_v), was), larger(unit * abs(now.r_v[i]), now_is)
+        proximal = alpha_s * work.delta[i] * work.dv[i]
+        by_delta = larger(unit * abs(proximal), by_delta)
+        left = larger(unit * abs(now.r_v[i] - (1.0 - alpha_s) * r_v + proximal), left)
+    exact = left <= larger(1e-6 * was, 0.01 * settings.tol)
+    limiting = (by_delta > DOMINANT * now_is) & (now_is > STUCK * was) & (now_is > settings.tol)
+    if some(limiting):
+        for i in range(now.v.shape[0]):
+            multipliers = larger(abs(now.v[i] / one.E[i]), multipliers)
+            products = larger(abs(one.E[i] * now.Kx[i]), products)
+        limiting &= multipliers > products
+    return exact, limiting
 
 
 @jit
 def begin(form, one, reduced, settings, now, before, work):
-    """The ordinary start in `now`: its μ, how it stands, and whether the matrix could be factored."""
+    """The ordinary start in `now`: its μ, how it stands, whether the matrix was factored; and `multiplier_ratio`."""
     mu, sound = initialize(form, one, reduced, settings, now, work)
     before.x[:] = 0.0
     before.v[:] = 0.0
     before.Qx[:] = 0.0
     before.Kx[:] = 0.0
     past = unknown(mu)
-    return mu, assess(form, one, settings, now, before, past, np.int64(0), settings.max_iterations, work), sound
+    verdict = assess(form, one, settings, now, before, past, np.int64(0), settings.max_iterations, work)
+    ratio = 0.0 * mu
+    if form != DENSE_DUAL and (one.equalities or (one.lower and one.upper)):
+        ratio = multiplier_ratio(one, now)
+    return mu, verdict, sound, ratio
+
+
+@jit
+def multiplier_ratio(one, now):
+    """The largest multiplier of an equality against the largest variable in the scaled problem."""
+    x = v = zero(now.x)
+    for j in range(now.x.shape[0]):
+        x = larger(abs(now.x[j] / one.D[j]), x)
+    for i in range(now.v.shape[0]):
+        if one.kind[i] == EQUALITY:
+            v = larger(abs(now.v[i] / one.E[i]), v)
+    return v / select(x > 0.0, x, 1.0)
+
+
+@jit
+def begin_anywhere(form, one, reduced, settings, now, before, work):
+    """`begin`, and for one problem with large multipliers once more for a fraction of the cost: `method.initialize`."""
+    mu, verdict, sound, ratio = begin(form, one, reduced, settings, now, before, work)
+    if not ratio > LARGE_MULTIPLIERS:
+        return mu, verdict, sound
+    scale_cost(one, SMALLER_COST)
+    other_mu, other, other_sound, other_ratio = begin(form, one, reduced, settings, now, before, work)
+    if other.primal < NEARER * verdict.primal and other_ratio < 0.1 * ratio:
+        return other_mu, other, other_sound
+    scale_cost(one, 1.0 / SMALLER_COST)
+    mu, verdict, sound, _ = begin(form, one, reduced, settings, now, before, work)
+    return mu, verdict, sound
 
 
 @jit
 def unknown(mu):
     """The verdict before the first."""
     bad = each(mu, np.inf)
-    return Verdict(each(mu, RUNNING), bad, bad, bad, bad, each(mu, False), bad, bad, each(mu, 0.0), each(mu, 0))
+    return Verdict(
+        each(mu, RUNNING), bad, bad, bad, bad, bad, bad, bad, each(mu, False), bad, bad, bad, bad, each(mu, 0.0),
+        each(mu, 0),
+    )  # fmt: skip
 
 
 @jit
 def revised(verdict, status, waiting):
     return Verdict(
-        status, verdict.objective, verdict.primal, verdict.dual, verdict.gap, verdict.near, verdict.worst,
-        verdict.best, verdict.proof, waiting,
+        status, verdict.objective, verdict.found_primal, verdict.found_dual, verdict.found_gap, verdict.primal,
+        verdict.dual, verdict.gap, verdict.near, verdict.worst, verdict.best_primal, verdict.best_dual,
+        verdict.best_gap, verdict.proof, waiting,
     )  # fmt: skip

@@ -15,21 +15,24 @@ from .method import (
     SOLVED,
     One,
     assess,
-    begin,
+    balance,
+    balance_cost,
+    begin_anywhere,
     copy,
     equilibrate,
     first_rho,
+    later_delta,
     later_rho,
     make_iterates,
     make_work,
-    needs_refinement,
     positive,
     prepare_dense,
     prepare_diagonal,
     revised,
-    rows_are_exact,
+    rows_after,
     start_near,
     step,
+    variables_are_exact,
 )
 from .operands import at, convex, fill_rows, in_double, in_primal_form, own_rows, plausible, reduced_at, stack
 from .rows import Glimpse, begin_in_rows, follow, judge, observe, step_in_rows
@@ -97,13 +100,14 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
             if verdict.status != RUNNING:
                 break
             if sound:
-                if in_rows:
-                    refine = not rows_are_exact(settings, alpha_s, before, now, work)
-                else:
-                    refine = needs_refinement(settings, alpha_s, alpha_z, before, now, past, work)
+                exact, limiting = rows_after(one, settings, alpha_s, before, now, work)
+                if not in_rows:
+                    exact &= variables_are_exact(settings, alpha_s, alpha_z, before, now, past, work)
+                refine = not exact
                 rate = positive((mu - new_mu) / (mu + settings.tiny)) if inequalities else 0.9
+                rate = max(rate, 0.9) if limiting else rate
                 rho = later_rho(form, settings, rho, rate)
-                delta = max((1.0 - rate) * delta, settings.smallest)
+                delta = later_delta(settings, delta, rate, limiting)
                 mu = new_mu
             else:
                 refine = True
@@ -120,7 +124,7 @@ def start(form, in_rows, one, reduced, settings, now, before, work):
     """The ordinary start in `now`, in the rows alone or not; also what is known of x, and whether that is all."""
     if in_rows:
         return begin_in_rows(one, reduced, settings, now, before, work)
-    mu, verdict, factored = begin(form, one, reduced, settings, now, before, work)
+    mu, verdict, factored = begin_anywhere(form, one, reduced, settings, now, before, work)
     return mu, verdict, factored, Glimpse(0.0, 0.0, 0.0, 0.0, 0.0, 0.0), True
 
 
@@ -164,7 +168,7 @@ def solve_batch(
     first, second = make_iterates(room)
     k, k64, kind = work.k, work.k64, work.kind
     single = batch.q.itemsize == 4
-    own, turned = own_rows(batch, work), False
+    own, turned, balanced = own_rows(batch, work), False, False
     i = end = np.int64(0)
     while True:
         i, end = following(i, end, turn, edges)
@@ -183,21 +187,25 @@ def solve_batch(
         Q64, q64, K64 = in_double(batch, exact, i, K, work.stacked64)
         one = One(
             at(batch.Q, i), at(batch.q, i), K, k, kind,
-            batch.b.shape[1], lb.shape[0], ub.shape[0], at(metric[0], i), at(metric[1], i),
+            batch.b.shape[1], lb.shape[0], ub.shape[0], metric[0][i], metric[1][i], work.sizes,
             Q64, q64, K64, k64,
         )  # fmt: skip
         reduced = reduced_at(store, i)
         form = preferred
+        if not (prepared and balanced):
+            balance(one, work)
+            balanced = True
+        slope = equilibrate(one, settings, lb, ub, work)
+        balance_cost(one, slope, work)
         if prepared:
             form = forms[i]
         else:
-            equilibrate(one, lb, ub, work)
             if form == DENSE_DUAL:
                 if prepare_dense(one, reduced, single):
                     mirror(reduced.S, K.shape[0])
                 else:
                     form = PRIMAL
-            if form == DIAGONAL_DUAL and not prepare_diagonal(one, reduced, single):
+            if form == DIAGONAL_DUAL and not prepare_diagonal(one, reduced, single, work):
                 form = PRIMAL
             # The other forms exist only for a Q that is positive definite.
             if check and form == PRIMAL and (whole or batch.Q.shape[0] > 1) and not convex(one.Q, work.square):
@@ -217,6 +225,7 @@ def solve_batch(
         outcome.status[i, 0] = verdict.status
         outcome.iterations[i, 0] = iterations
         outcome.objective[i, 0] = verdict.objective
-        outcome.primal[i, 0], outcome.dual[i, 0], outcome.gap[i, 0] = verdict.primal, verdict.dual, verdict.gap
+        outcome.primal[i, 0], outcome.dual[i, 0] = verdict.found_primal, verdict.found_dual
+        outcome.gap[i, 0] = verdict.found_gap
         forms[i] = form
         factored[i] = useful and form == preferred

@@ -6,13 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..method import IMPATIENCE, ROUNDING
+from ..method import IMPATIENCE, LOOSE, ROUNDING
 from .compiler import hot, jit
 from .lanes import larger, root
 from .method import (
     ABSENT,
     DENSE_DUAL,
     EQUALITY,
+    PRIMAL_UNIT,
+    REACH,
     RUNNING,
     Verdict,
     add_product_transposed,
@@ -23,7 +25,9 @@ from .method import (
     copy,
     dot,
     factor,
+    gap_unit,
     infeasible,
+    least_of,
     mean,
     place,
     positive,
@@ -55,27 +59,32 @@ class Glimpse(NamedTuple):
     qx: float
     """qᵀ x."""
     r: float
-    """The largest entry of `work.r_seen`."""
+    """The largest entry of `work.r_seen`, in the units of the tolerance."""
     column: float
-    """The largest norm of a column of K in the scaled rows."""
+    """The largest norm of a column of K in the scaled rows, likewise."""
 
 
 @jit
-def longest_column(one, columns):
-    """The largest norm of a column of K in the scaled rows."""
+def longest_column(one, work):
+    """The largest norm of a column of K in the scaled rows, in the units of the tolerance."""
+    columns = work.columns
     columns[:] = 0.0
     for i in range(one.K.shape[0]):
         row, E = one.K[i], one.E[i]
         for j in range(columns.shape[0]):
             columns[j] += square(E * row[j])
-    return root(largest(columns))
+    most = 0.0
+    for j in range(columns.shape[0]):
+        most = larger(work.unit_x[j] * root(columns[j]), most)
+    return most
 
 
 @jit
-def largest(a):
+def largest(unit, a):
+    """The largest entry in the units of the tolerance."""
     most = 0.0
     for i in range(a.shape[0]):
-        most = larger(abs(a[i]), most)
+        most = larger(unit[i] * abs(a[i]), most)
     return most
 
 
@@ -88,7 +97,7 @@ def observe(one, reduced, now, column, work):
     work.u[:] = 0.0
     whiten(reduced, now.r_x, work)
     xr, qx = dot(now.x, now.r_x), dot(one.q, now.x)
-    return Glimpse(1.0, dot(work.t, work.t), xr, qx, largest(now.r_x), column)
+    return Glimpse(1.0, dot(work.t, work.t), xr, qx, largest(work.unit_x, now.r_x), column)
 
 
 @jit
@@ -99,7 +108,7 @@ def begin_in_rows(one, reduced, settings, now, before, work):
     before.v[:] = 0.0
     for i in range(before.r_x.shape[0]):
         before.r_x[i] = -one.q[i]
-    origin = observe(one, reduced, before, longest_column(one, work.columns), work)
+    origin = observe(one, reduced, before, longest_column(one, work), work)
     weigh_start(DENSE_DUAL, one, settings, work)
     factored = factor(DENSE_DUAL, one, reduced, work.theta, work.rho, work.delta, work)
     good = factored
@@ -194,17 +203,20 @@ def follow(one, glimpse, alpha_s, alpha_z, before, now, work):
 @hot
 def glance(one, settings, glimpse, before, now, past, work):
     """How the problem stands as far as it shows without x; and whether that is all there is to know for now."""
-    primal = size_Kx = size_k = scaled_k = vKx = kv = uu = 0.0
+    primal = size_Kx = vKx = kv = uu = 0.0
+    scaled_k, most = one.sizes[PRIMAL_UNIT], LOOSE * one.sizes[REACH]
     for i in range(now.v.shape[0]):
-        k, Kx, v = one.k[i], now.Kx[i], now.v[i]
+        k, Kx, v, unit = one.k[i], now.Kx[i], now.v[i], work.unit_v[i]
         violation = abs(now.r_v[i]) if one.kind[i] == EQUALITY else positive(Kx - k)
-        primal = larger(0.0 if one.kind[i] == ABSENT else violation, primal)
-        size_Kx, size_k = larger(abs(Kx), size_Kx), larger(abs(k), size_k)
-        scaled_k = larger(one.E[i] * abs(k), scaled_k)
+        primal = larger(0.0 if one.kind[i] == ABSENT else unit * violation, primal)
+        size_Kx = larger(unit * abs(Kx), size_Kx)
+        if one.E[i] * k <= most:
+            scaled_k = larger(one.E[i] * abs(k), scaled_k)
         vKx += v * Kx
         kv += v * k
         uu += square(work.u[i]) * work.metric_v[i]
-    gap = abs(kv - vKx - glimpse.xr)
+    of_gap = gap_unit(one, settings)
+    gap = of_gap * abs(kv - vKx - glimpse.xr)
     # The residual of the variables is seldom the largest, and if so a bound does, without K.
     dual = glimpse.a * glimpse.r + glimpse.column * root(uu)
     if not dual <= larger(primal, gap):
@@ -212,19 +224,21 @@ def glance(one, settings, glimpse, before, now, past, work):
         add_product_transposed(one.K, work.u, work.columns)
         dual = 0.0
         for i in range(work.columns.shape[0]):
-            dual = larger(abs(glimpse.a * work.r_seen[i] + work.columns[i]), dual)
+            dual = larger(work.unit_x[i] * abs(glimpse.a * work.r_seen[i] + work.columns[i]), dual)
     worst = larger(primal, larger(dual, gap))
     no_point = 0.0
     if primal > settings.tol:
-        no_point, _ = infeasible(one, settings.tol, before, now.v, scaled_k, work)
+        no_point, _ = infeasible(one, settings.tol, before, now.v, now.Kx, scaled_k, work)
     tol, rtol = settings.tol, settings.rtol
-    size_gap = larger(abs(glimpse.xr + glimpse.qx + vKx), larger(abs(glimpse.qx), abs(kv)))
-    far = (primal > tol + rtol * larger(size_Kx, size_k)) or (gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * size_gap)
-    waiting = waited(past, worst, no_point)
+    size_gap = of_gap * larger(abs(glimpse.xr + glimpse.qx + vKx), larger(abs(glimpse.qx), abs(kv)))
+    far = (primal > tol + rtol * size_Kx) or (gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * size_gap)
+    waiting = waited(settings, past, primal, dual, gap, no_point)
     well = waiting < IMPATIENCE and worst < np.inf and not no_point > 0.01 * settings.certificate
     verdict = Verdict(
-        RUNNING, np.nan, primal, dual, gap, False, worst, min(worst, past.best), larger(no_point, past.proof), waiting
-    )
+        RUNNING, np.nan, np.nan, np.nan, np.nan, primal, dual, gap, False, worst,
+        least_of(primal, past.best_primal), least_of(dual, past.best_dual), least_of(gap, past.best_gap),
+        larger(no_point, past.proof), waiting,
+    )  # fmt: skip
     return verdict, far and well and not past.near
 
 

@@ -23,7 +23,7 @@ import cvxpy as cp
 import numpy as np
 
 from .. import differentiation, solver
-from ..backend import choose_backend, working_dtype
+from ..backend import choose_backend, floating_types
 from ..differentiation import Gradients, as_tangent, summed
 from ..problem import OPERANDS, make_problem, rounding
 from ..solution import Solution, Status
@@ -226,18 +226,19 @@ class Layer:
         TypeError, ValueError
             For a parameter of a wrong shape or with wrong numbers, naming it, and for what `qpdiff.solve_qp` refuses.
         """
-        backend, dtype, arrays = self._arrays(parameters, backend, dtype)
+        backend, types, arrays = self._arrays(parameters, backend, dtype)
         xp = backend.xp
-        coarsest = [max(rounding(xp, array.dtype), rounding(xp, dtype)) for array in arrays]
+        coarsest = [max(rounding(xp, array.dtype), rounding(xp, types.working)) for array in arrays]
         if check:
             for parameter, array, tolerance in zip(self.parameters, arrays, coarsest, strict=True):
                 check_parameter(backend, parameter, array, tolerance)
         with backend.quietly():
-            data = self._data(backend, dtype, arrays)
+            data = self._data(backend, types.working, arrays)
         offset = data.pop("offset")
         problem = make_problem(dict.fromkeys(OPERANDS) | data)
         of_Q = [problem.rounding, *(coarsest[i] for i in self._maps["Q"].matrices)]
-        sol = solver.solve_problem(replace(problem, rounding=max(of_Q)), check=check, **options)
+        problem = replace(problem, result=types.result, rounding=max(of_Q))
+        sol = solver.solve_problem(problem, check=check, **options)
         value = self._sense * (sol.objective + offset)
         for status, sign in ((Status.PRIMAL_INFEASIBLE, 1.0), (Status.DUAL_INFEASIBLE, -1.0)):
             value = xp.where(sol.status == int(status), sign * self._sense * xp.inf, value)
@@ -312,9 +313,9 @@ class Layer:
         An operand has the batch axes of the parameters that it depends on. `backend` and `dtype` are those of
         `qpdiff.solve_qp`. The numbers are not looked at.
         """
-        backend, dtype, arrays = self._arrays(parameters, backend, dtype)
-        data = self._data(backend, dtype, arrays)
-        return {name: data[name] for name in OPERANDS if name in data}
+        backend, types, arrays = self._arrays(parameters, backend, dtype)
+        data = self._data(backend, types.working, arrays)
+        return {name: backend.xp.astype(data[name], types.result, copy=False) for name in OPERANDS if name in data}
 
     def operands_adjoint(self, gradients: Gradients, *parameters) -> tuple:
         """The adjoint of the linear part of `operands`: gradients of the operands pulled back to the parameters.
@@ -324,7 +325,7 @@ class Layer:
         """
         given = {name: value for name, value in gradients._asdict().items() if value is not None}
         backend, given = choose_backend(given)
-        xp, dtype = backend.xp, working_dtype(backend, given, given)
+        xp, dtype = backend.xp, floating_types(backend, given, given).result
         out = []
         for i, (parameter, value) in enumerate(zip(self.parameters, parameters, strict=True)):
             total = backend.full(tuple(value.shape), 0.0, dtype)
@@ -362,13 +363,13 @@ class Layer:
     # ---- arguments
 
     def _arrays(self, values, backend, dtype):
-        """The parameters as arrays of one library, their shapes checked, and the floating point type to compute in."""
+        """The parameters as arrays of one library, their shapes checked, and the types to compute in and to return."""
         if len(values) != len(self.parameters):
             names = ", ".join(parameter.name() for parameter in self.parameters)
             raise TypeError(f"{len(values)} parameters were given; expected {len(self.parameters)}: {names}")
         named = {f"parameter {p.name()}": value for p, value in zip(self.parameters, values, strict=True)}
         backend, arrays = choose_backend(named, backend)
-        dtype = working_dtype(backend, arrays, named, dtype)
+        types = floating_types(backend, arrays, named, dtype)
         batch = ()
         for parameter, (label, array) in zip(self.parameters, arrays.items(), strict=True):
             shape, core = tuple(array.shape), parameter.shape
@@ -382,7 +383,7 @@ class Layer:
                     f"{label} has batch axes {leading}, which do not broadcast with the batch axes {batch} of the "
                     "parameters before it"
                 ) from error
-        return backend, dtype, tuple(arrays.values())
+        return backend, types, tuple(arrays.values())
 
     def _data(self, backend, dtype, arrays) -> dict[str, Any]:
         xp = backend.xp
