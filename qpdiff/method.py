@@ -204,9 +204,10 @@ def initialize(part: Part, settings: Settings):
     """
     state, factor = starting_point(part, settings)
     problem, backend = part.problem, part.problem.backend
-    if part.form.definite or not problem.may_have_equalities:
-        return part, state, factor
     xp = backend.xp
+    # In float32 the proximal terms, which a smaller cost makes larger against it, would outweigh it.
+    if part.form.definite or not problem.may_have_equalities or problem.dtype == xp.float32:
+        return part, state, factor
     ratio = multiplier_ratio(part, state)
     large, one = ratio > LARGE_MULTIPLIERS, xp.ones_like(ratio)
     if backend.none(large):

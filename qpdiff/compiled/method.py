@@ -1162,7 +1162,7 @@ def begin(form, one, reduced, settings, now, before, work):
     past = unknown(mu)
     verdict = assess(form, one, settings, now, before, past, np.int64(0), settings.max_iterations, work)
     ratio = 0.0 * mu
-    if form != DENSE_DUAL and (one.equalities or (one.lower and one.upper)):
+    if form != DENSE_DUAL and one.q.itemsize == 8 and (one.equalities or (one.lower and one.upper)):
         ratio = multiplier_ratio(one, now)
     return mu, verdict, sound, ratio
 

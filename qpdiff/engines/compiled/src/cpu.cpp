@@ -1,0 +1,176 @@
+// The Python module: arrays in, results into arrays that Python has made.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+
+#include "solve.hpp"
+
+namespace nb = nanobind;
+using namespace qpdiff;
+
+namespace {
+
+// An array of Python's, held while it is worked on.
+class Array {
+  public:
+    explicit Array(nb::handle object, bool writable = false) {
+        if (!object.is_none()) {
+            if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_STRIDES | (writable ? PyBUF_WRITABLE : 0)) != 0) {
+                throw nb::python_error();
+            }
+        }
+    }
+    ~Array() {
+        if (view.obj) {
+            PyBuffer_Release(&view);
+        }
+    }
+    Array(Array&& other) : view(other.view) { other.view.obj = nullptr; }
+
+    // As an operand with a batch axis.
+    Operand operand() const {
+        if (!view.obj) {
+            return {};
+        }
+        long batch = view.shape[0] == 1 ? 0 : view.strides[0];
+        long row = view.ndim == 3 ? view.strides[1] : 0;
+        return {static_cast<const char*>(view.buf), batch, row, view.strides[view.ndim - 1]};
+    }
+
+    // As rows of numbers that lie side by side.
+    template <class T> Rows<T> rows() const {
+        if (!view.obj || view.shape[0] == 0) {
+            return {};
+        }
+        if (view.itemsize != sizeof(T)) {
+            throw nb::type_error("an array of another type was expected");
+        }
+        return {static_cast<T*>(view.buf), view.shape[0] == 1 ? 0 : view.strides[0] / long(sizeof(T))};
+    }
+
+    long size(int axis) const { return view.obj ? view.shape[axis] : 0; }
+    long itemsize() const { return view.itemsize; }
+
+  private:
+    Py_buffer view{};
+};
+
+// The arrays of a tuple.
+class Arrays {
+  public:
+    Arrays(nb::tuple objects, bool writable) {
+        arrays.reserve(objects.size());
+        for (nb::handle object : objects) {
+            arrays.emplace_back(object, writable);
+        }
+    }
+    const Array& operator[](int i) const { return arrays[i]; }
+
+  private:
+    std::vector<Array> arrays;
+};
+
+// The operands in the order of qpdiff.problem.OPERANDS: Q, q, G, h, A, b, lb, ub.
+Operands read_operands(const Arrays& arrays, long count) {
+    Operands operands;
+    Operand* all[] = {&operands.Q, &operands.q, &operands.G, &operands.h, &operands.A, &operands.b, &operands.lb, &operands.ub};
+    for (int i = 0; i < 8; i++) {
+        *all[i] = arrays[i].operand();
+    }
+    operands.n = int(arrays[1].size(1)), operands.m = int(arrays[3].size(1)), operands.p = int(arrays[5].size(1));
+    operands.count = count;
+    return operands;
+}
+
+Shape read_shape(const Operands& operands, int form) {
+    return {Form(form), operands.n, operands.p, operands.linear(), operands.lb.given(), operands.ub.given()};
+}
+
+// qpdiff.method.Settings.
+Settings read_settings(nb::tuple s) {
+    return {nb::cast<double>(s[0]), nb::cast<double>(s[1]), nb::cast<bool>(s[2]),   nb::cast<int>(s[3]),   nb::cast<double>(s[4]),
+            nb::cast<double>(s[5]), nb::cast<double>(s[6]), nb::cast<double>(s[7]), nb::cast<double>(s[8])};
+}
+
+template <class T> Outcome<T> read_outcome(const Arrays& a) {
+    return {a[0].rows<T>(), a[1].rows<T>(), a[2].rows<T>(), a[3].rows<int>(), a[4].rows<int>(),
+            a[5].rows<double>(), a[6].rows<double>(), a[7].rows<double>(), a[8].rows<double>()};
+}
+
+// qpdiff.engines.compiled.engine.Factors.
+template <class T> KeptBatch<T> read_kept(const Arrays& a) {
+    return {a[0].rows<T>(), a[1].rows<T>(), a[2].rows<T>(), a[3].rows<T>(), a[4].rows<T>(), a[5].rows<T>(),
+            a[6].rows<T>(), a[7].rows<T>(), a[8].rows<int>(), a[9].rows<bool>()};
+}
+
+template <class T> Near<T> read_near(const Arrays& a) { return {a[0].rows<const T>(), a[1].rows<const T>(), a[2].rows<const bool>()}; }
+
+// What the arrays and numbers of a call say, for one floating point type.
+template <class T>
+bool solve_as(const Operands& operands, const Arrays& outcome, const Arrays& kept, const Arrays& near, const Settings& settings,
+              const Parameters& parameters, int form, bool check, double rounding, bool lanes, int workers, nb::object progress) {
+    Batch<T> batch{operands, read_shape(operands, form), settings, &parameters, check, rounding, lanes, {}, {}, {}};
+    batch.near = read_near<T>(near);
+    batch.outcome = read_outcome<T>(outcome);
+    batch.kept = read_kept<T>(kept);
+    bool good = solve_batch(batch, workers, progress.ptr());
+    if (PyErr_Occurred()) {
+        throw nb::python_error();
+    }
+    return good;
+}
+
+bool solve_problems(nb::tuple operands, nb::tuple outcome, nb::tuple kept, nb::tuple near, nb::tuple settings, const Parameters& parameters,
+           int form, bool check, double rounding, bool lanes, int workers, nb::object progress) {
+    Arrays given(operands, false), out(outcome, true), keep(kept, true), start(near, false);
+    auto run = out[0].itemsize() == sizeof(double) ? solve_as<double> : solve_as<float>;
+    return run(read_operands(given, out[0].size(0)), out, keep, start, read_settings(settings), parameters, form, check, rounding,
+               lanes, workers, progress);
+}
+
+// Numbers that one problem keeps, of each array.
+std::tuple<long, long, long, long, long, long> kept_sizes(int form, int n, int linear, bool lower, bool upper, int itemsize) {
+    auto sizes = [&]<class T>(T) {
+        using Team = serial::Team<T>;
+        int rows = Team::padded(linear) + (int(lower) + int(upper)) * Team::padded(n);
+        KeptSizes<T> s(Form(form), n, linear, rows);
+        return std::make_tuple(s.F, s.V, s.S, s.U, s.weights, s.diagonal);
+    };
+    return itemsize == sizeof(double) ? sizes(0.0) : sizes(0.0f);
+}
+
+// Take SciPy's BLAS, by the capsules of scipy.linalg.cython_blas.
+void set_blas(nb::dict capsules) {
+    auto pointer = [&](const char* name) {
+        PyObject* capsule = nb::object(capsules[name]).ptr();
+        void* p = PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule));
+        if (!p) {
+            throw nb::python_error();
+        }
+        return p;
+    };
+    blas::Functions<double>::syrk = reinterpret_cast<blas::Functions<double>::Syrk>(pointer("dsyrk"));
+    blas::Functions<float>::syrk = reinterpret_cast<blas::Functions<float>::Syrk>(pointer("ssyrk"));
+    blas::Functions<double>::gemm = reinterpret_cast<blas::Functions<double>::Gemm>(pointer("dgemm"));
+    blas::Functions<float>::gemm = reinterpret_cast<blas::Functions<float>::Gemm>(pointer("sgemm"));
+}
+
+}  // namespace
+
+#ifndef QP_MODULE
+#define QP_MODULE _core
+#endif
+
+NB_MODULE(QP_MODULE, m) {
+    nb::class_<Parameters>(m, "Parameters").def("__init__", [](Parameters* self, nb::object numbers) {
+        new (self) Parameters();
+#define X(name) self->name = nb::cast<double>(numbers.attr(#name));
+        QP_PARAMETERS(X)
+#undef X
+    });
+    m.attr("LANES") = lanes::Team::PROBLEMS;
+    m.attr("BLOCK") = blas::BLOCK;
+    m.def("kept_sizes", &kept_sizes);
+    m.def("set_blas", &set_blas);
+    m.def("solve", &solve_problems, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg(), nb::arg(), nb::arg().none());
+}

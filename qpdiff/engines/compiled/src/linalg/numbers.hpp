@@ -1,0 +1,216 @@
+// The numbers that the method is written in. A *pack* holds neighbouring entries of one problem's vector, *lanes* hold the
+// same entry of several problems: to the processor both are a vector, and the functions here are the same for both and
+// for one number. Code that branches on nothing but `select` therefore is one source for all three.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define QP_INLINE inline __attribute__((always_inline))
+#define QP_NOINLINE __attribute__((noinline))
+
+namespace qpdiff {
+
+constexpr double INFINITY_ = __builtin_inf();
+constexpr double NOT_A_NUMBER = __builtin_nan("");
+constexpr double EPS = 2.220446049250313e-16;
+
+// Largest number whose square is finite, and the smallest that has all its digits.
+template <class T> constexpr T largest_root = sizeof(T) == 8 ? T(1.3407807929942596e154) : T(1.8446742974197924e19);
+template <class T> constexpr T smallest_normal = sizeof(T) == 8 ? T(2.2250738585072014e-308) : T(1.1754943508222875e-38);
+
+// Bytes of a vector register: g++ must not be given wider vectors than the machine's, which it would keep in memory.
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+// ---- types
+
+template <class T, int BYTES> struct VectorOf {
+    typedef T type __attribute__((vector_size(BYTES)));
+    typedef T unaligned __attribute__((vector_size(BYTES), aligned(alignof(T))));
+};
+template <class T, int BYTES = VECTOR_BYTES> using pack_of = typename VectorOf<T, BYTES>::type;
+template <class T> constexpr int width = VECTOR_BYTES / sizeof(T);  // entries of a pack
+
+template <class N, class = void> struct Traits {
+    static constexpr bool is_vector = false;
+    using scalar = N;
+    using mask = bool;
+};
+template <class N> struct Traits<N, std::void_t<decltype(std::declval<N>()[0])>> {
+    static constexpr bool is_vector = true;
+    using scalar = std::remove_cv_t<std::remove_reference_t<decltype(std::declval<N>()[0])>>;
+    using mask = std::remove_cv_t<decltype(std::declval<N>() < std::declval<N>())>;
+};
+template <class N> constexpr bool is_vector = Traits<N>::is_vector;
+template <class N> using scalar_of = typename Traits<N>::scalar;
+template <class N> using mask_of = typename Traits<N>::mask;
+template <class N> constexpr int entries = sizeof(N) / sizeof(scalar_of<N>);
+template <class T> using integer_of = std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>;
+
+// ---- memory and conversions
+
+// Convert to a type of numbers: repeat a scalar, convert the entries of a vector.
+template <class N, class A> QP_INLINE N as(A a) {
+    if constexpr (std::is_same_v<N, A>) {
+        return a;
+    } else if constexpr (is_vector<N> && is_vector<A>) {
+        return __builtin_convertvector(a, N);
+    } else if constexpr (is_vector<N>) {
+        return N{} + scalar_of<N>(a);
+    } else {
+        return N(a);
+    }
+}
+
+// Read neighbouring numbers, which may be of another precision.
+template <class N, class T> QP_INLINE N load(const T* p) {
+    using Stored = typename VectorOf<T, entries<N> * int(sizeof(T))>::unaligned;
+    if constexpr (std::is_same_v<T, scalar_of<N>>) {
+        return *reinterpret_cast<const Stored*>(p);
+    } else {
+        return __builtin_convertvector(*reinterpret_cast<const Stored*>(p), N);
+    }
+}
+
+template <class N, class T> QP_INLINE void store(T* p, N value) {
+    using Stored = typename VectorOf<T, entries<N> * int(sizeof(T))>::unaligned;
+    if constexpr (std::is_same_v<T, scalar_of<N>>) {
+        *reinterpret_cast<Stored*>(p) = value;
+    } else {
+        *reinterpret_cast<Stored*>(p) = __builtin_convertvector(value, Stored);
+    }
+}
+
+// Add the entries of a pack.
+template <class N> QP_INLINE scalar_of<N> total(N v) {
+    if constexpr (entries<N> == 16) {
+        return total(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+    } else if constexpr (entries<N> == 8) {
+        return total(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
+    } else if constexpr (entries<N> == 4) {
+        return (v[0] + v[2]) + (v[1] + v[3]);
+    } else {
+        return v[0] + v[1];
+    }
+}
+
+// ---- masks: bool for one number, a vector of integers with all bits set or none for packs and lanes
+
+QP_INLINE bool some(bool m) { return m; }
+QP_INLINE bool no(bool m) { return !m; }
+QP_INLINE bool every(bool m) { return m; }
+
+template <class M> QP_INLINE M no(const M& m) { return ~m; }
+
+template <class M> QP_INLINE bool some(const M& m) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(M) == 64) {
+        return _mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0;
+    }
+#endif
+#if defined(__AVX__)
+    if constexpr (sizeof(M) == 32) {
+        return !_mm256_testz_si256((__m256i)m, (__m256i)m);
+    }
+#endif
+    long long any = 0;
+    for (int i = 0; i < entries<M>; i++) {
+        any |= m[i];
+    }
+    return any != 0;
+}
+
+template <class M> QP_INLINE bool every(const M& m) { return !some(~m); }
+
+// Repeat a truth for all problems of a mask.
+template <class M> QP_INLINE M truth(bool value) {
+    if constexpr (is_vector<M>) {
+        return value ? ~M{} : M{};
+    } else {
+        return value;
+    }
+}
+
+// Number by number, a where the mask holds and b elsewhere; scalars are repeated.
+template <class M, class A, class B> QP_INLINE auto select(M m, A a, B b) {
+    if constexpr (is_vector<A>) {
+        return m ? a : as<A>(b);
+    } else if constexpr (is_vector<B>) {
+        return m ? as<B>(a) : b;
+    } else if constexpr (is_vector<M>) {
+        using T = std::conditional_t<sizeof(scalar_of<M>) == 8, double, float>;
+        using N = pack_of<T, sizeof(M)>;
+        return m ? as<N>(a) : as<N>(b);
+    } else {
+        using N = std::common_type_t<A, B>;
+        return m ? N(a) : N(b);
+    }
+}
+
+// ---- functions of a number
+
+template <class N> QP_INLINE N absolute(N a) {
+    if constexpr (is_vector<N>) {
+        using Bits = pack_of<integer_of<scalar_of<N>>, sizeof(N)>;
+        using Bit = scalar_of<Bits>;
+        return (N)((Bits)a & (Bits{} + Bit(~(Bit(1) << (8 * sizeof(Bit) - 1)))));
+    } else {
+        return std::fabs(a);
+    }
+}
+
+// NaN if one of them is.
+template <class N> QP_INLINE N larger(N a, N b) { return select((a >= b) | (a != a), a, b); }
+template <class N> QP_INLINE N smaller(N a, N b) { return select((a <= b) | (a != a), a, b); }
+
+// b where it is less than a: there NaN does not count.
+template <class N> QP_INLINE N least_of(N a, N b) { return select(a < b, a, b); }
+
+// The positive part; NaN stays.
+template <class N> QP_INLINE N positive(N a) { return select(a < N{}, N{}, a); }
+
+template <class N> QP_INLINE N square(N a) { return a * a; }
+
+template <class N> QP_INLINE mask_of<N> is_finite(N a) { return absolute(a) < as<N>(INFINITY_); }
+
+template <class N> QP_INLINE N root(N a) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(N) == 64) {
+        if constexpr (sizeof(scalar_of<N>) == 8) {
+            return (N)_mm512_sqrt_pd((__m512d)a);
+        } else {
+            return (N)_mm512_sqrt_ps((__m512)a);
+        }
+    }
+#endif
+#if defined(__AVX__)
+    if constexpr (sizeof(N) == 32) {
+        if constexpr (sizeof(scalar_of<N>) == 8) {
+            return (N)_mm256_sqrt_pd((__m256d)a);
+        } else {
+            return (N)_mm256_sqrt_ps((__m256)a);
+        }
+    }
+#endif
+    if constexpr (is_vector<N>) {
+        N r{};
+        for (int i = 0; i < entries<N>; i++) {
+            r[i] = std::sqrt(a[i]);
+        }
+        return r;
+    } else {
+        return std::sqrt(a);
+    }
+}
+
+}  // namespace qpdiff

@@ -1,0 +1,656 @@
+// One problem on one thread: vectors that loops take a pack at a time, and linear algebra in tiles of registers.
+//
+// Matrices lie row by row; their rows are padded to whole lines of the cache and their number to whole tiles, with zeros
+// where this file does not say otherwise. Of symmetric matrices the upper triangle counts. A triangular factor is upper,
+// with the inverses of its diagonal on it and those of its blocks of four rows, transposed, below: a block is solved for
+// by products, which do not wait for each other.
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "blas.hpp"
+#include "numbers.hpp"
+
+namespace qpdiff {
+
+constexpr int ROWS = 4;   // rows of a tile
+constexpr int LINE = 64;  // bytes of a line of the cache
+
+constexpr int whole_tiles(int n) { return (n + ROWS - 1) / ROWS * ROWS; }
+template <class T> constexpr int whole_packs(int n) { return (n + width<T> - 1) / width<T> * width<T>; }
+template <class T> constexpr int whole_lines(int n) {
+    constexpr int count = LINE / sizeof(T);
+    return (n + count - 1) / count * count;
+}
+
+template <class T> struct Matrix {
+    T* data = nullptr;
+    int ld = 0;
+    QP_INLINE T* operator[](int i) const { return data + (long)i * ld; }
+};
+
+namespace serial {
+
+// An index of a loop over packs: it says what is read there, so that one vector may be read in two precisions.
+template <class N> struct At {
+    int i;
+    QP_INLINE At operator+(int offset) const { return {i + offset}; }
+};
+
+template <class T> struct Vector {
+    T* data = nullptr;
+    template <class N> QP_INLINE N operator[](At<N> at) const { return load<N>(data + at.i); }
+    template <class N, class A> QP_INLINE void set(At<N> at, A value) const { store(data + at.i, as<N>(value)); }
+    QP_INLINE Vector operator+(int offset) const { return {data + offset}; }
+};
+
+// What each row is, as masks.
+template <class T> struct Kinds {
+    integer_of<T>* is_inequality = nullptr;
+    integer_of<T>* is_equality = nullptr;
+    template <class N> QP_INLINE mask_of<N> inequality(At<N> at) const { return load<mask_of<N>>(is_inequality + at.i); }
+    template <class N> QP_INLINE mask_of<N> equality(At<N> at) const { return load<mask_of<N>>(is_equality + at.i); }
+    template <class N> QP_INLINE mask_of<N> absent(At<N> at) const { return ~(inequality(at) | equality(at)); }
+};
+
+// ---- factors and products in tiles
+
+template <class T> struct Tiles {
+    using V = pack_of<T>;
+    static constexpr int W = width<T>;
+    using Four = pack_of<T, 4 * sizeof(T)>;
+
+    // C ← M ± AᵀB in ROWS rows of C from i on and COUNT packs of columns from j on, with the rows of A and B from
+    // `first` to `last`; with SOLVE then solve with the triangle of A at (i, i), transposed.
+    template <int COUNT, bool ADD, bool SOLVE>
+    static QP_INLINE void tile(Matrix<T> A, Matrix<T> B, Matrix<T> M, Matrix<T> C, int i, int first, int last, int j) {
+        V c[ROWS][COUNT];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+            for (int k = 0; k < COUNT; k++) {
+                c[r][k] = load<V>(M[i + r] + j + k * W);
+            }
+        }
+        const T* a = A[first] + i;
+        const T* b = B[first] + j;
+        for (int row = first; row < last; row++, a += A.ld, b += B.ld) {
+            V across[COUNT];
+#pragma GCC unroll 4
+            for (int k = 0; k < COUNT; k++) {
+                across[k] = load<V>(b + k * W);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                V down = as<V>(a[r]);
+#pragma GCC unroll 4
+                for (int k = 0; k < COUNT; k++) {
+                    c[r][k] = ADD ? c[r][k] + down * across[k] : c[r][k] - down * across[k];
+                }
+            }
+        }
+        if constexpr (SOLVE) {
+            const T* t0 = A[i] + i;
+            const T* t1 = A[i + 1] + i;
+            const T* t2 = A[i + 2] + i;
+            const T* t3 = A[i + 3] + i;
+#pragma GCC unroll 4
+            for (int k = 0; k < COUNT; k++) {
+                c[0][k] = c[0][k] * t0[0];
+                c[1][k] = (c[1][k] - t0[1] * c[0][k]) * t1[1];
+                c[2][k] = (c[2][k] - t0[2] * c[0][k] - t1[2] * c[1][k]) * t2[2];
+                c[3][k] = (c[3][k] - t0[3] * c[0][k] - t1[3] * c[1][k] - t2[3] * c[2][k]) * t3[3];
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+            for (int k = 0; k < COUNT; k++) {
+                store(C[i + r] + j + k * W, c[r][k]);
+            }
+        }
+    }
+
+    // The same in the columns from `start` to `stop`, whole packs.
+    template <bool ADD, bool SOLVE>
+    static QP_INLINE void tiles(Matrix<T> A, Matrix<T> B, Matrix<T> M, Matrix<T> C, int i, int first, int last,
+                                int start, int stop) {
+        for (; start + 3 * W <= stop; start += 3 * W) {
+            tile<3, ADD, SOLVE>(A, B, M, C, i, first, last, start);
+        }
+        if (start + 2 * W <= stop) {
+            tile<2, ADD, SOLVE>(A, B, M, C, i, first, last, start);
+            start += 2 * W;
+        }
+        if (start + W <= stop) {
+            tile<1, ADD, SOLVE>(A, B, M, C, i, first, last, start);
+        }
+    }
+
+    // The upper factor of a 4 × 4 block, by rows, with the inverses of its diagonal.
+    struct Corner {
+        T d0, a01, a02, a03, d1, a12, a13, d2, a23, d3;
+    };
+
+    // Factor the block of M at (i, i). Only a division stands between a pivot and the next; roots are taken beside it.
+    static QP_INLINE Corner factor_corner(Matrix<T> M, int i) {
+        const T* r0 = M[i] + i;
+        const T* r1 = M[i + 1] + i;
+        const T* r2 = M[i + 2] + i;
+        const T* r3 = M[i + 3] + i;
+        T a01 = r0[1], a02 = r0[2], a03 = r0[3];
+        T e0 = 1 / r0[0];
+        T t1 = a01 * e0, t2 = a02 * e0;
+        T a12 = r1[2] - t1 * a02, a13 = r1[3] - t1 * a03;
+        T e1 = 1 / (r1[1] - t1 * a01);
+        T s2 = a12 * e1;
+        T a23 = r2[3] - t2 * a03 - s2 * a13;
+        T e2 = 1 / (r2[2] - t2 * a02 - s2 * a12);
+        T e3 = 1 / (r3[3] - a03 * e0 * a03 - a13 * e1 * a13 - a23 * e2 * a23);
+        T d0 = std::sqrt(e0), d1 = std::sqrt(e1), d2 = std::sqrt(e2), d3 = std::sqrt(e3);
+        return {d0, d0 * a01, d0 * a02, d0 * a03, d1, d1 * a12, d1 * a13, d2, d2 * a23, d3};
+    }
+
+    // Put a factored block at (i, i).
+    static QP_INLINE void put_corner(Matrix<T> U, int i, const Corner& c) {
+        T* r0 = U[i] + i;
+        T* r1 = U[i + 1] + i;
+        T* r2 = U[i + 2] + i;
+        r0[0] = c.d0, r0[1] = c.a01, r0[2] = c.a02, r0[3] = c.a03;
+        r1[1] = c.d1, r1[2] = c.a12, r1[3] = c.a13;
+        r2[2] = c.d2, r2[3] = c.a23;
+        U[i + 3][i + 3] = c.d3;
+    }
+
+    // Put the inverse of a factored block below its diagonal, transposed.
+    static QP_INLINE void put_inverse(Matrix<T> U, int i, const Corner& c) {
+        T w01 = -c.d0 * c.a01 * c.d1, w12 = -c.d1 * c.a12 * c.d2, w23 = -c.d2 * c.a23 * c.d3;
+        T w02 = -c.d0 * (c.a01 * w12 + c.a02 * c.d2), w13 = -c.d1 * (c.a12 * w23 + c.a13 * c.d3);
+        T w03 = -c.d0 * (c.a01 * w13 + c.a02 * w23 + c.a03 * c.d3);
+        U[i + 1][i] = w01;
+        U[i + 2][i] = w02, U[i + 2][i + 1] = w12;
+        U[i + 3][i] = w03, U[i + 3][i + 1] = w13, U[i + 3][i + 2] = w23;
+    }
+
+    // Put below the diagonal of a factor from elsewhere what `cholesky` leaves there.
+    static void invert_blocks(Matrix<T> U, int n) {
+        for (int i = 0; i < n; i += ROWS) {
+            const T* a = U[i] + i;
+            const T* b = U[i + 1] + i;
+            const T* c = U[i + 2] + i;
+            put_inverse(U, i, {a[0], a[1], a[2], a[3], b[1], b[2], b[3], c[2], c[3], U[i + 3][i + 3]});
+        }
+    }
+
+    // Factor the rows from `first` to `last` of S + diagonal, once what is above them has been taken off.
+    static QP_INLINE void factor_rows(Matrix<T> S, const T* diagonal, Matrix<T> U, int first, int last, int stop) {
+        constexpr int UNIT = W > ROWS ? W : ROWS;
+        for (int i = first; i < last; i += ROWS) {
+            // The first columns have the block on the diagonal among them; a tile's width, so that no sum waits long.
+            int start = i - i % UNIT;
+            int edge = std::min(start + 3 * W, stop);
+            tiles<false, false>(U, U, S, U, i, first, i, start, edge);
+            if (diagonal) {
+                for (int r = i; r < i + ROWS; r++) {
+                    U[r][r] += diagonal[r];
+                }
+            }
+            Corner corner = factor_corner(U, i);
+            put_corner(U, i, corner);
+            tiles<false, true>(U, U, U, U, i, 0, 0, start, edge);
+            put_corner(U, i, corner);
+            put_inverse(U, i, corner);
+            tiles<false, true>(U, U, S, U, i, first, i, edge, stop);
+        }
+    }
+
+    // Factor S + diagonal = UᵀU; whether it was positive definite. The padding of S has a diagonal, or gets one.
+    static QP_NOINLINE bool cholesky(Matrix<T> S, const T* diagonal, Matrix<T> U, int n) {
+        int rows = whole_tiles(n), stop = whole_packs<T>(n);
+        int block = blas::available<T>() ? blas::BLOCK : rows;
+        for (int first = 0; first < rows; first += block) {
+            int last = std::min(first + block, rows);
+            Matrix<T> M = S;
+            if (first > 0) {
+                if (S.data != U.data) {
+                    for (int i = first; i < last; i++) {
+                        std::memcpy(U[i] + first, S[i] + first, sizeof(T) * (stop - first));
+                    }
+                }
+                M = U;
+                blas::add_product<T>(-1, U.data + first, U.ld, last - first, U.data + first, U.ld, stop - first, first,
+                                     U[first] + first, U.ld);
+            }
+            factor_rows(M, diagonal, U, first, last, stop);
+        }
+        // A pivot that is not positive leaves NaN in all rows of the blocks below it, and so does NaN.
+        bool factor_ok = true;
+        for (int i = std::max(0, rows - ROWS); i < rows; i++) {
+            factor_ok &= U[i][i] > 0 && U[i][i] < T(INFINITY_);
+        }
+        return factor_ok;
+    }
+    static QP_INLINE bool cholesky(Matrix<T> S, Vector<T> diagonal, Matrix<T> U, int n) {
+        return cholesky(S, diagonal.data, U, n);
+    }
+
+    // Solve UᵀX = B in place for a factor U of n rows.
+    static QP_NOINLINE void solve_transposed(Matrix<T> U, int n, Matrix<T> B, int columns) {
+        constexpr int PANEL = 12 * W;  // columns whose entries stay in the cache
+        int stop = whole_packs<T>(columns), block = blas::available<T>() ? blas::BLOCK : whole_tiles(n);
+        for (int first = 0; first < n; first += block) {
+            int last = std::min(first + block, n);
+            if (first > 0) {
+                blas::add_product<T>(-1, U.data + first, U.ld, last - first, B.data, B.ld, stop, first, B[first], B.ld);
+            }
+            for (int j = 0; j < stop; j += PANEL) {
+                for (int i = first; i < last; i += ROWS) {
+                    tiles<false, true>(U, B, B, B, i, first, i, j, std::min(j + PANEL, stop));
+                }
+            }
+        }
+    }
+
+    // C ← C + AᵀA with so many rows of A, in the upper triangle.
+    static QP_NOINLINE void add_gram(Matrix<T> A, int rows, Matrix<T> C, int n) {
+        constexpr int PANEL = 128;  // rows whose entries stay in the cache
+        if (n > blas::BLOCK && blas::available<T>()) {
+            blas::add_gram(A.data, A.ld, rows, C.data, C.ld, n);
+            return;
+        }
+        int stop = whole_packs<T>(n);
+        for (int k = 0; k < rows; k += PANEL) {
+            for (int i = 0; i < n; i += ROWS) {
+                tiles<true, false>(A, A, C, C, i, k, std::min(k + PANEL, rows), i - i % W, stop);
+            }
+        }
+    }
+
+    // The sums of the entries of four packs.
+    static QP_INLINE Four sums(V a, V b, V c, V d) {
+        if constexpr (W == 2) {
+            return Four{a[0] + a[1], b[0] + b[1], c[0] + c[1], d[0] + d[1]};
+        } else if constexpr (W == 4) {
+            V ab = __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
+            V cd = __builtin_shufflevector(c, d, 0, 4, 2, 6) + __builtin_shufflevector(c, d, 1, 5, 3, 7);
+            return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+        } else {
+            Four fa = folded(a), fb = folded(b), fc = folded(c), fd = folded(d);
+            Four ab = __builtin_shufflevector(fa, fb, 0, 4, 2, 6) + __builtin_shufflevector(fa, fb, 1, 5, 3, 7);
+            Four cd = __builtin_shufflevector(fc, fd, 0, 4, 2, 6) + __builtin_shufflevector(fc, fd, 1, 5, 3, 7);
+            return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+        }
+    }
+
+    // Four sums of entries of a pack that is wider.
+    static QP_INLINE Four folded(V v) {
+        if constexpr (W == 16) {
+            auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                        __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+            return (Four)(__builtin_shufflevector(half, half, 0, 1, 2, 3) +
+                          __builtin_shufflevector(half, half, 4, 5, 6, 7));
+        } else {
+            return (Four)(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
+        }
+    }
+
+    // Solve Uᵀx = r in place.
+    static QP_NOINLINE void forward(Matrix<T> U, int n, T* r) {
+        int stop = whole_packs<T>(n);
+        for (int i = 0; i < n; i += ROWS) {
+            const T* u0 = U[i] + i;
+            const T* u1 = u0 + U.ld;
+            const T* u2 = u1 + U.ld;
+            const T* u3 = u2 + U.ld;
+            T a0 = r[i], a1 = r[i + 1], a2 = r[i + 2], a3 = r[i + 3];
+            T x0 = u0[0] * a0;
+            T x1 = u1[0] * a0 + u1[1] * a1;
+            T x2 = u2[0] * a0 + u2[1] * a1 + u2[2] * a2;
+            T x3 = (u3[0] * a0 + u3[1] * a1) + (u3[2] * a2 + u3[3] * a3);
+            V y0 = as<V>(x0), y1 = as<V>(x1), y2 = as<V>(x2), y3 = as<V>(x3);
+            // From the pack on that has the next entry; what this does to those before it is put right below.
+            int start = (i + ROWS) / W * W - i;
+            T before[W];
+            if (W > 2 * ROWS && start < 0) {
+                std::memcpy(before, r + i + start, sizeof(T) * -start);
+            }
+            for (int j = start; j < stop - i; j += W) {
+                V t = (load<V>(u0 + j) * y0 + load<V>(u1 + j) * y1) + (load<V>(u2 + j) * y2 + load<V>(u3 + j) * y3);
+                store(r + i + j, load<V>(r + i + j) - t);
+            }
+            if (W > 2 * ROWS && start < 0) {
+                std::memcpy(r + i + start, before, sizeof(T) * -start);
+            }
+            r[i] = x0, r[i + 1] = x1, r[i + 2] = x2, r[i + 3] = x3;
+        }
+    }
+    static QP_INLINE void forward(Matrix<T> U, int n, Vector<T> r) { forward(U, n, r.data); }
+
+    // Solve Ux = r in place.
+    static QP_NOINLINE void backward(Matrix<T> U, int n, T* r) {
+        using Mask = pack_of<integer_of<T>, 4 * sizeof(T)>;
+        const Mask one{-1, 0, 0, 0}, two{-1, -1, 0, 0}, three{-1, -1, -1, 0};
+        const Four zero{};
+        int stop = whole_packs<T>(n);
+        for (int i = whole_tiles(n) - ROWS; i >= 0; i -= ROWS) {
+            const T* u0 = U[i];
+            const T* u1 = u0 + U.ld;
+            const T* u2 = u1 + U.ld;
+            const T* u3 = u2 + U.ld;
+            V s0{}, s1{}, s2{}, s3{};
+            int start = i + ROWS;
+            if (start % W != 0 && start < stop) {
+                // Of the pack that the next entry is in, those before it are not to count.
+                mask_of<V> counts{};
+                for (int k = start % W; k < W; k++) {
+                    counts[k] = -1;
+                }
+                start = start / W * W;
+                V y = select(counts, load<V>(r + start), V{});
+                s0 += load<V>(u0 + start) * y;
+                s1 += load<V>(u1 + start) * y;
+                s2 += load<V>(u2 + start) * y;
+                s3 += load<V>(u3 + start) * y;
+                start += W;
+            }
+            for (int j = stop - W; j >= start; j -= W) {  // what was computed last comes last
+                V y = load<V>(r + j);
+                s0 += load<V>(u0 + j) * y;
+                s1 += load<V>(u1 + j) * y;
+                s2 += load<V>(u2 + j) * y;
+                s3 += load<V>(u3 + j) * y;
+            }
+            Four a = load<Four>(r + i) - sums(s0, s1, s2, s3);
+            Four w0 = select(one, load<Four>(u0 + i), zero), w1 = select(two, load<Four>(u1 + i), zero);
+            Four w2 = select(three, load<Four>(u2 + i), zero), w3 = load<Four>(u3 + i);
+            store(r + i, (w0 * a[0] + w1 * a[1]) + (w2 * a[2] + w3 * a[3]));
+        }
+    }
+    static QP_INLINE void backward(Matrix<T> U, int n, Vector<T> r) { backward(U, n, r.data); }
+
+    // ---- products; in the precision of the result, whatever that of the matrix and the vector is
+
+    // out = M x.
+    template <class X, class O>
+    static QP_NOINLINE void product(Matrix<T> M, int rows, int columns, const X* x, O* out) {
+        using P = pack_of<O>;
+        constexpr int STEP = width<O>;
+        int stop = whole_packs<O>(columns), i = 0;
+        for (; i + ROWS < rows; i += 2 * ROWS) {
+            P s[2 * ROWS] = {};
+            const T* m = M[i];
+            for (int j = 0; j < stop; j += STEP) {
+                P y = load<P>(x + j);
+#pragma GCC unroll 8
+                for (int r = 0; r < 2 * ROWS; r++) {
+                    s[r] += load<P>(m + (long)r * M.ld + j) * y;
+                }
+            }
+            put(out, i, rows, Tiles<O>::sums(s[0], s[1], s[2], s[3]));
+            put(out, i + ROWS, rows, Tiles<O>::sums(s[4], s[5], s[6], s[7]));
+        }
+        if (i < rows) {
+            P s[ROWS] = {};
+            const T* m = M[i];
+            for (int j = 0; j < stop; j += STEP) {
+                P y = load<P>(x + j);
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++) {
+                    s[r] += load<P>(m + (long)r * M.ld + j) * y;
+                }
+            }
+            put(out, i, rows, Tiles<O>::sums(s[0], s[1], s[2], s[3]));
+        }
+    }
+    template <class X, class O>
+    static QP_INLINE void product(Matrix<T> M, int rows, int columns, Vector<X> x, Vector<O> out) {
+        product(M, rows, columns, x.data, out.data);
+    }
+
+    // Store four entries, of which those beyond `rows` are not there.
+    template <class O> static QP_INLINE void put(O* out, int i, int rows, pack_of<O, 4 * sizeof(O)> four) {
+        if (i + ROWS <= rows) {
+            store(out + i, four);
+        } else {
+            for (int r = 0; i + r < rows; r++) {
+                out[i + r] = four[r];
+            }
+        }
+    }
+
+    // out += Mᵀx.
+    template <class X, class O>
+    static QP_NOINLINE void add_product_transposed(Matrix<T> M, int rows, int columns, const X* x, O* out) {
+        constexpr int STEP = width<O>;
+        int stop = whole_packs<O>(columns), j = 0;
+        for (; j + 4 * STEP <= stop; j += 4 * STEP) {
+            add_columns<4, 2>(M, rows, j, x, out);
+        }
+        if (j + 2 * STEP <= stop) {
+            add_columns<2, 4>(M, rows, j, x, out);
+            j += 2 * STEP;
+        }
+        if (j + STEP <= stop) {
+            add_columns<1, 4>(M, rows, j, x, out);
+        }
+    }
+    template <class X, class O>
+    static QP_INLINE void add_product_transposed(Matrix<T> M, int rows, int columns, Vector<X> x, Vector<O> out) {
+        add_product_transposed(M, rows, columns, x.data, out.data);
+    }
+
+    // The same for COUNT packs of columns, with sums over every AT_ONCE-th row, so that none waits for the one before.
+    template <int COUNT, int AT_ONCE, class X, class O>
+    static QP_INLINE void add_columns(Matrix<T> M, int rows, int j, const X* x, O* out) {
+        using P = pack_of<O>;
+        constexpr int STEP = width<O>;
+        P s[AT_ONCE][COUNT] = {};
+        const T* m = M.data + j;
+        int i = 0;
+        for (; i + AT_ONCE <= rows; i += AT_ONCE) {
+#pragma GCC unroll 4
+            for (int r = 0; r < AT_ONCE; r++, m += M.ld) {
+                P factor = as<P>(x[i + r]);
+#pragma GCC unroll 4
+                for (int k = 0; k < COUNT; k++) {
+                    s[r][k] += factor * load<P>(m + k * STEP);
+                }
+            }
+        }
+        for (; i < rows; i++, m += M.ld) {
+            P factor = as<P>(x[i]);
+#pragma GCC unroll 4
+            for (int k = 0; k < COUNT; k++) {
+                s[0][k] += factor * load<P>(m + k * STEP);
+            }
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < COUNT; k++) {
+            P sum = s[0][k];
+#pragma GCC unroll 4
+            for (int r = 1; r < AT_ONCE; r++) {
+                sum += s[r][k];
+            }
+            O* to = out + j + k * STEP;
+            store(to, load<P>(to) + sum);
+        }
+    }
+
+    // ---- other operations on matrices
+
+    // Copy the upper triangle of n rows and columns to the lower one.
+    static QP_NOINLINE void mirror(Matrix<T> S, int n) {
+        for (int i = 0; i < n; i += ROWS) {
+            const T* a = S[i];
+            const T* b = S[i + 1];
+            const T* c = S[i + 2];
+            const T* d = S[i + 3];
+            S[i + 1][i] = a[i + 1];
+            S[i + 2][i] = a[i + 2], S[i + 2][i + 1] = b[i + 2];
+            S[i + 3][i] = a[i + 3], S[i + 3][i + 1] = b[i + 3], S[i + 3][i + 2] = c[i + 3];
+            for (int j = i + ROWS; j < n; j++) {
+                T* r = S[j] + i;
+                r[0] = a[j], r[1] = b[j], r[2] = c[j], r[3] = d[j];
+            }
+        }
+    }
+
+    // Put Mᵀ in `out`, and zeros into the padding.
+    static QP_NOINLINE void transpose(Matrix<T> M, int rows, int columns, Matrix<T> out) {
+        int i = 0;
+        for (; i + ROWS <= rows; i += ROWS) {
+            const T* a = M[i];
+            const T* b = M[i + 1];
+            const T* c = M[i + 2];
+            const T* d = M[i + 3];
+            for (int j = 0; j < columns; j++) {
+                T* o = out[j] + i;
+                o[0] = a[j], o[1] = b[j], o[2] = c[j], o[3] = d[j];
+            }
+        }
+        for (; i < rows; i++) {
+            for (int j = 0; j < columns; j++) {
+                out[j][i] = M[i][j];
+            }
+        }
+        for (int j = 0; j < columns; j++) {
+            std::fill(out[j] + rows, out[j] + out.ld, T(0));
+        }
+        for (int j = columns; j < whole_tiles(columns); j++) {
+            std::fill(out[j], out[j] + out.ld, T(0));
+        }
+    }
+
+    // out_ij = scale_i M_ij.
+    static QP_NOINLINE void scale_rows(Matrix<T> M, int rows, int columns, Vector<T> scale, Matrix<T> out) {
+        for (int i = 0; i < rows; i++) {
+            V factor = as<V>(scale.data[i]);
+            for (int j = 0; j < whole_packs<T>(columns); j += W) {
+                store(out[i] + j, factor * load<V>(M[i] + j));
+            }
+        }
+    }
+
+    // out_ij = (M_ij of_rows_i of_columns_j)².
+    static QP_NOINLINE void scaled_squares(Matrix<T> M, int rows, int columns, Vector<T> of_rows, Vector<T> of_columns,
+                                           Matrix<T> out) {
+        for (int i = 0; i < rows; i++) {
+            V factor = as<V>(of_rows.data[i]);
+            for (int j = 0; j < whole_packs<T>(columns); j += W) {
+                store(out[i] + j, square(load<V>(M[i] + j) * factor * load<V>(of_columns.data + j)));
+            }
+        }
+    }
+
+    // weighted_i = max_j |M_ij| weights_j, unweighted_i = max_j |M_ij|.
+    static QP_NOINLINE void largest_of_rows(Matrix<T> M, int rows, int columns, Vector<T> weights, Vector<T> weighted,
+                                            Vector<T> unweighted) {
+        for (int i = 0; i < rows; i++) {
+            V with{}, without{};
+            for (int j = 0; j < whole_packs<T>(columns); j += W) {
+                V entry = absolute(load<V>(M[i] + j));
+                with = larger(entry * load<V>(weights.data + j), with);
+                without = larger(entry, without);
+            }
+            weighted.data[i] = largest_entry(with);
+            unweighted.data[i] = largest_entry(without);
+        }
+    }
+
+    // out_j = max_i |M_ij| weights_i.
+    static QP_NOINLINE void largest_of_columns(Matrix<T> M, int rows, int columns, Vector<T> weights, Vector<T> out) {
+        for (int j = 0; j < whole_packs<T>(columns); j += W) {
+            V most{};
+            for (int i = 0; i < rows; i++) {
+                most = larger(absolute(load<V>(M[i] + j)) * weights.data[i], most);
+            }
+            store(out.data + j, most);
+        }
+    }
+
+    template <class N> static QP_INLINE scalar_of<N> largest_entry(N v) {
+        scalar_of<N> most = v[0];
+        for (int i = 1; i < entries<N>; i++) {
+            most = larger(scalar_of<N>(v[i]), most);
+        }
+        return most;
+    }
+
+    // Copy n rows, and zeros into those of the padding: a factor that failed has left NaN there.
+    static QP_NOINLINE void copy_rows(Matrix<T> M, int n, Matrix<T> out) {
+        std::memcpy(out.data, M.data, sizeof(T) * n * M.ld);
+        clear_padding(out, n);
+    }
+    static QP_INLINE void clear_padding(Matrix<T> M, int n) { std::memset(M[n], 0, sizeof(T) * (whole_tiles(n) - n) * M.ld); }
+
+    static QP_INLINE void clear(Matrix<T> M, int n) { std::memset(M.data, 0, sizeof(T) * whole_tiles(n) * M.ld); }
+
+    static QP_INLINE void take_diagonal(Matrix<T> M, int n, Vector<T> out) {
+        for (int j = 0; j < n; j++) {
+            out.data[j] = M[j][j];
+        }
+    }
+
+    // Put ones on the diagonal of the rows of the padding, so that the matrix has a factor.
+    static QP_INLINE void complete_diagonal(Matrix<T> M, int n) {
+        for (int j = n; j < whole_tiles(n); j++) {
+            M[j][j] = 1;
+        }
+    }
+};
+
+// ---- the team
+
+// One thread, one problem, in T; residuals are computed in double.
+template <class T> struct Team : Tiles<T> {
+    using Real = T;                   // floating point type
+    using Number = T;                 // a number of the problem
+    using Exact = double;             // the same, of its residuals
+    using Truth = bool;               // a truth about the problem
+    using Entry = pack_of<T>;         // what a loop over entries takes at a time
+    using ExactEntry = pack_of<double>;
+    using Vector = serial::Vector<T>;
+    using ExactVector = serial::Vector<double>;
+    using Matrix = qpdiff::Matrix<T>;
+    using Kinds = serial::Kinds<T>;
+    using Stored = T;                 // what memory holds
+    using ExactStored = double;
+    static constexpr bool lanes = false;
+    static constexpr int PROBLEMS = 1;
+
+    static QP_INLINE int padded(int n) { return whole_lines<T>(n); }
+    static QP_INLINE int leading(int columns) { return whole_lines<T>(columns); }
+    static QP_INLINE int whole_rows(int rows) { return whole_tiles(rows); }
+
+    // Call f for every entry, or pack of entries, up to a padded count.
+    template <class F> static QP_INLINE void each(int count, F f) {
+        for (int i = 0; i < count; i += entries<Entry>) {
+            f(At<Entry>{i});
+        }
+    }
+    // The same in the precision of a vector, and in that of residuals.
+    template <class X, class F> static QP_INLINE void each_of(serial::Vector<X>, int count, F f) {
+        for (int i = 0; i < count; i += width<X>) {
+            f(At<pack_of<X>>{i});
+        }
+    }
+    template <class F> static QP_INLINE void each_exactly(int count, F f) { each_of(ExactVector{}, count, f); }
+
+    // What the loop has collected, of all entries.
+    template <class N> static QP_INLINE scalar_of<N> sum(N a) { return total(a); }
+    template <class N> static QP_INLINE scalar_of<N> largest(N a) { return Tiles<T>::largest_entry(a); }
+    template <class N> static QP_INLINE scalar_of<N> smallest(N a) { return -Tiles<T>::largest_entry(-a); }
+    template <class M> static QP_INLINE bool all(M m) { return every(m); }
+
+    // Sum of the logarithms of positive numbers.
+    static QP_NOINLINE T sum_of_logarithms(Vector a, int count) {
+        T sum = 0;
+        for (int i = 0; i < count; i++) {
+            sum += std::log(a.data[i]);
+        }
+        return sum;
+    }
+};
+
+}  // namespace serial
+}  // namespace qpdiff

@@ -1,0 +1,192 @@
+// Equilibration: scales of the variables and the rows, and what residuals are measured in (qpdiff.kkt, where the
+// mathematics is explained).
+#pragma once
+#include "problem.hpp"
+
+namespace qpdiff {
+
+// 1 / length, or 1 for what has none.
+template <class N> QP_INLINE N reciprocal(N length) {
+    auto usable = (length > N{}) & is_finite(length);
+    return scalar_of<N>(1) / select(usable, length, as<N>(1));
+}
+
+// A scale after a pass of equilibration, for the squared length of its row or column.
+template <class N> QP_INLINE N rescaled(const Parameters& P, N scale, N length2) {
+    using Real = scalar_of<N>;
+    auto usable = is_finite(length2) & (length2 > N{});
+    N value = scale / root(select(usable, length2, as<N>(1)));
+    return select(usable, smaller(larger(value, as<N>(Real(1 / P.largest_ratio))), as<N>(Real(P.largest_ratio))), Real(1));
+}
+
+// Fill the scales that the matrices alone call for, and the curvature.
+template <class Team> QP_NOINLINE void balance(Problem<Team>& o) {
+    using N = typename Team::Entry;
+    using Real = typename Team::Real;
+    const Parameters& P = *o.parameters;
+    int n = o.n, linear = o.linear;
+    auto D2 = o.balanced_D, E2 = o.balanced_E;
+    // Each scale begins with the curvature of its variable, or else with the largest entry of its row or column.
+    auto first_D = o.dx, first_E = o.dv, curved = o.occupied, columns = o.columns, lengths = o.lengths;
+    Team::take_diagonal(o.Q, n, o.diagonal_Q);
+    N highest_{};
+    Team::each(o.np, [&](auto j) { highest_ = larger(o.diagonal_Q[j], highest_); });
+    auto highest = Team::largest(highest_);
+    Team::each(o.np, [&](auto j) {
+        N entry = o.diagonal_Q[j];
+        auto usable = (entry > Real(P.smallest_curvature) * highest) & is_finite(entry);
+        N scale = Real(1) / root(select(usable, entry, Real(1)));
+        first_D.set(j, scale);
+        curved.set(j, select(usable, N{} + Real(1), Real(0)));
+        columns.set(j, select(usable, scale, Real(0)));
+        D2.set(j, Real(1));
+    });
+    Team::largest_of_rows(o.K, linear, n, columns, lengths, E2);
+    Team::each(o.lp, [&](auto i) {
+        N weighted = lengths[i], length = select(weighted > N{}, weighted, E2[i]);
+        first_E.set(i, reciprocal(length));
+        o.filled.set(i, select((length > N{}) & is_finite(length), N{} + Real(1), Real(0)));
+        E2.set(i, Real(1));
+    });
+    Team::largest_of_columns(o.K, linear, n, first_E, columns);
+    Team::each(o.np, [&](auto j) { first_D.set(j, select(curved[j] > N{}, first_D[j], reciprocal(columns[j]))); });
+
+    auto Q2 = o.square_matrix, K2 = o.scaled;
+    Team::scaled_squares(o.Q, n, n, first_D, first_D, Q2);
+    Team::scaled_squares(o.K, linear, n, first_E, first_D, K2);
+    N curvature{}, flattest{};
+    for (int pass = 0; pass < int(P.equilibration_passes); pass++) {
+        Team::product(Q2, n, n, D2, curved);
+        Team::product(K2, linear, n, D2, lengths);
+        Team::each(o.np, [&](auto j) { columns.set(j, curved[j]); });
+        Team::add_product_transposed(K2, linear, n, E2, columns);
+        curvature = N{};
+        flattest = as<N>(Real(INFINITY_));
+        Team::each(o.np, [&](auto j) {
+            N scale = D2[j], length = scale * columns[j], after = rescaled(P, scale, length), row = curved[j] * after;
+            columns.set(j, length);
+            D2.set(j, after);
+            curvature = larger(row, curvature);
+            flattest = smaller(select(o.exists[j] > N{}, row, Real(INFINITY_)), flattest);
+        });
+        Team::each(o.lp, [&](auto i) { E2.set(i, rescaled(P, E2[i], E2[i] * lengths[i])); });
+    }
+    Team::each(o.np, [&](auto j) {
+        D2.set(j, root(D2[j]) * first_D[j]);
+        o.occupied.set(j, select(columns[j] > N{}, N{} + Real(1), Real(0)));
+    });
+    Team::each(o.lp, [&](auto i) { E2.set(i, root(E2[i]) * first_E[i]); });
+    o.curvature = root(Team::largest(curvature));
+    o.least_curvature = root(Team::smallest(flattest));
+}
+
+// The scale of a row of bounds is that of its variable.
+template <class Team> QP_INLINE void scale_bounds(Problem<Team>& o) {
+    using Real = typename Team::Real;
+    Team::each(o.np, [&](auto j) {
+        auto scale = Real(1) / o.D[j];
+        if (o.lower) {
+            o.E.set(j + o.at_lower(), scale);
+        }
+        if (o.upper) {
+            o.E.set(j + o.at_upper(), scale);
+        }
+    });
+}
+
+// Call f(row, counts) for all rows with a mask of those that say something of x: rows that have an entry, and bounds
+// of variables that are in Q or in a row, as others take the scale of their bounds.
+template <class Team, class F> QP_INLINE void each_row_that_counts(Problem<Team>& o, F f) {
+    using N = typename Team::Entry;
+    Team::each(o.lp, [&](auto i) { f(i, o.filled[i] > N{}); });
+    auto of_bounds = [&](int at) {
+        Team::each(o.np, [&](auto j) {
+            f(j + at, o.lower && o.upper ? o.occupied[j] > N{} : truth<mask_of<N>>(true));
+        });
+    };
+    if (o.lower) {
+        of_bounds(o.at_lower());
+    }
+    if (o.upper) {
+        of_bounds(o.at_upper());
+    }
+}
+
+// Fill D and E after `balance`, and what residuals are measured in; return the largest |Dq|.
+template <class Team> QP_NOINLINE typename Team::Number equilibrate(Problem<Team>& o) {
+    using N = typename Team::Entry;
+    using S = typename Team::Number;
+    using Real = typename Team::Real;
+    const Parameters& P = *o.parameters;
+    S zero{}, one = as<S>(Real(1)), infinite = as<S>(Real(INFINITY_));
+    Team::each(o.np, [&](auto j) { o.D.set(j, o.balanced_D[j]); });
+    Team::each(o.lp, [&](auto i) { o.E.set(i, o.balanced_E[i]); });
+    scale_bounds(o);
+    N needed_{}, nearest_{}, slope_{};
+    each_row_that_counts(o, [&](auto i, auto counts) {
+        N k = select(counts & no(o.kind.absent(i)), o.E[i] * o.k[i], Real(0)), length = absolute(k);
+        needed_ = larger(select(o.kind.equality(i), length, positive(-k)), needed_);
+        nearest_ = larger(select(length == N{}, Real(0), Real(1) / select(length == N{}, Real(1), length)), nearest_);
+    });
+    Team::each(o.np, [&](auto j) { slope_ = larger(absolute(o.D[j] * o.q[j]), slope_); });
+    S needed = Team::largest(needed_), nearest = Team::largest(nearest_), slope = Team::largest(slope_);
+    auto where_positive = [&](S a, S value, S other) { return select(a > zero, value / select(a > zero, a, one), other); };
+
+    S free = where_positive(o.curvature, slope, zero);
+    S least = smaller(where_positive(nearest, one, infinite), select(free > zero, free, infinite));
+    // What is smaller by eight digits than where the cost is least is rounding in somebody's data.
+    S primal = select(needed > zero, larger(needed, Real(P.data_rounding) * free), least);
+    primal = select(primal < infinite, primal, one);
+    S curved = o.curvature * primal;
+    S dual = select(curved < slope, root(slope * select(curved > zero, curved, slope)), curved);
+    dual = select(dual > zero, dual, primal);
+    S far = where_positive(o.least_curvature, slope, infinite);
+    S reach = larger(needed, smaller(far, Real(P.uncertainty) * free));
+    o.primal_unit = primal, o.dual_unit = dual, o.gap_unit = primal * dual;
+    o.reach = select(reach > zero, reach, infinite);
+
+    if (o.lower && o.upper) {
+        Team::each(o.np, [&](auto j) {
+            N span = o.ub[j] - o.lb[j];
+            auto bounded = (o.occupied[j] == N{}) & (span > N{}) & (span < as<N>(Real(INFINITE)));
+            o.D.set(j, select(bounded, span / primal, o.D[j]));
+        });
+        scale_bounds(o);
+    }
+    bool absolute_ = o.settings->absolute;
+    Team::each(o.np, [&](auto j) { o.unit_x.set(j, absolute_ ? as<N>(Real(1)) : o.D[j] / dual); });
+    Team::each(o.rows, [&](auto i) { o.unit_v.set(i, absolute_ ? as<N>(Real(1)) : o.E[i] / primal); });
+    return slope;
+}
+
+// Scale the problem as if its cost were c times as large; what residuals are compared with does not change.
+template <class Team> QP_NOINLINE void scale_cost(Problem<Team>& o, typename Team::Number c) {
+    auto factor = root(c);
+    Team::each(o.np, [&](auto j) { o.D.set(j, o.D[j] * factor); });
+    Team::each(o.rows, [&](auto i) { o.E.set(i, o.E[i] / factor); });
+    o.primal_unit = o.primal_unit / factor;
+    o.dual_unit = o.dual_unit * factor;
+    o.reach = o.reach / factor;
+}
+
+// Without curvature, make the cost about as large as the right-hand sides: their geometric mean, which no single one
+// decides. For one problem.
+template <class Team> QP_NOINLINE void balance_cost(Problem<Team>& o, typename Team::Number slope) {
+    using N = typename Team::Entry;
+    using Real = typename Team::Real;
+    if (o.curvature > 0 || !(slope > 0)) {
+        return;
+    }
+    auto sizes = o.lengths;
+    N count{};
+    each_row_that_counts(o, [&](auto i, auto counts) {
+        N k = absolute(o.E[i] * o.k[i]);
+        auto there = counts & no(o.kind.absent(i)) & (k > N{});
+        sizes.set(i, select(there, k, Real(1)));
+        count += select(there, N{} + Real(1), Real(0));
+    });
+    Real mean = std::exp(Team::sum_of_logarithms(sizes, o.rows) / larger(Team::sum(count), Real(1)));
+    scale_cost(o, mean / slope);
+}
+
+}  // namespace qpdiff

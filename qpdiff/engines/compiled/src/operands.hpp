@@ -1,0 +1,287 @@
+// The operands of a batch as they lie in the caller's memory: reading them into a problem, and checking them on the way.
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "method/problem.hpp"
+
+namespace qpdiff {
+
+// One operand: its first axis is the batch, with a stride of 0 where it is shared.
+struct Operand {
+    const char* data = nullptr;
+    long batch = 0;              // bytes from one problem to the next
+    long row = 0, column = 0;    // bytes from a row of a matrix to the next, and from an entry to the next
+    bool given() const { return data != nullptr; }
+    bool shared() const { return batch == 0; }
+    const char* at(long b, int i = 0) const { return data + b * batch + i * row; }
+};
+
+struct Operands {
+    Operand Q, q, G, h, A, b, lb, ub;
+    int n = 0, m = 0, p = 0;
+    long count = 0;  // problems
+    int linear() const { return m + p; }
+    bool matrices_shared() const { return Q.shared() && A.shared() && G.shared() && lb.shared() && ub.shared(); }
+};
+
+template <class T> QP_INLINE T entry(const char* p, long stride, int j) {
+    T value;
+    std::memcpy(&value, p + j * stride, sizeof(T));
+    return value;
+}
+
+template <class T> QP_INLINE void read(const char* p, long stride, int count, T* out) {
+    if (stride == sizeof(T)) {
+        std::memcpy(out, p, count * sizeof(T));
+    } else {
+        for (int j = 0; j < count; j++) {
+            out[j] = entry<T>(p, stride, j);
+        }
+    }
+}
+
+// ---- rows of a problem and the caller's, which have no padding
+
+// Call f(row of the problem, row of the caller, count) for each block of rows.
+template <class Team, class F> QP_INLINE void each_block(const Problem<Team>& o, F f) {
+    f(0, 0, o.linear);
+    if (o.lower) {
+        f(o.at_lower(), o.linear, o.n);
+    }
+    if (o.upper) {
+        f(o.at_upper(), o.linear + (o.lower ? o.n : 0), o.n);
+    }
+}
+
+template <class Team, class T> void gather_rows(const Problem<Team>& o, typename Team::Vector from, T* to) {
+    each_block(o, [&](int row, int at, int count) { std::copy(from.data + row, from.data + row + count, to + at); });
+}
+
+template <class Team, class T> void scatter_rows(const Problem<Team>& o, const T* from, typename Team::Vector to) {
+    each_block(o, [&](int row, int at, int count) { std::copy(from + at, from + at + count, to.data + row); });
+}
+
+// ---- reading
+
+// Put a number into a lane, or in the place of the only one.
+template <class Team> QP_INLINE void put(typename Team::Stored& to, int lane, typename Team::Real value) {
+    if constexpr (Team::lanes) {
+        reinterpret_cast<typename Team::Real*>(&to)[lane] = value;
+    } else {
+        to = value;
+    }
+}
+
+template <class Team> QP_INLINE typename Team::Real take(const typename Team::Stored& from, int lane) {
+    if constexpr (Team::lanes) {
+        return reinterpret_cast<const typename Team::Real*>(&from)[lane];
+    } else {
+        return from;
+    }
+}
+
+// Read the vectors of problem b and the kinds of its rows into a lane; whether the kinds are those of the first lane.
+// What is infinite on the wrong side, if it came unchecked, is a row that no point satisfies: not one that is absent.
+template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operands, long b, int lane = 0) {
+    using T = typename Team::Real;
+    bool alike = true;
+    auto set_row = [&](int i, T k, Kind kind) {
+        put<Team>(o.k.data[i], lane, k);
+        decltype(+o.kind.is_equality[0]) is_equality = kind == EQUALITY ? -1 : 0, is_inequality = kind == INEQUALITY ? -1 : 0;
+        if (lane == 0) {
+            o.kind.is_equality[i] = is_equality, o.kind.is_inequality[i] = is_inequality;
+        }
+        alike &= o.kind.is_equality[i] == is_equality && o.kind.is_inequality[i] == is_inequality;
+    };
+    auto set_limit = [&](int i, T limit) {
+        if (limit >= T(INFINITE)) {
+            set_row(i, 0, ABSENT);
+        } else {
+            set_row(i, limit > -T(INFINITY_) ? limit : T(NOT_A_NUMBER), INEQUALITY);
+        }
+    };
+    const char* q = operands.q.at(b);
+    for (int j = 0; j < o.n; j++) {
+        put<Team>(o.q.data[j], lane, entry<T>(q, operands.q.column, j));
+    }
+    for (int i = 0; i < o.p; i++) {
+        set_row(i, entry<T>(operands.b.at(b), operands.b.column, i), EQUALITY);
+    }
+    for (int i = o.p; i < o.linear; i++) {
+        set_limit(i, entry<T>(operands.h.at(b), operands.h.column, i - o.p));
+    }
+    for (int j = 0; j < o.n && (o.lower || o.upper); j++) {
+        T low = o.lower ? entry<T>(operands.lb.at(b), operands.lb.column, j) : 0;
+        T high = o.upper ? entry<T>(operands.ub.at(b), operands.ub.column, j) : 0;
+        put<Team>(o.lb.data[j], lane, low);
+        put<Team>(o.ub.data[j], lane, high);
+        if (o.lower && o.upper && low == high && std::fabs(low) < T(INFINITY_)) {
+            set_row(o.at_lower() + j, -low, EQUALITY);
+            set_row(o.at_upper() + j, 0, ABSENT);
+            continue;
+        }
+        if (o.lower) {
+            set_limit(o.at_lower() + j, -low);
+        }
+        if (o.upper) {
+            set_limit(o.at_upper() + j, high);
+        }
+    }
+    return alike;
+}
+
+// Read the matrices of one problem.
+template <class Team> void load_Q(Problem<Team>& o, const Operands& operands, long b) {
+    for (int i = 0; i < o.n; i++) {
+        read(operands.Q.at(b, i), operands.Q.column, o.n, o.Q[i]);
+    }
+}
+template <class Team> void load_K(Problem<Team>& o, const Operands& operands, long b) {
+    for (int i = 0; i < o.p; i++) {
+        read(operands.A.at(b, i), operands.A.column, o.n, o.K[i]);
+    }
+    for (int i = o.p; i < o.linear; i++) {
+        read(operands.G.at(b, i - o.p), operands.G.column, o.n, o.K[i]);
+    }
+}
+
+// Read the matrices of `size` problems from b on into the lanes; lanes that are left over get the last one.
+inline void load_lanes(Problem<lanes::Team>& o, const Operands& operands, long b, int size) {
+    constexpr int W = lanes::Team::PROBLEMS;
+    auto load_rows = [&](const Operand& from, int count, Matrix<lanes::Team::Number> to, int first) {
+        for (int i = 0; i < count; i++) {
+            const char* rows[W];
+            for (int lane = 0; lane < W; lane++) {
+                rows[lane] = from.at(b + std::min(lane, size - 1), i);
+            }
+            lanes::Team::Number* out = to[first + i];
+            for (int j = 0; j < o.n; j++) {
+                lanes::Team::Number value;
+                for (int lane = 0; lane < W; lane++) {
+                    value[lane] = entry<double>(rows[lane], from.column, j);
+                }
+                out[j] = value;
+            }
+        }
+    };
+    load_rows(operands.Q, o.n, o.Q, 0);
+    load_rows(operands.A, o.p, o.K, 0);
+    load_rows(operands.G, o.linear - o.p, o.K, o.p);
+}
+
+// ---- checking: what is refused here, qpdiff.problem.check_values looks at again and words the error
+
+// Whether all entries lie strictly between two numbers, which NaN does not.
+template <class T> bool within(const char* p, long stride, int count, T below, T above) {
+    bool result = true;
+    if (stride == sizeof(T)) {
+        for (int j = 0; j < count; j++) {
+            T value = entry<T>(p, sizeof(T), j);
+            result &= (below < value) & (value < above);
+        }
+    } else {
+        for (int j = 0; j < count; j++) {
+            T value = entry<T>(p, stride, j);
+            result &= (below < value) & (value < above);
+        }
+    }
+    return result;
+}
+
+// The largest entry of a matrix that is positive semidefinite.
+template <class T> T largest_on_diagonal(const Operand& Q, long b, int n) {
+    T largest = smallest_normal<T>;
+    for (int i = 0; i < n; i++) {
+        largest = larger(T(std::fabs(entry<T>(Q.at(b, i), Q.column, i))), largest);
+    }
+    return largest;
+}
+
+// Whether the differences of Q from its transpose are within a limit, and all entries numbers.
+template <class T> bool symmetric(const Operand& Q, long b, int n, T limit) {
+    constexpr int BLOCK = 8;  // every line of the cache that is read has a row of a block
+    bool result = true;
+    for (int i = 0; i < n; i += BLOCK) {
+        for (int j = 0; j <= i; j += BLOCK) {
+            for (int row = i; row < std::min(i + BLOCK, n); row++) {
+                const char* across = Q.at(b, row);
+                for (int column = j; column < std::min(j + BLOCK, row); column++) {
+                    T difference = entry<T>(across, Q.column, column) - entry<T>(Q.at(b, column), Q.column, row);
+                    result &= std::fabs(difference) <= limit;
+                }
+            }
+        }
+    }
+    return result;
+}
+
+// Whether the operands of problem b pass the rules but that of convexity. `rounding` is how large rounding may be in Q;
+// `with_shared` says whether to look at what the problems share, too.
+template <class T> bool plausible(const Operands& operands, long b, T rounding, bool with_shared) {
+    constexpr T infinity = T(INFINITY_);
+    int n = operands.n;
+    auto looks_at = [&](const Operand& operand) { return operand.given() && (with_shared || !operand.shared()); };
+    auto vector_within = [&](const Operand& v, int count, T below, T above) {
+        return !v.given() || within(v.at(b), v.column, count, below, above);
+    };
+    if (!vector_within(operands.q, n, -infinity, infinity) || !vector_within(operands.b, operands.p, -infinity, infinity)) {
+        return false;
+    }
+    auto each_entry = [&](const Operand& v, int count, auto holds) {
+        bool result = true;
+        for (int j = 0; j < count; j++) {
+            result &= bool(holds(entry<T>(v.at(b), v.column, j), j));
+        }
+        return result;
+    };
+    if (looks_at(operands.h) && !each_entry(operands.h, operands.m, [&](T h, int) { return h > -infinity; })) {
+        return false;
+    }
+    if (looks_at(operands.lb) && !each_entry(operands.lb, n, [&](T low, int) { return low < infinity; })) {
+        return false;
+    }
+    if (looks_at(operands.ub) && !each_entry(operands.ub, n, [&](T high, int) { return high > -infinity; })) {
+        return false;
+    }
+    bool both = operands.lb.given() && operands.ub.given() && (looks_at(operands.lb) || looks_at(operands.ub));
+    if (both && !each_entry(operands.lb, n, [&](T low, int j) { return low <= entry<T>(operands.ub.at(b), operands.ub.column, j); })) {
+        return false;
+    }
+    auto matrix_within = [&](const Operand& M, int rows) {
+        bool result = true;
+        for (int i = 0; looks_at(M) && i < rows; i++) {
+            result &= within(M.at(b, i), M.column, n, -infinity, infinity);
+        }
+        return result;
+    };
+    if (!matrix_within(operands.A, operands.p) || !matrix_within(operands.G, operands.m)) {
+        return false;
+    }
+    if (!looks_at(operands.Q)) {
+        return true;
+    }
+    T limit = rounding * largest_on_diagonal<T>(operands.Q, b, n);
+    return limit < infinity && symmetric(operands.Q, b, n, limit);
+}
+
+// Where Q is positive semidefinite but for rounding. Divided by its largest entry, because the shift would overflow with
+// huge and vanish with denormal numbers.
+template <class Team> QP_NOINLINE typename Team::Truth convex(Problem<Team>& o, typename Team::Real rounding) {
+    using N = typename Team::Entry;
+    using S = typename Team::Number;
+    using Real = typename Team::Real;
+    N largest_{};
+    Team::take_diagonal(o.Q, o.n, o.diagonal_Q);
+    Team::each(o.np, [&](auto j) { largest_ = larger(absolute(o.diagonal_Q[j]), largest_); });
+    S per_largest = Real(1) / larger(Team::largest(largest_), as<S>(smallest_normal<Real>));
+    Team::each(o.np, [&](auto j) {
+        o.columns.set(j, per_largest);
+        o.added.set(j, rounding);
+    });
+    Team::scale_rows(o.Q, o.n, o.n, o.columns, o.square_matrix);
+    Team::clear_padding(o.square_matrix, o.n);
+    return Team::cholesky(o.square_matrix, o.added, o.square_matrix, o.n);
+}
+
+}  // namespace qpdiff

@@ -1,0 +1,149 @@
+// One call from Python: its problems are work items that threads claim as long as there are any. The calling thread is
+// one of them; it also reports progress and looks for Ctrl-C. The interpreter's lock is free but for these two.
+#pragma once
+#include <Python.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace qpdiff {
+
+class Queue {
+  public:
+    // `unit`: what threads claim is a multiple of so many problems, as long as there are so many.
+    Queue(long count, long unit, int workers, PyObject* progress)
+        : count(count), unit(unit), workers(workers), progress(progress == Py_None ? nullptr : progress) {}
+
+    // Claim problems that no thread has taken; false where there are none. Neighbours share lines of the cache, so an
+    // item is large, but the last ones are small: no thread waits for another.
+    bool claim(long& first, long& last) {
+        first = next.load(std::memory_order_relaxed);
+        do {
+            long share = workers > 1 ? (count - first + 2 * workers - 1) / (2 * workers) : count - first;
+            last = std::min(count, first + (share + unit - 1) / unit * unit);
+        } while (first < count && !next.compare_exchange_weak(first, last, std::memory_order_relaxed));
+        return first < count && !stop.load(std::memory_order_relaxed);
+    }
+
+    // Whether to give up; asked in every iteration of a problem.
+    bool interrupted(bool calling) {
+        if (calling && due(POLL, polled)) {
+            attend();
+        }
+        return stop.load(std::memory_order_relaxed);
+    }
+
+    void finish(long problems) { done.fetch_add(problems, std::memory_order_relaxed); }
+
+    // End the call, as an operand breaks a rule.
+    void refuse() {
+        refused = true;
+        stop = true;
+    }
+
+    // Call work(whether this is the calling thread) on all threads, without the interpreter's lock; whether nothing was
+    // refused. False with a Python error set, if `progress` or a signal raised one; throws what a thread has thrown.
+    template <class Work> bool run(Work work) {
+        PyThreadState* state = PyEval_SaveThread();
+        polled = reported = Clock::now();
+        std::vector<std::thread> threads;
+        auto guarded = [&](bool calling) {
+            try {
+                work(calling);
+            } catch (...) {
+                std::lock_guard<std::mutex> lock(mutex);
+                failure = std::current_exception();
+                stop = true;
+            }
+        };
+        try {
+            std::lock_guard<std::mutex> lock(mutex);
+            for (int i = 1; i < workers; i++) {
+                threads.emplace_back([&] {
+                    guarded(false);
+                    std::lock_guard<std::mutex> lock(mutex);
+                    running--;
+                    ended.notify_one();
+                });
+                running++;
+            }
+        } catch (const std::system_error&) {  // fewer threads do as well
+        }
+        guarded(true);
+        for (std::unique_lock<std::mutex> lock(mutex); running > 0;) {
+            ended.wait_for(lock, POLL);
+            lock.unlock();
+            interrupted(true);
+            lock.lock();
+        }
+        for (auto& thread : threads) {
+            thread.join();
+        }
+        PyEval_RestoreThread(state);
+        if (failure) {
+            std::rethrow_exception(failure);
+        }
+        if (!stop && progress && reports < count) {
+            report(count);
+        }
+        return !stop;
+    }
+
+    bool was_refused() const { return refused; }
+
+  private:
+    using Clock = std::chrono::steady_clock;
+    static constexpr std::chrono::milliseconds POLL{50};
+    static constexpr std::chrono::milliseconds REPORT{200};
+
+    const long count, unit;
+    const int workers;
+    PyObject* const progress;
+    std::atomic<long> next{0}, done{0};
+    std::atomic<bool> stop{false}, refused{false};
+    Clock::time_point polled, reported;
+    long reports = 0;
+    int running = 0;
+    std::mutex mutex;
+    std::condition_variable ended;
+    std::exception_ptr failure;
+
+    // Whether so much time has passed.
+    static bool due(std::chrono::milliseconds interval, Clock::time_point& last) {
+        auto now = Clock::now();
+        if (now - last < interval) {
+            return false;
+        }
+        last = now;
+        return true;
+    }
+
+    // Look for Ctrl-C, and report progress where there is some; on the calling thread.
+    void attend() {
+        PyGILState_STATE state = PyGILState_Ensure();
+        long so_far = done;
+        if (PyErr_CheckSignals() != 0) {
+            stop = true;
+        } else if (progress && so_far > reports && so_far < count && due(REPORT, reported)) {
+            report(so_far);
+        }
+        PyGILState_Release(state);
+    }
+
+    void report(long so_far) {
+        reports = so_far;
+        PyObject* result = PyObject_CallFunction(progress, "ll", so_far, count);
+        if (!result) {
+            stop = true;
+        }
+        Py_XDECREF(result);
+    }
+};
+
+}  // namespace qpdiff

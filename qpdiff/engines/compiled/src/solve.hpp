@@ -1,0 +1,428 @@
+// Solving a batch on the CPU: small problems in lanes, all others one by one.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "method/loop.hpp"
+#include "operands.hpp"
+#include "queue.hpp"
+#include "workspace.hpp"
+
+namespace qpdiff {
+
+// Arrays whose first axis is the batch, with a stride of 0 where one entry is for all problems; or none.
+template <class T> struct Rows {
+    T* data = nullptr;
+    long stride = 0;
+    T* at(long b) const { return data ? data + b * stride : nullptr; }
+};
+
+// Where the outcome goes: qpdiff.solver.Outcome.
+template <class T> struct Outcome {
+    Rows<T> x, v, s;
+    Rows<int> status, iterations;
+    Rows<double> objective, primal, dual, gap;
+};
+
+// What is kept of the problems for the derivative; matrices and vectors as `Kept`, without data where nothing is kept.
+template <class T> struct KeptBatch {
+    Rows<T> F, V, S, U, weights, diagonal;
+    Rows<T> D, E;
+    Rows<int> form;        // the form that each problem has been solved with
+    Rows<bool> factor_ok;  // whether what is kept of it is of use
+    Kept<T> at(long b) const { return {F.at(b), V.at(b), S.at(b), U.at(b), weights.at(b), diagonal.at(b)}; }
+};
+
+// Another problem's solution to start from, of rows as the caller has them.
+template <class T> struct Near {
+    Rows<const T> x, v;
+    Rows<const bool> usable;
+};
+
+template <class T> struct Batch {
+    Operands operands;
+    Shape shape;
+    Settings settings;
+    const Parameters* parameters;
+    bool check;
+    double rounding;  // how large rounding may be in Q
+    bool lanes;       // whether to take problems several at a time
+    Near<T> near;
+    Outcome<T> outcome;
+    KeptBatch<T> kept;
+};
+
+// Workspaces of a thread: the calling thread keeps them for the next call where they are small.
+template <class Team> std::unique_ptr<Workspace<Team>>& idle_workspace() {
+    static thread_local std::unique_ptr<Workspace<Team>> workspace;
+    return workspace;
+}
+
+template <class Team> class Borrowed {
+  public:
+    static constexpr long LARGEST = 1 << 20;  // entries of the matrices
+
+    Borrowed(const Shape& shape, bool calling) : calling(calling) {
+        if (calling && idle_workspace<Team>() && idle_workspace<Team>()->shape == shape) {
+            workspace = std::move(idle_workspace<Team>());
+        } else {
+            workspace = std::make_unique<Workspace<Team>>(shape);
+        }
+    }
+    ~Borrowed() {
+        if (calling && (long)workspace->shape.n * (workspace->shape.n + workspace->shape.linear) <= LARGEST) {
+            idle_workspace<Team>() = std::move(workspace);
+        }
+    }
+    Workspace<Team>* operator->() { return workspace.get(); }
+
+  private:
+    bool calling;
+    std::unique_ptr<Workspace<Team>> workspace;
+};
+
+// What a thread does. Problems whose matrices are shared have them prepared once, by the calling thread.
+template <class T> class Worker {
+  public:
+    Worker(const Batch<T>& batch, Queue& queue, bool calling)
+        : batch(batch), queue(queue), calling(calling), workspace(batch.shape, calling), o(workspace->problem) {
+        o.parameters = batch.parameters;
+        o.settings = &batch.settings;
+        allocate_scratch();
+    }
+
+    // Prepare matrices that all problems share, and say in which form to solve them; false where Q is not convex.
+    bool prepare_shared(Form& form) {
+        load_matrices(0);
+        form = prepare_form(0);
+        return !refused;
+    }
+
+    void run(const Form* shared_form) {
+        prepared = shared_form;
+        long first, last;
+        while (queue.claim(first, last)) {
+            if (batch.lanes) {
+                solve_in_lanes(first, last);
+            } else {
+                for (long b = first; b < last && !queue.interrupted(calling); b++) {
+                    solve_one(b);
+                    queue.finish(1);
+                }
+            }
+        }
+    }
+
+  private:
+    using Serial = serial::Team<T>;
+    const Batch<T>& batch;
+    Queue& queue;
+    bool calling;
+    Borrowed<Serial> workspace;
+    Problem<Serial>& o;
+    const Form* prepared = nullptr;
+    bool Q_ready = false, K_ready = false, refused = false;
+    Kept<T> scratch;
+    std::vector<char> scratch_memory;
+
+    // Make memory for one problem in place of what is not kept.
+    void allocate_scratch() {
+        const KeptBatch<T>& kept = batch.kept;
+        KeptSizes<T> sizes(batch.shape.form, o.n, o.linear, o.rows);
+        auto lay_out = [&](Arena& arena) {
+            auto part = [&](T*& p, const Rows<T>& rows, long size) { p = rows.data || !size ? nullptr : arena.take<T>(size); };
+            part(scratch.F, kept.F, sizes.F), part(scratch.V, kept.V, sizes.V), part(scratch.S, kept.S, sizes.S);
+            part(scratch.U, kept.U, sizes.U), part(scratch.weights, kept.weights, sizes.weights);
+            part(scratch.diagonal, kept.diagonal, sizes.diagonal);
+        };
+        Arena counting(nullptr);
+        lay_out(counting);
+        if (counting.used) {
+            scratch_memory.resize(counting.used + LINE);
+            auto start = reinterpret_cast<std::uintptr_t>(scratch_memory.data());
+            Arena arena(reinterpret_cast<char*>((start + LINE - 1) / LINE * LINE));
+            lay_out(arena);
+        }
+    }
+
+    Kept<T> kept_at(long b) const {
+        Kept<T> kept = batch.kept.at(b);
+        auto otherwise = [](T*& p, T* other) { p = p ? p : other; };
+        otherwise(kept.F, scratch.F), otherwise(kept.V, scratch.V), otherwise(kept.S, scratch.S);
+        otherwise(kept.U, scratch.U), otherwise(kept.weights, scratch.weights), otherwise(kept.diagonal, scratch.diagonal);
+        return kept;
+    }
+
+    // Read what problem b does not share with the one before, and what follows from the matrices alone.
+    void load_matrices(long b) {
+        const Operands& operands = batch.operands;
+        bool new_Q = !Q_ready || !operands.Q.shared(), new_K = !K_ready || !operands.A.shared() || !operands.G.shared();
+        if (new_Q) {
+            load_Q(o, operands, b);
+        }
+        if (new_K) {
+            load_K(o, operands, b);
+        }
+        if (new_Q || new_K) {
+            balance(o);
+        }
+        if (new_K && batch.shape.form == Form::diagonal_dual) {
+            Serial::transpose(o.K, o.linear, o.n, o.turned);
+        }
+        Q_ready = K_ready = true;
+    }
+
+    // Compute what does not change of the reduced matrix, in the form that suits; and check that Q is convex.
+    Form prepare_form(long b) {
+        workspace->use(kept_at(b), batch.shape.form);
+        Form form = batch.shape.form;
+        if ((form == Form::dense_dual && !prepare<Form::dense_dual>(o)) ||
+            (form == Form::diagonal_dual && !prepare<Form::diagonal_dual>(o))) {
+            form = Form::primal;
+        }
+        // The other forms exist only for a Q that is positive definite.
+        bool look = batch.check && form == Form::primal && (b == 0 || !batch.operands.Q.shared());
+        if (look && !convex(o, T(batch.rounding))) {
+            refused = true;
+            queue.refuse();
+        }
+        return form;
+    }
+
+    void solve_one(long b) {
+        if (batch.check && !plausible<T>(batch.operands, b, T(batch.rounding), b == 0)) {
+            queue.refuse();
+            return;
+        }
+        load_vectors(o, batch.operands, b);
+        load_matrices(b);
+        Form form = prepared ? *prepared : prepare_form(b);
+        if (refused) {
+            return;
+        }
+        workspace->use(kept_at(b), form);
+        balance_cost(o, equilibrate(o));
+        count_inequalities(o);
+        if (form == Form::primal) {
+            finish(b, form, solve_in<Form::primal>(b));
+        } else if (form == Form::dense_dual) {
+            finish(b, form, solve_in<Form::dense_dual>(b));
+        } else {
+            finish(b, form, solve_in<Form::diagonal_dual>(b));
+        }
+    }
+
+    template <Form FORM> Ended<Serial> solve_in(long b) {
+        auto load_near = [&](Iterate<Serial>& at) {
+            if (!batch.near.x.data || !*batch.near.usable.at(b)) {
+                return false;
+            }
+            std::copy(batch.near.x.at(b), batch.near.x.at(b) + o.n, at.x.data);
+            scatter_rows(o, batch.near.v.at(b), at.v);
+            return true;
+        };
+        return iterate<FORM>(o, load_near, [&] { return queue.interrupted(calling); });
+    }
+
+    void finish(long b, Form form, const Ended<Serial>& ended) {
+        if (ended.interrupted) {
+            return;
+        }
+        const Outcome<T>& outcome = batch.outcome;
+        const Verdict<Serial>& verdict = ended.verdict;
+        std::copy(ended.at->x.data, ended.at->x.data + o.n, outcome.x.at(b));
+        gather_rows(o, ended.at->v, outcome.v.at(b));
+        gather_rows(o, ended.at->s, outcome.s.at(b));
+        *outcome.status.at(b) = int(verdict.status);
+        *outcome.iterations.at(b) = ended.iterations;
+        *outcome.objective.at(b) = verdict.objective;
+        *outcome.primal.at(b) = verdict.found_primal;
+        *outcome.dual.at(b) = verdict.found_dual;
+        *outcome.gap.at(b) = verdict.found_gap;
+        std::copy(o.D.data, o.D.data + o.n, batch.kept.D.at(b));
+        gather_rows(o, o.E, batch.kept.E.at(b));
+        *batch.kept.form.at(b) = int(form);
+        *batch.kept.factor_ok.at(b) = ended.factor_ok && form == batch.shape.form;
+    }
+
+    // ---- lanes; those who do not take the ordinary course are solved one by one
+
+    struct Lanes {
+        Borrowed<lanes::Team> workspace;
+        bool ready = false, safe = false;
+        explicit Lanes(const Shape& shape, bool calling) : workspace(shape, calling) {}
+    };
+    std::unique_ptr<Lanes> group;
+
+    void solve_in_lanes(long first, long last) {
+        if constexpr (sizeof(T) == 8) {
+            constexpr int W = lanes::Team::PROBLEMS;
+            if (!group) {
+                group = std::make_unique<Lanes>(batch.shape, calling);
+                group->workspace->problem.parameters = batch.parameters;
+                group->workspace->problem.settings = &batch.settings;
+            }
+            for (long b = first; b < last && !queue.interrupted(calling); b += W) {
+                int size = int(std::min<long>(W, last - b));
+                bool left[W];
+                std::fill(left, left + W, true);
+                if (!solve_group(b, size, left)) {
+                    return;
+                }
+                for (int lane = 0; lane < size; lane++) {
+                    if (left[lane] && !queue.interrupted(calling)) {
+                        solve_one(b + lane);
+                    }
+                }
+                queue.finish(size);
+            }
+        }
+    }
+
+    // Solve the problems of a group but for those that are left; false where an operand breaks a rule.
+    bool solve_group(long b, int size, bool* left) {
+        using Team = lanes::Team;
+        auto& o = group->workspace->problem;
+        const Operands& operands = batch.operands;
+        bool alike = true;
+        for (int lane = 0; lane < size; lane++) {
+            if (batch.check && !plausible<double>(operands, b + lane, batch.rounding, b + lane == 0)) {
+                queue.refuse();
+                return false;
+            }
+        }
+        for (int lane = 0; lane < Team::PROBLEMS; lane++) {
+            alike &= load_vectors(o, operands, b + std::min(lane, size - 1), lane);
+        }
+        if (!group->ready || !operands.matrices_shared()) {
+            load_lanes(o, operands, b, size);
+            balance(o);
+            group->safe = prepare_group(o);
+            group->ready = true;
+            if (batch.check && !prepared && batch.shape.form == Form::primal && !every(convex(o, batch.rounding))) {
+                queue.refuse();
+                return false;
+            }
+        }
+        auto slope = equilibrate(o);
+        // Problems without curvature have a scale of the cost, which is found one by one.
+        bool curved = every((o.curvature > Team::Number{}) | no(slope > Team::Number{}));
+        if (!alike || !group->safe || !curved) {
+            return true;
+        }
+        count_inequalities(o);
+        if (batch.shape.form == Form::primal) {
+            iterate_group<Form::primal>(b, size, left);
+        } else if (batch.shape.form == Form::dense_dual) {
+            iterate_group<Form::dense_dual>(b, size, left);
+        } else {
+            iterate_group<Form::diagonal_dual>(b, size, left);
+        }
+        return true;
+    }
+
+    bool prepare_group(Problem<lanes::Team>& o) {
+        if (batch.shape.form == Form::dense_dual) {
+            return every(prepare<Form::dense_dual>(o));
+        }
+        if (batch.shape.form == Form::diagonal_dual) {
+            lanes::Team::transpose(o.K, o.linear, o.n, o.turned);
+            return every(prepare<Form::diagonal_dual>(o));
+        }
+        return true;
+    }
+
+    template <Form FORM> void iterate_group(long b, int size, bool* left) {
+        auto& o = group->workspace->problem;
+        std::fill(left, left + size, false);
+        iterate_lanes<FORM>(
+            o, size,
+            [&](int lane, const Iterate<lanes::Team>& at, const Verdict<lanes::Team>& verdict, int iterations) {
+                keep_lane<FORM>(b + lane, lane, at, verdict, iterations);
+            },
+            [&](int lane) { left[lane] = true; }, [&] { return queue.interrupted(calling); });
+    }
+
+    // Put aside what the problem of a lane has come to, and what its derivative needs.
+    template <Form FORM>
+    void keep_lane(long b, int lane, const Iterate<lanes::Team>& at, const Verdict<lanes::Team>& verdict, int iterations) {
+        using Team = lanes::Team;
+        const auto& o = group->workspace->problem;
+        const Outcome<T>& outcome = batch.outcome;
+        auto vector = [&](Team::Vector from, int count, T* to) {
+            for (int i = 0; i < count; i++) {
+                to[i] = take<Team>(from.data[i], lane);
+            }
+        };
+        auto rows = [&](Team::Vector from, T* to) {
+            each_block(o, [&](int row, int at, int count) { vector(from + row, count, to + at); });
+        };
+        auto matrix = [&](Team::Matrix from, int height, int columns, T* to) {
+            int ld = whole_lines<T>(columns);
+            for (int i = 0; i < height; i++, to += ld) {
+                vector({from[i]}, columns, to);
+                std::fill(to + columns, to + ld, T(0));
+            }
+            std::fill(to, to + (long)(whole_tiles(height) - height) * ld, T(0));
+        };
+        auto triangle = [&](Team::Matrix from, int size, T* to) {
+            matrix(from, size, size, to);
+            Matrix<T> U{to, whole_lines<T>(size)};
+            Serial::complete_diagonal(U, size);
+            Serial::invert_blocks(U, size);
+        };
+        vector(at.x, o.n, outcome.x.at(b));
+        rows(at.v, outcome.v.at(b));
+        rows(at.s, outcome.s.at(b));
+        *outcome.status.at(b) = int(verdict.status[lane]);
+        *outcome.iterations.at(b) = iterations;
+        *outcome.objective.at(b) = verdict.objective[lane];
+        *outcome.primal.at(b) = verdict.found_primal[lane];
+        *outcome.dual.at(b) = verdict.found_dual[lane];
+        *outcome.gap.at(b) = verdict.found_gap[lane];
+        vector(o.D, o.n, batch.kept.D.at(b));
+        rows(o.E, batch.kept.E.at(b));
+        *batch.kept.form.at(b) = int(FORM);
+        *batch.kept.factor_ok.at(b) = true;
+        Kept<T> kept = batch.kept.at(b);
+        if (FORM == Form::dense_dual && kept.F && !prepared) {
+            triangle(o.F, o.n, kept.F);
+            matrix(o.V, o.n, o.linear, kept.V);
+            matrix(o.S, o.linear, o.linear, kept.S);
+        }
+        if (FORM == Form::diagonal_dual && kept.diagonal && !prepared) {
+            vector(o.diagonal, o.n, kept.diagonal);
+            std::fill(kept.diagonal + o.n, kept.diagonal + whole_lines<T>(o.n), smallest_normal<T>);
+        }
+        if (FORM != Form::dense_dual && kept.U) {
+            triangle(o.U, FORM == Form::primal ? o.n : o.linear, kept.U);
+            std::fill(kept.weights, kept.weights + this->o.rows, T(0));
+            each_block(this->o, [&](int row, int at, int count) { vector(o.weights + at, count, kept.weights + row); });
+        }
+    }
+};
+
+// Solve a batch; false where an operand breaks a rule or, with a Python error set, where the call was interrupted.
+template <class T> bool solve_batch(const Batch<T>& batch, int workers, PyObject* progress) {
+    Queue queue(batch.operands.count, batch.lanes ? lanes::Team::PROBLEMS : 1, workers, progress);
+    bool shared = batch.operands.matrices_shared();
+    Form form = batch.shape.form;
+    std::atomic<bool> ready{false};
+    std::mutex preparing;
+    bool good = true;
+    return queue.run([&](bool calling) {
+        Worker<T> worker(batch, queue, calling);
+        if (shared) {
+            std::lock_guard<std::mutex> lock(preparing);
+            if (!ready) {
+                good = worker.prepare_shared(form);
+                ready = true;
+            }
+        }
+        if (good) {
+            worker.run(shared ? &form : nullptr);
+        }
+    });
+}
+
+}  // namespace qpdiff

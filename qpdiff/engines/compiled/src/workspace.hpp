@@ -1,0 +1,134 @@
+// The memory that a thread works in: allocated once, used for many problems.
+#pragma once
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "method/problem.hpp"
+
+namespace qpdiff {
+
+// What decides how much memory problems take.
+struct Shape {
+    Form form;
+    int n, p, linear;
+    bool lower, upper;
+    bool operator==(const Shape&) const = default;
+};
+
+// Hands out parts of a block of memory, each from the beginning of a line of the cache; without memory it only counts.
+class Arena {
+  public:
+    explicit Arena(char* memory) : memory(memory) {}
+    template <class T> T* take(long count) {
+        T* part = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
+        used += (count * (long)sizeof(T) + LINE - 1) / LINE * LINE;
+        return part;
+    }
+    long used = 0;
+
+  private:
+    char* memory;
+};
+
+template <class Team> class Workspace {
+  public:
+    Shape shape;
+    Problem<Team> problem;
+
+    explicit Workspace(const Shape& shape) : shape(shape) {
+        Arena counting(nullptr);
+        lay_out(counting);
+        memory = static_cast<char*>(std::aligned_alloc(LINE, counting.used));
+        if (!memory) {
+            throw std::bad_alloc();
+        }
+        std::memset(memory, 0, counting.used);  // the padding of matrices and vectors has to be zero
+        Arena arena(memory);
+        lay_out(arena);
+        for (int j = 0; j < problem.n; j++) {
+            problem.exists.data[j] = typename Team::Number{} + Real(1);
+        }
+    }
+    ~Workspace() { std::free(memory); }
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+
+    // Let a problem of one thread work in what it is to keep, or, where it has to take the primal form, in what is not.
+    void use(const Kept<typename Team::Real>& kept, Form form) requires(!Team::lanes) {
+        auto& o = problem;
+        int wide = Team::leading(o.n), high = Team::leading(o.linear);
+        if (shape.form == Form::dense_dual) {
+            o.F = {kept.F, wide}, o.V = {kept.V, high}, o.S = {kept.S, high};
+        }
+        o.diagonal = shape.form == Form::diagonal_dual ? typename Team::Vector{kept.diagonal} : o.diagonal;
+        bool own = form != shape.form || form == Form::dense_dual;
+        o.weights = own ? own_weights : typename Team::Vector{kept.weights};
+        o.U = form != shape.form ? o.square_matrix : form == Form::dense_dual ? own_U : MatrixOf{kept.U, form == Form::primal ? wide : high};
+    }
+
+  private:
+    using Real = typename Team::Real;
+    using MatrixOf = typename Team::Matrix;
+    using Stored = typename Team::Stored;
+    using ExactStored = typename Team::ExactStored;
+    char* memory = nullptr;
+    typename Team::Vector own_weights;
+    MatrixOf own_U;
+
+    void lay_out(Arena& arena) {
+        auto& o = problem;
+        Form form = shape.form;
+        int n = o.n = shape.n, linear = o.linear = shape.linear;
+        o.p = shape.p, o.lower = shape.lower, o.upper = shape.upper;
+        o.np = Team::padded(n), o.lp = Team::padded(linear);
+        o.rows = o.lp + (o.lower ? o.np : 0) + (o.upper ? o.np : 0);
+        // A tile is as wide as four entries, also at the end of an empty vector.
+        auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<Stored>(o.np + ROWS)), ...); };
+        auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<Stored>(o.rows + ROWS)), ...); };
+        auto exact = [&](int count, auto&... vectors) { ((vectors.data = arena.take<ExactStored>(count + ROWS)), ...); };
+        auto matrix = [&](MatrixOf& M, int rows, int columns) {
+            M.ld = Team::leading(columns);
+            M.data = arena.take<Stored>((long)Team::whole_rows(rows) * M.ld);
+        };
+        of_variables(o.q, o.lb, o.ub, o.exists, o.D, o.balanced_D, o.occupied, o.unit_x, o.metric_x, o.diagonal_Q,
+                     o.inverse, o.rho, o.dx, o.cx, o.e_x, o.t, o.columns, o.x_anchor, o.r_anchor);
+        of_rows(o.k, o.E, o.balanced_E, o.filled, o.unit_v, o.metric_v, own_weights, o.theta, o.delta, o.per_s, o.per_z,
+                o.right_v, o.excess, o.dv, o.ds, o.cv, o.e_v, o.Vt, o.lengths, o.v_anchor, o.u, o.Sdv);
+        for (Iterate<Team>* at : {&o.first, &o.second}) {
+            of_variables(at->x, at->r_x);
+            of_rows(at->v, at->s, at->r_v);
+            exact(o.np, at->Qx);
+            exact(o.rows, at->Kx);
+        }
+        exact(o.np, o.Kv, o.ray);
+        exact(o.rows, o.farkas);
+        o.added.data = arena.take<Stored>(std::max(o.np, o.lp) + ROWS);
+        o.kind.is_inequality = arena.take<integer_of<Real>>(o.rows + ROWS);
+        o.kind.is_equality = arena.take<integer_of<Real>>(o.rows + ROWS);
+        matrix(o.Q, n, n);
+        matrix(o.K, linear, n);
+        matrix(o.scaled, linear, n);
+        matrix(o.square_matrix, n, n);
+        if (form == Form::diagonal_dual) {
+            matrix(o.turned, n, linear);
+            matrix(o.V, n, linear);
+        }
+        if (form == Form::dense_dual || Team::lanes) {
+            int size = form == Form::primal ? n : linear;
+            matrix(own_U, size, size);
+        }
+        if constexpr (Team::lanes) {
+            o.weights = own_weights;
+            o.U = own_U;
+            of_variables(o.diagonal);
+            if (form == Form::dense_dual) {
+                matrix(o.F, n, n);
+                matrix(o.V, n, linear);
+                matrix(o.S, linear, linear);
+            }
+        }
+    }
+};
+
+}  // namespace qpdiff
