@@ -32,7 +32,7 @@ from .backend import from_host
 from .engine import compiled_engine
 from .problem import OPERANDS, Layout, Problem, product, product_transposed, take
 from .solution import Solution, Status
-from .solver import Linearization, batch_order, fixed_variables, pack, relax, unpack
+from .solver import Kept, Linearization, batch_order, fixed_variables, pack, relax, unpack
 
 
 class Gradients(NamedTuple):
@@ -242,6 +242,8 @@ def _solve_kkt(lin: Linearization, r_x, r_v, unsolved: str, of_matrices: bool = 
     if backend.traced:
         arrays, layout = pack(lin)
         return *backend.jit(_solve_traced)(arrays, (r_x, r_v), layout, unsolved), {}
+    if not isinstance(lin.factors, list):
+        lin = lin._replace(factors=[Kept(slice(0, problem.batch), None, None, None, kkt.Metric(lin.factors.kept.D, lin.factors.kept.E, 1.0, 1.0, 1.0))])
     if isinstance(lin.factors, list):
         return *_solve(lin, r_x, r_v, unsolved), {}
     solved, x = lin.status[:, 0] == int(Status.SOLVED), lin.x if of_matrices else None

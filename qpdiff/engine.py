@@ -13,13 +13,11 @@ ENGINES = ("auto", "array", "compiled")
 
 @cache
 def compiled_engine():
-    """The module `qpdiff.compiled`, or None, and why."""
+    """The module `qpdiff.engines.compiled`, or None, and why."""
     try:
-        return importlib.import_module(".compiled", __package__), "Numba compiles it"
+        return importlib.import_module(".engines.compiled", __package__), "it is built"
     except ImportError as error:
-        if error.name not in ("numba", "llvmlite"):
-            return None, f"Numba does not run: {error}"
-        return None, "Numba is not installed (pip install 'qpdiff[cpu]')"
+        return None, f"it was not built: {error}"
 
 
 def choose_engine(name: str, problem: Problem, verbose: bool):
