@@ -26,7 +26,7 @@ LOOSE = 10.0
 """A right-hand side this many times as far away as x is likely to go is that of a bound which means none."""
 LEAST_CENTRALITY = 0.01
 """μ of the starting point against the square of the largest multiplier there, at least: 0 where all are equal."""
-LARGE_MULTIPLIERS, SMALLER_COST, NEARER = 10.0, 1e-4, 0.5
+LARGE_MULTIPLIERS, SMALLER_COST, NEARER = 10.0, 1e-5, 0.8
 """From which ratio of the multipliers of equalities to the variables on a start for a fraction of the cost is tried,
 the fraction, and how much smaller than that of the ordinary start its primal residual has to be."""
 DOMINANT, STUCK, LOWER_LIMIT = 0.2, 0.5, 1e-4
@@ -34,6 +34,8 @@ DOMINANT, STUCK, LOWER_LIMIT = 0.2, 0.5, 1e-4
 limit times the third."""
 IMPATIENCE = 3
 """Iterations without progress after which variables and multipliers move by the same step length."""
+LEAST_CENTERING = 0.1
+"""Share of μ that a step aims at, at least, once as many and one more have made no progress."""
 PATIENCE = 30
 """Iterations without progress after which a problem counts as stalled."""
 REACHED = 100.0
@@ -204,9 +206,10 @@ def initialize(part: Part, settings: Settings):
     """
     state, factor = starting_point(part, settings)
     problem, backend = part.problem, part.problem.backend
-    if part.form.definite or not problem.may_have_equalities:
-        return part, state, factor
     xp = backend.xp
+    # In float32 the proximal terms, which a smaller cost makes larger against it, would outweigh it.
+    if part.form.definite or not problem.may_have_equalities or problem.dtype == xp.float32:
+        return part, state, factor
     ratio = multiplier_ratio(part, state)
     large, one = ratio > LARGE_MULTIPLIERS, xp.ones_like(ratio)
     if backend.none(large):
@@ -408,7 +411,10 @@ def centering(part: Part, settings: Settings, state: State, s, z, dv, ds):
     alpha_s, alpha_z = step_length(backend, s, ds, 1.0), step_length(backend, z, dv, 1.0)
     reached = mean(part, state.s + alpha_s * ds, state.v + alpha_z * dv)
     ratio = backend.clip(reached / (state.mu + settings.tiny), 0.0, 1.0)
-    excess = state.s * state.v + ds * dv - ratio**3 * state.mu
+    # What goes round in circles otherwise comes to an end with more centering.
+    stuck = state.waiting > IMPATIENCE
+    sigma = backend.xp.where(stuck, backend.clip(ratio**3, LEAST_CENTERING), ratio**3)
+    excess = state.s * state.v + ds * dv - sigma * state.mu
     return excess, backend.clip(1.0 - ratio, STEP_FRACTION, LARGEST_FRACTION)
 
 
