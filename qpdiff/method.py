@@ -2,7 +2,7 @@
 
 Each step is a predictor-corrector step of Mehrotra's on the KKT system with proximal terms around the iterate: ρ on the
 variables and δ on the multipliers, which shrink with the complementarity. A step is one function from named state to
-named state; `qpdiff.solver` decides how to iterate.
+named state; `qpdiff.engines.array` decides how to iterate.
 
 References
 ----------
@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from . import kkt
+from .engines.base import Settings, StartingPoint
 from .problem import Problem, take
 from .solution import Status
 
-MAX_ITERATIONS = 200
 RUNNING = -1
 STEP_FRACTION, LARGEST_FRACTION = 0.995, 0.9999
 """Share of the step to the boundary of s > 0, z > 0 that is taken at least, and at most."""
@@ -44,24 +44,6 @@ LUCK = 1e-4
 """Share of the rounding error of the duality gap that counts towards the gap."""
 ROUNDING = 1e-13
 """What products that are carried along in the rows may be off by, relative to their terms."""
-
-
-class Settings(NamedTuple):
-    """The numbers of the method for one floating point type."""
-
-    tol: float
-    rtol: float
-    absolute: bool
-    """Whether residuals are measured in the caller's units, else in those of the scaled problem (`Units`)."""
-    max_iterations: int
-    rho: float
-    delta: float
-    smallest: float
-    """Lower limit of ρ and δ."""
-    certificate: float
-    """How large |kᵀv| must be against ‖Kᵀv‖∞ to prove infeasibility (likewise for unboundedness); 1% of it is enough
-    where the iteration ends without a solution."""
-    tiny: float
 
 
 class State(NamedTuple):
@@ -187,14 +169,6 @@ def make_part(form, settings: Settings) -> Part:
     return Part(form, metric, sizes, units, exact)
 
 
-class Point(NamedTuple):
-    """Where to start: variables and multipliers of all rows, and which problems they are fit for; (B or 1, ·)."""
-
-    x: Any
-    v: Any
-    usable: Any
-
-
 # ---- a point to start from, and steps
 
 
@@ -292,7 +266,7 @@ def place(part: Part, settings: Settings, theta, v):
     return v, s, mean(part, s, v)
 
 
-def start_near(part: Part, settings: Settings, near: Point, cold: State):
+def start_near(part: Part, settings: Settings, near: StartingPoint, cold: State):
     """Start at another problem's solution, moved onto s ∘ z = μ with s − z kept; also whether that is of use.
 
     μ grows with what that solution leaves of the residuals here, so that the slacks have room for the steps that make
@@ -622,6 +596,14 @@ def falling(backend, tol, cost, direction, residual, unit):
     total = backend.total(length) if unit is None else unit.size * backend.total(length / unit.scale)
     least = xp.maximum(1e-8 * backend.dot(xp.abs(cost), length), tol * total)
     return (residual > tol) & (fall > least), fall
+
+
+def start_again(xp, settings: Settings, state: State, cold: State) -> State:
+    """Begin again from the ordinary start, once, where a start near another solution has led nowhere."""
+    first = state.limit == settings.max_iterations
+    failed = first & (state.status != RUNNING) & (state.status != int(Status.SOLVED)) & (state.iterations > 0)
+    again = cold._replace(iterations=state.iterations, limit=state.iterations + settings.max_iterations)
+    return choose(xp, failed, again, state)
 
 
 # ---- small pieces
