@@ -1,1 +1,1 @@
-"""The engines, which take the same steps: each solves a batch of problems and keeps what its derivative needs."""
+"""What solves: the array engine, which is the reference, and the compiled engine, which takes the same steps."""

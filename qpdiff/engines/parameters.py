@@ -56,9 +56,9 @@ class Parameters:
     large_multipliers: float = 10.0
     """From which ratio of the multipliers of equalities to the variables on a start for a fraction of the cost is tried.
     """
-    smaller_cost: float = 1e-4
+    smaller_cost: float = 1e-5
     """That fraction."""
-    closer: float = 0.5
+    closer: float = 0.8
     """How much smaller than that of the ordinary start its primal residual has to be."""
     less_multipliers: float = 0.1
     """And its ratio of the multipliers."""
@@ -96,6 +96,8 @@ class Parameters:
     """and a certificate where it grows beyond this."""
     equal_steps_after: int = 3
     """Iterations without progress after which variables and multipliers move by the same step length."""
+    least_centering: float = 0.1
+    """Share of μ that a step aims at, at least, once as many and one more have made no progress."""
     stalled_after: int = 30
     """Iterations without progress after which a problem counts as stalled."""
     reached: float = 100.0

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ... import kkt
-from ...backend import single_threaded_blas
-from ...method import Point, Settings
+from ...backend import NumPyBackend, single_threaded_blas
 from ...problem import OPERANDS, Problem, check_values
-from ...solver import Outcome
+from ..base import Linearization, Outcome, Settings, StartingPoint
 from ..parameters import DOUBLE, SINGLE
 from .memory import empty
 
@@ -38,6 +37,7 @@ def _load_core():
 
 
 _core: Any = _load_core()
+LEVEL = _core.__name__.rpartition("_core")[2].replace("_", "x86-64-") or "native"
 SMALL, ENOUGH = 32, 6
 """Up to so many variables and rows of A and G, problems are solved in groups; and from so many for each thread, as a
 group takes as long as two to five problems one by one."""
@@ -81,33 +81,36 @@ class Factors(NamedTuple):
     """The reduced form that was preferred."""
     kept: Kept
 
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool):
+        """Solve the KKT system, as `engines.base.Factors` says."""
+        from ..array.derivative import whole  # until the derivative of this engine is there
 
-def solve(problem: Problem, settings: Settings, near: Point | None, progress, check: bool) -> tuple[Outcome, Factors]:
-    """Solve a batch; return the outcome of every problem, and what the derivative needs.
+        metric = kkt.Metric(self.kept.D, self.kept.E, 1.0, 1.0, 1.0)
+        factors = whole(lin.problem, None, metric)
+        return factors.solve(lin._replace(factors=factors), r_x, r_v, fill, of_matrices)
 
-    Parameters
-    ----------
-    problem, settings
-    near : Point, optional
-        Where to start.
-    progress : callable, optional
-        Called as ``progress(done, batch)`` from this thread.
-    check : bool
-        Look at the numbers in the operands.
 
-    Raises
-    ------
-    ValueError
-        With `check`, for operands that break a rule of `problem.check_values`.
-    """
-    solved = _solve(problem, settings, near, progress, check)
+def refusal(problem: Problem, verbose: bool) -> str | None:
+    """Say why it cannot take these problems; None: it can."""
+    if not isinstance(problem.backend, NumPyBackend):
+        return "takes NumPy arrays only; pass backend='numpy', or engine='auto'"
+    if verbose:
+        return "takes one problem after the other; verbose needs engine='array'"
+    return None
+
+
+def solve(
+    problem: Problem, settings: Settings, start: StartingPoint | None, *, check: bool, verbose: bool, progress
+) -> tuple[Outcome, Factors]:
+    """Solve every problem of a batch, as `engines.base.Engine` says."""
+    solved = _solve(problem, settings, start, progress, check)
     if solved is None:
         check_values(problem)  # says what is wrong, or that nothing is: what refuses on the way is stricter
-        solved = _solve(problem, settings, near, progress, False)
+        solved = _solve(problem, settings, start, progress, False)
     return solved
 
 
-def _solve(problem: Problem, settings: Settings, near: Point | None, progress, check: bool):
+def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, progress, check: bool):
     """The same, or None where an operand may break a rule."""
     n, rows, count, dtype = problem.n, problem.rows, problem.batch, np.dtype(problem.dtype)
     form = _FORMS[kkt.preferred_form(problem)]
@@ -122,13 +125,13 @@ def _solve(problem: Problem, settings: Settings, near: Point | None, progress, c
         return done
     workers = workers_for(problem, count, SOLVE)
     longest = max(n, problem.m + problem.p)
-    in_lanes = near is None and longest <= SMALL and count >= ENOUGH * workers and dtype.itemsize == 8
-    start = (None, None, None) if near is None else tuple(np.ascontiguousarray(a) for a in near)
+    in_lanes = start is None and longest <= SMALL and count >= ENOUGH * workers and dtype.itemsize == 8
+    near = (None, None, None) if start is None else tuple(np.ascontiguousarray(a) for a in start)
     if longest > _core.BLOCK:
         _set_blas()
     with single_threaded_blas() if workers > 1 and longest > _core.BLOCK else nullcontext():
         good = _core.solve(
-            operands, outcome, kept, start, settings, _PARAMETERS[dtype], form, check, problem.rounding, in_lanes,
+            operands, outcome, kept, near, settings, _PARAMETERS[dtype], form, check, problem.rounding, in_lanes,
             workers, progress,
         )  # fmt: skip
     return done if good else None
