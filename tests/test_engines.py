@@ -30,7 +30,7 @@ from .problems import (
     weakly_active,
 )
 
-pytestmark = pytest.mark.skipif(compiled_engine()[0] is None, reason="Numba is not installed")
+pytestmark = pytest.mark.skipif(compiled_engine()[0] is None, reason="the compiled engine was not built")
 VECTORS = ("x", "y", "z", "z_lb", "z_ub", "s")
 HARD = pathlib.Path(__file__).parents[2] / "shared" / "data" / "qp"
 
@@ -105,7 +105,7 @@ def assert_same(a, b, accuracy):
 def test_iteration_by_iteration(case, way, monkeypatch):
     """The first iterates to rounding, which grows from one to the next; then where each problem ends."""
     if way == "one by one":
-        monkeypatch.setattr(qpdiff.compiled, "SMALL", 0)
+        monkeypatch.setattr("qpdiff.engines.compiled.engine.SMALL", 0)
     # The array engine makes steps in the rows alone, and drops problems, where more is in work.
     monkeypatch.setattr(NumPyBackend, "idle_bytes", 2**40 if way == "as a small batch" else 0)
     operands = CASES[case]()

@@ -370,7 +370,7 @@ template <class T> struct Tiles {
 
     // ---- products; in the precision of the result, whatever that of the matrix and the vector is
 
-    // out = M x.
+    // out = M x, and zeros in the padding.
     template <class X, class O>
     static QP_NOINLINE void product(Matrix<T> M, int rows, int columns, const X* x, O* out) {
         using P = pack_of<O>;
@@ -405,6 +405,7 @@ template <class T> struct Tiles {
     template <class X, class O>
     static QP_INLINE void product(Matrix<T> M, int rows, int columns, Vector<X> x, Vector<O> out) {
         product(M, rows, columns, x.data, out.data);
+        std::fill(out.data + rows, out.data + whole_lines<T>(rows), O(0));
     }
 
     // Store four entries, of which those beyond `rows` are not there.
