@@ -24,7 +24,7 @@ from rich.table import Table
 
 import qpdiff
 
-from .engine import compiled_engine
+from .engines.choice import compiled_engine
 from .files import read_problem
 from .problem import OPERANDS
 from .solution import FIELDS

@@ -23,16 +23,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import kkt
 from .backend import from_host
-from .engine import compiled_engine
-from .problem import OPERANDS, Layout, Problem, product, product_transposed, take
-from .solution import Solution, Status
-from .solver import Linearization, batch_order, fixed_variables, pack, relax, unpack
+from .engines.array.central_path import relax
+from .engines.base import Linearization
+from .problem import OPERANDS, Problem, product, product_transposed
+from .solution import Solution
+from .solver import fixed_variables
 
 
 class Gradients(NamedTuple):
@@ -236,148 +236,9 @@ def _solve_kkt(lin: Linearization, r_x, r_v, unsolved: str, of_matrices: bool = 
     """u, and of the gradients of matrices, by name, those that are cheap beside it; they are asked for in the vjp."""
     if unsolved not in FILL:
         raise ValueError(f"unsolved is {unsolved!r}; expected 'nan' or 'zero'")
-    problem, backend = lin.problem, cast(Any, lin.problem.backend)
-    if problem.batch == 0:
+    if lin.problem.batch == 0:
         return r_x, r_v, {}
-    if backend.traced:
-        arrays, layout = pack(lin)
-        return *backend.jit(_solve_traced)(arrays, (r_x, r_v), layout, unsolved), {}
-    if isinstance(lin.factors, list):
-        return *_solve(lin, r_x, r_v, unsolved), {}
-    solved, x = lin.status[:, 0] == int(Status.SOLVED), lin.x if of_matrices else None
-    return compiled_engine()[0].solve_kkt(problem, lin.factors, lin.v, lin.s, solved, r_x, r_v, FILL[unsolved], x)
-
-
-def _solve_traced(arrays, right, layout: Layout, unsolved: str):
-    r_x, r_v = right
-    return _solve(unpack(arrays, layout), r_x, r_v, unsolved)
-
-
-def _solve(lin: Linearization, r_x, r_v, unsolved: str):
-    xp, solved = lin.problem.backend.xp, lin.status == int(Status.SOLVED)
-    r_x = xp.where(solved, r_x, xp.zeros_like(r_x))
-    r_v = xp.where(solved, r_v, xp.zeros_like(r_v))
-    u_x, u_v = _solve_pieces(lin, r_x, r_v)
-    return tuple(xp.where(solved, u, xp.full_like(u, FILL[unsolved])) for u in (u_x, u_v))
-
-
-def _solve_pieces(lin, r_x, r_v):
-    problem, xp = lin.problem, lin.problem.backend.xp
-    parts = list(problem.backend.map(lambda piece: _solve_piece(lin, piece, r_x, r_v), lin.factors, problem.workers))
-    u_x = xp.concat([part[0] for part in parts], axis=0)
-    u_v = xp.concat([part[1] for part in parts], axis=0)
-    order = batch_order(problem.backend, lin.factors)
-    if order is None:
-        return u_x, u_v
-    return xp.take(u_x, order, axis=0), xp.take(u_v, order, axis=0)
-
-
-def _solve_piece(lin, piece, r_x, r_v):
-    """The system for the problems of one piece: with what the solver has kept, afresh where that fails."""
-    problem, xp = lin.problem, lin.problem.backend.xp
-    x, v, s, r_x, r_v = take(xp, (lin.x, lin.v, lin.s, r_x, r_v), piece.index)
-    part = problem.select(piece.index)
-    inequality, equality = part.inequality, part.equality
-    one = xp.ones_like(s)
-    theta = xp.where(inequality, s / xp.where(inequality, v, one), xp.where(equality, 0 * one, one * float("inf")))
-    if piece.form is None:
-        return _solve_afresh(part, piece.metric, theta, r_x, r_v)
-    form = piece.form(part, piece.constants)
-    if form.definite:
-        u_x, u_v, good = _solve_in_rows(form, piece.metric, theta, r_x, r_v)
-    else:
-        exact = kkt.System(theta, xp.zeros_like(x), xp.zeros_like(s))
-        heavy, accuracy = _heavy(part, piece.metric, theta), xp.finfo(problem.dtype).eps ** 0.5
-        u_x, u_v, left, moved = kkt.solve_nearby(form, exact, piece.factor, piece.metric, heavy, r_x, r_v, 3)
-        good = (left <= 0.1 * accuracy) & (moved <= accuracy)
-    if problem.backend.traced:
-        return problem.backend.cond(
-            xp.all(good),
-            lambda: (u_x, u_v),
-            lambda: _choose(xp, good, (u_x, u_v), _solve_afresh(part, piece.metric, theta, r_x, r_v)),
-        )
-    good = good[:, 0]
-    (count,) = problem.backend.count(good)
-    if count == good.shape[0]:
-        return u_x, u_v
-    order = xp.argsort(xp.astype(~good, xp.int8), stable=True)
-    bad = order[count:]
-    metric = take(xp, piece.metric, bad)
-    again = _solve_afresh(part.select(bad), metric, *(xp.take(a, bad, axis=0) for a in (theta, r_x, r_v)))
-    back = xp.argsort(order)
-    return tuple(
-        xp.take(xp.concat([xp.take(old, order[:count], axis=0), new], axis=0), back, axis=0)
-        for old, new in zip((u_x, u_v), again, strict=True)
-    )
-
-
-def _choose(xp, condition, these, those):
-    return tuple(xp.where(condition, a, b) for a, b in zip(these, those, strict=True))
-
-
-def _heavy(problem: Problem, metric: kkt.Metric, theta):
-    return problem.equality | (problem.inequality & (theta * metric.rows**2 < 1.0))
-
-
-def _solve_in_rows(form: kkt.DenseDualForm, metric: kkt.Metric, theta, r_x, r_v):
-    """The system with a dense dual form, whose matrix of the rows is factored anew; also where that is accurate.
-
-    The smallest θ are raised, lest dependent active rows leave it singular; refinement takes that back.
-    """
-    problem, E = form.problem, metric.rows
-    xp, backend = problem.backend.xp, problem.backend
-    least, enough = (1e-5, 1e-3) if problem.dtype == xp.float32 else (1e-10, 1e-5)
-    zero, exists = xp.zeros_like(theta), xp.isfinite(theta)
-    whitened, t = form.eliminate(None, r_x)
-    right = xp.where(exists, t - r_v, zero)
-    factor, positive = form.factor_rows(xp.maximum(theta, least / E**2))
-
-    def inaccurate(u, accurate):
-        return ~xp.all(accurate)
-
-    def refine(u, accurate):
-        correction = backend.solve(factor, xp.where(exists, right - product(form.S, u) - theta * u, zero))
-        now = backend.norm(correction / E) <= enough * backend.norm(u / E)
-        return xp.where(accurate | ~exists, u, u + correction), accurate | now
-
-    u, accurate = backend.while_loop(inaccurate, refine, (backend.solve(factor, right), positive & False), 3)
-    return form.variables(whitened, u), u, positive & accurate
-
-
-def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
-    """The system for problems whose active rows are dependent or whose Q is singular there, which takes care.
-
-    Where active rows are dependent, their multipliers share what is asked of them in proportion to 1/θ, and no
-    inequality stands against an equality. What follows has to hold for the factor too, whose smallest weights must stay
-    well above rounding: so the smallest θ are scaled up together, and equalities get a smaller one. The refinement
-    takes the result back to the system itself.
-    """
-    xp = problem.backend.xp
-    single = problem.dtype == xp.float32
-    smallest, largest, equal, rho = (1e-4, 1e-2, 1e-5, 1e-5) if single else (1e-6, 1e-3, 1e-11, 1e-9)
-    heavy = _heavy(problem, metric, theta)
-    scaled = theta * metric.rows**2
-    raised = problem.inequality & (scaled < largest)
-    zero = xp.zeros_like(scaled)
-    top = problem.backend.largest(xp.where(raised, scaled, zero))
-    level = problem.backend.clip(scaled * (largest / xp.where(top > 0, top, xp.ones_like(top))), smallest, largest)
-    diagonal = xp.where(problem.equality, zero + equal, xp.where(raised, level, scaled)) / metric.rows**2
-    form = kkt.PrimalForm(problem)
-    rho = xp.full_like(r_x[:, :1], rho)
-
-    def factored(rho):
-        return *form.factor(kkt.System(diagonal, rho / metric.variables**2, zero)), rho
-
-    def failed(factor, positive, rho):
-        return ~xp.all(positive)
-
-    def again(factor, positive, rho):
-        return factored(xp.where(positive, rho, 100.0 * rho))
-
-    factor, *_ = problem.backend.while_loop(failed, again, factored(rho), 3)
-    exact = kkt.System(theta, xp.zeros_like(r_x), zero)
-    u_x, u_v, *_ = kkt.solve_nearby(form, exact, factor, metric, heavy, r_x, r_v, 12)
-    return u_x, u_v
+    return lin.factors.solve(lin, r_x, r_v, FILL[unsolved], of_matrices)
 
 
 # ---- from rows to operands

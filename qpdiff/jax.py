@@ -14,10 +14,11 @@ import numpy as np
 
 from . import solver
 from .differentiation import right_hand_side, solve_kkt
-from .method import Settings
+from .engines.array.derivative import unpack
+from .engines.array.traced import solve_traced
+from .engines.base import Outcome, Settings
 from .problem import Layout, Problem, check_values, make_problem, symmetrized
 from .solution import FIELDS, Solution, Status, check_unsolved, raise_if_unsolved
-from .solver import Outcome
 
 try:
     import jax
@@ -115,7 +116,7 @@ def _solve(layout: Layout, settings: Settings, unsolved: str, operands, near):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _iterate(layout: Layout, settings: Settings, unsolved: str, operands, near):
-    return solver.solve_traced(layout.problem(operands), settings, near)
+    return solve_traced(layout.problem(operands), settings, near)
 
 
 @_iterate.defjvp
@@ -159,7 +160,7 @@ def _solve_kkt(problem: Problem, outcome: Outcome, rest, unsolved: str, r_x, r_v
 
 def _linearization(problem: Problem, outcome: Outcome, factor, metric):
     arrays = problem.operands, factor, metric, outcome.x, outcome.v, outcome.s, outcome.status
-    return solver.unpack(arrays, problem.layout)
+    return unpack(arrays, problem.layout)
 
 
 def _zero_tangent(value):

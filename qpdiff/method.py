@@ -2,7 +2,7 @@
 
 Each step is a predictor-corrector step of Mehrotra's on the KKT system with proximal terms around the iterate: ρ on the
 variables and δ on the multipliers, which shrink with the complementarity. A step is one function from named state to
-named state; `qpdiff.solver` decides how to iterate.
+named state; `qpdiff.engines.array` decides how to iterate.
 
 References
 ----------
@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from . import kkt
+from .engines.base import Settings, StartingPoint
 from .problem import Problem, take
 from .solution import Status
 
-MAX_ITERATIONS = 200
 RUNNING = -1
 STEP_FRACTION, LARGEST_FRACTION = 0.995, 0.9999
 """Share of the step to the boundary of s > 0, z > 0 that is taken at least, and at most."""
@@ -26,7 +26,7 @@ LOOSE = 10.0
 """A right-hand side this many times as far away as x is likely to go is that of a bound which means none."""
 LEAST_CENTRALITY = 0.01
 """μ of the starting point against the square of the largest multiplier there, at least: 0 where all are equal."""
-LARGE_MULTIPLIERS, SMALLER_COST, NEARER = 10.0, 1e-4, 0.5
+LARGE_MULTIPLIERS, SMALLER_COST, NEARER = 10.0, 1e-5, 0.8
 """From which ratio of the multipliers of equalities to the variables on a start for a fraction of the cost is tried,
 the fraction, and how much smaller than that of the ordinary start its primal residual has to be."""
 DOMINANT, STUCK, LOWER_LIMIT = 0.2, 0.5, 1e-4
@@ -34,6 +34,8 @@ DOMINANT, STUCK, LOWER_LIMIT = 0.2, 0.5, 1e-4
 limit times the third."""
 IMPATIENCE = 3
 """Iterations without progress after which variables and multipliers move by the same step length."""
+LEAST_CENTERING = 0.1
+"""Share of μ that a step aims at, at least, once as many and one more have made no progress."""
 PATIENCE = 30
 """Iterations without progress after which a problem counts as stalled."""
 REACHED = 100.0
@@ -42,24 +44,6 @@ LUCK = 1e-4
 """Share of the rounding error of the duality gap that counts towards the gap."""
 ROUNDING = 1e-13
 """What products that are carried along in the rows may be off by, relative to their terms."""
-
-
-class Settings(NamedTuple):
-    """The numbers of the method for one floating point type."""
-
-    tol: float
-    rtol: float
-    absolute: bool
-    """Whether residuals are measured in the caller's units, else in those of the scaled problem (`Units`)."""
-    max_iterations: int
-    rho: float
-    delta: float
-    smallest: float
-    """Lower limit of ρ and δ."""
-    certificate: float
-    """How large |kᵀv| must be against ‖Kᵀv‖∞ to prove infeasibility (likewise for unboundedness); 1% of it is enough
-    where the iteration ends without a solution."""
-    tiny: float
 
 
 class State(NamedTuple):
@@ -185,14 +169,6 @@ def make_part(form, settings: Settings) -> Part:
     return Part(form, metric, sizes, units, exact)
 
 
-class Point(NamedTuple):
-    """Where to start: variables and multipliers of all rows, and which problems they are fit for; (B or 1, ·)."""
-
-    x: Any
-    v: Any
-    usable: Any
-
-
 # ---- a point to start from, and steps
 
 
@@ -290,7 +266,7 @@ def place(part: Part, settings: Settings, theta, v):
     return v, s, mean(part, s, v)
 
 
-def start_near(part: Part, settings: Settings, near: Point, cold: State):
+def start_near(part: Part, settings: Settings, near: StartingPoint, cold: State):
     """Start at another problem's solution, moved onto s ∘ z = μ with s − z kept; also whether that is of use.
 
     μ grows with what that solution leaves of the residuals here, so that the slacks have room for the steps that make
@@ -409,7 +385,10 @@ def centering(part: Part, settings: Settings, state: State, s, z, dv, ds):
     alpha_s, alpha_z = step_length(backend, s, ds, 1.0), step_length(backend, z, dv, 1.0)
     reached = mean(part, state.s + alpha_s * ds, state.v + alpha_z * dv)
     ratio = backend.clip(reached / (state.mu + settings.tiny), 0.0, 1.0)
-    excess = state.s * state.v + ds * dv - ratio**3 * state.mu
+    # What goes round in circles otherwise comes to an end with more centering.
+    stuck = state.waiting > IMPATIENCE
+    sigma = backend.xp.where(stuck, backend.clip(ratio**3, LEAST_CENTERING), ratio**3)
+    excess = state.s * state.v + ds * dv - sigma * state.mu
     return excess, backend.clip(1.0 - ratio, STEP_FRACTION, LARGEST_FRACTION)
 
 
@@ -617,6 +596,14 @@ def falling(backend, tol, cost, direction, residual, unit):
     total = backend.total(length) if unit is None else unit.size * backend.total(length / unit.scale)
     least = xp.maximum(1e-8 * backend.dot(xp.abs(cost), length), tol * total)
     return (residual > tol) & (fall > least), fall
+
+
+def start_again(xp, settings: Settings, state: State, cold: State) -> State:
+    """Begin again from the ordinary start, once, where a start near another solution has led nowhere."""
+    first = state.limit == settings.max_iterations
+    failed = first & (state.status != RUNNING) & (state.status != int(Status.SOLVED)) & (state.iterations > 0)
+    again = cold._replace(iterations=state.iterations, limit=state.iterations + settings.max_iterations)
+    return choose(xp, failed, again, state)
 
 
 # ---- small pieces

@@ -185,11 +185,13 @@ class Problem:
             # satisfies: they must not pass for a bound that is not there.
             limits = ~(sign * bound >= INFINITE)
             equal = fixed if fixed is not None and takes_fixed else xp.zeros_like(limits)
+            if fixed is not None and bound is not self.h:
+                limits = limits & ~fixed
             impossible = xp.full_like(bound, xp.nan)
             k = xp.where(xp.isfinite(bound), sign * bound, impossible)
             parts.append(xp.where(limits | equal, k, xp.zeros_like(bound)))
             equality.append(equal)
-            inequality.append(limits if fixed is None or bound is self.h else limits & ~fixed)
+            inequality.append(limits)
         if not parts:
             none = backend.full((1, 0), False, xp.bool)
             return backend.full((1, 0), 0.0, self.dtype), none, none, none
@@ -198,7 +200,7 @@ class Problem:
 
     @property
     def k(self):
-        """Right-hand side of the rows, zero where a bound is infinite."""
+        """Right-hand side of the rows, zero in those that do not exist."""
         return self._row_data[0]
 
     @property

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .method import MAX_ITERATIONS, RUNNING, State, initialize, make_part, step
+from .engines.array.loop import forms
+from .engines.base import make_settings
+from .method import RUNNING, State, initialize, make_part, step
 from .problem import OPERANDS, Problem, check_values, make_problem, symmetrized
 from .solution import Status
-from .solver import forms, read_settings
 
 try:
     from matplotlib.figure import Figure
@@ -77,7 +78,7 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
 
 def history(problem: Problem) -> list[State]:
     """The states of one problem, from the starting point to the last; none is the same as the one before."""
-    settings = read_settings(problem, None, None, MAX_ITERATIONS)
+    settings = make_settings(problem)
     with problem.backend.quietly():
         ((form, _),) = forms(problem)
         part, state, _ = initialize(make_part(form, settings), settings)

@@ -1,42 +1,15 @@
-"""The solver: from the operands of a batch of quadratic programs to its solution, by the steps of `qpdiff.method`.
-
-`_run` and, where arrays are traced, `_run_traced` decide how to iterate.
-"""
+"""The solver: from the operands of a batch of quadratic programs to its solution, by one of the engines."""
 
 from __future__ import annotations
 
-from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from . import kkt, rows
-from .engine import choose_engine
-from .method import (
-    MAX_ITERATIONS,
-    RUNNING,
-    STEP_FRACTION,
-    Part,
-    Point,
-    Residuals,
-    Settings,
-    State,
-    cast,
-    choose,
-    initialize,
-    make_part,
-    newton,
-    onto_path,
-    residuals,
-    start_near,
-    step,
-    step_length,
-)
-from .problem import INFINITE, Layout, Problem, broadcasts, check_values, indefinite, make_problem, symmetrized, take
+from .engines.base import MAX_ITERATIONS, Linearization, Outcome, Settings, StartingPoint, make_settings
+from .engines.choice import choose_engine
+from .problem import INFINITE, Problem, broadcasts, make_problem, symmetrized
 from .solution import Solution, Status
-
-CENTERING_LIMIT = 50
-"""Newton steps towards a point of the central path."""
 
 
 def solve_qp(
@@ -180,17 +153,11 @@ def solve_problem(
     settings = read_settings(problem, tol, rtol, max_iterations)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
-    compiled = choose_engine(engine, problem, verbose)
+    chosen = choose_engine(engine, problem, verbose)
     with problem.backend.quietly(), problem.reproducibly():
         problem = symmetrized(problem)
         near = warm_point(problem, warm_start)
-        if compiled:
-            solved = compiled.solve(problem, settings, near, progress, check)
-        else:
-            later = kkt.prefers_dense(problem) and not problem.backend.traced
-            if check and problem.batch:
-                check_values(problem, convexity=not later)
-            solved = _solve(problem, settings, near, verbose, progress, check and later)
+        solved = chosen.solve(problem, settings, near, check=check, verbose=verbose, progress=progress)
         return make_solution(problem, *solved)
 
 
@@ -205,122 +172,17 @@ def _refuse_traced(problem: Problem, verbose: bool) -> None:
 
 
 def read_settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
-    single = problem.dtype == problem.backend.xp.float32
-    default = 1e-4 if single else 1e-8
+    """The settings of a call, after a look at what the caller asks for."""
     for name, value in (("tol", tol), ("rtol", rtol)):
         number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value < float("inf")):
             raise ValueError(f"{name} is {value!r}; expected a number ≥ 0")
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, (int, np.integer)) or max_iterations < 0:
         raise ValueError(f"max_iterations is {max_iterations!r}; expected an integer ≥ 0")
-    return Settings(
-        tol=default if tol is None else float(tol),
-        rtol=default if rtol is None else float(rtol),
-        absolute=tol is not None,
-        max_iterations=int(max_iterations),
-        rho=3e-4 if single else 1e-6,
-        delta=1e-3 if single else 1e-4,
-        smallest=3e-4 if single else 1e-10,
-        certificate=1e5 if single else 1e8,
-        tiny=1e-30 if single else 1e-200,
-    )
+    return make_settings(problem, tol, rtol, int(max_iterations))
 
 
-# ---- the loop: chunks of the batch, early stop, dropping of finished problems
-
-
-class Outcome(NamedTuple):
-    """What remains of the `State` of problems that have ended."""
-
-    x: Any
-    v: Any
-    s: Any
-    status: Any
-    iterations: Any
-    objective: Any
-    primal: Any
-    dual: Any
-    gap: Any
-
-
-def _outcome(state: State) -> Outcome:
-    rest = {name: getattr(state, name) for name in Outcome._fields if name not in Residuals._fields}
-    return Outcome(**state.found._asdict(), **rest)
-
-
-class Ended(NamedTuple):
-    """Problems of a chunk that ended together."""
-
-    index: Any
-    """Their positions in the whole batch, or a slice of it."""
-    outcome: Outcome
-
-
-class Kept(NamedTuple):
-    """What the derivative needs of problems that were solved by one form: all of them, or those that ended together."""
-
-    index: Any
-    """Their positions in the whole batch, or a slice of it."""
-    form: type | None
-    """The class of the reduced form that solved them; None where nothing of it is kept."""
-    constants: Any
-    """Those of that form."""
-    factor: Any
-    """The last factor of the reduced KKT matrix, or None."""
-    metric: kkt.Metric
-
-
-class Linearization(NamedTuple):
-    """What `qpdiff.differentiation` finds in a solution."""
-
-    problem: Problem
-    factors: Any
-    """A list of `Kept`, or what the compiled engine has kept."""
-    x: Any
-    v: Any
-    s: Any
-    status: Any
-
-
-def _solve(problem: Problem, settings: Settings, near: Point | None, verbose: bool, progress, check_convexity: bool):
-    """The outcome, and what the derivative needs.
-
-    The dense dual form finds out by itself whether Q is definite; `check_convexity` is about the problems that others
-    have to take.
-    """
-    xp, backend = problem.backend.xp, problem.backend
-    if backend.traced:
-        outcome, factor, metric = solve_traced(problem, settings, near)
-        if progress is not None:
-            progress(problem.batch, problem.batch)
-        return outcome, [_whole(problem, factor, metric)]
-
-    def solve_chunk(chunk: slice) -> tuple[list[Ended], list[Kept]]:
-        chosen = forms(problem.select(chunk))
-        if check_convexity and any(not form.definite and xp.any(indefinite(form.problem)) for form, _ in chosen):
-            check_values(problem)
-        parts = [(make_part(form, settings), _in_batch(backend, chunk, where)) for form, where in chosen]
-        del chosen  # which would keep what `_run` frees
-        ended, kept = [], []
-        while parts:
-            more = _run(problem, parts, near, settings, verbose)
-            ended += more[0]
-            kept += more[1]
-        return ended, kept
-
-    chunks = problem.chunks()
-    ended, kept, done = [], [], 0
-    with closing(backend.map(solve_chunk, chunks, 1 if verbose else problem.workers)) as results:
-        for chunk, solved in zip(chunks, results, strict=True):
-            ended += solved[0]
-            kept += solved[1]
-            done += chunk.stop - chunk.start
-            if progress is not None:
-                progress(done, problem.batch)
-    return _join(problem, ended), kept
-
-
-def warm_point(problem: Problem, sol: Solution | None) -> Point | None:
+def warm_point(problem: Problem, sol: Solution | None) -> StartingPoint | None:
     """The solution to start from, flattened to the batch axis and the rows of `problem`."""
     if sol is None:
         return None
@@ -344,7 +206,7 @@ def warm_point(problem: Problem, sol: Solution | None) -> Point | None:
     ended = flat(xp.astype(backend.asarray(sol.status), problem.dtype)[..., None], 1)
     usable = (ended != int(Status.PRIMAL_INFEASIBLE)) & (ended != int(Status.DUAL_INFEASIBLE))
     finite = [backend.all_finite(a) for a in (parts["x"], v)]
-    return Point(parts["x"], v, usable & finite[0] & finite[1])
+    return StartingPoint(parts["x"], v, usable & finite[0] & finite[1])
 
 
 def check_warm_start(problem: Problem, sol) -> dict[str, int]:
@@ -361,283 +223,7 @@ def check_warm_start(problem: Problem, sol) -> dict[str, int]:
     return sizes
 
 
-def _keeps_factor(problem: Problem) -> bool:
-    """Whether a factor a problem is in proportion to the data, which it is not where the matrices are shared."""
-    return problem.n**2 * problem.batch <= min(2**26, problem.entries)
-
-
-def _keeps_constants(problem: Problem) -> bool:
-    """The same for the constants of a dense dual form, which are as few as the matrices."""
-    if all(M is None or M.shape[0] == 1 for M in (problem.Q, problem.A, problem.G)):
-        return True
-    linear = problem.m + problem.p
-    return (problem.n**2 + linear * (problem.n + linear)) * problem.batch <= min(2**26, 2 * problem.entries)
-
-
-def _kept(problem: Problem, part: Part, index, factor, where=None) -> Kept:
-    """What the derivative needs of a part, which is at `index` of the batch, or of the problems at `where` in it."""
-    form, xp = part.form, part.problem.backend.xp
-    index, metric = _in_batch(part.problem.backend, index, where), _rows_at(xp, part.metric, where)
-    if not (_keeps_constants if form.definite else _keeps_factor)(problem):
-        return Kept(index, None, None, None, metric)
-    constants = form.constants and _rows_at(xp, form.constants, where)
-    return Kept(index, type(form), constants, None if form.definite else _rows_at(xp, factor, where), metric)
-
-
-def forms(problem: Problem):
-    """Split a chunk by the reduced form that suits each of its problems."""
-    xp = problem.backend.xp
-    if problem.backend.traced:
-        return [(kkt.PrimalForm(problem), None)]
-    form, safe = kkt.choose_form(problem)
-    if safe is None:
-        return [(form, None)]
-    (count,) = problem.backend.count(safe)
-    if count == safe.shape[0]:
-        return [(form, None)]
-    if count == 0:
-        return [(kkt.PrimalForm(problem), None)]
-    order = xp.argsort(xp.astype(~safe, xp.int8), stable=True)
-    parts = []
-    for make, where in ((form.select, order[:count]), (lambda part, _: kkt.PrimalForm(part), order[count:])):
-        parts.append((make(problem.select(where), where), where))
-    return parts
-
-
-def _run(
-    problem: Problem, parts, near: Point | None, settings: Settings, verbose: bool
-) -> tuple[list[Ended], list[Kept]]:
-    """Iterate on one part until every problem has ended; where it saves time, those that have are dropped by halves.
-
-    The part is taken off the list, lest the caller keep what dropping has freed.
-    """
-    part, index = parts.pop()
-    xp, backend = part.problem.backend.xp, part.problem.backend
-    start = None if near is None else take(xp, near, index)
-    start_from, advance = (rows.initialize, rows.step) if rows.pay(part) else (initialize, step)
-    part, state, factor = start_from(part, settings)
-    cold = None
-    if start is not None:
-        cold, (state, usable) = state, start_near(part, settings, start, state)
-        if cold.seen is not None:
-            state = rows.observe(part, state)
-        state = choose(xp, usable, state, cold)
-    # A definite form keeps its constants, which are there from the beginning.
-    ended, kept = [], [_kept(problem, part, index, None)] if part.form.definite else []
-    while True:
-        running = state.status == RUNNING
-        count, inexact, close = backend.count(running, running & state.inexact, running & state.near)
-        if verbose:
-            _report(xp, state)
-        if count == 0 or (2 * count <= part.problem.batch and not part.idle):
-            order = xp.argsort(xp.astype(~running[:, 0], xp.int8), stable=True)
-            done, rest = (order[count:], order[:count]) if count else (None, None)
-            outcome = _rows_at(xp, _outcome(state), done)
-            ended.append(Ended(_in_batch(backend, index, done), outcome))
-            if not part.form.definite:
-                kept.append(_kept(problem, part, index, factor, done))
-            if count == 0:
-                return ended, kept
-            part, index = part.select(rest), _in_batch(backend, index, rest)
-            state, cold = _rows_at(xp, (state, cold), rest)
-        factor = None  # the next one may take its memory
-        state, factor = advance(part, settings, state, refine=inexact, stays=close or count < part.problem.batch)
-        if cold is not None:
-            state = _restart(xp, settings, state, cold)
-
-
-def solve_traced(problem: Problem, settings: Settings, near: Point | None):
-    """The outcome, the last factor of the primal form or None, and the metric, by one compiled function."""
-    backend: Any = problem.backend
-    return backend.jit(_run_traced)(problem.operands, near, problem.layout, settings)
-
-
-def _run_traced(operands, near: Point | None, layout: Layout, settings: Settings):
-    """Iterate on the whole batch until every problem has ended.
-
-    Where shapes prefer a dual form, the numbers decide between the two when it runs, and no factor is kept.
-    """
-    problem, backend, xp = layout.problem(operands), layout.backend, layout.backend.xp
-    keep = _keeps_factor(problem)
-    _ = problem.k  # kept by the problem, so it has to be made here, where all branches and loops may use it
-
-    def run(form):
-        part = make_part(form, settings)
-        part, state, factor = initialize(part, settings)
-        cold = None
-        if near is not None:
-            cold, (state, usable) = state, start_near(part, settings, near, state)
-            state = choose(xp, usable, state, cold)
-
-        def unfinished(state, factor):
-            return xp.any(state.status == RUNNING)
-
-        def body(state, factor):
-            state, factor = step(part, settings, state, refine=True, stays=True)
-            state = state if cold is None else _restart(xp, settings, state, cold)
-            return state, factor if keep else None
-
-        start = state, factor if keep else None
-        state, factor = backend.while_loop(unfinished, body, start, 2 * settings.max_iterations + 2)
-        return _outcome(state), factor, part.metric
-
-    form, safe = kkt.choose_traced_form(problem)
-    if safe is None:
-        return run(form)
-    outcome = backend.cond(safe, lambda: run(form)[0], lambda: run(kkt.PrimalForm(problem))[0])
-    return outcome, None, kkt.equilibrate(problem)
-
-
-def _whole(problem: Problem, factor, metric: kkt.Metric) -> Kept:
-    """The batch in one piece."""
-    return Kept(slice(0, problem.batch), factor and kkt.PrimalForm, None, factor, metric)
-
-
-def pack(lin: Linearization):
-    """The arrays of a linearization whose factors are in one piece, and its layout, for a compiled function."""
-    (piece,) = lin.factors
-    return (lin.problem.operands, piece.factor, piece.metric, lin.x, lin.v, lin.s, lin.status), lin.problem.layout
-
-
-def unpack(arrays, layout: Layout) -> Linearization:
-    operands, factor, metric, x, v, s, status = arrays
-    problem = layout.problem(operands)
-    return Linearization(problem, [_whole(problem, factor, metric)], x, v, s, status)
-
-
-def _in_batch(backend, index, where):
-    """Where in the batch those problems are that are at `where` among the ones at `index`; None: all of them."""
-    return index if where is None else backend.xp.take(_positions(backend, index), where, axis=0)
-
-
-def _positions(backend, index):
-    """A slice of the batch, or positions in it, as positions."""
-    return backend.arange(index.stop)[index.start :] if isinstance(index, slice) else index
-
-
-def batch_order(backend, pieces):
-    """What brings the problems of all pieces into the order of the batch; None where they are in it."""
-    if all(isinstance(piece.index, slice) for piece in pieces):  # chunks, one after the other
-        return None
-    return backend.xp.argsort(backend.xp.concat([_positions(backend, piece.index) for piece in pieces]))
-
-
-def _rows_at(xp, tree, where):
-    return tree if where is None else take(xp, tree, where)
-
-
-def _restart(xp, settings: Settings, state: State, cold: State) -> State:
-    """Begin again from the ordinary start, once, where a start near another solution has led nowhere."""
-    first = state.limit == settings.max_iterations
-    failed = first & (state.status != RUNNING) & (state.status != int(Status.SOLVED)) & (state.iterations > 0)
-    again = cold._replace(iterations=state.iterations, limit=state.iterations + settings.max_iterations)
-    return choose(xp, failed, again, state)
-
-
-def _report(xp, state: State) -> None:
-    running = state.status == RUNNING
-    worst = (xp.max(xp.where(running, value, 0.0)) for value in (state.primal, state.dual, state.gap, state.mu))
-    primal, dual, gap, mu = map(float, worst)
-    print(
-        f"{int(xp.max(state.iterations)):4d}  running {int(xp.sum(xp.astype(running, xp.int32))):6d}  "
-        f"primal {primal:.1e}  dual {dual:.1e}  gap {gap:.1e}  mu {mu:.1e}"
-    )
-
-
-# ---- the central path
-
-
-def relax(lin: Linearization, kappa: float) -> Linearization:
-    """The points where s ∘ z = κ instead of 0, found from solutions by Newton's method, with their factors.
-
-    A problem whose point is not found counts as STALLED.
-    """
-    backend: Any = lin.problem.backend
-    if backend.traced:
-        arrays, layout = pack(lin)
-        return unpack(backend.jit(_relax_traced)(arrays, None, layout, kappa), layout)
-    return _relax(lin, kappa)
-
-
-def _relax_traced(arrays, _, layout: Layout, kappa: float):
-    return pack(_relax(unpack(arrays, layout), kappa))[0]
-
-
-def _relax(lin: Linearization, kappa: float) -> Linearization:
-    problem = lin.problem
-    xp, backend = problem.backend.xp, problem.backend
-    settings = read_settings(problem, None, None, CENTERING_LIMIT)
-    pieces, points = [], []
-    for chunk in problem.chunks():
-        for form, where in forms(problem.select(chunk)):
-            at = _in_batch(backend, chunk, where)
-            part = make_part(form, settings)
-            point, factor = _center(part, settings, kappa, *take(xp, (lin.x, lin.v, lin.s), at))
-            pieces.append(_kept(problem, part, at, factor))
-            points.append(point)
-    if not points:
-        return lin
-    x, v, s, found = (xp.concat(column, axis=0) for column in zip(*points, strict=True))
-    order = batch_order(backend, pieces)
-    if order is not None:
-        x, v, s, found = (xp.take(a, order, axis=0) for a in (x, v, s, found))
-    lost = ~found & (lin.status == int(Status.SOLVED))
-    return Linearization(
-        problem, pieces, x, v, s, xp.where(lost, xp.full_like(lin.status, int(Status.STALLED)), lin.status)
-    )
-
-
-def _center(part: Part, settings: Settings, kappa: float, x, v, s):
-    """Newton's method for the KKT conditions with s ∘ z = κ: the point, whether it was found, and its factor."""
-    problem, (D, E, primal, dual, _) = part.problem, part.metric
-    backend, xp = problem.backend, problem.backend.xp
-    v, s = onto_path(part, v, problem.where_inequality(v / E - E * s, 0.0), kappa)
-    smallest = xp.full_like(x[:, :1], settings.smallest)
-    accuracy = xp.finfo(problem.dtype).eps ** 0.5
-
-    def move(x, v, s, *_):
-        *_, r_x, r_v = residuals(part.exact, *(cast(xp, a, part.exact.dtype) for a in (x, v, s)))
-        r_x, r_v = (cast(xp, a, problem.dtype) for a in (r_x, r_v))
-        s_, z_ = (problem.where_inequality(a, float("inf")) for a in (s, v))
-        _, factor, *_, direction = newton(part, s, z_, r_x, r_v, smallest, smallest)
-        excess = problem.where_inequality(s * v - kappa, 0.0)
-        found = (
-            (backend.norm(D * r_x) <= accuracy * (dual + backend.norm(D * problem.q)))
-            & (backend.norm(E * r_v) <= accuracy * (primal + backend.norm(E * problem.k)))
-            & (backend.norm(excess) <= accuracy * kappa)
-        )
-        dx, dv, ds = direction(excess, smallest > 0)
-        alpha = xp.minimum(step_length(backend, s_, ds, STEP_FRACTION), step_length(backend, z_, dv, STEP_FRACTION))
-        alpha = xp.where(found, 0.0, alpha)
-        return x + alpha * dx, v + alpha * dv, s + alpha * ds, found, factor
-
-    def lost(x, v, s, found, factor):
-        return ~xp.all(found)
-
-    *point, factor = problem.backend.while_loop(lost, move, move(x, v, s), settings.max_iterations)
-    return point, factor
-
-
 # ---- the result
-
-
-def _join(problem: Problem, pieces: list[Ended]) -> Outcome:
-    """The outcomes of the pieces, which the list loses, in the order of the batch."""
-    xp, backend = problem.backend.xp, problem.backend
-    names = Outcome._fields
-    if not pieces:
-        kinds = {"status": xp.int32, "iterations": xp.int32}
-        kinds |= dict.fromkeys(("objective", "primal", "dual", "gap"), backend.exact)
-        widths = {"x": problem.n, "v": problem.rows, "s": problem.rows}
-        return Outcome(*(backend.full((0, widths.get(k, 1)), 0, kinds.get(k, problem.dtype)) for k in names))
-    columns = [[getattr(piece.outcome, name) for piece in pieces] for name in names]
-    order = batch_order(backend, pieces)
-    pieces.clear()  # each column is free once it is joined
-    whole = {}
-    for name in reversed(names):
-        joined = xp.concat(columns.pop(), axis=0)
-        whole[name] = joined if order is None else xp.take(joined, order, axis=0)
-    return Outcome(**whole)
 
 
 def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:

@@ -54,7 +54,7 @@ def engine(request):
     """The engine that engine="auto" takes for NumPy arrays."""
     if request.config.getoption("--engine") == "array":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("qpdiff.engine.compiled_engine", lambda: (None, "this is a test"))
+            patch.setattr("qpdiff.engines.choice.compiled_engine", lambda: (None, "this is a test"))
             patch.setattr("qpdiff.backend.NumPyBackend.idle_bytes", 0)  # as with large batches
             yield
     else:

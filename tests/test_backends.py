@@ -8,11 +8,11 @@ import pytest
 from problems import random_problem
 
 import qpdiff
-from qpdiff import solver
 from qpdiff.backend import NumPyBackend, single_threaded_blas
 from qpdiff.backend.numpy import LARGE
 from qpdiff.backend.threads import THREADS
 from qpdiff.differentiation import solve_kkt
+from qpdiff.engines.array import engine
 from qpdiff.problem import OPERANDS, make_problem
 
 
@@ -174,13 +174,13 @@ def test_an_unknown_backend():
 def test_problems_that_have_ended_stay_or_are_dropped(xp, monkeypatch, parts, cost):
     operands = random_problem(np.random.default_rng(3), parts, cost=cost, batch=(40,), n=9, m=4, p=2)
     arrays = {name: xp.asarray(value) for name, value in operands.items()}
-    answers, groups, join = [], [], solver._join
+    answers, groups, join = [], [], engine.join
 
     def counting(problem, pieces):
         groups.append(len(pieces))
         return join(problem, pieces)
 
-    monkeypatch.setattr(solver, "_join", counting)
+    monkeypatch.setattr(engine, "join", counting)
     for idle_bytes in (0, 2**40):
         kind = type(make_problem(arrays | dict.fromkeys(set(OPERANDS) - set(arrays))).backend)
         monkeypatch.setattr(kind, "idle_bytes", idle_bytes)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import qpdiff
 from qpdiff.cli import app
-from qpdiff.engine import compiled_engine
+from qpdiff.engines.choice import compiled_engine
 
 
 @pytest.fixture

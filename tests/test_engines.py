@@ -13,7 +13,7 @@ import pytest
 
 import qpdiff
 from qpdiff.backend import NumPyBackend
-from qpdiff.engine import compiled_engine
+from qpdiff.engines.choice import compiled_engine
 
 from .problems import (
     documented_test,
@@ -428,7 +428,7 @@ def test_progress_counts_up_to_the_batch():
 def test_the_array_engine_reports_chunk_by_chunk_and_can_be_stopped(monkeypatch, threads):
     monkeypatch.setattr("qpdiff.backend.NumPyBackend.chunk_bytes", 2**18)
     monkeypatch.setattr("qpdiff.problem.Problem.workers", threads)
-    make_part, begun, seen = qpdiff.solver.make_part, [], []
+    make_part, begun, seen = qpdiff.engines.array.engine.make_part, [], []
 
     def counted(form, settings):
         begun.append(form.problem.batch)
@@ -439,7 +439,7 @@ def test_the_array_engine_reports_chunk_by_chunk_and_can_be_stopped(monkeypatch,
         seen.append(done)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qpdiff.solver.make_part", counted)
+    monkeypatch.setattr("qpdiff.engines.array.engine.make_part", counted)
     with pytest.raises(KeyboardInterrupt):
         qpdiff.solve_qp(**optnet(rng(), (500,), 20, 10, 0), engine="array", progress=stop)
     assert len(seen) == 1

@@ -208,9 +208,13 @@ def test_as_many_equalities_as_variables():
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
 def test_boxes_and_simplices(n, dtype):
-    """Random, integer and constant data; where multipliers at the start are all equal, μ there was 0."""
+    """Random, integer and constant data; where multipliers at the start are all equal, μ there was 0.
+
+    Where they are large, as for costs far from 0, the start for a smaller cost led nowhere in float32.
+    """
     rng = np.random.default_rng(n)
     draws = [rng.normal(size=(2000, n)), rng.integers(-3, 4, (2000, n)), np.repeat(rng.integers(-3, 4, (50, 1)), n, 1)]
+    draws.append(14 + 3 * rng.normal(size=(2000, n)))
     q = np.concatenate(draws).astype(dtype)
     one, accuracy = np.ones(1, dtype), 1e-3 if dtype == "float64" else 3e-2  # a weakly active bound is left by √μ
     Q, zero = np.eye(n, dtype=dtype), np.zeros(n, dtype)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import kkt
-from ..backend import single_threaded_blas
-from ..method import Point, Settings
+from ..backend import NumPyBackend, single_threaded_blas
+from ..engines.base import Linearization, Outcome, Settings, StartingPoint
 from ..problem import OPERANDS, Problem, check_values
-from ..solver import Outcome
+from ..solution import Status
 from . import derivative, one_by_one
 from .groups import make_group_room, solve_groups
 from .lanes import LANES
@@ -48,6 +48,11 @@ class Factors(NamedTuple):
     """The one that was."""
     factored: Any
 
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool):
+        """Solve the KKT system, as `engines.base.Factors` says."""
+        solved, x = lin.status[:, 0] == int(Status.SOLVED), lin.x if of_matrices else None
+        return solve_kkt(lin.problem, self, lin.v, lin.s, solved, r_x, r_v, fill, x)
+
     def __reduce__(self):
         return _restore, tuple(self)
 
@@ -70,7 +75,18 @@ class _Refused(Exception):
     """An operand may break a rule of `problem.check_values`."""
 
 
-def solve(problem: Problem, settings: Settings, near: Point | None, progress, check: bool) -> tuple[Outcome, Factors]:
+def refusal(problem: Problem, verbose: bool) -> str | None:
+    """Say why it cannot take these problems; None: it can."""
+    if not isinstance(problem.backend, NumPyBackend):
+        return "takes NumPy arrays only; pass backend='numpy', or engine='auto'"
+    if verbose:
+        return "takes one problem after the other; verbose needs engine='array'"
+    return None
+
+
+def solve(
+    problem: Problem, settings: Settings, near: StartingPoint | None, *, check: bool, verbose: bool, progress
+) -> tuple[Outcome, Factors]:
     """The outcome of every problem of a batch, and what the derivative needs.
 
     With `check`, operands that break a rule of `problem.check_values` are a ValueError.
@@ -81,7 +97,9 @@ def solve(problem: Problem, settings: Settings, near: Point | None, progress, ch
     return _solve(problem, settings, near, progress, False)
 
 
-def _solve(problem: Problem, settings: Settings, near: Point | None, progress, check: bool) -> tuple[Outcome, Factors]:
+def _solve(
+    problem: Problem, settings: Settings, near: StartingPoint | None, progress, check: bool
+) -> tuple[Outcome, Factors]:
     n, rows, count, dtype = problem.n, problem.rows, problem.batch, np.dtype(problem.dtype)
     form = _form(problem)
     shared = all(distinct(problem, name).shape[0] == 1 for name in problem.operands if name in _DECIDING)

@@ -215,7 +215,7 @@ def solve_group(
     while some(active):
         now, before, past = before, now, verdict
         sound, _, alpha_s, alpha_z, new_mu = step(
-            form, one, reduced, settings, mu, rho, delta, refine, past.waiting >= IMPATIENCE, before, now, work
+            form, one, reduced, settings, mu, rho, delta, refine, past.waiting, before, now, work
         )
         iterations += 1
         verdict = assess(form, one, settings, now, before, past, iterations, limit, work)

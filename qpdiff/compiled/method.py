@@ -18,8 +18,10 @@ import numpy as np
 from ..kkt import LARGEST_RATIO, METRIC_PASSES, ROUNDING, SMALLEST_CURVATURE, UNCERTAINTY
 from ..method import (
     DOMINANT,
+    IMPATIENCE,
     LARGE_MULTIPLIERS,
     LARGEST_FRACTION,
+    LEAST_CENTERING,
     LEAST_CENTRALITY,
     LOOSE,
     LOWER_LIMIT,
@@ -1052,7 +1054,7 @@ def weigh(one, rho, delta, before, work):
 
 
 @hot
-def center(one, settings, mu, before, work):
+def center(one, settings, mu, waiting, before, work):
     """Fill the right-hand side of the rows for the corrector, after the predictor's multipliers; and its fraction."""
     dv, ds, theta, shifted, complementarity = work.dv, work.ds, work.theta, work.shifted, work.complementarity
     rows = dv.shape[0]
@@ -1067,6 +1069,8 @@ def center(one, settings, mu, before, work):
     ratio = positive(total / max(count, 1) / (mu + settings.tiny))
     ratio = select(ratio > 1.0, 1.0, ratio)
     sigma = ratio * ratio * ratio
+    # What goes round in circles otherwise comes to an end with more centering.
+    sigma = select(waiting > IMPATIENCE, larger(sigma, LEAST_CENTERING), sigma)
     for i in range(rows):
         shifted[i] = before.r_v[i]
         if one.kind[i] == INEQUALITY:
@@ -1097,7 +1101,7 @@ def advance(one, settings, circling, fraction, before, now, work):
 
 
 @hot
-def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before, now, work):
+def step(form, one, reduced, settings, mu, rho, delta, refine, waiting, before, now, work):
     """One predictor-corrector step from `before` to `now`.
 
     Returns whether it could be computed, whether the matrix could be factored, its lengths, and μ after it.
@@ -1109,9 +1113,9 @@ def step(form, one, reduced, settings, mu, rho, delta, refine, circling, before,
         return factored, factored, 0.0 * mu, 0.0 * mu, mu
     eliminate(form, reduced, before.r_x, work)
     solve_rows(form, one, reduced, before.r_x, work.shifted, dx, dv, work)
-    fraction = center(one, settings, mu, before, work)
+    fraction = center(one, settings, mu, waiting, before, work)
     solve_refined(form, one, reduced, refine, before.r_x, work.shifted, dx, dv, work)
-    alpha_s, alpha_z = advance(one, settings, circling, fraction, before, now, work)
+    alpha_s, alpha_z = advance(one, settings, waiting >= IMPATIENCE, fraction, before, now, work)
     for i in range(now.x.shape[0]):
         now.x[i] = before.x[i] + alpha_s * dx[i]
     sound = factored & all_finite(now.x) & all_finite(now.v) & all_finite(now.s)

@@ -63,16 +63,15 @@ def iterate(form, one, reduced, settings, warm, near_x, near_v, usable, now, bef
         rho, delta, refine = first_rho(form, settings), settings.delta, np.bool_(True)
         while verdict.status == RUNNING:
             now, before, past = before, now, verdict
-            circling = past.waiting >= IMPATIENCE
             if in_rows:
                 if known:
                     glimpse = observe(one, reduced, before, glimpse.column, work)
                 sound, factored, alpha_s, alpha_z, new_mu = step_in_rows(
-                    one, reduced, settings, mu, rho, delta, refine, circling, before, now, work
+                    one, reduced, settings, mu, rho, delta, refine, past.waiting, before, now, work
                 )
             else:
                 sound, factored, alpha_s, alpha_z, new_mu = step(
-                    form, one, reduced, settings, mu, rho, delta, refine, circling, before, now, work
+                    form, one, reduced, settings, mu, rho, delta, refine, past.waiting, before, now, work
                 )
             if not sound:
                 # A step that cannot be computed is not taken; stronger proximal terms come instead.

@@ -120,7 +120,7 @@ def fill_rows(b, h, lb, ub, k, kind):
     for i in range(ub.shape[0]):
         k[row], kind[row] = limit(ub[i])
         if both and lb[i] == ub[i] and finite(lb[i]):
-            kind[row] = ABSENT
+            k[row], kind[row] = 0.0, ABSENT
         row += 1
 
 

@@ -159,15 +159,15 @@ def solve_for_rows(one, reduced, refine, r_x, work):
 
 
 @hot
-def step_in_rows(one, reduced, settings, mu, rho, delta, refine, circling, before, now, work):
+def step_in_rows(one, reduced, settings, mu, rho, delta, refine, waiting, before, now, work):
     """`method.step` without x; `work.Sdv` is S times the step in the multipliers."""
     weigh(one, rho, delta, before, work)
     if not factor(DENSE_DUAL, one, reduced, work.theta, work.rho, work.delta, work):
         return False, False, 0.0, 0.0, mu
     solve_rows(DENSE_DUAL, one, reduced, before.r_x, work.shifted, work.dx, work.dv, work)
-    fraction = center(one, settings, mu, before, work)
+    fraction = center(one, settings, mu, waiting, before, work)
     solve_for_rows(one, reduced, refine, before.r_x, work)
-    alpha_s, alpha_z = advance(one, settings, circling, fraction, before, now, work)
+    alpha_s, alpha_z = advance(one, settings, waiting >= IMPATIENCE, fraction, before, now, work)
     sound = all_finite(work.Sdv) & all_finite(now.v) & all_finite(now.s)
     return sound, True, alpha_s, alpha_z, mean(one, now.s, now.v) if sound else mu
 

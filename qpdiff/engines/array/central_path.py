@@ -1,0 +1,87 @@
+"""The central path: from the solution of s ∘ z = 0 to the point of s ∘ z = κ, which smooths the derivative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...method import STEP_FRACTION, Part, cast, make_part, newton, onto_path, residuals, step_length
+from ...problem import Layout, take
+from ...solution import Status
+from ..base import Linearization, Settings, make_settings
+from .batch import batch_order, in_batch, keep
+from .derivative import Factors, pack, unpack
+from .loop import forms
+
+CENTERING_LIMIT = 50
+"""Newton steps towards a point of the central path."""
+
+
+def relax(lin: Linearization, kappa: float) -> Linearization:
+    """The points where s ∘ z = κ instead of 0, found from solutions by Newton's method, with their factors.
+
+    A problem whose point is not found counts as STALLED.
+    """
+    backend: Any = lin.problem.backend
+    if backend.traced:
+        arrays, layout = pack(lin)
+        return unpack(backend.jit(_relax_traced)(arrays, None, layout, kappa), layout)
+    return _relax(lin, kappa)
+
+
+def _relax_traced(arrays, _, layout: Layout, kappa: float):
+    return pack(_relax(unpack(arrays, layout), kappa))[0]
+
+
+def _relax(lin: Linearization, kappa: float) -> Linearization:
+    problem = lin.problem
+    xp, backend = problem.backend.xp, problem.backend
+    settings = make_settings(problem, max_iterations=CENTERING_LIMIT)
+    pieces, points = [], []
+    for chunk in problem.chunks():
+        for form, where in forms(problem.select(chunk)):
+            at = in_batch(backend, chunk, where)
+            part = make_part(form, settings)
+            point, factor = _center(part, settings, kappa, *take(xp, (lin.x, lin.v, lin.s), at))
+            pieces.append(keep(problem, part, at, factor))
+            points.append(point)
+    if not points:
+        return lin
+    x, v, s, found = (xp.concat(column, axis=0) for column in zip(*points, strict=True))
+    order = batch_order(backend, pieces)
+    if order is not None:
+        x, v, s, found = (xp.take(a, order, axis=0) for a in (x, v, s, found))
+    lost = ~found & (lin.status == int(Status.SOLVED))
+    return Linearization(
+        problem, Factors(pieces), x, v, s, xp.where(lost, xp.full_like(lin.status, int(Status.STALLED)), lin.status)
+    )
+
+
+def _center(part: Part, settings: Settings, kappa: float, x, v, s):
+    """Newton's method for the KKT conditions with s ∘ z = κ: the point, whether it was found, and its factor."""
+    problem, (D, E, primal, dual, _) = part.problem, part.metric
+    backend, xp = problem.backend, problem.backend.xp
+    v, s = onto_path(part, v, problem.where_inequality(v / E - E * s, 0.0), kappa)
+    smallest = xp.full_like(x[:, :1], settings.smallest)
+    accuracy = xp.finfo(problem.dtype).eps ** 0.5
+
+    def move(x, v, s, *_):
+        *_, r_x, r_v = residuals(part.exact, *(cast(xp, a, part.exact.dtype) for a in (x, v, s)))
+        r_x, r_v = (cast(xp, a, problem.dtype) for a in (r_x, r_v))
+        s_, z_ = (problem.where_inequality(a, float("inf")) for a in (s, v))
+        _, factor, *_, direction = newton(part, s, z_, r_x, r_v, smallest, smallest)
+        excess = problem.where_inequality(s * v - kappa, 0.0)
+        found = (
+            (backend.norm(D * r_x) <= accuracy * (dual + backend.norm(D * problem.q)))
+            & (backend.norm(E * r_v) <= accuracy * (primal + backend.norm(E * problem.k)))
+            & (backend.norm(excess) <= accuracy * kappa)
+        )
+        dx, dv, ds = direction(excess, smallest > 0)
+        alpha = xp.minimum(step_length(backend, s_, ds, STEP_FRACTION), step_length(backend, z_, dv, STEP_FRACTION))
+        alpha = xp.where(found, 0.0, alpha)
+        return x + alpha * dx, v + alpha * dv, s + alpha * ds, found, factor
+
+    def lost(x, v, s, found, factor):
+        return ~xp.all(found)
+
+    *point, factor = problem.backend.while_loop(lost, move, move(x, v, s), settings.max_iterations)
+    return point, factor

@@ -1,0 +1,116 @@
+"""What engines take and give.
+
+An engine is a module with two functions, `Engine`. It gives the outcome of every problem and an object that solves the
+KKT system at the solutions, `Factors`, which is all that the derivative asks of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from ..problem import Problem
+
+MAX_ITERATIONS = 200
+
+
+class Settings(NamedTuple):
+    """The numbers of the method for one floating point type."""
+
+    tol: float
+    rtol: float
+    absolute: bool
+    """Whether residuals are measured in the caller's units, else in those of the scaled problem (`Units`)."""
+    max_iterations: int
+    rho: float
+    delta: float
+    smallest: float
+    """Lower limit of ρ and δ."""
+    certificate: float
+    """How large |kᵀv| must be against ‖Kᵀv‖∞ to prove infeasibility (likewise for unboundedness); 1% of it is enough
+    where the iteration ends without a solution."""
+    tiny: float
+
+
+def make_settings(problem: Problem, tol=None, rtol=None, max_iterations: int = MAX_ITERATIONS) -> Settings:
+    """Settings for the type that problems are computed in; without tol, in units of the problem's own."""
+    single = problem.dtype == problem.backend.xp.float32
+    default = 1e-4 if single else 1e-8
+    return Settings(
+        tol=default if tol is None else float(tol),
+        rtol=default if rtol is None else float(rtol),
+        absolute=tol is not None,
+        max_iterations=max_iterations,
+        rho=3e-4 if single else 1e-6,
+        delta=1e-3 if single else 1e-4,
+        smallest=3e-4 if single else 1e-10,
+        certificate=1e5 if single else 1e8,
+        tiny=1e-30 if single else 1e-200,
+    )
+
+
+class StartingPoint(NamedTuple):
+    """Where to start: variables and multipliers of all rows, and which problems they are fit for; (B or 1, ·)."""
+
+    x: Any
+    v: Any
+    usable: Any
+
+
+class Outcome(NamedTuple):
+    """How the problems of a batch have ended; residuals are in the caller's units, scalars have shape (B, 1)."""
+
+    x: Any
+    v: Any
+    """Multipliers of all rows."""
+    s: Any
+    """Slack of all rows, 0 where the row is no inequality."""
+    status: Any
+    iterations: Any
+    objective: Any
+    primal: Any
+    dual: Any
+    gap: Any
+
+
+class Linearization(NamedTuple):
+    """What `qpdiff.differentiation` finds in a solution."""
+
+    problem: Problem
+    factors: Factors
+    x: Any
+    v: Any
+    s: Any
+    status: Any
+
+
+class Factors(Protocol):
+    """What an engine keeps of a batch to solve the KKT system at its solutions; it can be pickled."""
+
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool) -> tuple[Any, Any, dict[str, Any]]:
+        """Solve for right-hand sides (B, n) and (B, rows).
+
+        Problems that are not SOLVED get the number `fill`.
+
+        Returns
+        -------
+        u_x, u_v
+        gradients : dict
+            With `of_matrices`, those of the operands Q, A and G that come along at little cost, (B or 1, ·, n): with
+            the solution as right-hand side of the adjoint system. The others are for the caller to make.
+        """
+
+
+class Engine(Protocol):
+    """A module that solves batches."""
+
+    def refusal(self, problem: Problem, verbose: bool) -> str | None:
+        """Say why it cannot take these problems; None: it can."""
+
+    def solve(
+        self, problem: Problem, settings: Settings, start: StartingPoint | None, *, check: bool, verbose: bool, progress
+    ) -> tuple[Outcome, Factors]:
+        """Solve every problem of a batch.
+
+        With `check`, operands that break a rule of `problem.check_values` are a ValueError. `progress` is called as
+        ``progress(done, batch)`` from this thread, or is None.
+        """

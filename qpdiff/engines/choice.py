@@ -1,0 +1,46 @@
+"""Which engine solves: the compiled one where it can, else the array engine."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+
+from ..problem import Problem
+from .array import engine as array
+from .base import Engine
+
+ENGINES = ("auto", "array", "compiled")
+
+
+@cache
+def compiled_engine():
+    """The module of the compiled engine, or None, and why."""
+    try:
+        return importlib.import_module("qpdiff.compiled"), "Numba compiles it"
+    except ImportError as error:
+        if error.name not in ("numba", "llvmlite"):
+            return None, f"Numba does not run: {error}"
+        return None, "Numba is not installed (pip install 'qpdiff[cpu]')"
+
+
+def choose_engine(name: str, problem: Problem, verbose: bool) -> Engine:
+    """Find the engine that solves these problems.
+
+    Raises
+    ------
+    ValueError, ImportError
+        For an unknown name, and where the compiled engine is asked for but cannot be had.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine is {name!r}; expected one of {', '.join(map(repr, ENGINES))}")
+    if name == "array":
+        return array
+    compiled, reason = compiled_engine()
+    refusal = compiled.refusal(problem, verbose) if compiled else None
+    if name == "auto":
+        return compiled if compiled and refusal is None else array
+    if compiled is None:
+        raise ImportError(f"engine='compiled' cannot run: {reason}")
+    if refusal is not None:
+        raise ValueError(f"engine is 'compiled', which {refusal}")
+    return compiled
