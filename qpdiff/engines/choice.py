@@ -16,11 +16,10 @@ ENGINES = ("auto", "array", "compiled")
 def compiled_engine():
     """The module of the compiled engine, or None, and why."""
     try:
-        return importlib.import_module("qpdiff.compiled"), "Numba compiles it"
+        compiled = importlib.import_module("qpdiff.engines.compiled")
     except ImportError as error:
-        if error.name not in ("numba", "llvmlite"):
-            return None, f"Numba does not run: {error}"
-        return None, "Numba is not installed (pip install 'qpdiff[cpu]')"
+        return None, f"it was not built: {error}"
+    return compiled, f"built ahead of time ({compiled.LEVEL})"
 
 
 def choose_engine(name: str, problem: Problem, verbose: bool) -> Engine:

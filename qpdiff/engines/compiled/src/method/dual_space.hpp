@@ -72,7 +72,7 @@ template <class Team> QP_NOINLINE void solve_multipliers(Problem<Team>& o, bool 
 
 // Make one step from `before` to `now`; `Sdv` is S times the step in the multipliers.
 template <class Team>
-QP_NOINLINE Step<Team> step(Problem<Team>& o, double mu, double delta, bool refine, bool equal_steps,
+QP_NOINLINE Step<Team> step(Problem<Team>& o, double mu, double delta, bool refine, double waiting,
                             const Iterate<Team>& before, Iterate<Team>& now) {
     Step<Team> result{};
     result.mu = mu;
@@ -82,9 +82,9 @@ QP_NOINLINE Step<Team> step(Problem<Team>& o, double mu, double delta, bool refi
         return result;
     }
     solve_rows<Form::dense_dual>(o, before.r_x, o.right_v, o.dx, o.dv);
-    double fraction = corrector_rhs(o, mu, before);
+    double fraction = corrector_rhs(o, mu, waiting, before);
     solve_multipliers(o, refine);
-    take_step(o, equal_steps, fraction, before, now, result.alpha_s, result.alpha_z);
+    take_step(o, waiting, fraction, before, now, result.alpha_s, result.alpha_z);
     result.sound = all_finite<Team>(o.Sdv, o.lp) & all_finite<Team>(now.v, o.rows) & all_finite<Team>(now.s, o.rows);
     result.mu = result.sound ? mean(o, now.s, now.v) : mu;
     return result;

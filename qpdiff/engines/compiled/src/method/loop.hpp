@@ -69,15 +69,14 @@ QP_NOINLINE Ended<Team> iterate(Problem<Team>& o, LoadNear load_near, Interrupte
             }
             std::swap(now, before);
             Verdict<Team> past = verdict;
-            bool equal_steps = past.waiting >= P.equal_steps_after;
             Step<Team> made;
             if constexpr (DUAL_SPACE) {
                 if (formed) {
                     known = dual_space::anchor(o, *before, known.column);
                 }
-                made = dual_space::step(o, mu, terms.delta, refine, equal_steps, *before, *now);
+                made = dual_space::step(o, mu, terms.delta, refine, past.waiting, *before, *now);
             } else {
-                made = step<FORM>(o, mu, terms.rho, terms.delta, refine, equal_steps, *before, *now);
+                made = step<FORM>(o, mu, terms.rho, terms.delta, refine, past.waiting, *before, *now);
             }
             factor_ok = made.factor_ok;
             if (!made.sound) {
@@ -211,7 +210,7 @@ QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, Keep keep, Leave leav
     while (some(active) && !interrupted()) {
         std::swap(now, before);
         Verdict<Team> past = verdict;
-        Step<Team> made = step<FORM>(o, mu, terms.rho, terms.delta, refine, B(past.waiting >= equal_steps_after), *before, *now);
+        Step<Team> made = step<FORM>(o, mu, terms.rho, terms.delta, refine, past.waiting, *before, *now);
         iterations++;
         verdict = assess<FORM>(o, *now, *before, past, iterations, limit);
         B limiting;

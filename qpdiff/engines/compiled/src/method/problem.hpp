@@ -21,7 +21,7 @@ constexpr double INFINITE = 1e20;  // a bound this far out is none
     X(large_multipliers) X(smaller_cost) X(closer) X(less_multipliers) X(warm_centrality) X(step_fraction)            \
     X(largest_step_fraction) X(refine_relative) X(refine_absolute) X(delta_share) X(delta_stuck) X(delta_floor)       \
     X(fast_rate) X(failure_growth) X(solved_share) X(worthwhile) X(improvement) X(certificate_improvement)            \
-    X(equal_steps_after) X(stalled_after) X(reached) X(gap_rounding) X(product_rounding) X(certificate_rounding)      \
+    X(equal_steps_after) X(least_centering) X(stalled_after) X(reached) X(gap_rounding) X(product_rounding) X(certificate_rounding)      \
     X(late_certificate) X(ray_violation)
 
 struct Parameters {

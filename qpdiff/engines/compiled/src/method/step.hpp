@@ -43,7 +43,7 @@ QP_INLINE void predictor_rhs(Problem<Team>& o, S rho, S delta, const Iterate<Tea
 // Fill the corrector's right-hand side of the rows, after the predictor's multipliers; return the share of the step to
 // the boundary that it is to take. How far the predictor gets towards s ∘ z = 0 decides both.
 template <class Team, class S = typename Team::Number>
-QP_INLINE S corrector_rhs(Problem<Team>& o, S mu, const Iterate<Team>& before) {
+QP_INLINE S corrector_rhs(Problem<Team>& o, S mu, typename Team::Exact waiting, const Iterate<Team>& before) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
     const Parameters& P = *o.parameters;
@@ -58,7 +58,10 @@ QP_INLINE S corrector_rhs(Problem<Team>& o, S mu, const Iterate<Team>& before) {
         sum += select(o.kind.inequality(i), reached, Real(0));
     });
     S ratio = smaller(positive(Team::sum(sum) / o.inequalities / (mu + Real(o.settings->tiny))), one);
-    S target = ratio * ratio * ratio * mu;
+    // What goes round in circles otherwise comes to an end with more centering.
+    S sigma = ratio * ratio * ratio, least = as<S>(Real(P.least_centering));
+    sigma = select(waiting > as<typename Team::Exact>(P.equal_steps_after), larger(sigma, least), sigma);
+    S target = sigma * mu;
     Team::each(o.rows, [&](auto i) {
         N excess = before.s[i] * before.v[i] + o.ds[i] * o.dv[i] - target;
         o.excess.set(i, excess);
@@ -69,7 +72,7 @@ QP_INLINE S corrector_rhs(Problem<Team>& o, S mu, const Iterate<Team>& before) {
 
 // Move the slacks and the multipliers along the corrector's direction; find the step lengths for x and s, and for v.
 template <class Team, class S = typename Team::Number>
-QP_INLINE void take_step(Problem<Team>& o, typename Team::Truth equal_steps, S fraction, const Iterate<Team>& before,
+QP_INLINE void take_step(Problem<Team>& o, typename Team::Exact waiting, S fraction, const Iterate<Team>& before,
                          Iterate<Team>& now, S& alpha_s, S& alpha_z) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
@@ -79,6 +82,7 @@ QP_INLINE void take_step(Problem<Team>& o, typename Team::Truth equal_steps, S f
     });
     step_lengths(o, fraction, alpha_s, alpha_z);
     // Unequal steps leave Qx + Kᵀv behind, which now and then goes round in circles.
+    auto equal_steps = waiting >= as<typename Team::Exact>(o.parameters->equal_steps_after);
     S shorter = smaller(alpha_s, alpha_z);
     alpha_s = select(equal_steps, shorter, alpha_s), alpha_z = select(equal_steps, shorter, alpha_z);
     auto tiny = as<N>(Real(o.settings->tiny));
@@ -91,9 +95,9 @@ QP_INLINE void take_step(Problem<Team>& o, typename Team::Truth equal_steps, S f
 }
 
 // Make one step from `before` to `now`.
-template <Form FORM, class Team, class S = typename Team::Number, class B = typename Team::Truth>
-QP_NOINLINE Step<Team> step(Problem<Team>& o, S mu, S rho, S delta, B refine, B equal_steps, const Iterate<Team>& before,
-                            Iterate<Team>& now) {
+template <Form FORM, class Team, class S = typename Team::Number>
+QP_NOINLINE Step<Team> step(Problem<Team>& o, S mu, S rho, S delta, typename Team::Truth refine, typename Team::Exact waiting,
+                            const Iterate<Team>& before, Iterate<Team>& now) {
     Step<Team> result{};
     result.mu = mu;
     predictor_rhs<FORM>(o, rho, delta, before);
@@ -103,9 +107,9 @@ QP_NOINLINE Step<Team> step(Problem<Team>& o, S mu, S rho, S delta, B refine, B 
     }
     eliminate<FORM>(o, before.r_x);
     solve_rows<FORM>(o, before.r_x, o.right_v, o.dx, o.dv);
-    S fraction = corrector_rhs(o, mu, before);
+    S fraction = corrector_rhs(o, mu, waiting, before);
     solve_refined<FORM>(o, refine, before.r_x, o.right_v);
-    take_step(o, equal_steps, fraction, before, now, result.alpha_s, result.alpha_z);
+    take_step(o, waiting, fraction, before, now, result.alpha_s, result.alpha_z);
     Team::each(o.np, [&](auto j) { now.x.set(j, before.x[j] + result.alpha_s * o.dx[j]); });
     result.sound &= all_finite<Team>(now.x, o.np) & all_finite<Team>(now.v, o.rows) & all_finite<Team>(now.s, o.rows);
     result.mu = select(result.sound, mean(o, now.s, now.v), mu);

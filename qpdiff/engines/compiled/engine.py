@@ -1,0 +1,198 @@
+"""What a call of the compiled engine hands over: operands, where the results go, what is kept for the derivative.
+
+All else is in C++ (src/): threads claim problems as long as there are any, small ones in groups.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from contextlib import nullcontext
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ... import kkt
+from ...backend import NumPyBackend, single_threaded_blas
+from ...problem import OPERANDS, Problem, check_values
+from ..base import Linearization, Outcome, Settings, StartingPoint
+from ..parameters import DOUBLE, SINGLE
+from .memory import empty
+
+
+def _load_core():
+    """The extension module for the widest vectors that the processor has."""
+    here = __package__
+    try:
+        narrowest = importlib.import_module("._core_v2", here)
+    except ImportError:
+        return importlib.import_module("._core", here)  # no x86-64
+    for level in range(narrowest.level(), 2, -1):
+        try:
+            return importlib.import_module(f"._core_v{level}", here)
+        except ImportError:
+            continue
+    return narrowest
+
+
+_core: Any = _load_core()
+LEVEL = _core.__name__.rpartition("_core")[2].replace("_", "x86-64-") or "native"
+SMALL, ENOUGH = 32, 6
+"""Up to so many variables and rows of A and G, problems are solved in groups; and from so many for each thread, as a
+group takes as long as two to five problems one by one."""
+WORTH_A_THREAD = 1e6
+"""Operations that take about as long as it takes to start a thread."""
+SOLVE = 10
+"""How often a solve goes through a problem's matrices, in steps of the iteration."""
+KEPT_BYTES = 2**26, 2**29
+"""Factors are kept for the derivative where they take no more than the first, or than the data and the second."""
+PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = range(3)
+_FORMS = {kkt.PrimalForm: PRIMAL, kkt.DenseDualForm: DENSE_DUAL, kkt.DiagonalDualForm: DIAGONAL_DUAL}
+_DECIDING = frozenset({"Q", "G", "A", "lb", "ub"})
+"""Operands that the equilibration of the matrices and the reduced form are made of."""
+_PARAMETERS = {np.dtype(np.float64): _core.Parameters(DOUBLE), np.dtype(np.float32): _core.Parameters(SINGLE)}
+
+
+class Kept(NamedTuple):
+    """What the last iteration of every problem leaves for the derivative; src/method/problem.hpp says what each is.
+
+    The first axis is the batch, of length 1 where one entry is for all problems and 0 where nothing is kept.
+    """
+
+    F: Any
+    V: Any
+    S: Any
+    U: Any
+    weights: Any
+    diagonal: Any
+    D: Any
+    E: Any
+    form: Any
+    """The form that each problem has been solved with."""
+    factor_ok: Any
+    """Whether what is kept of it is of use."""
+
+
+class Factors(NamedTuple):
+    """What the derivative needs of a solve."""
+
+    form: int
+    """The reduced form that was preferred."""
+    kept: Kept
+
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool):
+        """Solve the KKT system, as `engines.base.Factors` says."""
+        from ..array.derivative import whole  # until the derivative of this engine is there
+
+        metric = kkt.Metric(self.kept.D, self.kept.E, 1.0, 1.0, 1.0)
+        factors = whole(lin.problem, None, metric)
+        return factors.solve(lin._replace(factors=factors), r_x, r_v, fill, of_matrices)
+
+
+def refusal(problem: Problem, verbose: bool) -> str | None:
+    """Say why it cannot take these problems; None: it can."""
+    if not isinstance(problem.backend, NumPyBackend):
+        return "takes NumPy arrays only; pass backend='numpy', or engine='auto'"
+    if verbose:
+        return "takes one problem after the other; verbose needs engine='array'"
+    return None
+
+
+def solve(
+    problem: Problem, settings: Settings, start: StartingPoint | None, *, check: bool, verbose: bool, progress
+) -> tuple[Outcome, Factors]:
+    """Solve every problem of a batch, as `engines.base.Engine` says."""
+    solved = _solve(problem, settings, start, progress, check)
+    if solved is None:
+        check_values(problem)  # says what is wrong, or that nothing is: what refuses on the way is stricter
+        solved = _solve(problem, settings, start, progress, False)
+    return solved
+
+
+def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, progress, check: bool):
+    """The same, or None where an operand may break a rule."""
+    n, rows, count, dtype = problem.n, problem.rows, problem.batch, np.dtype(problem.dtype)
+    form = _FORMS[kkt.preferred_form(problem)]
+    operands = tuple([getattr(problem, name) for name in OPERANDS])
+    outcome = Outcome(
+        empty((count, n), dtype), empty((count, rows), dtype), empty((count, rows), dtype),
+        np.empty((count, 1), np.int32), np.empty((count, 1), np.int32), *np.empty((4, count, 1)),
+    )  # fmt: skip
+    kept = make_kept(problem, form, dtype)
+    done = outcome, Factors(form, kept)
+    if count == 0:
+        return done
+    workers = workers_for(problem, count, SOLVE)
+    longest = max(n, problem.m + problem.p)
+    in_lanes = start is None and longest <= SMALL and count >= ENOUGH * workers and dtype.itemsize == 8
+    near = (None, None, None) if start is None else tuple(np.ascontiguousarray(a) for a in start)
+    if longest > _core.BLOCK:
+        _set_blas()
+    with single_threaded_blas() if workers > 1 and longest > _core.BLOCK else nullcontext():
+        good = _core.solve(
+            operands, outcome, kept, near, settings, _PARAMETERS[dtype], form, check, problem.rounding, in_lanes,
+            workers, progress,
+        )  # fmt: skip
+    return done if good else None
+
+
+@cache
+def _set_blas() -> None:
+    """Hand over SciPy's BLAS, which is loaded when the first large problem wants it."""
+    from scipy.linalg import cython_blas
+
+    _core.set_blas(cython_blas.__pyx_capi__)
+
+
+def workers_for(problem: Problem, count: int, passes: int) -> int:
+    """How many threads help with so many problems."""
+    if count <= 1:  # to count operations would take a good part of a small solve
+        return 1
+    return max(1, min(problem.backend.workers, count, int(count * passes * _operations(problem) / WORTH_A_THREAD)))
+
+
+def _operations(problem: Problem) -> float:
+    """About what a step takes for one problem."""
+    n, linear = problem.n, problem.m + problem.p
+    return min(n, linear or n) ** 3 / 3 + 8 * n * (n + linear) + 100 * (n + problem.rows)
+
+
+# ---- what is kept
+
+
+def is_shared(value) -> bool:
+    """Whether an operand is the same for all problems, be it that broadcasting only pretends to have copied it."""
+    return value.shape[0] == 1 or value.strides[0] == 0
+
+
+def make_kept(problem: Problem, form: int, dtype) -> Kept:
+    """Memory for what is kept of every problem, or once for all that share it; empty where nothing is kept."""
+    count, operands = problem.batch, problem.operands
+    shared = all([is_shared(value) for name, value in operands.items() if name in _DECIDING])
+    sizes = _sizes(form, problem.n, problem.m + problem.p, problem.lb is not None, problem.ub is not None, dtype.itemsize)
+    counts, size = _counts(form, sizes, count, shared, True)
+    few, many = (limit // dtype.itemsize for limit in KEPT_BYTES)
+    if size > few and size > min(many, sum(v[:1].size if is_shared(v) else v.size for v in operands.values())):
+        counts, _ = _counts(form, sizes, count, shared, False)
+    return Kept(
+        *[empty(shape, dtype) for shape in zip(counts, sizes, strict=True)],
+        empty((count, problem.n), dtype), empty((count, problem.rows), dtype),
+        np.empty(count, np.int32), np.empty(count, np.bool_),
+    )  # fmt: skip
+
+
+_sizes = lru_cache(maxsize=256)(_core.kept_sizes)
+_CONSTANT = {PRIMAL: set(), DENSE_DUAL: {"F", "V", "S"}, DIAGONAL_DUAL: {"diagonal"}}
+"""What does not change in an iteration."""
+
+
+@lru_cache(maxsize=256)
+def _counts(form: int, sizes: tuple[int, ...], batch: int, shared: bool, keep: bool) -> tuple[tuple[int, ...], int]:
+    """How many entries of each array are kept, with or without those of every problem; and how many numbers those are."""
+    once = _CONSTANT[form] if shared else set()
+    counts = [
+        1 if name in once else batch if keep and size else 0 for name, size in zip(Kept._fields, sizes, strict=False)
+    ]
+    own = sum(math.prod(pair) for pair, name in zip(zip(counts, sizes, strict=True), Kept._fields, strict=False) if name not in once)
+    return tuple(counts), own

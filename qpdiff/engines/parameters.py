@@ -1,0 +1,124 @@
+"""Every number of the method, by name.
+
+The array engine reads them here, the compiled engine gets them as one struct of the same names. What differs in float32
+is in `SINGLE`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The numbers of the method for one floating point type."""
+
+    # ---- defaults of a call
+    tolerance: float = 1e-8
+    """Absolute and relative, of the three residuals."""
+    rho: float = 1e-6
+    """Primal regularisation to begin with, in the scaled problem."""
+    delta: float = 1e-4
+    """Dual regularisation to begin with."""
+    smallest: float = 1e-10
+    """Lower limit of both."""
+    certificate: float = 1e8
+    """How large |kᵀv| must be against ‖Kᵀv‖∞ to prove infeasibility, likewise for unboundedness."""
+    tiny: float = 1e-200
+    """Added to μ before it divides; lower limit of slacks and multipliers."""
+
+    # ---- equilibration
+    equilibration_passes: int = 4
+    """Ruiz's scaling hardly changes after so many."""
+    smallest_curvature: float = 1e-12
+    """A diagonal entry of Q that is smaller against the largest is rounding, and no scale to begin with."""
+    largest_ratio: float = 1e8
+    """Limit on the squares of D and E against those that they begin with, for rows and columns of nothing but rounding.
+    """
+    data_rounding: float = 1e-8
+    """A right-hand side is nothing but rounding where it is so much smaller than x at the least cost of all."""
+    uncertainty: float = 100.0
+    """How much further than the largest curvature says x may go where other curvatures are smaller."""
+    loose: float = 10.0
+    """A right-hand side this many times as far away as x is likely to go is that of a bound which means none."""
+
+    # ---- the reduced KKT systems
+    smallest_pivot: float = 1e-6
+    """The dense dual form is safe where no pivot of Q is smaller against its diagonal entry."""
+    smallest_scaled_curvature: float = 1e-6
+    """The diagonal dual form is safe where no diagonal entry of the scaled Q is smaller."""
+    diagonal_regularization: float = 1e-10
+    """The diagonal dual form's own regularisation: so small a share of Q that it need not follow the solver's."""
+
+    # ---- starting points
+    least_centrality: float = 0.01
+    """μ of the starting point against the square of the largest multiplier there, at least: 0 where all are equal."""
+    large_multipliers: float = 10.0
+    """From which ratio of the multipliers of equalities to the variables on a start for a fraction of the cost is tried.
+    """
+    smaller_cost: float = 1e-5
+    """That fraction."""
+    closer: float = 0.8
+    """How much smaller than that of the ordinary start its primal residual has to be."""
+    less_multipliers: float = 0.1
+    """And its ratio of the multipliers."""
+    warm_centrality: float = 0.1
+    """μ of a start near another solution, against what that leaves of the residuals."""
+
+    # ---- steps
+    step_fraction: float = 0.995
+    """Share of the step to the boundary of s > 0, z > 0 that is taken at least."""
+    largest_step_fraction: float = 0.9999
+    """And at most."""
+    refine_relative: float = 1e-6
+    """A linear solve is exact enough without refinement where it leaves so little of the residuals."""
+    refine_absolute: float = 0.01
+    """Or so little of the tolerance."""
+    delta_share: float = 0.2
+    """δ is limiting where it makes up this share of a residual of the constraints,"""
+    delta_stuck: float = 0.5
+    """of which a step leaves this share;"""
+    delta_floor: float = 1e-4
+    """then it falls to the ordinary limit times this."""
+    fast_rate: float = 0.9
+    """How fast δ falls there, and ρ and δ where there is no inequality and so no complementarity."""
+    failure_growth: float = 100.0
+    """What ρ and δ are multiplied by after a step that could not be computed."""
+
+    # ---- status
+    solved_share: float = 0.1
+    """Share of the tolerance that the iteration goes on to, where it still gets somewhere."""
+    worthwhile: float = 0.5
+    """A step from a point within the tolerance is worth it where it leaves less than this share of the residuals."""
+    improvement: float = 0.9
+    """A residual improves where it falls below this share of the best so far,"""
+    certificate_improvement: float = 1.1
+    """and a certificate where it grows beyond this."""
+    equal_steps_after: int = 3
+    """Iterations without progress after which variables and multipliers move by the same step length."""
+    least_centering: float = 0.1
+    """Share of μ that a step aims at, at least, once as many and one more have made no progress."""
+    stalled_after: int = 30
+    """Iterations without progress after which a problem counts as stalled."""
+    reached: float = 100.0
+    """Up to so many times the right-hand sides, an iterate's size counts as that of a solution that is to be ruled out.
+    """
+    gap_rounding: float = 1e-4
+    """Share of the rounding error of the duality gap that counts towards the gap."""
+    product_rounding: float = 1e-13
+    """What products that are carried along in the dual space may be off by, relative to their terms."""
+    certificate_rounding: float = 1e-8
+    """A fall of the cost along a direction is rounding where it is so small against its terms."""
+    late_certificate: float = 0.01
+    """Share of `certificate` that is enough where the iteration ends without a solution."""
+    ray_violation: float = 1e-4
+    """How far the constraints may be violated, against their right-hand sides, for a direction to prove that the cost
+    has no lower limit.
+    """
+
+
+DOUBLE = Parameters()
+SINGLE = replace(
+    DOUBLE, tolerance=1e-4, rho=3e-4, delta=1e-3, smallest=3e-4, certificate=1e5, tiny=1e-30, smallest_pivot=1e-2,
+    diagonal_regularization=1e-5,
+)  # fmt: skip
