@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from functools import cache
 
 from ..problem import Problem
@@ -12,14 +13,20 @@ from .base import Engine
 ENGINES = ("auto", "array", "compiled")
 
 
+_BUILD = "pip install --no-binary qpdiff qpdiff builds it, with a C++20 compiler"
+_log = logging.getLogger(__name__)
+
+
 @cache
 def compiled_engine():
     """The module of the compiled engine, or None, and why."""
     try:
-        compiled = importlib.import_module("qpdiff.engines.compiled")
+        compiled = importlib.import_module(".compiled", __package__)
     except ImportError as error:
-        return None, f"it was not built: {error}"
-    return compiled, f"built ahead of time ({compiled.LEVEL})"
+        reason = f"it was not built for this machine ({_BUILD}): {error}"
+        _log.warning("the array engine solves, and not the compiled one, which is many times faster: %s", reason)
+        return None, reason
+    return compiled, f"built ahead of time for {compiled.INSTRUCTIONS}"
 
 
 def choose_engine(name: str, problem: Problem, verbose: bool) -> Engine:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from contextlib import nullcontext
+import platform
+from contextlib import nullcontext, suppress
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -22,22 +23,17 @@ from .memory import empty
 
 
 def _load_core():
-    """The extension module for the widest vectors that the processor has."""
-    here = __package__
-    try:
-        narrowest = importlib.import_module("._core_v2", here)
-    except ImportError:
-        return importlib.import_module("._core", here)  # no x86-64
-    for level in range(narrowest.level(), 2, -1):
-        try:
-            return importlib.import_module(f"._core_v{level}", here)
-        except ImportError:
-            continue
-    return narrowest
+    """Import the extension module for the widest vectors that the processor has, and name its instruction set."""
+    from . import _level  # says which this processor can run; there is one module for processors that are no x86
+
+    for level in range(_level.highest(), 1, -1):
+        with suppress(ModuleNotFoundError):
+            return importlib.import_module(f"._core_v{level}", __package__), f"x86-64-v{level}"
+    return importlib.import_module("._core", __package__), platform.machine()
 
 
-_core: Any = _load_core()
-LEVEL = _core.__name__.rpartition("_core")[2].replace("_", "x86-64-") or "native"
+_core: Any
+_core, INSTRUCTIONS = _load_core()
 SMALL, ENOUGH = 32, 6
 """Up to so many variables and rows of A and G, problems are solved in groups; and from so many for each thread, as a
 group takes as long as two to five problems one by one."""

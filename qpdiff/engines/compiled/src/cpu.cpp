@@ -138,19 +138,6 @@ std::tuple<long, long, long, long, long, long> kept_sizes(int form, int n, int l
     return itemsize == sizeof(double) ? sizes(0.0) : sizes(0.0f);
 }
 
-// The level of x86-64 that the processor has.
-int level() {
-#if defined(__x86_64__)
-    auto all = [](auto... supports) { return (... && supports); };
-    bool v3 = all(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("bmi2"));
-    bool v4 = all(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512cd"),
-                  __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"));
-    return v3 && v4 ? 4 : v3 ? 3 : 2;
-#else
-    return 0;
-#endif
-}
-
 // Take SciPy's BLAS, by the capsules of scipy.linalg.cython_blas.
 void set_blas(nb::dict capsules) {
     auto pointer = [&](const char* name) {
@@ -180,7 +167,6 @@ NB_MODULE(QP_MODULE, m) {
         QP_PARAMETERS(X)
 #undef X
     });
-    m.def("level", &level);
     m.attr("LANES") = lanes::Team::PROBLEMS;
     m.attr("BLOCK") = blas::BLOCK;
     m.def("kept_sizes", &kept_sizes);
