@@ -172,109 +172,52 @@ inline void load_lanes(Problem<lanes::Team>& o, const Operands& operands, long b
 
 // ---- checking: what is refused here, qpdiff.problem.check_values looks at again and words the error
 
-// Whether all entries lie strictly between two numbers, which NaN does not.
-template <class T> bool within(const char* p, long stride, int count, T below, T above) {
-    bool result = true;
-    if (stride == sizeof(T)) {
-        for (int j = 0; j < count; j++) {
-            T value = entry<T>(p, sizeof(T), j);
-            result &= (below < value) & (value < above);
-        }
-    } else {
-        for (int j = 0; j < count; j++) {
-            T value = entry<T>(p, stride, j);
-            result &= (below < value) & (value < above);
-        }
-    }
-    return result;
-}
-
-// The largest entry of a matrix that is positive semidefinite.
-template <class T> T largest_on_diagonal(const Operand& Q, long b, int n) {
-    T largest = smallest_normal<T>;
-    for (int i = 0; i < n; i++) {
-        largest = larger(T(std::fabs(entry<T>(Q.at(b, i), Q.column, i))), largest);
-    }
-    return largest;
-}
-
-// Whether the differences of Q from its transpose are within a limit, and all entries numbers.
-template <class T> bool symmetric(const Operand& Q, long b, int n, T limit) {
-    constexpr int BLOCK = 8;  // every line of the cache that is read has a row of a block
-    bool result = true;
-    for (int i = 0; i < n; i += BLOCK) {
-        for (int j = 0; j <= i; j += BLOCK) {
-            for (int row = i; row < std::min(i + BLOCK, n); row++) {
-                const char* across = Q.at(b, row);
-                for (int column = j; column < std::min(j + BLOCK, row); column++) {
-                    T difference = entry<T>(across, Q.column, column) - entry<T>(Q.at(b, column), Q.column, row);
-                    result &= std::fabs(difference) <= limit;
-                }
-            }
-        }
-    }
-    return result;
-}
-
-// Whether the operands of problem b pass the rules but that of convexity. `rounding` is how large rounding may be in Q;
-// `with_shared` says whether to look at what the problems share, too.
-template <class T> bool plausible(const Operands& operands, long b, T rounding, bool with_shared) {
+// Whether the vectors of problem b pass the rules; `with_shared` says whether to look at those that are shared, too.
+template <class T> bool plausible_vectors(const Operands& operands, long b, bool with_shared) {
     constexpr T infinity = T(INFINITY_);
-    int n = operands.n;
-    auto looks_at = [&](const Operand& operand) { return operand.given() && (with_shared || !operand.shared()); };
-    auto vector_within = [&](const Operand& v, int count, T below, T above) {
-        return !v.given() || within(v.at(b), v.column, count, below, above);
-    };
-    if (!vector_within(operands.q, n, -infinity, infinity) || !vector_within(operands.b, operands.p, -infinity, infinity)) {
-        return false;
-    }
-    auto each_entry = [&](const Operand& v, int count, auto holds) {
+    auto looks_at = [&](const Operand& v) { return v.given() && (with_shared || !v.shared()); };
+    auto holds = [&](const Operand& v, int count, auto rule) {
         bool result = true;
-        for (int j = 0; j < count; j++) {
-            result &= bool(holds(entry<T>(v.at(b), v.column, j), j));
+        for (int j = 0; looks_at(v) && j < count; j++) {
+            result &= rule(entry<T>(v.at(b), v.column, j));
         }
         return result;
     };
-    if (looks_at(operands.h) && !each_entry(operands.h, operands.m, [&](T h, int) { return h > -infinity; })) {
-        return false;
-    }
-    if (looks_at(operands.lb) && !each_entry(operands.lb, n, [&](T low, int) { return low < infinity; })) {
-        return false;
-    }
-    if (looks_at(operands.ub) && !each_entry(operands.ub, n, [&](T high, int) { return high > -infinity; })) {
-        return false;
-    }
-    bool both = operands.lb.given() && operands.ub.given() && (looks_at(operands.lb) || looks_at(operands.ub));
-    if (both && !each_entry(operands.lb, n, [&](T low, int j) { return low <= entry<T>(operands.ub.at(b), operands.ub.column, j); })) {
-        return false;
-    }
-    auto matrix_within = [&](const Operand& M, int rows) {
-        bool result = true;
-        for (int i = 0; looks_at(M) && i < rows; i++) {
-            result &= within(M.at(b, i), M.column, n, -infinity, infinity);
+    auto finite = [&](T value) { return std::fabs(value) < infinity; };
+    auto not_above = [&](T value) { return value < infinity; };
+    auto not_below = [&](T value) { return value > -infinity; };
+    bool good = holds(operands.q, operands.n, finite) & holds(operands.b, operands.p, finite) &
+                holds(operands.h, operands.m, not_below) & holds(operands.lb, operands.n, not_above) &
+                holds(operands.ub, operands.n, not_below);
+    if (operands.lb.given() && operands.ub.given() && (looks_at(operands.lb) || looks_at(operands.ub))) {
+        for (int j = 0; j < operands.n; j++) {
+            T low = entry<T>(operands.lb.at(b), operands.lb.column, j), high = entry<T>(operands.ub.at(b), operands.ub.column, j);
+            good &= low <= high;
         }
-        return result;
-    };
-    if (!matrix_within(operands.A, operands.p) || !matrix_within(operands.G, operands.m)) {
-        return false;
     }
-    if (!looks_at(operands.Q)) {
-        return true;
-    }
-    T limit = rounding * largest_on_diagonal<T>(operands.Q, b, n);
-    return limit < infinity && symmetric(operands.Q, b, n, limit);
+    return good;
+}
+
+// The largest entry of a Q that is positive semidefinite, which is on its diagonal.
+template <class Team> QP_INLINE typename Team::Number largest_of_Q(Problem<Team>& o) {
+    typename Team::Entry largest{};
+    Team::take_diagonal(o.Q, o.n, o.diagonal_Q);
+    Team::each(o.np, [&](auto j) { largest = larger(absolute(o.diagonal_Q[j]), largest); });
+    return larger(Team::largest(largest), as<typename Team::Number>(smallest_normal<typename Team::Real>));
+}
+
+// Where Q is symmetric and of numbers but for rounding, which may be so large.
+template <class Team> QP_NOINLINE typename Team::Truth plausible_Q(Problem<Team>& o, typename Team::Real rounding) {
+    typename Team::Number limit = rounding * largest_of_Q(o);
+    return is_finite(limit) & Team::symmetric(o.Q, o.n, limit);
 }
 
 // Where Q is positive semidefinite but for rounding. Divided by its largest entry, because the shift would overflow with
 // huge and vanish with denormal numbers.
 template <class Team> QP_NOINLINE typename Team::Truth convex(Problem<Team>& o, typename Team::Real rounding) {
-    using N = typename Team::Entry;
     using S = typename Team::Number;
     using Real = typename Team::Real;
-    N largest_{};
-    Team::take_diagonal(o.Q, o.n, o.diagonal_Q);
-    Team::each(o.np, [&](auto j) { largest_ = larger(absolute(o.diagonal_Q[j]), largest_); });
-    S per_largest = Real(1) / larger(Team::largest(largest_), as<S>(smallest_normal<Real>));
+    S per_largest = Real(1) / largest_of_Q(o);
     Team::each(o.np, [&](auto j) {
         o.columns.set(j, per_largest);
         o.added.set(j, rounding);

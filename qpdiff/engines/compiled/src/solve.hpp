@@ -157,11 +157,14 @@ template <class T> class Worker {
     void load_matrices(long b) {
         const Operands& operands = batch.operands;
         bool new_Q = !Q_ready || !operands.Q.shared(), new_K = !K_ready || !operands.A.shared() || !operands.G.shared();
+        bool look = batch.check && !prepared;
         if (new_Q) {
             load_Q(o, operands, b);
+            refuse_unless(!look || plausible_Q(o, T(batch.rounding)));
         }
         if (new_K) {
             load_K(o, operands, b);
+            refuse_unless(!look || Serial::all_finite(o.K, o.linear, o.n));
         }
         if (new_Q || new_K) {
             balance(o);
@@ -182,18 +185,20 @@ template <class T> class Worker {
         }
         // The other forms exist only for a Q that is positive definite.
         bool look = batch.check && form == Form::primal && (b == 0 || !batch.operands.Q.shared());
-        if (look && !convex(o, T(batch.rounding))) {
-            refused = true;
-            queue.refuse();
-        }
+        refuse_unless(!look || convex(o, T(batch.rounding)));
         return form;
     }
 
-    void solve_one(long b) {
-        if (batch.check && !plausible<T>(batch.operands, b, T(batch.rounding), b == 0)) {
+    // End the call unless what an operand has to be holds.
+    void refuse_unless(bool good) {
+        if (!good) {
+            refused = true;
             queue.refuse();
-            return;
         }
+    }
+
+    void solve_one(long b) {
+        refuse_unless(!batch.check || plausible_vectors<T>(batch.operands, b, b == 0));
         load_vectors(o, batch.operands, b);
         load_matrices(b);
         Form form = prepared ? *prepared : prepare_form(b);
@@ -286,23 +291,23 @@ template <class T> class Worker {
         const Operands& operands = batch.operands;
         bool alike = true;
         for (int lane = 0; lane < size; lane++) {
-            if (batch.check && !plausible<double>(operands, b + lane, batch.rounding, b + lane == 0)) {
-                queue.refuse();
-                return false;
-            }
+            refuse_unless(!batch.check || plausible_vectors<double>(operands, b + lane, b + lane == 0));
         }
         for (int lane = 0; lane < Team::PROBLEMS; lane++) {
             alike &= load_vectors(o, operands, b + std::min(lane, size - 1), lane);
         }
         if (!group->ready || !operands.matrices_shared()) {
             load_lanes(o, operands, b, size);
+            if (batch.check && !prepared) {
+                refuse_unless(every(plausible_Q(o, batch.rounding) & Team::all_finite(o.K, o.linear, o.n)));
+                refuse_unless(batch.shape.form != Form::primal || every(convex(o, batch.rounding)));
+            }
             balance(o);
             group->safe = prepare_group(o);
             group->ready = true;
-            if (batch.check && !prepared && batch.shape.form == Form::primal && !every(convex(o, batch.rounding))) {
-                queue.refuse();
-                return false;
-            }
+        }
+        if (refused) {
+            return false;
         }
         auto slope = equilibrate(o);
         // Problems without curvature have a scale of the cost, which is found one by one.

@@ -82,12 +82,13 @@ template <class V> struct Algebra {
         }
     }
 
-    // C ← C + AᵀA with so many rows of A, in the upper triangle.
-    static QP_NOINLINE void add_gram(Matrix<V> A, int rows, Matrix<V> C, int n) {
+    // C ← M + AᵀA with so many rows of A, in the upper triangle; without data M is 0.
+    static QP_NOINLINE void gram(Matrix<V> M, Matrix<V> A, int rows, Matrix<V> C, int n) {
+        auto start = [&](int i, int j) { return M.data ? M[i][j] : V{}; };
         int i = 0;
         for (; i + 2 <= n; i += 2) {
             for (int j = i; j + 2 <= n; j += 2) {
-                V s00 = C[i][j], s01 = C[i][j + 1], s10 = C[i + 1][j], s11 = C[i + 1][j + 1];
+                V s00 = start(i, j), s01 = start(i, j + 1), s10 = start(i + 1, j), s11 = start(i + 1, j + 1);
                 for (int k = 0; k < rows; k++) {
                     const V* r = A[k];
                     s00 += r[i] * r[j];
@@ -99,7 +100,7 @@ template <class V> struct Algebra {
             }
         }
         for (int k = 0; n % 2 == 1 && k < n; k++) {
-            V s = C[k][n - 1];
+            V s = start(k, n - 1);
             for (int row = 0; row < rows; row++) {
                 s += A[row][k] * A[row][n - 1];
             }
@@ -245,9 +246,23 @@ template <class V> struct Algebra {
         }
     }
 
-    static QP_INLINE void copy_rows(Matrix<V> M, int n, Matrix<V> out) { std::copy(M.data, M[n], out.data); }
-
-    static QP_INLINE void clear(Matrix<V> M, int n) { std::fill(M.data, M[n], V{}); }
+    // Where all entries are finite, and where those of a matrix differ from its transpose by a limit at most.
+    static QP_NOINLINE Truth all_finite(Matrix<V> M, int rows, int columns) {
+        Truth finite = ~Truth{};
+        for (long i = 0; i < (long)rows * columns; i++) {
+            finite &= is_finite(M.data[i]);
+        }
+        return finite;
+    }
+    static QP_NOINLINE Truth symmetric(Matrix<V> M, int n, V limit) {
+        Truth within = ~Truth{};
+        for (int i = 0; i < n; i++) {
+            for (int j = 0; j < i; j++) {
+                within &= absolute(M[i][j] - M[j][i]) <= limit;
+            }
+        }
+        return within;
+    }
 
     static QP_INLINE void take_diagonal(Matrix<V> M, int n, Vector<V> out) {
         for (int j = 0; j < n; j++) {

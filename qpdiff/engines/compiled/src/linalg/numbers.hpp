@@ -173,7 +173,21 @@ template <class N> QP_INLINE N absolute(N a) {
 template <class N> QP_INLINE N larger(N a, N b) { return select((a >= b) | (a != a), a, b); }
 template <class N> QP_INLINE N smaller(N a, N b) { return select((a <= b) | (a != a), a, b); }
 
-// b where it is less than a: there NaN does not count.
+// The largest entry of a pack; NaN if there is one.
+template <class N> QP_INLINE scalar_of<N> largest_entry(N v) {
+    if constexpr (entries<N> == 16) {
+        return largest_entry(larger(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)));
+    } else if constexpr (entries<N> == 8) {
+        return largest_entry(larger(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)));
+    } else if constexpr (entries<N> == 4) {
+        return largest_entry(larger(__builtin_shufflevector(v, v, 0, 1), __builtin_shufflevector(v, v, 2, 3)));
+    } else {
+        return larger(scalar_of<N>(v[0]), scalar_of<N>(v[1]));
+    }
+}
+
+// The smaller one; NaN in the first does not count.
 template <class N> QP_INLINE N least_of(N a, N b) { return select(a < b, a, b); }
 
 // The positive part; NaN stays.

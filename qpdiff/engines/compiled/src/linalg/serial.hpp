@@ -61,7 +61,7 @@ template <class T> struct Tiles {
     using Four = pack_of<T, 4 * sizeof(T)>;
 
     // C ← M ± AᵀB in ROWS rows of C from i on and COUNT packs of columns from j on, with the rows of A and B from
-    // `first` to `last`; with SOLVE then solve with the triangle of A at (i, i), transposed.
+    // `first` to `last`; with SOLVE then solve with the triangle of A at (i, i), transposed. Without data M is 0.
     template <int COUNT, bool ADD, bool SOLVE>
     static QP_INLINE void tile(Matrix<T> A, Matrix<T> B, Matrix<T> M, Matrix<T> C, int i, int first, int last, int j) {
         V c[ROWS][COUNT];
@@ -69,7 +69,7 @@ template <class T> struct Tiles {
         for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 4
             for (int k = 0; k < COUNT; k++) {
-                c[r][k] = load<V>(M[i + r] + j + k * W);
+                c[r][k] = ADD && !M.data ? V{} : load<V>(M[i + r] + j + k * W);
             }
         }
         const T* a = A[first] + i;
@@ -251,19 +251,27 @@ template <class T> struct Tiles {
         }
     }
 
-    // C ← C + AᵀA with so many rows of A, in the upper triangle.
-    static QP_NOINLINE void add_gram(Matrix<T> A, int rows, Matrix<T> C, int n) {
+    // C ← M + AᵀA with so many rows of A, in the upper triangle; without data M is 0. The padding of C becomes 0.
+    static QP_NOINLINE void gram(Matrix<T> M, Matrix<T> A, int rows, Matrix<T> C, int n) {
         constexpr int PANEL = 128;  // rows whose entries stay in the cache
+        clear_padding(C, n);
         if (n > blas::BLOCK && blas::available<T>()) {
+            if (M.data) {
+                std::memcpy(C.data, M.data, sizeof(T) * n * M.ld);
+            } else {
+                std::memset(C.data, 0, sizeof(T) * n * C.ld);
+            }
             blas::add_gram(A.data, A.ld, rows, C.data, C.ld, n);
             return;
         }
-        int stop = whole_packs<T>(n);
-        for (int k = 0; k < rows; k += PANEL) {
+        int stop = whole_packs<T>(n), k = 0;
+        do {
             for (int i = 0; i < n; i += ROWS) {
-                tiles<true, false>(A, A, C, C, i, k, std::min(k + PANEL, rows), i - i % W, stop);
+                tiles<true, false>(A, A, M, C, i, k, std::min(k + PANEL, rows), i - i % W, stop);
             }
-        }
+            M = C;
+            k += PANEL;
+        } while (k < rows);
     }
 
     // The sums of the entries of four packs.
@@ -479,47 +487,66 @@ template <class T> struct Tiles {
 
     // ---- other operations on matrices
 
+    // Transpose a block of four rows and columns.
+    static QP_INLINE void transpose_block(const T* from, long ld, T* to, long to_ld) {
+        Four a = load<Four>(from), b = load<Four>(from + ld), c = load<Four>(from + 2 * ld), d = load<Four>(from + 3 * ld);
+        Four ab = __builtin_shufflevector(a, b, 0, 4, 2, 6), ab1 = __builtin_shufflevector(a, b, 1, 5, 3, 7);
+        Four cd = __builtin_shufflevector(c, d, 0, 4, 2, 6), cd1 = __builtin_shufflevector(c, d, 1, 5, 3, 7);
+        store(to, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+        store(to + to_ld, __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5));
+        store(to + 2 * to_ld, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+        store(to + 3 * to_ld, __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7));
+    }
+
     // Copy the upper triangle of n rows and columns to the lower one.
     static QP_NOINLINE void mirror(Matrix<T> S, int n) {
         for (int i = 0; i < n; i += ROWS) {
-            const T* a = S[i];
-            const T* b = S[i + 1];
-            const T* c = S[i + 2];
-            const T* d = S[i + 3];
-            S[i + 1][i] = a[i + 1];
-            S[i + 2][i] = a[i + 2], S[i + 2][i + 1] = b[i + 2];
-            S[i + 3][i] = a[i + 3], S[i + 3][i + 1] = b[i + 3], S[i + 3][i + 2] = c[i + 3];
-            for (int j = i + ROWS; j < n; j++) {
-                T* r = S[j] + i;
-                r[0] = a[j], r[1] = b[j], r[2] = c[j], r[3] = d[j];
+            for (int r = 1; r < ROWS; r++) {
+                for (int k = 0; k < r; k++) {
+                    S[i + r][i + k] = S[i + k][i + r];
+                }
+            }
+            for (int j = i + ROWS; j < n; j += ROWS) {
+                transpose_block(S[i] + j, S.ld, S[j] + i, S.ld);
             }
         }
     }
 
-    // Put Mᵀ in `out`, and zeros into the padding.
+    // Put Mᵀ in `out`, and zeros into the padding, as there are in that of M.
     static QP_NOINLINE void transpose(Matrix<T> M, int rows, int columns, Matrix<T> out) {
-        int i = 0;
-        for (; i + ROWS <= rows; i += ROWS) {
-            const T* a = M[i];
-            const T* b = M[i + 1];
-            const T* c = M[i + 2];
-            const T* d = M[i + 3];
-            for (int j = 0; j < columns; j++) {
-                T* o = out[j] + i;
-                o[0] = a[j], o[1] = b[j], o[2] = c[j], o[3] = d[j];
+        for (int i = 0; i < rows; i += ROWS) {
+            for (int j = 0; j < columns; j += ROWS) {
+                transpose_block(M[i] + j, M.ld, out[j] + i, out.ld);
             }
         }
-        for (; i < rows; i++) {
-            for (int j = 0; j < columns; j++) {
-                out[j][i] = M[i][j];
+        for (int j = 0; j < whole_tiles(columns); j++) {
+            std::fill(out[j] + whole_tiles(rows), out[j] + out.ld, T(0));
+        }
+    }
+
+    // Whether all entries are finite, and whether those of a matrix differ from its transpose by a limit at most.
+    static QP_NOINLINE bool all_finite(Matrix<T> M, int rows, int columns) {
+        mask_of<V> finite = ~mask_of<V>{};
+        for (int i = 0; i < rows; i++) {
+            for (int j = 0; j < whole_packs<T>(columns); j += W) {
+                finite &= is_finite(load<V>(M[i] + j));
             }
         }
-        for (int j = 0; j < columns; j++) {
-            std::fill(out[j] + rows, out[j] + out.ld, T(0));
+        return every(finite);
+    }
+    static QP_NOINLINE bool symmetric(Matrix<T> M, int n, T limit) {
+        using Mask = mask_of<Four>;
+        Mask within = ~Mask{};
+        T turned[ROWS * ROWS];
+        for (int i = 0; i < n; i += ROWS) {
+            for (int j = 0; j <= i; j += ROWS) {
+                transpose_block(M[j] + i, M.ld, turned, ROWS);
+                for (int r = 0; r < ROWS; r++) {
+                    within &= absolute(load<Four>(M[i + r] + j) - load<Four>(turned + r * ROWS)) <= as<Four>(limit);
+                }
+            }
         }
-        for (int j = columns; j < whole_tiles(columns); j++) {
-            std::fill(out[j], out[j] + out.ld, T(0));
-        }
+        return every(within);
     }
 
     // out_ij = scale_i M_ij.
@@ -569,22 +596,8 @@ template <class T> struct Tiles {
         }
     }
 
-    template <class N> static QP_INLINE scalar_of<N> largest_entry(N v) {
-        scalar_of<N> most = v[0];
-        for (int i = 1; i < entries<N>; i++) {
-            most = larger(scalar_of<N>(v[i]), most);
-        }
-        return most;
-    }
-
-    // Copy n rows, and zeros into those of the padding: a factor that failed has left NaN there.
-    static QP_NOINLINE void copy_rows(Matrix<T> M, int n, Matrix<T> out) {
-        std::memcpy(out.data, M.data, sizeof(T) * n * M.ld);
-        clear_padding(out, n);
-    }
+    // Put zeros into the rows of the padding: a factor that failed has left NaN there.
     static QP_INLINE void clear_padding(Matrix<T> M, int n) { std::memset(M[n], 0, sizeof(T) * (whole_tiles(n) - n) * M.ld); }
-
-    static QP_INLINE void clear(Matrix<T> M, int n) { std::memset(M.data, 0, sizeof(T) * whole_tiles(n) * M.ld); }
 
     static QP_INLINE void take_diagonal(Matrix<T> M, int n, Vector<T> out) {
         for (int j = 0; j < n; j++) {
@@ -639,8 +652,8 @@ template <class T> struct Team : Tiles<T> {
 
     // What the loop has collected, of all entries.
     template <class N> static QP_INLINE scalar_of<N> sum(N a) { return total(a); }
-    template <class N> static QP_INLINE scalar_of<N> largest(N a) { return Tiles<T>::largest_entry(a); }
-    template <class N> static QP_INLINE scalar_of<N> smallest(N a) { return -Tiles<T>::largest_entry(-a); }
+    template <class N> static QP_INLINE scalar_of<N> largest(N a) { return largest_entry(a); }
+    template <class N> static QP_INLINE scalar_of<N> smallest(N a) { return -largest_entry(-a); }
     template <class M> static QP_INLINE bool all(M m) { return every(m); }
 
     // Sum of the logarithms of positive numbers.

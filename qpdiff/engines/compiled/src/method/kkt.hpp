@@ -89,8 +89,7 @@ template <Form FORM, class Team> QP_NOINLINE typename Team::Truth prepare(Proble
         if (some(safe)) {
             Team::transpose(o.K, o.linear, o.n, o.V);
             Team::solve_transposed(o.F, o.n, o.V, o.linear);
-            Team::clear(o.S, o.linear);
-            Team::add_gram(o.V, o.n, o.S, o.linear);
+            Team::gram({}, o.V, o.n, o.S, o.linear);
             Team::mirror(o.S, o.linear);
         }
         return safe;
@@ -125,8 +124,7 @@ template <Form FORM, class Team> QP_NOINLINE typename Team::Truth factor(Problem
     if constexpr (FORM == Form::primal) {
         Team::each(o.lp, [&](auto i) { o.lengths.set(i, root(o.weights[i])); });
         Team::scale_rows(o.K, o.linear, o.n, o.lengths, o.scaled);
-        Team::copy_rows(o.Q, o.n, o.U);
-        Team::add_gram(o.scaled, o.linear, o.U, o.n);
+        Team::gram(o.Q, o.scaled, o.linear, o.U, o.n);
         Team::each(o.np, [&](auto j) { o.added.set(j, o.rho[j] + bound_weights(o, j)); });
         return Team::cholesky(o.U, o.added, o.U, o.n);
     } else {
@@ -141,8 +139,7 @@ template <Form FORM, class Team> QP_NOINLINE typename Team::Truth factor(Problem
             invert_diagonal(o);
             Team::each(o.np, [&](auto j) { o.columns.set(j, root(o.inverse[j])); });
             Team::scale_rows(o.turned, o.n, o.linear, o.columns, o.V);
-            Team::clear(o.U, o.linear);
-            Team::add_gram(o.V, o.n, o.U, o.linear);
+            Team::gram({}, o.V, o.n, o.U, o.linear);
             return Team::cholesky(o.U, o.added, o.U, o.linear);
         }
     }
