@@ -19,7 +19,7 @@ from ...backend import NumPyBackend, single_threaded_blas
 from ...problem import OPERANDS, Problem, check_values
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from ..parameters import DOUBLE, SINGLE
-from .memory import empty
+from .memory import SMALLEST, empty
 
 
 def _load_core():
@@ -108,29 +108,28 @@ def solve(
 
 def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, progress, check: bool):
     """The same, or None where an operand may break a rule."""
-    n, rows, count, dtype = problem.n, problem.rows, problem.batch, np.dtype(problem.dtype)
+    n, count, dtype = problem.n, problem.batch, np.dtype(problem.dtype)
     form = _FORMS[kkt.preferred_form(problem)]
-    operands = tuple([getattr(problem, name) for name in OPERANDS])
-    outcome = Outcome(
-        empty((count, n), dtype), empty((count, rows), dtype), empty((count, rows), dtype),
-        np.empty((count, 1), np.int32), np.empty((count, 1), np.int32), *np.empty((4, count, 1)),
-    )  # fmt: skip
-    kept = make_kept(problem, form, dtype)
+    plan = _plan(problem, form, dtype.itemsize)
+    x, v, s, *factors, D, E = [make(shape, dtype) for make, shape in plan]
+    outcome = Outcome(x, v, s, *np.empty((2, count, 1), np.int32), *np.empty((4, count, 1)))
+    kept = Kept(*factors, D, E, np.empty(count, np.int32), np.empty(count, np.bool_))
     done = outcome, Factors(form, kept)
     if count == 0:
         return done
     workers = workers_for(problem, count, SOLVE)
     longest = max(n, problem.m + problem.p)
     in_lanes = start is None and longest <= SMALL and count >= ENOUGH * workers and dtype.itemsize == 8
-    near = (None, None, None) if start is None else tuple(np.ascontiguousarray(a) for a in start)
-    if longest > _core.BLOCK:
-        _set_blas()
-    with single_threaded_blas() if workers > 1 and longest > _core.BLOCK else nullcontext():
-        good = _core.solve(
-            operands, outcome, kept, near, settings, _PARAMETERS[dtype], form, check, problem.rounding, in_lanes,
-            workers, progress,
-        )  # fmt: skip
-    return done if good else None
+    call = (
+        tuple([getattr(problem, name) for name in OPERANDS]), outcome, kept,
+        (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
+        _PARAMETERS[dtype], form, check, problem.rounding, in_lanes, workers, progress,
+    )  # fmt: skip
+    if longest <= _core.BLOCK:
+        return done if _core.solve(*call) else None
+    _set_blas()
+    with single_threaded_blas() if workers > 1 else nullcontext():
+        return done if _core.solve(*call) else None
 
 
 @cache
@@ -162,33 +161,43 @@ def is_shared(value) -> bool:
     return value.shape[0] == 1 or value.strides[0] == 0
 
 
-def make_kept(problem: Problem, form: int, dtype) -> Kept:
-    """Memory for what is kept of every problem, or once for all that share it; empty where nothing is kept."""
-    count, operands = problem.batch, problem.operands
-    shared = all([is_shared(value) for name, value in operands.items() if name in _DECIDING])
-    sizes = _sizes(form, problem.n, problem.m + problem.p, problem.lb is not None, problem.ub is not None, dtype.itemsize)
-    counts, size = _counts(form, sizes, count, shared, True)
-    few, many = (limit // dtype.itemsize for limit in KEPT_BYTES)
-    if size > few and size > min(many, sum(v[:1].size if is_shared(v) else v.size for v in operands.values())):
-        counts, _ = _counts(form, sizes, count, shared, False)
-    return Kept(
-        *[empty(shape, dtype) for shape in zip(counts, sizes, strict=True)],
-        empty((count, problem.n), dtype), empty((count, problem.rows), dtype),
-        np.empty(count, np.int32), np.empty(count, np.bool_),
-    )  # fmt: skip
+def _plan(problem: Problem, form: int, itemsize: int):
+    """How to make the arrays of the outcome, and of what is kept of every problem or once for all that share it."""
+    count, linear, operands = problem.batch, problem.m + problem.p, problem.operands
+    shared = count == 1 or all([is_shared(value) for name, value in operands.items() if name in _DECIDING])
+    sizes = form, problem.n, linear, problem.lb is not None, problem.ub is not None, itemsize
+    plan, kept = _plan_of(sizes, count, shared, True)
+    few, many = KEPT_BYTES
+    if kept > few and kept > min(many, itemsize * sum(v[:1].size if is_shared(v) else v.size for v in operands.values())):
+        plan, _ = _plan_of(sizes, count, shared, False)
+    return plan
 
 
-_sizes = lru_cache(maxsize=256)(_core.kept_sizes)
-_CONSTANT = {PRIMAL: set(), DENSE_DUAL: {"F", "V", "S"}, DIAGONAL_DUAL: {"diagonal"}}
+_CONSTANT = {PRIMAL: (), DENSE_DUAL: ("F", "V", "S"), DIAGONAL_DUAL: ("diagonal",)}
 """What does not change in an iteration."""
 
 
 @lru_cache(maxsize=256)
-def _counts(form: int, sizes: tuple[int, ...], batch: int, shared: bool, keep: bool) -> tuple[tuple[int, ...], int]:
-    """How many entries of each array are kept, with or without those of every problem; and how many numbers those are."""
-    once = _CONSTANT[form] if shared else set()
-    counts = [
-        1 if name in once else batch if keep and size else 0 for name, size in zip(Kept._fields, sizes, strict=False)
-    ]
-    own = sum(math.prod(pair) for pair, name in zip(zip(counts, sizes, strict=True), Kept._fields, strict=False) if name not in once)
-    return tuple(counts), own
+def _plan_of(sizes: tuple, count: int, shared: bool, keep: bool):
+    """The plan with or without what is kept of every problem, and how many bytes that is."""
+    form, n, linear, lower, upper, itemsize = sizes
+    rows, kept, shapes = linear + n * (lower + upper), 0, []
+    for name, size in zip(Kept._fields, _core.kept_sizes(*sizes), strict=False):
+        once = shared and name in _CONSTANT[form]
+        shapes.append((1 if once else count if keep and size else 0, size))
+        kept += 0 if once else math.prod(shapes[-1])
+    widths = (n, rows, rows), (n, rows)
+    shapes = [*[(count, width) for width in widths[0]], *shapes, *[(count, width) for width in widths[1]]]
+    plan = [(_maker(itemsize * math.prod(shape)), shape) for shape in shapes]
+    return plan, itemsize * kept
+
+
+def _maker(size: int):
+    """What makes an array of so many bytes."""
+    return nothing if size == 0 else np.empty if size < SMALLEST else empty
+
+
+@cache
+def nothing(shape, dtype) -> np.ndarray:
+    """An array without entries, the same for all calls."""
+    return np.empty(shape, dtype)
