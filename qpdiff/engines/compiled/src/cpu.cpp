@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
 
+#include "differentiate.hpp"
 #include "solve.hpp"
 
 namespace nb = nanobind;
@@ -127,6 +128,34 @@ bool solve_problems(nb::tuple operands, nb::tuple outcome, nb::tuple kept, nb::t
                lanes, workers, progress);
 }
 
+template <class T> MatrixGradients<T> read_gradients(const Arrays& a, int first) {
+    return {a[first].rows<T>(), a[first + 1].rows<T>(), a[first + 2].rows<T>()};
+}
+
+template <class T>
+void differentiate_as(const Operands& operands, const Arrays& kept, const Arrays& given, const Arrays& out,
+                      const Parameters& parameters, int form, double fill, int workers) {
+    DerivativeBatch<T> batch;
+    batch.operands = operands, batch.shape = read_shape(operands, form), batch.parameters = &parameters;
+    batch.kept = read_kept<T>(kept);
+    batch.x = given[0].operand(), batch.v = given[1].operand(), batch.s = given[2].operand();
+    batch.r_x = given[3].operand(), batch.r_v = given[4].operand(), batch.solved = given[5].rows<const bool>();
+    batch.u_x = out[0].rows<T>(), batch.u_v = out[1].rows<T>(), batch.fill = T(fill);
+    batch.own = read_gradients<T>(out, 2), batch.sums = read_gradients<T>(out, 5);
+    if (!differentiate_batch(batch, workers)) {
+        throw nb::python_error();
+    }
+}
+
+// Solve the KKT system at the solutions: `given` are x, v, s, the right-hand sides r_x, r_v and whether problems are
+// solved; `out` u_x, u_v and the gradients of Q, A and G, of each problem's own and then summed over the batch.
+void differentiate_problems(nb::tuple operands, nb::tuple kept, nb::tuple given, nb::tuple out, const Parameters& parameters,
+                            int form, double fill, int workers) {
+    Arrays of_batch(operands, false), keep(kept, false), in(given, false), results(out, true);
+    auto run = results[0].itemsize() == sizeof(double) ? differentiate_as<double> : differentiate_as<float>;
+    run(read_operands(of_batch, results[0].size(0)), keep, in, results, parameters, form, fill, workers);
+}
+
 // Numbers that one problem keeps, of each array.
 std::tuple<long, long, long, long, long, long> kept_sizes(int form, int n, int linear, bool lower, bool upper, int itemsize) {
     auto sizes = [&]<class T>(T) {
@@ -171,6 +200,7 @@ NB_MODULE(QP_MODULE, m) {
     m.attr("BLOCK") = blas::BLOCK;
     m.def("kept_sizes", &kept_sizes);
     m.def("set_blas", &set_blas);
+    m.def("solve_kkt", &differentiate_problems);
     m.def("solve", &solve_problems, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg().none());
 }
