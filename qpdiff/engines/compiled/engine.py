@@ -39,8 +39,8 @@ SMALL, ENOUGH = 32, 6
 group takes as long as two to five problems one by one."""
 WORTH_A_THREAD = 1e6
 """Operations that take about as long as it takes to start a thread."""
-SOLVE = 10
-"""How often a solve goes through a problem's matrices, in steps of the iteration."""
+SOLVE, DIFFERENTIATE = 10, 1
+"""How often a call goes through a problem's matrices, in steps of the iteration."""
 KEPT_BYTES = 2**26, 2**29
 """Factors are kept for the derivative where they take no more than the first, or than the data and the second."""
 PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = range(3)
@@ -78,12 +78,26 @@ class Factors(NamedTuple):
     kept: Kept
 
     def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool):
-        """Solve the KKT system, as `engines.base.Factors` says."""
-        from ..array.derivative import whole  # until the derivative of this engine is there
-
-        metric = kkt.Metric(self.kept.D, self.kept.E, 1.0, 1.0, 1.0)
-        factors = whole(lin.problem, None, metric)
-        return factors.solve(lin._replace(factors=factors), r_x, r_v, fill, of_matrices)
+        """Solve the KKT system, as `engines.base.Factors` says; the gradients of all matrices come along."""
+        problem = lin.problem
+        n, count, dtype = problem.n, problem.batch, r_x.dtype
+        u_x, u_v = empty((count, n), dtype), empty((count, problem.rows), dtype)
+        own: list[Any] = [None] * 3
+        sums: list[Any] = [None] * 3
+        for i, (name, height) in enumerate((("Q", n), ("A", problem.p), ("G", problem.m)) if of_matrices else ()):
+            matrix = getattr(problem, name)
+            if matrix is not None and matrix.shape[0] == count:
+                own[i] = empty((count, height, n), dtype)
+            elif matrix is not None:
+                sums[i] = np.empty((1, height, n), dtype)
+        _core.solve_kkt(
+            tuple([getattr(problem, name) for name in OPERANDS]), self.kept, (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
+            (u_x, u_v, *own, *sums), _PARAMETERS[dtype], self.form, fill, workers_for(problem, count, DIFFERENTIATE),
+        )  # fmt: skip
+        if sums[0] is not None:
+            sums[0] = sums[0] + sums[0].mT
+        gradients = zip(("Q", "A", "G") * 2, (*own, *sums), strict=True)
+        return u_x, u_v, {name: gradient for name, gradient in gradients if gradient is not None}
 
 
 def refusal(problem: Problem, verbose: bool) -> str | None:

@@ -139,7 +139,7 @@ void differentiate_as(const Operands& operands, const Arrays& kept, const Arrays
     batch.operands = operands, batch.shape = read_shape(operands, form), batch.parameters = &parameters;
     batch.kept = read_kept<T>(kept);
     batch.x = given[0].operand(), batch.v = given[1].operand(), batch.s = given[2].operand();
-    batch.r_x = given[3].operand(), batch.r_v = given[4].operand(), batch.solved = given[5].rows<const bool>();
+    batch.r_x = given[3].operand(), batch.r_v = given[4].operand(), batch.status = given[5].rows<const int>();
     batch.u_x = out[0].rows<T>(), batch.u_v = out[1].rows<T>(), batch.fill = T(fill);
     batch.own = read_gradients<T>(out, 2), batch.sums = read_gradients<T>(out, 5);
     if (!differentiate_batch(batch, workers)) {
@@ -147,8 +147,8 @@ void differentiate_as(const Operands& operands, const Arrays& kept, const Arrays
     }
 }
 
-// Solve the KKT system at the solutions: `given` are x, v, s, the right-hand sides r_x, r_v and whether problems are
-// solved; `out` u_x, u_v and the gradients of Q, A and G, of each problem's own and then summed over the batch.
+// Solve the KKT system at the solutions: `given` are x, v, s, the right-hand sides r_x, r_v and the statuses; `out` u_x,
+// u_v and the gradients of Q, A and G, of each problem's own and then summed over the batch.
 void differentiate_problems(nb::tuple operands, nb::tuple kept, nb::tuple given, nb::tuple out, const Parameters& parameters,
                             int form, double fill, int workers) {
     Arrays of_batch(operands, false), keep(kept, false), in(given, false), results(out, true);

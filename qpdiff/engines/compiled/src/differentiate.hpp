@@ -19,7 +19,7 @@ template <class T> struct DerivativeBatch {
     const Parameters* parameters;
     KeptBatch<T> kept;
     Operand x, v, s, r_x, r_v;     // the solutions and the right-hand sides
-    Rows<const bool> solved;
+    Rows<const int> status;
     Rows<T> u_x, u_v;
     T fill;                        // for problems that are not solved
     MatrixGradients<T> own, sums;  // the sum of Q is the half that with its transpose is the gradient
@@ -117,7 +117,7 @@ template <class T> class DerivativeWorker {
         prefetch_vectors(next);
         read(batch.x.at(b), batch.x.column, o.n, d.x.data);
         read_rows(batch.v, b, d.v);
-        if (*batch.solved.at(b)) {
+        if (*batch.status.at(b) == SOLVED) {
             solve_kkt(b, ahead);
         } else {
             std::fill(d.u.x.data, d.u.x.data + o.n, batch.fill);
