@@ -683,7 +683,8 @@ template <class T> struct Tiles {
 
     // ---- products of vectors
 
-    // Fill so many rows of n numbers, without padding, with factor (a uᵀ + b xᵀ); u and x are padded.
+    // Fill so many rows of n numbers, without padding, with factor (a uᵀ + b xᵀ); u and x are padded. Exactly symmetric where
+    // a is x and b is u.
     static QP_NOINLINE void outer(T factor, const T* a, const T* u, const T* b, const T* x, int rows, int n, T* out) {
         const T* end = out + (long)rows * n;
         int stop = whole_packs<T>(n), i = 0;
@@ -691,12 +692,14 @@ template <class T> struct Tiles {
         for (; i < rows && out + stop <= end; i++, out += n) {
             V of_u = as<V>(factor * a[i]), of_x = as<V>(factor * b[i]);
             for (int j = 0; j < stop; j += W) {
-                store(out + j, of_u * load<V>(u + j) + of_x * load<V>(x + j));
+                V first = rounded(of_u * load<V>(u + j)), second = rounded(of_x * load<V>(x + j));
+                store(out + j, first + second);
             }
         }
         for (; i < rows; i++, out += n) {
             for (int j = 0; j < n; j++) {
-                out[j] = factor * (a[i] * u[j] + b[i] * x[j]);
+                T first = rounded(factor * a[i] * u[j]), second = rounded(factor * b[i] * x[j]);
+                out[j] = first + second;
             }
         }
     }
