@@ -687,19 +687,16 @@ template <class T> struct Tiles {
     // a is x and b is u.
     static QP_NOINLINE void outer(T factor, const T* a, const T* u, const T* b, const T* x, int rows, int n, T* out) {
         const T* end = out + (long)rows * n;
-        int stop = whole_packs<T>(n), i = 0;
-        // Whole packs, as long as what they put beyond a row is written over by later ones.
-        for (; i < rows && out + stop <= end; i++, out += n) {
+        for (int i = 0; i < rows; i++, out += n) {
             V of_u = as<V>(factor * a[i]), of_x = as<V>(factor * b[i]);
-            for (int j = 0; j < stop; j += W) {
-                V first = rounded(of_u * load<V>(u + j)), second = rounded(of_x * load<V>(x + j));
-                store(out + j, first + second);
-            }
-        }
-        for (; i < rows; i++, out += n) {
-            for (int j = 0; j < n; j++) {
-                T first = rounded(factor * a[i] * u[j]), second = rounded(factor * b[i] * x[j]);
-                out[j] = first + second;
+            for (int j = 0; j < n; j += W) {
+                V first = rounded(of_u * load<V>(u + j)), second = rounded(of_x * load<V>(x + j)), sum = first + second;
+                // What a pack puts beyond a row is written over by the next one, but for the end.
+                if (out + j + W <= end) {
+                    store(out + j, sum);
+                } else {
+                    std::memcpy(out + j, &sum, sizeof(T) * (n - j < W ? n - j : W));
+                }
             }
         }
     }
