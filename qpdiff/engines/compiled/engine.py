@@ -16,7 +16,7 @@ import numpy as np
 
 from ... import kkt
 from ...backend import NumPyBackend, single_threaded_blas
-from ...problem import OPERANDS, Problem, check_values
+from ...problem import MATRICES, OPERANDS, Problem, check_values
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from ..parameters import DOUBLE, SINGLE
 from .memory import empty
@@ -41,6 +41,8 @@ WORTH_A_THREAD = 1e6
 """Operations that take about as long as it takes to start a thread."""
 SOLVE, DIFFERENTIATE = 10, 1
 """How often a call goes through a problem's matrices, in steps of the iteration."""
+FEW = 2**10
+"""Variables of a batch up to which memory that is used again is not worth looking for."""
 KEPT_BYTES = 2**26, 2**29
 """Factors are kept for the derivative where they take no more than the first, or than the data and the second."""
 PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = range(3)
@@ -79,25 +81,22 @@ class Factors(NamedTuple):
 
     def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool):
         """Solve the KKT system, as `engines.base.Factors` says; the gradients of all matrices come along."""
-        problem = lin.problem
-        n, count, dtype = problem.n, problem.batch, r_x.dtype
-        u_x, u_v = empty((count, n), dtype), empty((count, problem.rows), dtype)
-        own: list[Any] = [None] * 3
-        sums: list[Any] = [None] * 3
-        for i, (name, height) in enumerate((("Q", n), ("A", problem.p), ("G", problem.m)) if of_matrices else ()):
-            matrix = getattr(problem, name)
-            if matrix is not None and matrix.shape[0] == count:
-                own[i] = empty((count, height, n), dtype)
-            elif matrix is not None:
-                sums[i] = np.empty((1, height, n), dtype)
+        problem, dtype = lin.problem, r_x.dtype
+        count, allocate = problem.batch, np.empty if lin.x.size < FEW else empty
+        u_x, u_v = allocate(lin.x.shape, dtype), allocate(lin.v.shape, dtype)
+        gradients = {}
+        if of_matrices:
+            for name in MATRICES:
+                if (matrix := getattr(problem, name)) is not None:
+                    gradients[name] = allocate(matrix.shape, dtype)
         _core.solve_kkt(
             tuple([getattr(problem, name) for name in OPERANDS]), self.kept, (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
-            (u_x, u_v, *own, *sums), _PARAMETERS[dtype], self.form, fill, workers_for(problem, count, DIFFERENTIATE),
+            (u_x, u_v, *[gradients.get(name) for name in MATRICES]), _PARAMETERS[dtype], self.form, fill,
+            workers_for(problem, count, DIFFERENTIATE),
         )  # fmt: skip
-        if sums[0] is not None:
-            sums[0] = sums[0] + sums[0].mT
-        gradients = zip(("Q", "A", "G") * 2, (*own, *sums), strict=True)
-        return u_x, u_v, {name: gradient for name, gradient in gradients if gradient is not None}
+        if of_matrices and problem.Q.shape[0] < count:
+            gradients["Q"] = gradients["Q"] + gradients["Q"].mT
+        return u_x, u_v, gradients
 
 
 def refusal(problem: Problem, verbose: bool) -> str | None:

@@ -128,8 +128,10 @@ bool solve_problems(nb::tuple operands, nb::tuple outcome, nb::tuple kept, nb::t
                lanes, workers, progress);
 }
 
-template <class T> MatrixGradients<T> read_gradients(const Arrays& a, int first) {
-    return {a[first].rows<T>(), a[first + 1].rows<T>(), a[first + 2].rows<T>()};
+// The gradients of Q, G and A of each problem's own, or those that are sums over the batch.
+template <class T> MatrixGradients<T> read_gradients(const Arrays& a, long count, bool summed) {
+    auto rows = [&](const Array& array) { return (array.size(0) != count) == summed ? array.rows<T>() : Rows<T>{}; };
+    return {rows(a[2]), rows(a[3]), rows(a[4])};
 }
 
 template <class T>
@@ -141,14 +143,14 @@ void differentiate_as(const Operands& operands, const Arrays& kept, const Arrays
     batch.x = given[0].operand(), batch.v = given[1].operand(), batch.s = given[2].operand();
     batch.r_x = given[3].operand(), batch.r_v = given[4].operand(), batch.status = given[5].rows<const int>();
     batch.u_x = out[0].rows<T>(), batch.u_v = out[1].rows<T>(), batch.fill = T(fill);
-    batch.own = read_gradients<T>(out, 2), batch.sums = read_gradients<T>(out, 5);
+    batch.own = read_gradients<T>(out, operands.count, false), batch.sums = read_gradients<T>(out, operands.count, true);
     if (!differentiate_batch(batch, workers)) {
         throw nb::python_error();
     }
 }
 
 // Solve the KKT system at the solutions: `given` are x, v, s, the right-hand sides r_x, r_v and the statuses; `out` u_x,
-// u_v and the gradients of Q, A and G, of each problem's own and then summed over the batch.
+// u_v and the gradients of Q, G and A, with an entry for each problem or one for their sum.
 void differentiate_problems(nb::tuple operands, nb::tuple kept, nb::tuple given, nb::tuple out, const Parameters& parameters,
                             int form, double fill, int workers) {
     Arrays of_batch(operands, false), keep(kept, false), in(given, false), results(out, true);

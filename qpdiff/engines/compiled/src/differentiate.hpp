@@ -10,7 +10,7 @@ namespace qpdiff {
 
 // The gradients of the matrices: of each problem's own, or sums over the batch; without data where they are not wanted.
 template <class T> struct MatrixGradients {
-    Rows<T> Q, A, G;
+    Rows<T> Q, G, A;
 };
 
 template <class T> struct DerivativeBatch {
