@@ -129,7 +129,10 @@ def vjp(
         problem = lin.problem
         rest = [name for name in problem.operands if name not in done]
         out = done | solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest)
-        return Gradients(**{name: problem.returned(_reduce(problem, name, value)) for name, value in out.items()})
+        out = {name: _reduce(problem, name, value) for name, value in out.items()}
+        if problem.result != problem.dtype:
+            out = {name: problem.returned(value) for name, value in out.items()}
+        return Gradients(**out)
 
 
 def jvp(
@@ -250,7 +253,7 @@ def _to_rows(sol: Solution, given):
     problem, xp = lin.problem, lin.problem.backend.xp
     x = _flat(problem, sol, "x", given.pop("x"), "cotangent")
     if all(value is None for value in given.values()):
-        return x, problem.backend.full((problem.batch, problem.rows), 0.0, problem.dtype)
+        return x, problem.backend.zeros_of_all(problem.batch, problem.rows, problem.dtype)
     cotangents = {name: _flat(problem, sol, name, value, "cotangent") for name, value in given.items()}
     z_lb, z_ub = cotangents["z_lb"], cotangents["z_ub"]
     if problem.lb is not None and problem.ub is not None:
@@ -268,6 +271,8 @@ def _reduce(problem: Problem, name: str, gradient):
     shape = problem.shapes[name]
     if gradient.shape == shape:
         return gradient
+    if gradient.shape == (1, *shape):
+        return gradient[0, ...]
     if not shape:
         return summed(xp, gradient, shape)
     if getattr(problem, name).shape[0] == 1:
@@ -297,8 +302,8 @@ def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
     if value is None:
         return backend.full((problem.batch, *core), 0.0, problem.dtype)
     own = type(value) is np.ndarray is type(problem.q)  # CuPy has NumPy's types of numbers, but not its arrays
-    if own and value.dtype == problem.dtype and value.shape == shape and len(shape) > len(core):
-        return value if len(shape) == 1 + len(core) else xp.reshape(value, (problem.batch, *core))
+    if own and value.dtype == problem.dtype and value.shape == shape:
+        return value if len(shape) == 1 + len(core) else value.reshape(problem.batch, *core)
     value = as_tangent(problem, f"{kind} of {name}", value, shape)
     return xp.reshape(value, (math.prod(problem.batch_shape), *core))
 

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+EPS, EPS_SINGLE = (float(np.finfo(kind).eps) for kind in (np.float64, np.float32))
+"""The distance from 1 to the next larger number."""
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -116,9 +121,50 @@ class Parameters:
     has no lower limit.
     """
 
+    # ---- the derivative: the KKT system at the solution, where θ = s/z tends to 0 or to infinity
+    nearly_active: float = 1.0
+    """Constraints whose θ is less in the scaled problem count as nearly active; the others are eliminated by their own θ.
+    """
+    derivative_rounds: int = 3
+    """Rounds of refinement with what the solve has kept: where more are needed, a factor of its own is better."""
+    refined: float = EPS**0.625
+    """Residual of a refined solution, against its right-hand side,"""
+    refined_moved: float = 10.0
+    """and how many times that a next correction may be against the solution."""
+    nearly_refined: float = 1e-5
+    """A residual that has been computed, from which on what is expected of the next one is believed,"""
+    well_refined: float = 0.1
+    """where it is this share of `refined`."""
+    factor_residual: float = 0.1 * EPS**0.5
+    """The last factor has done where it leaves no more than this of the right-hand side,"""
+    factor_moved: float = EPS**0.5
+    """and a next correction is no more than this of the solution."""
+    inactive: float = 1e8
+    """The dense dual form need not factor constraints whose θ is so many times their entry of K Q⁻¹ Kᵀ."""
+    least_theta: float = 1e-10
+    """What their θ are raised to in the scaled problem, lest dependent constraints leave its matrix singular."""
+    derivative_accuracy: float = 1e-5
+    """A correction of a solution by this share is the last; the next one would be as much smaller again."""
+    afresh_smallest: float = 1e-6
+    """θ of the nearly active inequalities in a factor made for the purpose, in the scaled problem: they are scaled up
+    together, as dependent ones share what is asked of them in proportion to 1/θ; at least,"""
+    afresh_largest: float = 1e-3
+    """and at most."""
+    afresh_equality: float = 1e-11
+    """θ of the equalities, less than that: no inequality stands against them."""
+    afresh_rho: float = 1e-9
+    """Primal regularisation of such a factor to begin with."""
+    afresh_growth: float = 100.0
+    """What it is multiplied by where the matrix is not definite,"""
+    afresh_attempts: int = 4
+    """with so many attempts."""
+    afresh_rounds: int = 12
+    """Rounds of refinement with it."""
 
 DOUBLE = Parameters()
 SINGLE = replace(
     DOUBLE, tolerance=1e-4, rho=3e-4, delta=1e-3, smallest=3e-4, certificate=1e5, tiny=1e-30, smallest_pivot=1e-2,
-    diagonal_regularization=1e-5,
+    diagonal_regularization=1e-5, refined=EPS_SINGLE**0.625, factor_residual=0.1 * EPS_SINGLE**0.5,
+    factor_moved=EPS_SINGLE**0.5, inactive=1e4, least_theta=1e-5, derivative_accuracy=1e-3, afresh_smallest=1e-4,
+    afresh_largest=1e-2, afresh_equality=1e-5, afresh_rho=1e-5,
 )  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 
 from ... import kkt
 from ...backend import NumPyBackend, single_threaded_blas
-from ...problem import OPERANDS, Problem, check_values
+from ...problem import MATRICES, OPERANDS, Problem, check_values
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from ..parameters import DOUBLE, SINGLE
 from .memory import SMALLEST, empty
@@ -39,8 +39,10 @@ SMALL, ENOUGH = 32, 6
 group takes as long as two to five problems one by one."""
 WORTH_A_THREAD = 1e6
 """Operations that take about as long as it takes to start a thread."""
-SOLVE = 10
-"""How often a solve goes through a problem's matrices, in steps of the iteration."""
+SOLVE, DIFFERENTIATE = 10, 1
+"""How often a call goes through a problem's matrices, in steps of the iteration."""
+FEW = 2**10
+"""Variables of a batch up to which memory that is used again is not worth looking for."""
 KEPT_BYTES = 2**26, 2**29
 """Factors are kept for the derivative where they take no more than the first, or than the data and the second."""
 PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = range(3)
@@ -78,12 +80,23 @@ class Factors(NamedTuple):
     kept: Kept
 
     def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool):
-        """Solve the KKT system, as `engines.base.Factors` says."""
-        from ..array.derivative import whole  # until the derivative of this engine is there
-
-        metric = kkt.Metric(self.kept.D, self.kept.E, 1.0, 1.0, 1.0)
-        factors = whole(lin.problem, None, metric)
-        return factors.solve(lin._replace(factors=factors), r_x, r_v, fill, of_matrices)
+        """Solve the KKT system, as `engines.base.Factors` says; the gradients of all matrices come along."""
+        problem, dtype = lin.problem, r_x.dtype
+        count, allocate = problem.batch, np.empty if lin.x.size < FEW else empty
+        u_x, u_v = allocate(lin.x.shape, dtype), allocate(lin.v.shape, dtype)
+        gradients = {}
+        if of_matrices:
+            for name in MATRICES:
+                if (matrix := getattr(problem, name)) is not None:
+                    gradients[name] = allocate(matrix.shape, dtype)
+        _core.solve_kkt(
+            tuple([getattr(problem, name) for name in OPERANDS]), self.kept, (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
+            (u_x, u_v, *[gradients.get(name) for name in MATRICES]), _PARAMETERS[dtype], self.form, fill,
+            workers_for(problem, count, DIFFERENTIATE),
+        )  # fmt: skip
+        if of_matrices and problem.Q.shape[0] < count:
+            gradients["Q"] = gradients["Q"] + gradients["Q"].mT
+        return u_x, u_v, gradients
 
 
 def refusal(problem: Problem, verbose: bool) -> str | None:

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
 
+#include "differentiate.hpp"
 #include "solve.hpp"
 
 namespace nb = nanobind;
@@ -127,6 +128,36 @@ bool solve_problems(nb::tuple operands, nb::tuple outcome, nb::tuple kept, nb::t
                lanes, workers, progress);
 }
 
+// The gradients of Q, G and A of each problem's own, or those that are sums over the batch.
+template <class T> MatrixGradients<T> read_gradients(const Arrays& a, long count, bool summed) {
+    auto rows = [&](const Array& array) { return (array.size(0) != count) == summed ? array.rows<T>() : Rows<T>{}; };
+    return {rows(a[2]), rows(a[3]), rows(a[4])};
+}
+
+template <class T>
+void differentiate_as(const Operands& operands, const Arrays& kept, const Arrays& given, const Arrays& out,
+                      const Parameters& parameters, int form, double fill, int workers) {
+    DerivativeBatch<T> batch;
+    batch.operands = operands, batch.shape = read_shape(operands, form), batch.parameters = &parameters;
+    batch.kept = read_kept<T>(kept);
+    batch.x = given[0].operand(), batch.v = given[1].operand(), batch.s = given[2].operand();
+    batch.r_x = given[3].operand(), batch.r_v = given[4].operand(), batch.status = given[5].rows<const int>();
+    batch.u_x = out[0].rows<T>(), batch.u_v = out[1].rows<T>(), batch.fill = T(fill);
+    batch.own = read_gradients<T>(out, operands.count, false), batch.sums = read_gradients<T>(out, operands.count, true);
+    if (!differentiate_batch(batch, workers)) {
+        throw nb::python_error();
+    }
+}
+
+// Solve the KKT system at the solutions: `given` are x, v, s, the right-hand sides r_x, r_v and the statuses; `out` u_x,
+// u_v and the gradients of Q, G and A, with an entry for each problem or one for their sum.
+void differentiate_problems(nb::tuple operands, nb::tuple kept, nb::tuple given, nb::tuple out, const Parameters& parameters,
+                            int form, double fill, int workers) {
+    Arrays of_batch(operands, false), keep(kept, false), in(given, false), results(out, true);
+    auto run = results[0].itemsize() == sizeof(double) ? differentiate_as<double> : differentiate_as<float>;
+    run(read_operands(of_batch, results[0].size(0)), keep, in, results, parameters, form, fill, workers);
+}
+
 // Numbers that one problem keeps, of each array.
 std::tuple<long, long, long, long, long, long> kept_sizes(int form, int n, int linear, bool lower, bool upper, int itemsize) {
     auto sizes = [&]<class T>(T) {
@@ -171,6 +202,7 @@ NB_MODULE(QP_MODULE, m) {
     m.attr("BLOCK") = blas::BLOCK;
     m.def("kept_sizes", &kept_sizes);
     m.def("set_blas", &set_blas);
+    m.def("solve_kkt", &differentiate_problems);
     m.def("solve", &solve_problems, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg().none());
 }

@@ -67,6 +67,12 @@ template <class Team> class Workspace {
         o.U = form != shape.form ? o.square_matrix : form == Form::dense_dual ? own_U : MatrixOf{kept.U, form == Form::primal ? wide : high};
     }
 
+    // Let the problem take the primal form in what is not kept.
+    void use_primal() requires(!Team::lanes) {
+        problem.U = problem.square_matrix;
+        problem.weights = own_weights;
+    }
+
   private:
     using Real = typename Team::Real;
     using MatrixOf = typename Team::Matrix;

@@ -159,6 +159,15 @@ template <class M, class A, class B> QP_INLINE auto select(M m, A a, B b) {
 
 // ---- functions of a number
 
+// Return a product as it is when it is rounded by itself, and not in one with a sum (clang fuses within a statement only).
+template <class N> QP_INLINE N rounded(N product) {
+#if defined(__clang__)
+    return product;
+#else
+    return __builtin_assoc_barrier(product);
+#endif
+}
+
 template <class N> QP_INLINE N absolute(N a) {
     if constexpr (is_vector<N>) {
         using Bits = pack_of<integer_of<scalar_of<N>>, sizeof(N)>;

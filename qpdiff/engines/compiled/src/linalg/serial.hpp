@@ -611,6 +611,102 @@ template <class T> struct Tiles {
             M[j][j] = 1;
         }
     }
+
+    // ---- parts of vectors and matrices, by the numbers of their rows
+
+    // Fill `numbers` with those of the entries that are not 0; return how many there are.
+    static QP_INLINE int list(Vector<T> chosen, int rows, int* numbers) {
+        int count = 0;
+        for (int i = 0; i < rows; i++) {
+            numbers[count] = i;
+            count += chosen.data[i] != 0;
+        }
+        return count;
+    }
+
+    // out_a = v_i for the a-th number i, and zeros in the padding.
+    static QP_INLINE void gather(Vector<T> v, const int* numbers, int count, Vector<T> out) {
+        for (int a = 0; a < count; a++) {
+            out.data[a] = v.data[numbers[a]];
+        }
+        std::fill(out.data + count, out.data + std::max(whole_packs<T>(count), whole_tiles(count)), T(0));
+    }
+
+    // out_i = v_a for the a-th number i.
+    static QP_INLINE void scatter(Vector<T> v, const int* numbers, int count, Vector<T> out) {
+        for (int a = 0; a < count; a++) {
+            out.data[numbers[a]] = v.data[a];
+        }
+    }
+
+    // Fill the upper triangle of `out` with the rows and columns of S that have these numbers, and the padding so that it
+    // has a factor. `meanwhile` is called with (part, parts) for each row.
+    template <class F>
+    static QP_NOINLINE void gather_square(Matrix<T> S, const int* numbers, int count, Matrix<T> out, F meanwhile) {
+        int stop = whole_packs<T>(count);
+        for (int a = 0; a < count; a++) {
+            meanwhile(a, count);
+            const T* from = S[numbers[a]];
+            T* to = out[a];
+            for (int b = a; b < count; b++) {
+                to[b] = from[numbers[b]];
+            }
+            std::fill(to + count, to + stop, T(0));
+        }
+        for (int a = count; a < whole_tiles(count); a++) {
+            std::fill(out[a], out[a] + stop, T(0));
+            out[a][a] = 1;
+        }
+    }
+
+    // With the rows of a symmetric matrix that have these numbers: take what they contribute to S x, as columns, off `out`;
+    // and put in `packed` what is then left of `out` there less the product of these rows with `others`.
+    template <class F>
+    static QP_NOINLINE void subtract_product(Matrix<T> S, int rows, const int* numbers, int count, Vector<T> x,
+                                             Vector<T> others, Vector<T> out, Vector<T> packed, F meanwhile) {
+        int stop = whole_packs<T>(rows);
+        for (int a = 0; a < count; a++) {
+            meanwhile(a, count);
+            const T* row = S[numbers[a]];
+            V factor = as<V>(x.data[numbers[a]]), sum{};
+            for (int j = 0; j < stop; j += W) {
+                V entry = load<V>(row + j);
+                store(out.data + j, load<V>(out.data + j) - factor * entry);
+                sum += entry * load<V>(others.data + j);
+            }
+            packed.data[a] = total(sum);
+        }
+        for (int a = 0; a < count; a++) {
+            packed.data[a] = out.data[numbers[a]] - packed.data[a];
+        }
+    }
+
+    // ---- products of vectors
+
+    // Fill so many rows of n numbers, without padding, with factor (a uᵀ + b xᵀ); u and x are padded. Exactly symmetric where
+    // a is x and b is u.
+    static QP_NOINLINE void outer(T factor, const T* a, const T* u, const T* b, const T* x, int rows, int n, T* out) {
+        const T* end = out + (long)rows * n;
+        for (int i = 0; i < rows; i++, out += n) {
+            V of_u = as<V>(factor * a[i]), of_x = as<V>(factor * b[i]);
+            for (int j = 0; j < n; j += W) {
+                V first = rounded(of_u * load<V>(u + j)), second = rounded(of_x * load<V>(x + j)), sum = first + second;
+                // What a pack puts beyond a row is written over by the next one, but for the end.
+                if (out + j + W <= end) {
+                    store(out + j, sum);
+                } else {
+                    std::memcpy(out + j, &sum, sizeof(T) * (n - j < W ? n - j : W));
+                }
+            }
+        }
+    }
+
+    // C ← C + AᵀB for so many rows of A and B, all padded.
+    static QP_NOINLINE void add_product_matrix(Matrix<T> A, Matrix<T> B, int rows, Matrix<T> C, int of_A, int of_B) {
+        for (int i = 0; i < of_A; i += ROWS) {
+            tiles<true, false>(A, B, C, C, i, 0, rows, 0, whole_packs<T>(of_B));
+        }
+    }
 };
 
 // ---- the team

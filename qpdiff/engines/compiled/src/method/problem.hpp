@@ -22,7 +22,10 @@ constexpr double INFINITE = 1e20;  // a bound this far out is none
     X(largest_step_fraction) X(refine_relative) X(refine_absolute) X(delta_share) X(delta_stuck) X(delta_floor)       \
     X(fast_rate) X(failure_growth) X(solved_share) X(worthwhile) X(improvement) X(certificate_improvement)            \
     X(equal_steps_after) X(least_centering) X(stalled_after) X(reached) X(gap_rounding) X(product_rounding) X(certificate_rounding)      \
-    X(late_certificate) X(ray_violation)
+    X(late_certificate) X(ray_violation) \
+    X(nearly_active) X(inactive) X(least_theta) X(derivative_rounds) X(derivative_accuracy) X(refined)                 \
+    X(refined_moved) X(nearly_refined) X(well_refined) X(factor_residual) X(factor_moved) X(afresh_smallest)           \
+    X(afresh_largest) X(afresh_equality) X(afresh_rho) X(afresh_growth) X(afresh_attempts) X(afresh_rounds)
 
 struct Parameters {
 #define X(name) double name;

@@ -1,0 +1,293 @@
+// The KKT system at the solution of a problem, solved with what is kept of its last iteration (qpdiff.differentiation,
+// where the mathematics is explained):
+//
+//     [ Q   Kᵀ ] [u_x]   [r_x]
+//     [ K  −θ  ] [u_v] = [r_v],    θ = s/v at the inequalities, 0 at the equalities, ∞ where there is no constraint.
+//
+// For one problem, not for lanes.
+#pragma once
+#include <limits>
+#include <utility>
+
+#include "kkt.hpp"
+
+namespace qpdiff {
+
+// A right-hand side of the KKT system: of the variables and of the rows.
+template <class Team> struct RightHandSide {
+    typename Team::Vector x, v;
+};
+
+// A solution of it, with the product Kx.
+template <class Team> struct KktSolution {
+    typename Team::Vector x, v, Kx;
+};
+
+// How far a solve with the factor of another system got, in the scaled problem.
+template <class Real> struct Reached {
+    Real left;   // the residual against the right-hand side
+    Real moved;  // what a next correction is likely to be against the solution
+};
+
+template <class Team> struct Derivative {
+    using Vector = typename Team::Vector;
+    RightHandSide<Team> right;       // what is given
+    KktSolution<Team> u;             // what is found
+    Vector x, v, s;                  // the solution of the problem
+    Vector theta, weights;           // θ and 1/θ there
+    Vector nearly_active;            // 1 for the equalities and the inequalities whose θ is small, else 0
+    Vector per_D, per_E;
+    RightHandSide<Team> eliminated;  // after the elimination of the inactive rows
+    RightHandSide<Team> left, left_after;
+    KktSolution<Team> correction;
+    Vector of_inactive;              // the part of a solution in the inactive rows
+    int* numbers = nullptr;          // of the nearly active rows
+};
+
+// ---- with the factor of another system
+
+template <class Team, class I> QP_INLINE auto is_nearly_active(const Derivative<Team>& d, I i) {
+    return d.nearly_active[i] > typename Team::Entry{};
+}
+
+// Fill θ at the solution, and which rows are nearly active there.
+template <class Team> QP_INLINE void set_point(const Problem<Team>& o, Derivative<Team>& d) {
+    using N = typename Team::Entry;
+    using Real = typename Team::Real;
+    Team::each(o.rows, [&](auto i) {
+        auto equality = o.kind.equality(i), inequality = o.kind.inequality(i);
+        N theta = select(inequality, d.s[i] / d.v[i], select(equality, N{}, Real(INFINITY_)));
+        N scaled = theta * square(o.E[i]);
+        d.theta.set(i, theta);
+        d.weights.set(i, Real(1) / theta);
+        d.nearly_active.set(i, select(scaled < as<N>(Real(o.parameters->nearly_active)), as<N>(Real(1)), N{}));
+    });
+}
+
+// Return the largest entry of a vector that is scaled entry by entry, inactive rows left out.
+template <class Team, class Vector = typename Team::Vector>
+QP_INLINE auto scaled_size(const Problem<Team>& o, const Derivative<Team>& d, Vector scale_x, Vector scale_v, Vector x, Vector v) {
+    using N = typename Team::Entry;
+    N most{};
+    Team::each(o.np, [&](auto j) { most = larger(absolute(x[j] * scale_x[j]), most); });
+    Team::each(o.rows, [&](auto i) { most = larger(select(is_nearly_active(d, i), absolute(v[i] * scale_v[i]), N{}), most); });
+    return Team::largest(most);
+}
+
+// Return a / b, or a where b is 0.
+template <class Real> QP_INLINE Real ratio(Real a, Real b) { return a / (b > 0 ? b : Real(1)); }
+
+// Eliminate the inactive rows from a right-hand side by their own weights; return the size of what is left to solve.
+template <class Team>
+QP_INLINE typename Team::Real eliminate_inactive(const Problem<Team>& o, Derivative<Team>& d, const RightHandSide<Team>& right) {
+    using N = typename Team::Entry;
+    auto to = d.eliminated;
+    Team::each(o.rows, [&](auto i) { to.v.set(i, select(is_nearly_active(d, i), N{}, d.weights[i] * right.v[i])); });
+    adjoint(o, to.v, to.x);
+    Team::each(o.np, [&](auto j) { to.x.set(j, to.x[j] + right.x[j]); });
+    Team::each(o.rows, [&](auto i) { to.v.set(i, select(is_nearly_active(d, i), right.v[i], N{})); });
+    return scaled_size(o, d, o.D, o.E, to.x, to.v);
+}
+
+// Solve for a right-hand side with the factor at hand, the inactive rows eliminated by their own weights.
+template <Form FORM, class Team>
+QP_NOINLINE void solve_approximately(Problem<Team>& o, Derivative<Team>& d, const RightHandSide<Team>& right,
+                                     const KktSolution<Team>& out) {
+    if constexpr (FORM == Form::primal) {
+        // The form eliminates the other rows in the same way, which saves half of the products.
+        auto weight = [&](auto i) { return select(is_nearly_active(d, i), o.weights[i], d.weights[i]); };
+        Team::each(o.rows, [&](auto i) { out.v.set(i, weight(i) * right.v[i]); });
+        adjoint(o, out.v, out.x);
+        Team::each(o.np, [&](auto j) { out.x.set(j, out.x[j] + right.x[j]); });
+        solve_cholesky(o, o.n, out.x);
+        constraints(o, out.x, out.Kx);
+        Team::each(o.rows, [&](auto i) { out.v.set(i, weight(i) * (out.Kx[i] - right.v[i])); });
+    } else {
+        eliminate_inactive(o, d, right);
+        eliminate<FORM>(o, d.eliminated.x);
+        solve<FORM>(o, d.eliminated.x, d.eliminated.v, out.x, out.v);
+        constraints(o, out.x, out.Kx);
+        Team::each(o.rows, [&](auto i) {
+            auto inactive = d.weights[i] * (out.Kx[i] - right.v[i]);
+            out.v.set(i, select(is_nearly_active(d, i), out.v[i], inactive));
+        });
+    }
+}
+
+// Fill `out` with what a solution leaves of the right-hand side that is given.
+template <Form FORM, class Team>
+QP_NOINLINE void residual(const Problem<Team>& o, const Derivative<Team>& d, const KktSolution<Team>& solution,
+                          const RightHandSide<Team>& out) {
+    using N = typename Team::Entry;
+    hessian<FORM>(o, solution.x, out.x);
+    adjoint(o, solution.v, o.columns);
+    Team::each(o.np, [&](auto j) { out.x.set(j, d.right.x[j] - out.x[j] - o.columns[j]); });
+    Team::each(o.rows, [&](auto i) {
+        N value = d.right.v[i] - solution.Kx[i] + d.theta[i] * solution.v[i];
+        out.v.set(i, select(o.kind.absent(i), N{}, value));
+    });
+}
+
+// Solve with the factor of another system and so many rounds of refinement: `kkt.solve_nearby`.
+template <Form FORM, class Team, class Real = typename Team::Real>
+QP_NOINLINE Reached<Real> solve_nearby(Problem<Team>& o, Derivative<Team>& d, int rounds) {
+    const Parameters& P = *o.parameters;
+    Real accuracy = Real(P.refined);
+    Team::each(o.np, [&](auto j) { d.per_D.set(j, Real(1) / o.D[j]); });
+    Team::each(o.rows, [&](auto i) { d.per_E.set(i, Real(1) / o.E[i]); });
+    Real asked = eliminate_inactive(o, d, d.right);
+    solve_approximately<FORM>(o, d, d.right, d.u);
+    residual<FORM>(o, d, d.u, d.left);
+    Real left = ratio(scaled_size(o, d, o.D, o.E, d.left.x, d.left.v), asked), moved = 1, last = 1;
+    for (int round = 0; round < rounds && !(left <= accuracy && moved <= Real(P.refined_moved) * accuracy); round++) {
+        auto c = d.correction;
+        solve_approximately<FORM>(o, d, d.left, c);
+        Real now = ratio(scaled_size(o, d, d.per_D, d.per_E, c.x, c.v), scaled_size(o, d, d.per_D, d.per_E, d.u.x, d.u.v));
+        // What is left is the difference of the two systems times the solution, and so shrinks as the corrections do.
+        Real after = left * ratio(now, last);
+        moved = ratio(now * now, last);
+        last = now;
+        Team::each(o.np, [&](auto j) { c.x.set(j, c.x[j] + d.u.x[j]); });
+        Team::each(o.rows, [&](auto i) {
+            c.v.set(i, c.v[i] + d.u.v[i]);
+            c.Kx.set(i, c.Kx[i] + d.u.Kx[i]);
+        });
+        // Sure enough without the products that it takes to know.
+        bool sure = left <= Real(P.nearly_refined) && after <= Real(P.well_refined) * accuracy && moved <= accuracy;
+        if (!sure) {
+            residual<FORM>(o, d, c, d.left_after);
+            after = ratio(scaled_size(o, d, o.D, o.E, d.left_after.x, d.left_after.v), asked);
+        }
+        // A factor too far off makes it worse from round to round; the best is kept.
+        if (sure || after < left) {
+            std::swap(d.u, d.correction);
+            std::swap(d.left, d.left_after);
+            left = after;
+        }
+        if (sure) {
+            break;
+        }
+    }
+    return {left, moved};
+}
+
+// ---- in the dense dual form, with a factor of the nearly active rows
+
+// Solve (S + θ) u_v = `eliminated`; return whether that is accurate.
+//
+// A row is inactive here where its θ is so many times its entry of S: it hardly moves the others, and inactive rows each
+// other not at all, so that theirs of S are not read. The matrix of the nearly active rows is factored, with the smallest
+// θ raised lest dependent rows leave it singular; refinement brings in what was left out. `meanwhile` is called with
+// (part, parts) beside the passes over the matrix.
+template <class Team, class Factoring, class Refining, class Real = typename Team::Real>
+QP_NOINLINE bool solve_nearly_active(Problem<Team>& o, Derivative<Team>& d, Real inactive, Factoring while_factoring,
+                                     Refining while_refining) {
+    using N = typename Team::Entry;
+    const Parameters& P = *o.parameters;
+    auto right = d.eliminated.v, u = d.u.v, left = d.left.v, packed = d.correction.v, row_diagonal = o.lengths;
+    Team::take_diagonal(o.S, o.linear, row_diagonal);
+    Team::each(o.lp, [&](auto i) {
+        auto absent = o.kind.absent(i), apart = absent | (d.theta[i] > inactive * row_diagonal[i]);
+        N alone = select(absent, N{}, right[i] / d.theta[i]);
+        u.set(i, alone);
+        d.of_inactive.set(i, select(apart, alone, N{}));
+        d.nearly_active.set(i, select(apart, N{}, as<N>(Real(1))));
+        row_diagonal.set(i, larger(d.theta[i], Real(P.least_theta) / square(o.E[i])));
+    });
+    int count = Team::list(d.nearly_active, o.linear, d.numbers);
+    Team::gather_square(o.S, d.numbers, count, o.U, while_factoring);
+    Team::gather(row_diagonal, d.numbers, count, o.added);
+    Team::gather(right, d.numbers, count, packed);
+    if (count > 0 && !Team::cholesky(o.U, o.added, o.U, count)) {
+        return false;
+    }
+    solve_cholesky(o, count, packed);
+    Team::scatter(packed, d.numbers, count, u);
+    for (int round = 0; round < int(P.derivative_rounds); round++) {
+        Team::each(o.lp, [&](auto i) { left.set(i, select(o.kind.absent(i), N{}, right[i] - d.theta[i] * u[i])); });
+        Team::subtract_product(o.S, o.linear, d.numbers, count, u, d.of_inactive, left, packed, while_refining);
+        solve_cholesky(o, count, packed);
+        N moved{}, solution{};
+        Team::each(o.lp, [&](auto i) {
+            N alone = select(is_nearly_active(d, i) | o.kind.absent(i), N{}, left[i] / d.theta[i]);
+            left.set(i, alone);
+            d.of_inactive.set(i, d.of_inactive[i] + alone);
+        });
+        Team::scatter(packed, d.numbers, count, left);
+        Team::each(o.lp, [&](auto i) {
+            N per_E = Real(1) / o.E[i], correction = left[i], before = u[i];
+            moved = larger(absolute(correction) * per_E, moved);
+            solution = larger(absolute(before) * per_E, solution);
+            u.set(i, before + correction);
+        });
+        if (Team::largest(moved) <= Real(P.derivative_accuracy) * Team::largest(solution)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// Solve with the dense dual form; return whether that is accurate.
+template <class Team, class Factoring, class Refining>
+QP_NOINLINE bool solve_dense_dual(Problem<Team>& o, Derivative<Team>& d, Factoring while_factoring, Refining while_refining) {
+    using N = typename Team::Entry;
+    using Real = typename Team::Real;
+    eliminate<Form::dense_dual>(o, d.right.x);
+    Team::each(o.lp, [&](auto i) { d.eliminated.v.set(i, select(o.kind.absent(i), N{}, o.Vt[i] - d.right.v[i])); });
+    bool accurate = solve_nearly_active(o, d, Real(o.parameters->inactive), while_factoring, while_refining) ||
+                    solve_nearly_active(o, d, Real(INFINITY_), while_factoring, while_refining);
+    solve_variables(o, Real(1), d.u.v, d.u.x);
+    return accurate;
+}
+
+// ---- with a factor made for the purpose
+
+// Return whether the pivots of a factor of the primal form are more than rounding: where x is not unique, weights of the
+// last iteration may drown ρ.
+template <class Team> QP_NOINLINE bool pivots_count(const Problem<Team>& o) {
+    using Real = typename Team::Real;
+    auto squares = o.columns;
+    set_zero<Team>(squares, o.np);
+    for (int i = 0; i < o.n; i++) {
+        Real pivot = Real(1) / square(o.U[i][i]);
+        if (!(pivot > std::numeric_limits<Real>::epsilon() * (squares.data[i] + pivot))) {
+            return false;
+        }
+        // What is added for the columns up to i, nobody asks for any more.
+        typename Team::Vector row{o.U[i]};
+        int first = Team::padded(i + 1) - Team::padded(1);
+        Team::each(o.np - first, [&](auto j) { squares.set(j + first, squares[j + first] + square(row[j + first])); });
+    }
+    return true;
+}
+
+// Solve with a factor of the primal form made for the purpose: `differentiation._solve_afresh`.
+template <class Team> QP_NOINLINE void solve_afresh(Problem<Team>& o, Derivative<Team>& d) {
+    using N = typename Team::Entry;
+    using Real = typename Team::Real;
+    const Parameters& P = *o.parameters;
+    N least = as<N>(Real(P.afresh_smallest)), most = as<N>(Real(P.afresh_largest)), top_{};
+    auto raised = [&](auto i, N scaled) { return o.kind.inequality(i) & (scaled < most); };
+    Team::each(o.rows, [&](auto i) {
+        N scaled = d.theta[i] * square(o.E[i]);
+        top_ = larger(select(raised(i, scaled), scaled, N{}), top_);
+    });
+    Real top = Team::largest(top_), lift = Real(P.afresh_largest) / (top > 0 ? top : Real(1));
+    Team::each(o.rows, [&](auto i) {
+        N E2 = square(o.E[i]), scaled = d.theta[i] * E2;
+        N level = select(raised(i, scaled), smaller(larger(scaled * lift, least), most), scaled);
+        o.theta.set(i, select(o.kind.equality(i), Real(P.afresh_equality), level) / E2);
+        o.delta.set(i, N{});
+    });
+    Real rho = Real(P.afresh_rho);
+    for (int attempt = 0; attempt < int(P.afresh_attempts); attempt++) {
+        Team::each(o.np, [&](auto j) { o.rho.set(j, rho / square(o.D[j])); });
+        if (factor<Form::primal>(o) && pivots_count(o)) {
+            break;
+        }
+        rho *= Real(P.afresh_growth);
+    }
+    solve_nearby<Form::primal>(o, d, int(P.afresh_rounds));
+}
+
+}  // namespace qpdiff
