@@ -23,6 +23,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from .engines.parameters import DOUBLE, parameters
 from .problem import INFINITE, Later, Problem, _concat, product, product_transposed, take
 
 
@@ -135,7 +136,7 @@ class DenseDualForm:
         blocks = [K for K in (problem.A, problem.G) if K is not None]
         root = backend.root(factor)
         V = backend.whiten_rows(root, _stack(xp, blocks))
-        enough = 1e-6 if problem.dtype == xp.float64 else 1e-2
+        enough = parameters(problem).smallest_pivot
         good = positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal)
         return cls(problem, (Later((root, V)), backend.products(V, V.mT))), xp.all(good, axis=-1)
 
@@ -199,7 +200,8 @@ class DiagonalDualForm:
         diagonal = xp.linalg.diagonal(problem.Q)
         scaled = diagonal * balance(problem).D ** 2
         rows = _stack(xp, [K for K in (problem.A, problem.G) if K is not None])
-        return cls(problem, (diagonal + _own_terms(problem, diagonal), rows)), xp.all(scaled > 1e-6, axis=-1)
+        safe = xp.all(scaled > DOUBLE.smallest_scaled_curvature, axis=-1)
+        return cls(problem, (diagonal + _own_terms(problem, diagonal), rows)), safe
 
     def select(self, problem: Problem, index) -> DiagonalDualForm:
         return DiagonalDualForm(problem, take(self.problem.backend.xp, self.constants, index))
@@ -335,10 +337,10 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
     dx, dv, asked = correction(r_x, r_v)
     e_x, e_v = residual(problem, system, r_x, r_v, dx, dv)
     left = ratio(size(e_x, e_v, D, E), asked)
-    accuracy = xp.finfo(problem.dtype).eps ** 0.625
+    accuracy, further = parameters(problem).refined, DOUBLE.refined_moved
 
     def inaccurate(dx, dv, e_x, e_v, left, moved, last):
-        return ~xp.all((left <= accuracy) & (moved <= 10.0 * accuracy))
+        return ~xp.all((left <= accuracy) & (moved <= further * accuracy))
 
     def refine(dx, dv, e_x, e_v, left, moved, last):
         cx, cv, _ = correction(e_x, e_v)
@@ -358,14 +360,8 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
 # ---- equilibration
 
 
-METRIC_PASSES = 4
-ROUNDING = 1e-8
-"""A right-hand side is nothing but rounding where it is so much smaller than x at the least cost of all."""
-UNCERTAINTY = 100.0
-"""How much further than the largest curvature says x may go where other curvatures are smaller."""
-SMALLEST_CURVATURE = 1e-12
-LARGEST_RATIO = 1e8
-"""Limit on the squares of D and E against those that they begin with, for rows and columns of nothing but rounding."""
+METRIC_PASSES, SMALLEST_CURVATURE = DOUBLE.equilibration_passes, DOUBLE.smallest_curvature
+LARGEST_RATIO, ROUNDING, UNCERTAINTY = DOUBLE.largest_ratio, DOUBLE.data_rounding, DOUBLE.uncertainty
 
 
 def equilibrate(problem: Problem) -> Metric:
@@ -547,4 +543,4 @@ def _bound_weights(problem: Problem, weights):
 def _own_terms(problem: Problem, diagonal):
     """The dual forms' proximal terms on the variables: so small a share of Q that they need not follow the solver's."""
     xp = problem.backend.xp
-    return (1e-10 if problem.dtype == xp.float64 else 1e-5) * diagonal + xp.finfo(problem.dtype).smallest_normal
+    return parameters(problem).diagonal_regularization * diagonal + xp.finfo(problem.dtype).smallest_normal

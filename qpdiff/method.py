@@ -16,34 +16,17 @@ from typing import Any, NamedTuple
 
 from . import kkt
 from .engines.base import Settings, StartingPoint
+from .engines.parameters import DOUBLE
 from .problem import Problem, take
 from .solution import Status
 
 RUNNING = -1
-STEP_FRACTION, LARGEST_FRACTION = 0.995, 0.9999
-"""Share of the step to the boundary of s > 0, z > 0 that is taken at least, and at most."""
-LOOSE = 10.0
-"""A right-hand side this many times as far away as x is likely to go is that of a bound which means none."""
-LEAST_CENTRALITY = 0.01
-"""μ of the starting point against the square of the largest multiplier there, at least: 0 where all are equal."""
-LARGE_MULTIPLIERS, SMALLER_COST, NEARER = 10.0, 1e-5, 0.8
-"""From which ratio of the multipliers of equalities to the variables on a start for a fraction of the cost is tried,
-the fraction, and how much smaller than that of the ordinary start its primal residual has to be."""
-DOMINANT, STUCK, LOWER_LIMIT = 0.2, 0.5, 1e-4
-"""δ is lowered where it makes up the first share of a residual of which a step leaves the second; down to the ordinary
-limit times the third."""
-IMPATIENCE = 3
-"""Iterations without progress after which variables and multipliers move by the same step length."""
-LEAST_CENTERING = 0.1
-"""Share of μ that a step aims at, at least, once as many and one more have made no progress."""
-PATIENCE = 30
-"""Iterations without progress after which a problem counts as stalled."""
-REACHED = 100.0
-"""Up to so many times the right-hand sides, an iterate's size counts as that of a solution that is to be ruled out."""
-LUCK = 1e-4
-"""Share of the rounding error of the duality gap that counts towards the gap."""
-ROUNDING = 1e-13
-"""What products that are carried along in the rows may be off by, relative to their terms."""
+STEP_FRACTION, LARGEST_FRACTION = DOUBLE.step_fraction, DOUBLE.largest_step_fraction
+LOOSE, LEAST_CENTRALITY, LEAST_CENTERING = DOUBLE.loose, DOUBLE.least_centrality, DOUBLE.least_centering
+LARGE_MULTIPLIERS, SMALLER_COST, NEARER = DOUBLE.large_multipliers, DOUBLE.smaller_cost, DOUBLE.closer
+DOMINANT, STUCK, LOWER_LIMIT = DOUBLE.delta_share, DOUBLE.delta_stuck, DOUBLE.delta_floor
+IMPATIENCE, PATIENCE, REACHED = DOUBLE.equal_steps_after, DOUBLE.stalled_after, DOUBLE.reached
+LUCK, ROUNDING = DOUBLE.gap_rounding, DOUBLE.product_rounding
 
 
 class State(NamedTuple):
@@ -164,7 +147,8 @@ def make_part(form, settings: Settings) -> Part:
     sizes = Sizes(
         inequalities=backend.clip(count, 1.0), q=measured(backend, units.x, exact.q),
         scaled_k=xp.maximum(backend.norm(xp.where(k <= LOOSE * reach, k, 0.0)), primal),
-        scaled_q=xp.maximum(backend.norm(D * exact.q), dual), least_rate=xp.where(count > 0, 0.0 * count, 0.9),
+        scaled_q=xp.maximum(backend.norm(D * exact.q), dual),
+        least_rate=xp.where(count > 0, 0.0 * count, DOUBLE.fast_rate),
     )  # fmt: skip
     return Part(form, metric, sizes, units, exact)
 
@@ -191,7 +175,7 @@ def initialize(part: Part, settings: Settings):
     other = part._replace(metric=kkt.with_cost(part.metric, xp.where(large, SMALLER_COST, one)))
     smaller, factor = starting_point(other, settings)
     nearer = large & (smaller.primal < NEARER * state.primal)
-    nearer = nearer & (multiplier_ratio(other, smaller) < 0.1 * ratio)
+    nearer = nearer & (multiplier_ratio(other, smaller) < DOUBLE.less_multipliers * ratio)
     part = part._replace(metric=kkt.with_cost(part.metric, xp.where(nearer, SMALLER_COST, one)))
     return part, choose(xp, nearer, smaller, state), factor
 
@@ -281,7 +265,7 @@ def start_near(part: Part, settings: Settings, near: StartingPoint, cold: State)
     slope = problem.hessian(x) + problem.q + problem.adjoint(v)
     error = xp.maximum(backend.largest(amiss), backend.norm(D * slope))
     difference = xp.where(inequality, v / E - slack, zero)
-    mu = xp.minimum(0.1 * error * xp.sqrt(unit), cold.mu)
+    mu = xp.minimum(DOUBLE.warm_centrality * error * xp.sqrt(unit), cold.mu)
     mu = xp.maximum(mu, max(settings.tol, settings.smallest) * unit)
     v, s = onto_path(part, v, difference, mu)
     state = cold._replace(x=x, v=v, s=s, mu=mean(part, s, v))
@@ -362,11 +346,11 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     Kt_dv = r_x - moved.r_x - Q_dx
     left_x = r_x - Q_dx / alpha_s - Kt_dv / alpha_z - system.rho * dx
     left_v = moved.r_v - (1.0 - alpha_s) * r_v + alpha_s * (system.delta * dv)
-    least, units = 0.01 * settings.tol, part.units
+    least, units = DOUBLE.refine_absolute * settings.tol, part.units
     left_x, left_v = measured(backend, units.x, left_x), measured(backend, units.rows, left_v)
     inexact = (
-        ~(left_x <= backend.clip(1e-6 * state.dual, least))
-        | ~(left_v <= backend.clip(1e-6 * measured(backend, units.rows, r_v), least))
+        ~(left_x <= backend.clip(DOUBLE.refine_relative * state.dual, least))
+        | ~(left_v <= backend.clip(DOUBLE.refine_relative * measured(backend, units.rows, r_v), least))
         | ~sound
     )
 
@@ -421,9 +405,9 @@ def with_proximal_terms(part: Part, settings: Settings, state: State, moved: Sta
     if not backend.none(limiting):
         E = part.metric.rows
         limiting = limiting & (backend.norm(moved.v / E) > backend.norm(E * (part.problem.k - moved.s - moved.r_v)))
-        rate = xp.where(limiting, xp.maximum(rate, 0.9), rate)
+        rate = xp.where(limiting, xp.maximum(rate, DOUBLE.fast_rate), rate)
         lowest = xp.where(limiting, LOWER_LIMIT * settings.smallest, lowest)
-    times = xp.where(sound, 1.0 - rate, 100.0)
+    times = xp.where(sound, 1.0 - rate, DOUBLE.failure_growth)
     rho = state.rho if part.form.definite else backend.clip(times * state.rho, settings.smallest)
     return moved._replace(rho=rho, delta=xp.maximum(times * state.delta, lowest))
 
@@ -436,7 +420,7 @@ def settle(part: Part, settings: Settings, state: State, moved: State) -> State:
     """
     xp, backend = part.problem.backend.xp, part.problem.backend
     running = state.status == RUNNING
-    settled = running & state.near & ~(moved.worst <= 0.5 * state.worst)
+    settled = running & state.near & ~(moved.worst <= DOUBLE.worthwhile * state.worst)
     stays = settled | ~running
     if backend.none(stays):
         return moved
@@ -488,10 +472,12 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     waiting, best = waited(xp, settings, state, Residuals(primal, dual, gap), proof)
     limit, patient = state.iterations >= state.limit, waiting < PATIENCE
     last = limit | ~patient
-    solved = near & ((worst <= 0.1 * tol) | last)
-    unbounded, infeasible = ((r > proven) | (last & (r > 0.01 * proven)) for r in (no_bottom, no_point))
+    solved = near & ((worst <= DOUBLE.solved_share * tol) | last)
+    unbounded, infeasible = (
+        (r > proven) | (last & (r > DOUBLE.late_certificate * proven)) for r in (no_bottom, no_point)
+    )
     if not backend.none(unbounded):
-        feasible = backend.largest(part.metric.rows * violation) <= 1e-4 * part.sizes.scaled_k
+        feasible = backend.largest(part.metric.rows * violation) <= DOUBLE.ray_violation * part.sizes.scaled_k
         unbounded = unbounded & (last | feasible)
     status = backend.full(tuple(limit.shape), RUNNING, xp.int32)
     if not backend.none(last | solved | unbounded | infeasible):
@@ -542,10 +528,10 @@ def waited(xp, settings: Settings, state: State, residuals: Residuals, proof):
 
     Each of the three residuals counts by itself: while the primal and the dual one fall, the gap may grow.
     """
-    least = 0.1 * settings.tol
-    improved = proof > 1.1 * state.proof
+    least = DOUBLE.solved_share * settings.tol
+    improved = proof > DOUBLE.certificate_improvement * state.proof
     for now, best in zip(residuals, state.best, strict=True):
-        improved = improved | ((now < 0.9 * best) & (best > least))
+        improved = improved | ((now < DOUBLE.improvement * best) & (best > least))
     best = Residuals(*(xp.where(a < b, a, b) for a, b in zip(residuals, state.best, strict=True)))
     return xp.where(improved, 0, state.waiting + 1), best
 
@@ -594,7 +580,7 @@ def falling(backend, tol, cost, direction, residual, unit):
     xp = backend.xp
     fall, length = -backend.dot(cost, direction), xp.abs(direction)
     total = backend.total(length) if unit is None else unit.size * backend.total(length / unit.scale)
-    least = xp.maximum(1e-8 * backend.dot(xp.abs(cost), length), tol * total)
+    least = xp.maximum(DOUBLE.certificate_rounding * backend.dot(xp.abs(cost), length), tol * total)
     return (residual > tol) & (fall > least), fall
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from .engines.parameters import DOUBLE
 from .method import (
     IMPATIENCE,
     ROUNDING,
@@ -140,7 +141,10 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
         xr=keep * seen.xr + apart * Kx_dv + alpha_s * (keep * r_dx + apart * (t_dv - dv_S_dv)),
         qx=seen.qx - alpha_s * (seen.xr - Kx_dv + backend.dot(state.v, Kdx) + r_dx),
         expected=keep * state.r_v - left,
-        allowed=backend.clip(1e-6 * measured(backend, part.units.rows, state.r_v), 0.01 * settings.tol),
+        allowed=backend.clip(
+            DOUBLE.refine_relative * measured(backend, part.units.rows, state.r_v),
+            DOUBLE.refine_absolute * settings.tol,
+        ),
     )
     moved = state._replace(v=v, s=s, mu=mean(part, s, v), Kx=Kx, r_v=problem.k - Kx - s, seen=seen)
     # A step that cannot be computed is not taken; stronger proximal terms come instead.
@@ -178,7 +182,8 @@ def glance(part: Part, settings: Settings, before: State, state: State, sound, *
     far = primal > tol + rtol * measured(backend, units.rows, Kx)
     far = far | (gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * of_gap * size)
     waiting, best = waited(xp, settings, before, Residuals(primal, dual, gap), no_point)
-    well = (waiting < IMPATIENCE) & (worst < float("inf")) & ~(no_point > 0.01 * settings.certificate)
+    proven = DOUBLE.late_certificate * settings.certificate
+    well = (waiting < IMPATIENCE) & (worst < float("inf")) & ~(no_point > proven)
     enough = far & well & ~before.near & sound & (state.iterations < state.limit)
     known = state._replace(
         primal=primal, dual=dual, gap=gap, near=before.near & False, worst=worst, waiting=waiting,

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 from ..problem import Problem
+from .parameters import DOUBLE, parameters
 
-MAX_ITERATIONS = 200
+MAX_ITERATIONS = DOUBLE.max_iterations
 
 
 class Settings(NamedTuple):
@@ -33,18 +34,17 @@ class Settings(NamedTuple):
 
 def make_settings(problem: Problem, tol=None, rtol=None, max_iterations: int = MAX_ITERATIONS) -> Settings:
     """Settings for the type that problems are computed in; without tol, in units of the problem's own."""
-    single = problem.dtype == problem.backend.xp.float32
-    default = 1e-4 if single else 1e-8
+    P = parameters(problem)
     return Settings(
-        tol=default if tol is None else float(tol),
-        rtol=default if rtol is None else float(rtol),
+        tol=P.tolerance if tol is None else float(tol),
+        rtol=P.tolerance if rtol is None else float(rtol),
         absolute=tol is not None,
         max_iterations=max_iterations,
-        rho=3e-4 if single else 1e-6,
-        delta=1e-3 if single else 1e-4,
-        smallest=3e-4 if single else 1e-10,
-        certificate=1e5 if single else 1e8,
-        tiny=1e-30 if single else 1e-200,
+        rho=P.rho,
+        delta=P.delta,
+        smallest=P.smallest,
+        certificate=P.certificate,
+        tiny=P.tiny,
     )
 
 

@@ -19,6 +19,8 @@ class Parameters:
     """The numbers of the method for one floating point type."""
 
     # ---- defaults of a call
+    max_iterations: int = 200
+    """A problem that takes half as many seldom ends SOLVED."""
     tolerance: float = 1e-8
     """Absolute and relative, of the three residuals."""
     rho: float = 1e-6
@@ -59,10 +61,9 @@ class Parameters:
     least_centrality: float = 0.01
     """μ of the starting point against the square of the largest multiplier there, at least: 0 where all are equal."""
     large_multipliers: float = 10.0
-    """From which ratio of the multipliers of equalities to the variables on a start for a fraction of the cost is tried.
-    """
+    """Ratio of the multipliers of equalities to the variables from which on a start for a smaller cost is tried."""
     smaller_cost: float = 1e-5
-    """That fraction."""
+    """The fraction of the cost."""
     closer: float = 0.8
     """How much smaller than that of the ordinary start its primal residual has to be."""
     less_multipliers: float = 0.1
@@ -123,8 +124,7 @@ class Parameters:
 
     # ---- the derivative: the KKT system at the solution, where θ = s/z tends to 0 or to infinity
     nearly_active: float = 1.0
-    """Constraints whose θ is less in the scaled problem count as nearly active; the others are eliminated by their own θ.
-    """
+    """Constraints whose θ is less in the scaled problem count as nearly active; others are eliminated by theirs."""
     derivative_rounds: int = 3
     """Rounds of refinement with what the solve has kept: where more are needed, a factor of its own is better."""
     refined: float = EPS**0.625
@@ -161,6 +161,7 @@ class Parameters:
     afresh_rounds: int = 12
     """Rounds of refinement with it."""
 
+
 DOUBLE = Parameters()
 SINGLE = replace(
     DOUBLE, tolerance=1e-4, rho=3e-4, delta=1e-3, smallest=3e-4, certificate=1e5, tiny=1e-30, smallest_pivot=1e-2,
@@ -168,3 +169,8 @@ SINGLE = replace(
     factor_moved=EPS_SINGLE**0.5, inactive=1e4, least_theta=1e-5, derivative_accuracy=1e-3, afresh_smallest=1e-4,
     afresh_largest=1e-2, afresh_equality=1e-5, afresh_rho=1e-5,
 )  # fmt: skip
+
+
+def parameters(problem) -> Parameters:
+    """Those of the type that problems are computed in."""
+    return SINGLE if problem.dtype == problem.backend.xp.float32 else DOUBLE

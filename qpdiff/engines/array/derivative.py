@@ -8,6 +8,7 @@ from ... import kkt
 from ...problem import Layout, Problem, product, take
 from ...solution import Status
 from ..base import Linearization
+from ..parameters import DOUBLE, parameters
 from .batch import Kept, batch_order
 
 
@@ -83,9 +84,11 @@ def _solve_piece(lin, piece, r_x, r_v):
         u_x, u_v, good = _solve_in_rows(form, piece.metric, theta, r_x, r_v)
     else:
         exact = kkt.System(theta, xp.zeros_like(x), xp.zeros_like(s))
-        heavy, accuracy = _heavy(part, piece.metric, theta), xp.finfo(problem.dtype).eps ** 0.5
-        u_x, u_v, left, moved = kkt.solve_nearby(form, exact, piece.factor, piece.metric, heavy, r_x, r_v, 3)
-        good = (left <= 0.1 * accuracy) & (moved <= accuracy)
+        heavy, P = _heavy(part, piece.metric, theta), parameters(problem)
+        u_x, u_v, left, moved = kkt.solve_nearby(
+            form, exact, piece.factor, piece.metric, heavy, r_x, r_v, P.derivative_rounds
+        )
+        good = (left <= P.factor_residual) & (moved <= P.factor_moved)
     if problem.backend.traced:
         return problem.backend.cond(
             xp.all(good),
@@ -112,7 +115,7 @@ def _choose(xp, condition, these, those):
 
 
 def _heavy(problem: Problem, metric: kkt.Metric, theta):
-    return problem.equality | (problem.inequality & (theta * metric.rows**2 < 1.0))
+    return problem.equality | (problem.inequality & (theta * metric.rows**2 < DOUBLE.nearly_active))
 
 
 def _solve_in_rows(form: kkt.DenseDualForm, metric: kkt.Metric, theta, r_x, r_v):
@@ -122,7 +125,7 @@ def _solve_in_rows(form: kkt.DenseDualForm, metric: kkt.Metric, theta, r_x, r_v)
     """
     problem, E = form.problem, metric.rows
     xp, backend = problem.backend.xp, problem.backend
-    least, enough = (1e-5, 1e-3) if problem.dtype == xp.float32 else (1e-10, 1e-5)
+    least, enough = parameters(problem).least_theta, parameters(problem).derivative_accuracy
     zero, exists = xp.zeros_like(theta), xp.isfinite(theta)
     whitened, t = form.eliminate(None, r_x)
     right = xp.where(exists, t - r_v, zero)
@@ -136,7 +139,9 @@ def _solve_in_rows(form: kkt.DenseDualForm, metric: kkt.Metric, theta, r_x, r_v)
         now = backend.norm(correction / E) <= enough * backend.norm(u / E)
         return xp.where(accurate | ~exists, u, u + correction), accurate | now
 
-    u, accurate = backend.while_loop(inaccurate, refine, (backend.solve(factor, right), positive & False), 3)
+    u, accurate = backend.while_loop(
+        inaccurate, refine, (backend.solve(factor, right), positive & False), DOUBLE.derivative_rounds
+    )
     return form.variables(whitened, u), u, positive & accurate
 
 
@@ -149,8 +154,8 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
     takes the result back to the system itself.
     """
     xp = problem.backend.xp
-    single = problem.dtype == xp.float32
-    smallest, largest, equal, rho = (1e-4, 1e-2, 1e-5, 1e-5) if single else (1e-6, 1e-3, 1e-11, 1e-9)
+    P = parameters(problem)
+    smallest, largest, equal, rho = P.afresh_smallest, P.afresh_largest, P.afresh_equality, P.afresh_rho
     heavy = _heavy(problem, metric, theta)
     scaled = theta * metric.rows**2
     raised = problem.inequality & (scaled < largest)
@@ -168,9 +173,9 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
         return ~xp.all(positive)
 
     def again(factor, positive, rho):
-        return factored(xp.where(positive, rho, 100.0 * rho))
+        return factored(xp.where(positive, rho, P.afresh_growth * rho))
 
-    factor, *_ = problem.backend.while_loop(failed, again, factored(rho), 3)
+    factor, *_ = problem.backend.while_loop(failed, again, factored(rho), P.afresh_attempts - 1)
     exact = kkt.System(theta, xp.zeros_like(r_x), zero)
-    u_x, u_v, *_ = kkt.solve_nearby(form, exact, factor, metric, heavy, r_x, r_v, 12)
+    u_x, u_v, *_ = kkt.solve_nearby(form, exact, factor, metric, heavy, r_x, r_v, P.afresh_rounds)
     return u_x, u_v

@@ -90,7 +90,8 @@ class Factors(NamedTuple):
                 if (matrix := getattr(problem, name)) is not None:
                     gradients[name] = allocate(matrix.shape, dtype)
         _core.solve_kkt(
-            tuple([getattr(problem, name) for name in OPERANDS]), self.kept, (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
+            tuple([getattr(problem, name) for name in OPERANDS]), self.kept,
+            (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
             (u_x, u_v, *[gradients.get(name) for name in MATRICES]), _PARAMETERS[dtype], self.form, fill,
             workers_for(problem, count, DIFFERENTIATE),
         )  # fmt: skip
@@ -177,12 +178,14 @@ def is_shared(value) -> bool:
 def _plan(problem: Problem, form: int, itemsize: int):
     """How to make the arrays of the outcome, and of what is kept of every problem or once for all that share it."""
     count, linear, operands = problem.batch, problem.m + problem.p, problem.operands
-    shared = count == 1 or all([is_shared(value) for name, value in operands.items() if name in _DECIDING])
+    shared = count == 1 or all(is_shared(value) for name, value in operands.items() if name in _DECIDING)
     sizes = form, problem.n, linear, problem.lb is not None, problem.ub is not None, itemsize
     plan, kept = _plan_of(sizes, count, shared, True)
     few, many = KEPT_BYTES
-    if kept > few and kept > min(many, itemsize * sum(v[:1].size if is_shared(v) else v.size for v in operands.values())):
-        plan, _ = _plan_of(sizes, count, shared, False)
+    if kept > few:
+        data = itemsize * sum(v[:1].size if is_shared(v) else v.size for v in operands.values())
+        if kept > min(many, data):
+            plan, _ = _plan_of(sizes, count, shared, False)
     return plan
 
 
