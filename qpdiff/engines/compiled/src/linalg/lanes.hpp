@@ -99,12 +99,12 @@ template <class V> struct Algebra {
                 C[i][j] = s00, C[i][j + 1] = s01, C[i + 1][j] = s10, C[i + 1][j + 1] = s11;
             }
         }
-        for (int k = 0; n % 2 == 1 && k < n; k++) {
-            V s = start(k, n - 1);
+        for (int k = 0; i < n && k < n; k++) {
+            V s = start(k, i);
             for (int row = 0; row < rows; row++) {
-                s += A[row][k] * A[row][n - 1];
+                s += A[row][k] * A[row][i];
             }
-            C[k][n - 1] = s;
+            C[k][i] = s;
         }
     }
 

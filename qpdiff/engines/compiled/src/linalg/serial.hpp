@@ -17,7 +17,10 @@ constexpr int ROWS = 4;   // rows of a tile
 constexpr int LINE = 64;  // bytes of a line of the cache
 
 constexpr int whole_tiles(int n) { return (n + ROWS - 1) / ROWS * ROWS; }
-template <class T> constexpr int whole_packs(int n) { return (n + width<T> - 1) / width<T> * width<T>; }
+template <class T> constexpr int whole_packs(int n) {
+    constexpr int unit = width<T> > ROWS ? width<T> : ROWS;  // a tile's rows are some of its columns, too
+    return (n + unit - 1) / unit * unit;
+}
 template <class T> constexpr int whole_lines(int n) {
     constexpr int count = LINE / sizeof(T);
     return (n + count - 1) / count * count;
