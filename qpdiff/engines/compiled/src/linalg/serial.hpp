@@ -689,17 +689,28 @@ template <class T> struct Tiles {
     // Fill so many rows of n numbers, without padding, with factor (a uᵀ + b xᵀ); u and x are padded. Exactly symmetric where
     // a is x and b is u.
     static QP_NOINLINE void outer(T factor, const T* a, const T* u, const T* b, const T* x, int rows, int n, T* out) {
+        // Half a pack where that is wide: rows seldom begin with a line of the cache, and fewer stores lie across two.
+        using P = pack_of<T, std::min(VECTOR_BYTES, 32)>;
+        constexpr int STEP = entries<P>;
         const T* end = out + (long)rows * n;
-        for (int i = 0; i < rows; i++, out += n) {
-            V of_u = as<V>(factor * a[i]), of_x = as<V>(factor * b[i]);
-            for (int j = 0; j < n; j += W) {
-                V first = rounded(of_u * load<V>(u + j)), second = rounded(of_x * load<V>(x + j)), sum = first + second;
-                // What a pack puts beyond a row is written over by the next one, but for the end.
-                if (out + j + W <= end) {
-                    store(out + j, sum);
-                } else {
-                    std::memcpy(out + j, &sum, sizeof(T) * (n - j < W ? n - j : W));
-                }
+        int stop = (n + STEP - 1) / STEP * STEP, i = 0;
+        auto value = [&](P of_u, P of_x, int j) {
+            P first = rounded(of_u * load<P>(u + j)), second = rounded(of_x * load<P>(x + j));
+            return first + second;
+        };
+        // What is put beyond a row is written over by later ones,
+        for (; i < rows && out + stop <= end; i++, out += n) {
+            P of_u = as<P>(factor * a[i]), of_x = as<P>(factor * b[i]);
+            for (int j = 0; j < stop; j += STEP) {
+                store(out + j, value(of_u, of_x, j));
+            }
+        }
+        // but for the last ones.
+        for (; i < rows; i++, out += n) {
+            P of_u = as<P>(factor * a[i]), of_x = as<P>(factor * b[i]);
+            for (int j = 0; j < n; j += STEP) {
+                P last = value(of_u, of_x, j);
+                std::memcpy(out + j, &last, sizeof(T) * std::min(STEP, n - j));
             }
         }
     }
