@@ -51,15 +51,12 @@ class Scratch {
     char* memory;
 };
 
-// Ask for one of so many parts of numbers that lie side by side: software prefetch. The arithmetic on one problem waits
-// more for itself than for memory, and the processor has room for a few lines under way.
-template <class T> QP_INLINE void prefetch(const T* numbers, long count, int part = 0, int parts = 1) {
-    if (numbers) {
-        const char* base = reinterpret_cast<const char*>(numbers);
-        long bytes = count * (long)sizeof(T), stop = bytes * (part + 1) / parts;
-        for (long at = bytes * part / parts / LINE * LINE; at < stop; at += LINE) {
-            __builtin_prefetch(base + at, 0, 2);
-        }
+// Ask for numbers that lie side by side: software prefetch. The arithmetic on one problem waits more for itself than for
+// memory, and the processor has room for a few lines under way.
+template <class T> QP_INLINE void prefetch(const T* numbers, long count) {
+    const char* base = reinterpret_cast<const char*>(numbers);
+    for (long at = 0; at < count * (long)sizeof(T); at += LINE) {
+        __builtin_prefetch(base + at, 0, 2);
     }
 }
 
@@ -113,12 +110,12 @@ template <class T> class DerivativeWorker {
     // Solve for problem b and compute the gradients of its own matrices; fetch meanwhile what is kept of problem `next`,
     // if there is one.
     void differentiate(long b, long next) {
-        Kept<T> ahead = next >= 0 ? batch.kept.at(next) : Kept<T>{};
+        Kept<T> ahead = next >= 0 && batch.kept.F.stride ? batch.kept.at(next) : Kept<T>{};
         prefetch_vectors(next);
         read(batch.x.at(b), batch.x.column, o.n, d.x.data);
         read_rows(batch.v, b, d.v);
         if (*batch.status.at(b) == SOLVED) {
-            solve_kkt(b, ahead);
+            solve_kkt(b, ahead, next);
         } else {
             std::fill(d.u.x.data, d.u.x.data + o.n, batch.fill);
             std::fill(d.u.v.data, d.u.v.data + o.rows, batch.fill);
@@ -134,7 +131,7 @@ template <class T> class DerivativeWorker {
         });
     }
 
-    void solve_kkt(long b, const Kept<T>& ahead) {
+    void solve_kkt(long b, const Kept<T>& ahead, long next) {
         Form form = Form(*batch.kept.form.at(b));
         Kept<T> kept = batch.kept.at(b);
         bool usable = *batch.kept.factor_ok.at(b) && form == batch.shape.form;
@@ -149,9 +146,8 @@ template <class T> class DerivativeWorker {
             workspace->use(kept, form);
         }
         if (usable && form == Form::dense_dual && kept.F) {
-            long of_F = batch.kept.F.stride ? sizes.F : 0, of_S = batch.kept.S.stride ? sizes.S : 0;
-            if (solve_dense_dual(o, d, [&](int part, int parts) { prefetch(ahead.F, of_F, part, parts); },
-                                 [&](int part, int parts) { prefetch(ahead.S, of_S, part, parts); })) {
+            if (solve_dense_dual(o, d, [&](int part, int parts) { prefetch_F(ahead, part, parts); },
+                                 [&](int part, int parts) { prefetch_S(ahead, next, part, parts); })) {
                 return;
             }
             set_point(o, d);
@@ -194,11 +190,13 @@ template <class T> class DerivativeWorker {
 
     void put_gradients(long b, const Kept<T>& ahead) {
         const T *u_x = d.u.x.data, *u_v = d.u.v.data, *x = d.x.data, *v = d.v.data;
-        long n = o.n, of_V = batch.kept.V.stride ? sizes.V : 0;
+        long n = o.n;
         if (T* out = batch.own.Q.at(b)) {
             for (int i = 0; i < n; i += STRIP) {
                 int rows = std::min<int>(STRIP, n - i);
-                prefetch(ahead.V, of_V, i / STRIP, (n + STRIP - 1) / STRIP);
+                if (ahead.V) {
+                    prefetch(ahead.V + (long)i * Team::leading(o.linear), (long)rows * Team::leading(o.linear));
+                }
                 Team::outer(T(-0.5), x + i, u_x, u_x + i, x, rows, n, out + i * n);
             }
         }
@@ -207,6 +205,24 @@ template <class T> class DerivativeWorker {
         }
         if (T* out = batch.own.G.at(b)) {
             Team::outer(T(-1), v + o.p, u_x, u_v + o.p, x, batch.m(), n, out);
+        }
+    }
+
+    // Ask for a part of the rows of the triangle F.
+    void prefetch_F(const Kept<T>& ahead, int part, int parts) const {
+        for (int i = ahead.F ? o.n * part / parts : o.n; i < o.n * (part + 1) / parts; i++) {
+            prefetch(ahead.F + (long)i * Team::leading(o.n) + i, o.n - i);
+        }
+    }
+
+    // Ask for those rows of S among a part that belong to active constraints.
+    void prefetch_S(const Kept<T>& ahead, long next, int part, int parts) const {
+        int last = o.linear * (part + 1) / parts;
+        for (int i = ahead.S ? o.linear * part / parts : last; i < last; i++) {
+            T s = entry<T>(batch.s.at(next), batch.s.column, i), v = entry<T>(batch.v.at(next), batch.v.column, i);
+            if (s < std::fabs(v)) {
+                prefetch(ahead.S + (long)i * Team::leading(o.linear), o.linear);
+            }
         }
     }
 
