@@ -137,6 +137,11 @@ template <class T> MatrixGradients<T> read_gradients(const Arrays& a, long count
 template <class T>
 void differentiate_as(const Operands& operands, const Arrays& kept, const Arrays& given, const Arrays& out,
                       const Parameters& parameters, int form, double fill, int workers) {
+    for (int i = 0; i < 5; i++) {
+        if (given[i].itemsize() != sizeof(T)) {
+            throw nb::type_error("solutions and right-hand sides of one type were expected");
+        }
+    }
     DerivativeBatch<T> batch;
     batch.operands = operands, batch.shape = read_shape(operands, form), batch.parameters = &parameters;
     batch.kept = read_kept<T>(kept);
