@@ -148,16 +148,17 @@ void differentiate_as(const Operands& operands, const Arrays& kept, const Arrays
     batch.x = given[0].operand(), batch.v = given[1].operand(), batch.s = given[2].operand();
     batch.r_x = given[3].operand(), batch.r_v = given[4].operand(), batch.status = given[5].rows<const int>();
     batch.u_x = out[0].rows<T>(), batch.u_v = out[1].rows<T>(), batch.fill = T(fill);
-    batch.own = read_gradients<T>(out, operands.count, false), batch.sums = read_gradients<T>(out, operands.count, true);
+    batch.own = read_gradients<T>(out, operands.count, false);
+    batch.sums = read_gradients<T>(out, operands.count, true);
     if (!differentiate_batch(batch, workers)) {
         throw nb::python_error();
     }
 }
 
-// Solve the KKT system at the solutions: `given` are x, v, s, the right-hand sides r_x, r_v and the statuses; `out` u_x,
-// u_v and the gradients of Q, G and A, with an entry for each problem or one for their sum.
-void differentiate_problems(nb::tuple operands, nb::tuple kept, nb::tuple given, nb::tuple out, const Parameters& parameters,
-                            int form, double fill, int workers) {
+// Solve the KKT system at the solutions: `given` are x, v, s, the right-hand sides r_x, r_v and the statuses; `out`
+// u_x, u_v and the gradients of Q, G and A, with an entry for each problem or one for their sum.
+void differentiate_problems(nb::tuple operands, nb::tuple kept, nb::tuple given, nb::tuple out,
+                            const Parameters& parameters, int form, double fill, int workers) {
     Arrays of_batch(operands, false), keep(kept, false), in(given, false), results(out, true);
     auto run = results[0].itemsize() == sizeof(double) ? differentiate_as<double> : differentiate_as<float>;
     run(read_operands(of_batch, results[0].size(0)), keep, in, results, parameters, form, fill, workers);

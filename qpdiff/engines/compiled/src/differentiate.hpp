@@ -18,11 +18,11 @@ template <class T> struct DerivativeBatch {
     Shape shape;
     const Parameters* parameters;
     KeptBatch<T> kept;
-    Operand x, v, s, r_x, r_v;     // the solutions and the right-hand sides
+    Operand x, v, s, r_x, r_v; // the solutions and the right-hand sides
     Rows<const int> status;
     Rows<T> u_x, u_v;
-    T fill;                        // for problems that are not solved
-    MatrixGradients<T> own, sums;  // the sum of Q is the half that with its transpose is the gradient
+    T fill;                       // for problems that are not solved
+    MatrixGradients<T> own, sums; // the sum of Q is the half that with its transpose is the gradient
 
     int m() const { return operands.m; }
     int rows() const { return shape.linear + (shape.lower ? shape.n : 0) + (shape.upper ? shape.n : 0); }
@@ -51,8 +51,8 @@ class Scratch {
     char* memory;
 };
 
-// Ask for numbers that lie side by side: software prefetch. The arithmetic on one problem waits more for itself than for
-// memory, and the processor has room for a few lines under way.
+// Ask for numbers that lie side by side: software prefetch. The arithmetic on one problem waits more for itself than
+// for memory, and the processor has room for a few lines under way.
 template <class T> QP_INLINE void prefetch(const T* numbers, long count) {
     const char* base = reinterpret_cast<const char*>(numbers);
     for (long at = 0; at < count * (long)sizeof(T); at += LINE) {
@@ -85,8 +85,8 @@ template <class T> class DerivativeWorker {
 
   private:
     using Team = serial::Team<T>;
-    static constexpr int FETCHED = 32;  // variables from which on the processor does not fetch in time by itself
-    static constexpr int STRIP = 8;     // rows of a gradient between two requests
+    static constexpr int FETCHED = 32; // variables from which on the processor does not fetch in time by itself
+    static constexpr int STRIP = 8;    // rows of a gradient between two requests
 
     const DerivativeBatch<T>& batch;
     Queue& queue;
@@ -102,13 +102,13 @@ template <class T> class DerivativeWorker {
         auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<T>(o.np + ROWS)), ...); };
         auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<T>(o.rows + ROWS)), ...); };
         of_variables(d.right.x, d.u.x, d.x, d.per_D, d.eliminated.x, d.left.x, d.left_after.x, d.correction.x);
-        of_rows(d.right.v, d.u.v, d.u.Kx, d.v, d.s, d.theta, d.weights, d.nearly_active, d.per_E, d.eliminated.v, d.left.v,
-                d.left_after.v, d.correction.v, d.correction.Kx, d.of_inactive);
+        of_rows(d.right.v, d.u.v, d.u.Kx, d.v, d.s, d.theta, d.weights, d.nearly_active, d.per_E, d.eliminated.v,
+                d.left.v, d.left_after.v, d.correction.v, d.correction.Kx, d.of_inactive);
         d.numbers = arena.take<int>(o.lp + 1);
     }
 
-    // Solve for problem b and compute the gradients of its own matrices; fetch meanwhile what is kept of problem `next`,
-    // if there is one.
+    // Solve for problem b and compute the gradients of its own matrices; fetch meanwhile what is kept of problem
+    // `next`, if there is one.
     void differentiate(long b, long next) {
         Kept<T> ahead = next >= 0 && batch.kept.F.stride ? batch.kept.at(next) : Kept<T>{};
         prefetch_vectors(next);
@@ -146,8 +146,9 @@ template <class T> class DerivativeWorker {
             workspace->use(kept, form);
         }
         if (usable && form == Form::dense_dual && kept.F) {
-            if (solve_dense_dual(o, d, [&](int part, int parts) { prefetch_F(ahead, part, parts); },
-                                 [&](int part, int parts) { prefetch_S(ahead, next, part, parts); })) {
+            if (solve_dense_dual(
+                    o, d, [&](int part, int parts) { prefetch_F(ahead, part, parts); },
+                    [&](int part, int parts) { prefetch_S(ahead, next, part, parts); })) {
                 return;
             }
             set_point(o, d);
@@ -243,15 +244,16 @@ template <class T> class DerivativeWorker {
 // takes them.
 template <class T> class SumWorker {
   public:
-    static constexpr int STRIP = 16;    // rows of a gradient
-    static constexpr int PORTION = 64;  // problems whose vectors are brought together
+    static constexpr int STRIP = 16;   // rows of a gradient
+    static constexpr int PORTION = 64; // problems whose vectors are brought together
 
     explicit SumWorker(const DerivativeBatch<T>& batch)
         : batch(batch), n(batch.shape.n), scratch([this](Arena& arena) { lay_out(arena); }) {}
 
     // How many strips a batch has.
     static int strips(const DerivativeBatch<T>& batch) {
-        return strips(batch.sums.Q, batch.shape.n) + strips(batch.sums.A, batch.shape.p) + strips(batch.sums.G, batch.m());
+        return strips(batch.sums.Q, batch.shape.n) + strips(batch.sums.A, batch.shape.p) +
+               strips(batch.sums.G, batch.m());
     }
 
     void run(Queue& queue, bool calling) {
@@ -267,8 +269,8 @@ template <class T> class SumWorker {
     using Team = serial::Team<T>;
     const DerivativeBatch<T>& batch;
     const int n;
-    Matrix<T> sums, of_rows, of_variables;  // STRIP × n, PORTION × STRIP, PORTION × n
-    int first = 0, height = 0;              // rows of the strip
+    Matrix<T> sums, of_rows, of_variables; // STRIP × n, PORTION × STRIP, PORTION × n
+    int first = 0, height = 0;             // rows of the strip
     Scratch scratch;
 
     static int strips(const Rows<T>& sums, int rows) { return sums.data ? (rows + STRIP - 1) / STRIP : 0; }
@@ -349,4 +351,4 @@ template <class T> bool differentiate_batch(const DerivativeBatch<T>& batch, int
     return strips == 0 || sums.run([&](bool calling) { SumWorker<T>(batch).run(sums, calling); });
 }
 
-}  // namespace qpdiff
+} // namespace qpdiff

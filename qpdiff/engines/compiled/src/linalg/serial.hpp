@@ -642,8 +642,8 @@ template <class T> struct Tiles {
         }
     }
 
-    // Fill the upper triangle of `out` with the rows and columns of S that have these numbers, and the padding so that it
-    // has a factor. `meanwhile` is called with (part, parts) for each row.
+    // Fill the upper triangle of `out` with the rows and columns of S that have these numbers, and the padding so that
+    // it has a factor. `meanwhile` is called with (part, parts) for each row.
     template <class F>
     static QP_NOINLINE void gather_square(Matrix<T> S, const int* numbers, int count, Matrix<T> out, F meanwhile) {
         int stop = whole_packs<T>(count);
@@ -662,8 +662,8 @@ template <class T> struct Tiles {
         }
     }
 
-    // With the rows of a symmetric matrix that have these numbers: take what they contribute to S x, as columns, off `out`;
-    // and put in `packed` what is then left of `out` there less the product of these rows with `others`.
+    // With the rows of a symmetric matrix that have these numbers: take what they contribute to S x, as columns, off
+    // `out`; and put in `packed` what is then left of `out` there less the product of these rows with `others`.
     template <class F>
     static QP_NOINLINE void subtract_product(Matrix<T> S, int rows, const int* numbers, int count, Vector<T> x,
                                              Vector<T> others, Vector<T> out, Vector<T> packed, F meanwhile) {
@@ -686,8 +686,8 @@ template <class T> struct Tiles {
 
     // ---- products of vectors
 
-    // Fill so many rows of n numbers, without padding, with factor (a uᵀ + b xᵀ); u and x are padded. Exactly symmetric where
-    // a is x and b is u.
+    // Fill so many rows of n numbers, without padding, with factor (a uᵀ + b xᵀ); u and x are padded. Exactly symmetric
+    // where a is x and b is u.
     static QP_NOINLINE void outer(T factor, const T* a, const T* u, const T* b, const T* x, int rows, int n, T* out) {
         // Half a pack where that is wide: rows seldom begin with a line of the cache, and fewer stores lie across two.
         using P = pack_of<T, std::min(VECTOR_BYTES, 32)>;

@@ -25,23 +25,23 @@ template <class Team> struct KktSolution {
 
 // How far a solve with the factor of another system got, in the scaled problem.
 template <class Real> struct Reached {
-    Real left;   // the residual against the right-hand side
-    Real moved;  // what a next correction is likely to be against the solution
+    Real left;  // the residual against the right-hand side
+    Real moved; // what a next correction is likely to be against the solution
 };
 
 template <class Team> struct Derivative {
     using Vector = typename Team::Vector;
-    RightHandSide<Team> right;       // what is given
-    KktSolution<Team> u;             // what is found
-    Vector x, v, s;                  // the solution of the problem
-    Vector theta, weights;           // θ and 1/θ there
-    Vector nearly_active;            // 1 for the equalities and the inequalities whose θ is small, else 0
+    RightHandSide<Team> right; // what is given
+    KktSolution<Team> u;       // what is found
+    Vector x, v, s;            // the solution of the problem
+    Vector theta, weights;     // θ and 1/θ there
+    Vector nearly_active;      // 1 for the equalities and the inequalities whose θ is small, else 0
     Vector per_D, per_E;
-    RightHandSide<Team> eliminated;  // after the elimination of the inactive rows
+    RightHandSide<Team> eliminated; // after the elimination of the inactive constraints
     RightHandSide<Team> left, left_after;
     KktSolution<Team> correction;
-    Vector of_inactive;              // the part of a solution in the inactive rows
-    int* numbers = nullptr;          // of the nearly active rows
+    Vector of_inactive;     // the part of a solution in the inactive constraints
+    int* numbers = nullptr; // of the nearly active constraints
 };
 
 // ---- with the factor of another system
@@ -50,7 +50,7 @@ template <class Team, class I> QP_INLINE auto is_nearly_active(const Derivative<
     return d.nearly_active[i] > typename Team::Entry{};
 }
 
-// Fill θ at the solution, and which rows are nearly active there.
+// Fill θ at the solution, and which constraints are nearly active there.
 template <class Team> QP_INLINE void set_point(const Problem<Team>& o, Derivative<Team>& d) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
@@ -64,22 +64,28 @@ template <class Team> QP_INLINE void set_point(const Problem<Team>& o, Derivativ
     });
 }
 
-// Return the largest entry of a vector that is scaled entry by entry, inactive rows left out.
+// Return the largest entry of a vector that is scaled entry by entry, inactive constraints left out.
 template <class Team, class Vector = typename Team::Vector>
-QP_INLINE auto scaled_size(const Problem<Team>& o, const Derivative<Team>& d, Vector scale_x, Vector scale_v, Vector x, Vector v) {
+QP_INLINE auto scaled_size(const Problem<Team>& o, const Derivative<Team>& d, Vector scale_x, Vector scale_v, Vector x,
+                           Vector v) {
     using N = typename Team::Entry;
     N most{};
     Team::each(o.np, [&](auto j) { most = larger(absolute(x[j] * scale_x[j]), most); });
-    Team::each(o.rows, [&](auto i) { most = larger(select(is_nearly_active(d, i), absolute(v[i] * scale_v[i]), N{}), most); });
+    Team::each(o.rows,
+               [&](auto i) { most = larger(select(is_nearly_active(d, i), absolute(v[i] * scale_v[i]), N{}), most); });
     return Team::largest(most);
 }
 
 // Return a / b, or a where b is 0.
-template <class Real> QP_INLINE Real ratio(Real a, Real b) { return a / (b > 0 ? b : Real(1)); }
+template <class Real> QP_INLINE Real ratio(Real a, Real b) {
+    return a / (b > 0 ? b : Real(1));
+}
 
-// Eliminate the inactive rows from a right-hand side by their own weights; return the size of what is left to solve.
+// Eliminate the inactive constraints from a right-hand side by their own weights; return the size of what is left to
+// solve.
 template <class Team>
-QP_INLINE typename Team::Real eliminate_inactive(const Problem<Team>& o, Derivative<Team>& d, const RightHandSide<Team>& right) {
+QP_INLINE typename Team::Real eliminate_inactive(const Problem<Team>& o, Derivative<Team>& d,
+                                                 const RightHandSide<Team>& right) {
     using N = typename Team::Entry;
     auto to = d.eliminated;
     Team::each(o.rows, [&](auto i) { to.v.set(i, select(is_nearly_active(d, i), N{}, d.weights[i] * right.v[i])); });
@@ -89,12 +95,12 @@ QP_INLINE typename Team::Real eliminate_inactive(const Problem<Team>& o, Derivat
     return scaled_size(o, d, o.D, o.E, to.x, to.v);
 }
 
-// Solve for a right-hand side with the factor at hand, the inactive rows eliminated by their own weights.
+// Solve for a right-hand side with the factor at hand, the inactive constraints eliminated by their own weights.
 template <Form FORM, class Team>
 QP_NOINLINE void solve_approximately(Problem<Team>& o, Derivative<Team>& d, const RightHandSide<Team>& right,
                                      const KktSolution<Team>& out) {
     if constexpr (FORM == Form::primal) {
-        // The form eliminates the other rows in the same way, which saves half of the products.
+        // The form eliminates the other constraints in the same way, which saves half of the products.
         auto weight = [&](auto i) { return select(is_nearly_active(d, i), o.weights[i], d.weights[i]); };
         Team::each(o.rows, [&](auto i) { out.v.set(i, weight(i) * right.v[i]); });
         adjoint(o, out.v, out.x);
@@ -142,7 +148,8 @@ QP_NOINLINE Reached<Real> solve_nearby(Problem<Team>& o, Derivative<Team>& d, in
     for (int round = 0; round < rounds && !(left <= accuracy && moved <= Real(P.refined_moved) * accuracy); round++) {
         auto c = d.correction;
         solve_approximately<FORM>(o, d, d.left, c);
-        Real now = ratio(scaled_size(o, d, d.per_D, d.per_E, c.x, c.v), scaled_size(o, d, d.per_D, d.per_E, d.u.x, d.u.v));
+        Real now =
+            ratio(scaled_size(o, d, d.per_D, d.per_E, c.x, c.v), scaled_size(o, d, d.per_D, d.per_E, d.u.x, d.u.v));
         // What is left is the difference of the two systems times the solution, and so shrinks as the corrections do.
         Real after = left * ratio(now, last);
         moved = ratio(now * now, last);
@@ -171,14 +178,14 @@ QP_NOINLINE Reached<Real> solve_nearby(Problem<Team>& o, Derivative<Team>& d, in
     return {left, moved};
 }
 
-// ---- in the dense dual form, with a factor of the nearly active rows
+// ---- in the dense dual form, with a factor of the nearly active constraints
 
 // Solve (S + θ) u_v = `eliminated`; return whether that is accurate.
 //
-// A row is inactive here where its θ is so many times its entry of S: it hardly moves the others, and inactive rows each
-// other not at all, so that theirs of S are not read. The matrix of the nearly active rows is factored, with the smallest
-// θ raised lest dependent rows leave it singular; refinement brings in what was left out. `meanwhile` is called with
-// (part, parts) beside the passes over the matrix.
+// A constraint is inactive here where its θ is so many times its entry of S: it hardly moves the others, and inactive
+// constraints each other not at all, so that theirs of S are not read. The matrix of the nearly active constraints is
+// factored, with the smallest θ raised lest dependent constraints leave it singular; refinement brings in what was left
+// out. `meanwhile` is called with (part, parts) beside the passes over the matrix.
 template <class Team, class Factoring, class Refining, class Real = typename Team::Real>
 QP_NOINLINE bool solve_nearly_active(Problem<Team>& o, Derivative<Team>& d, Real inactive, Factoring while_factoring,
                                      Refining while_refining) {
@@ -229,7 +236,8 @@ QP_NOINLINE bool solve_nearly_active(Problem<Team>& o, Derivative<Team>& d, Real
 
 // Solve with the dense dual form; return whether that is accurate.
 template <class Team, class Factoring, class Refining>
-QP_NOINLINE bool solve_dense_dual(Problem<Team>& o, Derivative<Team>& d, Factoring while_factoring, Refining while_refining) {
+QP_NOINLINE bool solve_dense_dual(Problem<Team>& o, Derivative<Team>& d, Factoring while_factoring,
+                                  Refining while_refining) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
     eliminate<Form::dense_dual>(o, d.right.x);
@@ -242,8 +250,8 @@ QP_NOINLINE bool solve_dense_dual(Problem<Team>& o, Derivative<Team>& d, Factori
 
 // ---- with a factor made for the purpose
 
-// Return whether the pivots of a factor of the primal form are more than rounding: where x is not unique, weights of the
-// last iteration may drown ρ.
+// Return whether the pivots of a factor of the primal form are more than rounding: where x is not unique, weights of
+// the last iteration may drown ρ.
 template <class Team> QP_NOINLINE bool pivots_count(const Problem<Team>& o) {
     using Real = typename Team::Real;
     auto squares = o.columns;
@@ -290,4 +298,4 @@ template <class Team> QP_NOINLINE void solve_afresh(Problem<Team>& o, Derivative
     solve_nearby<Form::primal>(o, d, int(P.afresh_rounds));
 }
 
-}  // namespace qpdiff
+} // namespace qpdiff
