@@ -185,7 +185,7 @@ QP_NOINLINE Reached<Real> solve_nearby(Problem<Team>& o, Derivative<Team>& d, in
 // A constraint is inactive here where its θ is so many times its entry of S: it hardly moves the others, and inactive
 // constraints each other not at all, so that theirs of S are not read. The matrix of the nearly active constraints is
 // factored, with the smallest θ raised lest dependent constraints leave it singular; refinement brings in what was left
-// out. `meanwhile` is called with (part, parts) beside the passes over the matrix.
+// out. `while_factoring` and `while_refining` are called with (part, parts) beside the passes over the matrix.
 template <class Team, class Factoring, class Refining, class Real = typename Team::Real>
 QP_NOINLINE bool solve_nearly_active(Problem<Team>& o, Derivative<Team>& d, Real inactive, Factoring while_factoring,
                                      Refining while_refining) {
