@@ -160,7 +160,7 @@ def info() -> None:
             f"backend {name}", version(package), runs(name, operands) if importlib_has(package) else "not installed"
         )
     table.add_row("engine", *engine())
-    for package in ("scipy", "array-api-compat", "numba", "threadpoolctl", "autograd", "dask", "cvxpy", "highspy"):
+    for package in ("scipy", "array-api-compat", "threadpoolctl", "autograd", "dask", "cvxpy", "highspy"):
         table.add_row(package, version(package), "")
     console.print(table)
 
@@ -365,9 +365,7 @@ def runs(name: str, operands) -> str:
 def engine() -> tuple[str, str]:
     """Which engine solves NumPy arrays, and why."""
     module, reason = compiled_engine()
-    if module is None:
-        return "array", reason
-    return "compiled", f"{reason} on first use and keeps the result in {module.cache_folder()}"
+    return "compiled" if module else "array", reason
 
 
 def blas_threads() -> str:

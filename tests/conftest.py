@@ -25,7 +25,7 @@ METHOD = {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--engine", choices=["auto", "array"], default="auto", help="array: as if there were no Numba")
+    parser.addoption("--engine", choices=["auto", "array"], default="auto", help="array: as if it were all")
     parser.addoption("--require-gpu", action="store_true", help="fail without a GPU, where its tests would be skipped")
 
 

@@ -222,7 +222,7 @@ def test_info(run):
     result = run("info")
     assert result.exit_code == 0
     assert "backend numpy" in result.output
-    expected = r"engine\W+compiled\W+Numba compiles it" if compiled_engine()[0] else r"engine\W+array"
+    expected = r"engine\W+compiled\W+built ahead of time" if compiled_engine()[0] else r"engine\W+array"
     assert re.search(expected, result.output)
     assert qpdiff.__version__ in result.output
 

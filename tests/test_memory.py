@@ -36,7 +36,7 @@ def test_shared_matrices():
 
 
 def test_memory_is_used_again_only_when_no_view_is_left():
-    memory = pytest.importorskip("qpdiff.compiled.memory", exc_type=ImportError)
+    memory = pytest.importorskip("qpdiff.engines.compiled.memory", exc_type=ImportError)
     first = memory.empty((1000, 100), float)
     first[...] = 1.0
     kept = [first[3], first.reshape(-1)[:5], first.base[:10], np.asarray(first.base)]

@@ -198,6 +198,7 @@ void set_blas(nb::dict capsules) {
 #endif
 
 NB_MODULE(QP_MODULE, m) {
+    nb::set_leak_warnings(false);  // Python modules keep `Parameters` until the process ends
     nb::class_<Parameters>(m, "Parameters").def("__init__", [](Parameters* self, nb::object numbers) {
         new (self) Parameters();
 #define X(name) self->name = nb::cast<double>(numbers.attr(#name));
