@@ -24,8 +24,8 @@ from .memory import SMALLEST, empty
 
 def _load_core():
     """Import the extension module for the widest vectors that the processor has, and name its instruction set."""
-    from . import _level  # says which this processor can run; there is one module for processors that are no x86
-
+    # It says which this processor can run; there is one module for processors that are no x86.
+    _level = importlib.import_module("._level", __package__)
     for level in range(_level.highest(), 1, -1):
         with suppress(ModuleNotFoundError):
             return importlib.import_module(f"._core_v{level}", __package__), f"x86-64-v{level}"
