@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 
 import qpdiff
 from qpdiff.backend import NumPyBackend
+from qpdiff.backend.threads import THREADS
 from qpdiff.engines.choice import compiled_engine
 
 from .problems import (
@@ -312,22 +314,42 @@ def test_calls_from_many_threads_give_what_one_gives():
         np.testing.assert_array_equal(gradient, qpdiff.vjp(expected[i % 4], x=np.ones_like(x)).q)
 
 
-def test_gradients_of_shared_matrices_are_sums():
+def test_gradients_of_shared_matrices_are_sums_over_the_batch():
+    """In the order of the batch, however many threads there are."""
     count, n, m, p = 300, 40, 21, 5
     operands = optnet(rng(), (count,), n, m, p)
     operands |= {name: operands[name][0] for name in ("Q", "G", "A")}
     cotangent = rng().normal(size=(count, n))
     sol = qpdiff.solve_qp(**operands)
-    gradients = qpdiff.vjp(sol, x=cotangent)
     own = qpdiff.vjp(
         qpdiff.solve_qp(**operands | {k: np.repeat(operands[k][None], count, axis=0) for k in ("Q", "G", "A")}),
         x=cotangent,
     )
+    results = []
+    for threads in (1, 2, 3):
+        token = THREADS.set(threads)
+        try:
+            results.append(qpdiff.vjp(sol, x=cotangent))
+        finally:
+            THREADS.reset(token)
     for name in ("Q", "G", "A"):
         expected = getattr(own, name).sum(axis=0)
-        accuracy = 1e-8 * np.max(np.abs(expected))
-        np.testing.assert_allclose(getattr(gradients, name), expected, rtol=0, atol=accuracy, err_msg=name)
-    np.testing.assert_array_equal(gradients.Q, gradients.Q.T)
+        gradient = getattr(results[0], name)
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-8 * np.max(np.abs(expected)), err_msg=name)
+        for other in results[1:]:
+            np.testing.assert_array_equal(getattr(other, name), gradient)
+    np.testing.assert_array_equal(results[0].Q, results[0].Q.T)
+
+
+def test_what_is_kept_may_be_read_only():
+    """As it is after it has come from another process without a copy."""
+    operands = optnet(rng(), (20,), 10, 5, 3)
+    sol = qpdiff.solve_qp(**operands, engine="compiled")
+    buffers = []
+    data = pickle.dumps(sol, protocol=5, buffer_callback=lambda buffer: buffers.append(bytes(buffer.raw())))
+    other = pickle.loads(data, buffers=buffers)
+    for a, b in zip(qpdiff.vjp(other, x=sol.x), qpdiff.vjp(sol, x=sol.x), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_blas_has_one_thread_inside_and_its_own_again_outside():

@@ -73,7 +73,8 @@ class Arrays {
 // The operands in the order of qpdiff.problem.OPERANDS: Q, q, G, h, A, b, lb, ub.
 Operands read_operands(const Arrays& arrays, long count) {
     Operands operands;
-    Operand* all[] = {&operands.Q, &operands.q, &operands.G, &operands.h, &operands.A, &operands.b, &operands.lb, &operands.ub};
+    Operand* all[] = {&operands.Q, &operands.q, &operands.G,  &operands.h,
+                      &operands.A, &operands.b, &operands.lb, &operands.ub};
     for (int i = 0; i < 8; i++) {
         *all[i] = arrays[i].operand();
     }
@@ -88,27 +89,31 @@ Shape read_shape(const Operands& operands, int form) {
 
 // qpdiff.method.Settings.
 Settings read_settings(nb::tuple s) {
-    return {nb::cast<double>(s[0]), nb::cast<double>(s[1]), nb::cast<bool>(s[2]),   nb::cast<int>(s[3]),   nb::cast<double>(s[4]),
-            nb::cast<double>(s[5]), nb::cast<double>(s[6]), nb::cast<double>(s[7]), nb::cast<double>(s[8])};
+    return {nb::cast<double>(s[0]), nb::cast<double>(s[1]), nb::cast<bool>(s[2]),
+            nb::cast<int>(s[3]),    nb::cast<double>(s[4]), nb::cast<double>(s[5]),
+            nb::cast<double>(s[6]), nb::cast<double>(s[7]), nb::cast<double>(s[8])};
 }
 
 template <class T> Outcome<T> read_outcome(const Arrays& a) {
-    return {a[0].rows<T>(), a[1].rows<T>(), a[2].rows<T>(), a[3].rows<int>(), a[4].rows<int>(),
+    return {a[0].rows<T>(),      a[1].rows<T>(),      a[2].rows<T>(),      a[3].rows<int>(),   a[4].rows<int>(),
             a[5].rows<double>(), a[6].rows<double>(), a[7].rows<double>(), a[8].rows<double>()};
 }
 
 // qpdiff.engines.compiled.engine.Factors.
 template <class T> KeptBatch<T> read_kept(const Arrays& a) {
-    return {a[0].rows<T>(), a[1].rows<T>(), a[2].rows<T>(), a[3].rows<T>(), a[4].rows<T>(), a[5].rows<T>(),
-            a[6].rows<T>(), a[7].rows<T>(), a[8].rows<int>(), a[9].rows<bool>()};
+    return {a[0].rows<T>(), a[1].rows<T>(), a[2].rows<T>(), a[3].rows<T>(),   a[4].rows<T>(),
+            a[5].rows<T>(), a[6].rows<T>(), a[7].rows<T>(), a[8].rows<int>(), a[9].rows<bool>()};
 }
 
-template <class T> Near<T> read_near(const Arrays& a) { return {a[0].rows<const T>(), a[1].rows<const T>(), a[2].rows<const bool>()}; }
+template <class T> Near<T> read_near(const Arrays& a) {
+    return {a[0].rows<const T>(), a[1].rows<const T>(), a[2].rows<const bool>()};
+}
 
 // What the arrays and numbers of a call say, for one floating point type.
 template <class T>
-bool solve_as(const Operands& operands, const Arrays& outcome, const Arrays& kept, const Arrays& near, const Settings& settings,
-              const Parameters& parameters, int form, bool check, double rounding, bool lanes, int workers, nb::object progress) {
+bool solve_as(const Operands& operands, const Arrays& outcome, const Arrays& kept, const Arrays& near,
+              const Settings& settings, const Parameters& parameters, int form, bool check, double rounding, bool lanes,
+              int workers, nb::object progress) {
     Batch<T> batch{operands, read_shape(operands, form), settings, &parameters, check, rounding, lanes, {}, {}, {}};
     batch.near = read_near<T>(near);
     batch.outcome = read_outcome<T>(outcome);
@@ -120,12 +125,13 @@ bool solve_as(const Operands& operands, const Arrays& outcome, const Arrays& kep
     return good;
 }
 
-bool solve_problems(nb::tuple operands, nb::tuple outcome, nb::tuple kept, nb::tuple near, nb::tuple settings, const Parameters& parameters,
-           int form, bool check, double rounding, bool lanes, int workers, nb::object progress) {
+bool solve_problems(nb::tuple operands, nb::tuple outcome, nb::tuple kept, nb::tuple near, nb::tuple settings,
+                    const Parameters& parameters, int form, bool check, double rounding, bool lanes, int workers,
+                    nb::object progress) {
     Arrays given(operands, false), out(outcome, true), keep(kept, true), start(near, false);
     auto run = out[0].itemsize() == sizeof(double) ? solve_as<double> : solve_as<float>;
-    return run(read_operands(given, out[0].size(0)), out, keep, start, read_settings(settings), parameters, form, check, rounding,
-               lanes, workers, progress);
+    return run(read_operands(given, out[0].size(0)), out, keep, start, read_settings(settings), parameters, form, check,
+               rounding, lanes, workers, progress);
 }
 
 // The gradients of Q, G and A of each problem's own, or those that are sums over the batch.
@@ -165,7 +171,8 @@ void differentiate_problems(nb::tuple operands, nb::tuple kept, nb::tuple given,
 }
 
 // Numbers that one problem keeps, of each array.
-std::tuple<long, long, long, long, long, long> kept_sizes(int form, int n, int linear, bool lower, bool upper, int itemsize) {
+std::tuple<long, long, long, long, long, long> kept_sizes(int form, int n, int linear, bool lower, bool upper,
+                                                          int itemsize) {
     auto sizes = [&]<class T>(T) {
         using Team = serial::Team<T>;
         int rows = Team::padded(linear) + (int(lower) + int(upper)) * Team::padded(n);
@@ -191,14 +198,14 @@ void set_blas(nb::dict capsules) {
     blas::Functions<float>::gemm = reinterpret_cast<blas::Functions<float>::Gemm>(pointer("sgemm"));
 }
 
-}  // namespace
+} // namespace
 
 #ifndef QP_MODULE
 #define QP_MODULE _core
 #endif
 
 NB_MODULE(QP_MODULE, m) {
-    nb::set_leak_warnings(false);  // Python modules keep `Parameters` until the process ends
+    nb::set_leak_warnings(false); // Python modules keep `Parameters` until the process ends
     nb::class_<Parameters>(m, "Parameters").def("__init__", [](Parameters* self, nb::object numbers) {
         new (self) Parameters();
 #define X(name) self->name = nb::cast<double>(numbers.attr(#name));
@@ -210,6 +217,6 @@ NB_MODULE(QP_MODULE, m) {
     m.def("kept_sizes", &kept_sizes);
     m.def("set_blas", &set_blas);
     m.def("solve_kkt", &differentiate_problems);
-    m.def("solve", &solve_problems, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg(), nb::arg(), nb::arg().none());
+    m.def("solve", &solve_problems, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
 }

@@ -1,4 +1,5 @@
-// The operands of a batch as they lie in the caller's memory: reading them into a problem, and checking them on the way.
+// The operands of a batch as they lie in the caller's memory: reading them into a problem, and checking them on the
+// way.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -10,8 +11,8 @@ namespace qpdiff {
 // One operand: its first axis is the batch, with a stride of 0 where it is shared.
 struct Operand {
     const char* data = nullptr;
-    long batch = 0;              // bytes from one problem to the next
-    long row = 0, column = 0;    // bytes from a row of a matrix to the next, and from an entry to the next
+    long batch = 0;           // bytes from one problem to the next
+    long row = 0, column = 0; // bytes from a row of a matrix to the next, and from an entry to the next
     bool given() const { return data != nullptr; }
     bool shared() const { return batch == 0; }
     const char* at(long b, int i = 0) const { return data + b * batch + i * row; }
@@ -20,7 +21,7 @@ struct Operand {
 struct Operands {
     Operand Q, q, G, h, A, b, lb, ub;
     int n = 0, m = 0, p = 0;
-    long count = 0;  // problems
+    long count = 0; // problems
     int linear() const { return m + p; }
     bool matrices_shared() const { return Q.shared() && A.shared() && G.shared() && lb.shared() && ub.shared(); }
 };
@@ -88,7 +89,8 @@ template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operan
     bool alike = true;
     auto set_row = [&](int i, T k, Kind kind) {
         put<Team>(o.k.data[i], lane, k);
-        decltype(+o.kind.is_equality[0]) is_equality = kind == EQUALITY ? -1 : 0, is_inequality = kind == INEQUALITY ? -1 : 0;
+        decltype(+o.kind.is_equality[0]) is_equality = kind == EQUALITY ? -1 : 0,
+                                         is_inequality = kind == INEQUALITY ? -1 : 0;
         if (lane == 0) {
             o.kind.is_equality[i] = is_equality, o.kind.is_inequality[i] = is_inequality;
         }
@@ -191,7 +193,8 @@ template <class T> bool plausible_vectors(const Operands& operands, long b, bool
                 holds(operands.ub, operands.n, not_below);
     if (operands.lb.given() && operands.ub.given() && (looks_at(operands.lb) || looks_at(operands.ub))) {
         for (int j = 0; j < operands.n; j++) {
-            T low = entry<T>(operands.lb.at(b), operands.lb.column, j), high = entry<T>(operands.ub.at(b), operands.ub.column, j);
+            T low = entry<T>(operands.lb.at(b), operands.lb.column, j),
+              high = entry<T>(operands.ub.at(b), operands.ub.column, j);
             good &= low <= high;
         }
     }
@@ -212,8 +215,8 @@ template <class Team> QP_NOINLINE typename Team::Truth plausible_Q(Problem<Team>
     return is_finite(limit) & Team::symmetric(o.Q, o.n, limit);
 }
 
-// Where Q is positive semidefinite but for rounding. Divided by its largest entry, because the shift would overflow with
-// huge and vanish with denormal numbers.
+// Where Q is positive semidefinite but for rounding. Divided by its largest entry, because the shift would overflow
+// with huge and vanish with denormal numbers.
 template <class Team> QP_NOINLINE typename Team::Truth convex(Problem<Team>& o, typename Team::Real rounding) {
     using S = typename Team::Number;
     using Real = typename Team::Real;
@@ -227,4 +230,4 @@ template <class Team> QP_NOINLINE typename Team::Truth convex(Problem<Team>& o, 
     return Team::cholesky(o.square_matrix, o.added, o.square_matrix, o.n);
 }
 
-}  // namespace qpdiff
+} // namespace qpdiff

@@ -73,7 +73,7 @@ class Queue {
                 });
                 running++;
             }
-        } catch (const std::system_error&) {  // fewer threads do as well
+        } catch (const std::system_error&) { // fewer threads do as well
         }
         guarded(true);
         for (std::unique_lock<std::mutex> lock(mutex); running > 0;) {
@@ -146,4 +146,4 @@ class Queue {
     }
 };
 
-}  // namespace qpdiff
+} // namespace qpdiff

@@ -28,8 +28,8 @@ template <class T> struct Outcome {
 template <class T> struct KeptBatch {
     Rows<T> F, V, S, U, weights, diagonal;
     Rows<T> D, E;
-    Rows<int> form;        // the form that each problem has been solved with
-    Rows<bool> factor_ok;  // whether what is kept of it is of use
+    Rows<int> form;       // the form that each problem has been solved with
+    Rows<bool> factor_ok; // whether what is kept of it is of use
     Kept<T> at(long b) const { return {F.at(b), V.at(b), S.at(b), U.at(b), weights.at(b), diagonal.at(b)}; }
 };
 
@@ -45,8 +45,8 @@ template <class T> struct Batch {
     Settings settings;
     const Parameters* parameters;
     bool check;
-    double rounding;  // how large rounding may be in Q
-    bool lanes;       // whether to take problems several at a time
+    double rounding; // how large rounding may be in Q
+    bool lanes;      // whether to take problems several at a time
     Near<T> near;
     Outcome<T> outcome;
     KeptBatch<T> kept;
@@ -60,7 +60,7 @@ template <class Team> std::unique_ptr<Workspace<Team>>& idle_workspace() {
 
 template <class Team> class Borrowed {
   public:
-    static constexpr long LARGEST = 1 << 20;  // entries of the matrices
+    static constexpr long LARGEST = 1 << 20; // entries of the matrices
 
     Borrowed(const Shape& shape, bool calling) : calling(calling) {
         if (calling && idle_workspace<Team>() && idle_workspace<Team>()->shape == shape) {
@@ -130,7 +130,9 @@ template <class T> class Worker {
         const KeptBatch<T>& kept = batch.kept;
         KeptSizes<T> sizes(batch.shape.form, o.n, o.linear, o.rows);
         auto lay_out = [&](Arena& arena) {
-            auto part = [&](T*& p, const Rows<T>& rows, long size) { p = rows.data || !size ? nullptr : arena.take<T>(size); };
+            auto part = [&](T*& p, const Rows<T>& rows, long size) {
+                p = rows.data || !size ? nullptr : arena.take<T>(size);
+            };
             part(scratch.F, kept.F, sizes.F), part(scratch.V, kept.V, sizes.V), part(scratch.S, kept.S, sizes.S);
             part(scratch.U, kept.U, sizes.U), part(scratch.weights, kept.weights, sizes.weights);
             part(scratch.diagonal, kept.diagonal, sizes.diagonal);
@@ -149,7 +151,8 @@ template <class T> class Worker {
         Kept<T> kept = batch.kept.at(b);
         auto otherwise = [](T*& p, T* other) { p = p ? p : other; };
         otherwise(kept.F, scratch.F), otherwise(kept.V, scratch.V), otherwise(kept.S, scratch.S);
-        otherwise(kept.U, scratch.U), otherwise(kept.weights, scratch.weights), otherwise(kept.diagonal, scratch.diagonal);
+        otherwise(kept.U, scratch.U), otherwise(kept.weights, scratch.weights),
+            otherwise(kept.diagonal, scratch.diagonal);
         return kept;
     }
 
@@ -350,7 +353,8 @@ template <class T> class Worker {
 
     // Put aside what the problem of a lane has come to, and what its derivative needs.
     template <Form FORM>
-    void keep_lane(long b, int lane, const Iterate<lanes::Team>& at, const Verdict<lanes::Team>& verdict, int iterations) {
+    void keep_lane(long b, int lane, const Iterate<lanes::Team>& at, const Verdict<lanes::Team>& verdict,
+                   int iterations) {
         using Team = lanes::Team;
         const auto& o = group->workspace->problem;
         const Outcome<T>& outcome = batch.outcome;
@@ -430,4 +434,4 @@ template <class T> bool solve_batch(const Batch<T>& batch, int workers, PyObject
     });
 }
 
-}  // namespace qpdiff
+} // namespace qpdiff

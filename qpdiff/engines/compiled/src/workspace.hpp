@@ -43,7 +43,7 @@ template <class Team> class Workspace {
         if (!memory) {
             throw std::bad_alloc();
         }
-        std::memset(memory, 0, counting.used);  // the padding of matrices and vectors has to be zero
+        std::memset(memory, 0, counting.used); // the padding of matrices and vectors has to be zero
         Arena arena(memory);
         lay_out(arena);
         for (int j = 0; j < problem.n; j++) {
@@ -55,7 +55,9 @@ template <class Team> class Workspace {
     Workspace& operator=(const Workspace&) = delete;
 
     // Let a problem of one thread work in what it is to keep, or, where it has to take the primal form, in what is not.
-    void use(const Kept<typename Team::Real>& kept, Form form) requires(!Team::lanes) {
+    void use(const Kept<typename Team::Real>& kept, Form form)
+        requires(!Team::lanes)
+    {
         auto& o = problem;
         int wide = Team::leading(o.n), high = Team::leading(o.linear);
         if (shape.form == Form::dense_dual) {
@@ -64,11 +66,15 @@ template <class Team> class Workspace {
         o.diagonal = shape.form == Form::diagonal_dual ? typename Team::Vector{kept.diagonal} : o.diagonal;
         bool own = form != shape.form || form == Form::dense_dual;
         o.weights = own ? own_weights : typename Team::Vector{kept.weights};
-        o.U = form != shape.form ? o.square_matrix : form == Form::dense_dual ? own_U : MatrixOf{kept.U, form == Form::primal ? wide : high};
+        o.U = form != shape.form         ? o.square_matrix
+              : form == Form::dense_dual ? own_U
+                                         : MatrixOf{kept.U, form == Form::primal ? wide : high};
     }
 
     // Let the problem take the primal form in what is not kept.
-    void use_primal() requires(!Team::lanes) {
+    void use_primal()
+        requires(!Team::lanes)
+    {
         problem.U = problem.square_matrix;
         problem.weights = own_weights;
     }
@@ -92,7 +98,9 @@ template <class Team> class Workspace {
         // A tile is as wide as four entries, also at the end of an empty vector.
         auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<Stored>(o.np + ROWS)), ...); };
         auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<Stored>(o.rows + ROWS)), ...); };
-        auto exact = [&](int count, auto&... vectors) { ((vectors.data = arena.take<ExactStored>(count + ROWS)), ...); };
+        auto exact = [&](int count, auto&... vectors) {
+            ((vectors.data = arena.take<ExactStored>(count + ROWS)), ...);
+        };
         auto matrix = [&](MatrixOf& M, int rows, int columns) {
             M.ld = Team::leading(columns);
             M.data = arena.take<Stored>((long)Team::whole_rows(rows) * M.ld);
@@ -137,4 +145,4 @@ template <class Team> class Workspace {
     }
 };
 
-}  // namespace qpdiff
+} // namespace qpdiff

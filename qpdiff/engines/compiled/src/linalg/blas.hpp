@@ -6,7 +6,7 @@
 
 namespace qpdiff::blas {
 
-constexpr int BLOCK = 128;  // rows that are factored, or solved for, without BLAS
+constexpr int BLOCK = 128; // rows that are factored, or solved for, without BLAS
 
 template <class T> struct Functions {
     using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*,
@@ -17,7 +17,9 @@ template <class T> struct Functions {
     inline static Syrk syrk = nullptr;
 };
 
-template <class T> bool available() { return Functions<T>::gemm != nullptr; }
+template <class T> bool available() {
+    return Functions<T>::gemm != nullptr;
+}
 
 // C ← C + α AᵀB with `rows` rows of A and B.
 template <class T>
@@ -32,4 +34,4 @@ template <class T> void add_gram(const T* A, int lda, int rows, T* C, int ldc, i
     Functions<T>::syrk("L", "N", &n, &rows, &one, A, &lda, &one, C, &ldc);
 }
 
-}  // namespace qpdiff::blas
+} // namespace qpdiff::blas

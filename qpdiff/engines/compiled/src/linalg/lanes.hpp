@@ -309,4 +309,4 @@ struct Team : Algebra<pack_of<double>> {
     static QP_INLINE Truth all(Truth m) { return m; }
 };
 
-}  // namespace qpdiff::lanes
+} // namespace qpdiff::lanes

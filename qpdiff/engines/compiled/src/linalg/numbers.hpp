@@ -1,6 +1,6 @@
-// The numbers that the method is written in. A *pack* holds neighbouring entries of one problem's vector, *lanes* hold the
-// same entry of several problems: to the processor both are a vector, and the functions here are the same for both and
-// for one number. Code that branches on nothing but `select` therefore is one source for all three.
+// The numbers that the method is written in. A *pack* holds neighbouring entries of one problem's vector, *lanes* hold
+// the same entry of several problems: to the processor both are a vector, and the functions here are the same for both
+// and for one number. Code that branches on nothing but `select` therefore is one source for all three.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,7 +20,8 @@ constexpr double EPS = 2.220446049250313e-16;
 
 // Largest number whose square is finite, and the smallest that has all its digits.
 template <class T> constexpr T largest_root = sizeof(T) == 8 ? T(1.3407807929942596e154) : T(1.8446742974197924e19);
-template <class T> constexpr T smallest_normal = sizeof(T) == 8 ? T(2.2250738585072014e-308) : T(1.1754943508222875e-38);
+template <class T>
+constexpr T smallest_normal = sizeof(T) == 8 ? T(2.2250738585072014e-308) : T(1.1754943508222875e-38);
 
 // Bytes of a vector register: g++ must not be given wider vectors than the machine's, which it would keep in memory.
 #if defined(__AVX512F__)
@@ -38,7 +39,7 @@ template <class T, int BYTES> struct VectorOf {
     typedef T unaligned __attribute__((vector_size(BYTES), aligned(alignof(T))));
 };
 template <class T, int BYTES = VECTOR_BYTES> using pack_of = typename VectorOf<T, BYTES>::type;
-template <class T> constexpr int width = VECTOR_BYTES / sizeof(T);  // entries of a pack
+template <class T> constexpr int width = VECTOR_BYTES / sizeof(T); // entries of a pack
 
 template <class N, class = void> struct Traits {
     static constexpr bool is_vector = false;
@@ -73,7 +74,7 @@ template <class N, class A> QP_INLINE N as(A a) {
 
 // Read neighbouring numbers, which may be of another precision.
 template <class N, class T> QP_INLINE N load(const T* p) {
-    using Stored = typename VectorOf<T, entries<N> * int(sizeof(T))>::unaligned;
+    using Stored = typename VectorOf<T, entries<N>* int(sizeof(T))>::unaligned;
     if constexpr (std::is_same_v<T, scalar_of<N>>) {
         return *reinterpret_cast<const Stored*>(p);
     } else {
@@ -82,7 +83,7 @@ template <class N, class T> QP_INLINE N load(const T* p) {
 }
 
 template <class N, class T> QP_INLINE void store(T* p, N value) {
-    using Stored = typename VectorOf<T, entries<N> * int(sizeof(T))>::unaligned;
+    using Stored = typename VectorOf<T, entries<N>* int(sizeof(T))>::unaligned;
     if constexpr (std::is_same_v<T, scalar_of<N>>) {
         *reinterpret_cast<Stored*>(p) = value;
     } else {
@@ -106,11 +107,19 @@ template <class N> QP_INLINE scalar_of<N> total(N v) {
 
 // ---- masks: bool for one number, a vector of integers with all bits set or none for packs and lanes
 
-QP_INLINE bool some(bool m) { return m; }
-QP_INLINE bool no(bool m) { return !m; }
-QP_INLINE bool every(bool m) { return m; }
+QP_INLINE bool some(bool m) {
+    return m;
+}
+QP_INLINE bool no(bool m) {
+    return !m;
+}
+QP_INLINE bool every(bool m) {
+    return m;
+}
 
-template <class M> QP_INLINE M no(const M& m) { return ~m; }
+template <class M> QP_INLINE M no(const M& m) {
+    return ~m;
+}
 
 template <class M> QP_INLINE bool some(const M& m) {
 #if defined(__AVX512F__)
@@ -130,7 +139,9 @@ template <class M> QP_INLINE bool some(const M& m) {
     return any != 0;
 }
 
-template <class M> QP_INLINE bool every(const M& m) { return !some(~m); }
+template <class M> QP_INLINE bool every(const M& m) {
+    return !some(~m);
+}
 
 // Repeat a truth for all problems of a mask.
 template <class M> QP_INLINE M truth(bool value) {
@@ -159,7 +170,8 @@ template <class M, class A, class B> QP_INLINE auto select(M m, A a, B b) {
 
 // ---- functions of a number
 
-// Return a product as it is when it is rounded by itself, and not in one with a sum (clang fuses within a statement only).
+// Return a product as it is when it is rounded by itself, and not in one with a sum (clang fuses within a statement
+// only).
 template <class N> QP_INLINE N rounded(N product) {
 #if defined(__clang__)
     return product;
@@ -179,8 +191,12 @@ template <class N> QP_INLINE N absolute(N a) {
 }
 
 // NaN if one of them is.
-template <class N> QP_INLINE N larger(N a, N b) { return select((a >= b) | (a != a), a, b); }
-template <class N> QP_INLINE N smaller(N a, N b) { return select((a <= b) | (a != a), a, b); }
+template <class N> QP_INLINE N larger(N a, N b) {
+    return select((a >= b) | (a != a), a, b);
+}
+template <class N> QP_INLINE N smaller(N a, N b) {
+    return select((a <= b) | (a != a), a, b);
+}
 
 // The largest entry of a pack; NaN if there is one.
 template <class N> QP_INLINE scalar_of<N> largest_entry(N v) {
@@ -188,7 +204,8 @@ template <class N> QP_INLINE scalar_of<N> largest_entry(N v) {
         return largest_entry(larger(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
                                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)));
     } else if constexpr (entries<N> == 8) {
-        return largest_entry(larger(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)));
+        return largest_entry(
+            larger(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)));
     } else if constexpr (entries<N> == 4) {
         return largest_entry(larger(__builtin_shufflevector(v, v, 0, 1), __builtin_shufflevector(v, v, 2, 3)));
     } else {
@@ -197,14 +214,22 @@ template <class N> QP_INLINE scalar_of<N> largest_entry(N v) {
 }
 
 // The smaller one; NaN in the first does not count.
-template <class N> QP_INLINE N least_of(N a, N b) { return select(a < b, a, b); }
+template <class N> QP_INLINE N least_of(N a, N b) {
+    return select(a < b, a, b);
+}
 
 // The positive part; NaN stays.
-template <class N> QP_INLINE N positive(N a) { return select(a < N{}, N{}, a); }
+template <class N> QP_INLINE N positive(N a) {
+    return select(a < N{}, N{}, a);
+}
 
-template <class N> QP_INLINE N square(N a) { return a * a; }
+template <class N> QP_INLINE N square(N a) {
+    return a * a;
+}
 
-template <class N> QP_INLINE mask_of<N> is_finite(N a) { return absolute(a) < as<N>(INFINITY_); }
+template <class N> QP_INLINE mask_of<N> is_finite(N a) {
+    return absolute(a) < as<N>(INFINITY_);
+}
 
 template <class N> QP_INLINE N root(N a) {
 #if defined(__AVX512F__)
@@ -236,4 +261,4 @@ template <class N> QP_INLINE N root(N a) {
     }
 }
 
-}  // namespace qpdiff
+} // namespace qpdiff

@@ -1,9 +1,9 @@
 // One problem on one thread: vectors that loops take a pack at a time, and linear algebra in tiles of registers.
 //
-// Matrices lie row by row; their rows are padded to whole lines of the cache and their number to whole tiles, with zeros
-// where this file does not say otherwise. Of symmetric matrices the upper triangle counts. A triangular factor is upper,
-// with the inverses of its diagonal on it and those of its blocks of four rows, transposed, below: a block is solved for
-// by products, which do not wait for each other.
+// Matrices lie row by row; their rows are padded to whole lines of the cache and their number to whole tiles, with
+// zeros where this file does not say otherwise. Of symmetric matrices the upper triangle counts. A triangular factor is
+// upper, with the inverses of its diagonal on it and those of its blocks of four rows, transposed, below: a block is
+// solved for by products, which do not wait for each other.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -13,12 +13,14 @@
 
 namespace qpdiff {
 
-constexpr int ROWS = 4;   // rows of a tile
-constexpr int LINE = 64;  // bytes of a line of the cache
+constexpr int ROWS = 4;  // rows of a tile
+constexpr int LINE = 64; // bytes of a line of the cache
 
-constexpr int whole_tiles(int n) { return (n + ROWS - 1) / ROWS * ROWS; }
+constexpr int whole_tiles(int n) {
+    return (n + ROWS - 1) / ROWS * ROWS;
+}
 template <class T> constexpr int whole_packs(int n) {
-    constexpr int unit = width<T> > ROWS ? width<T> : ROWS;  // a tile's rows are some of its columns, too
+    constexpr int unit = width<T> > ROWS ? width<T> : ROWS; // a tile's rows are some of its columns, too
     return (n + unit - 1) / unit * unit;
 }
 template <class T> constexpr int whole_lines(int n) {
@@ -51,7 +53,9 @@ template <class T> struct Vector {
 template <class T> struct Kinds {
     integer_of<T>* is_inequality = nullptr;
     integer_of<T>* is_equality = nullptr;
-    template <class N> QP_INLINE mask_of<N> inequality(At<N> at) const { return load<mask_of<N>>(is_inequality + at.i); }
+    template <class N> QP_INLINE mask_of<N> inequality(At<N> at) const {
+        return load<mask_of<N>>(is_inequality + at.i);
+    }
     template <class N> QP_INLINE mask_of<N> equality(At<N> at) const { return load<mask_of<N>>(is_equality + at.i); }
     template <class N> QP_INLINE mask_of<N> absent(At<N> at) const { return ~(inequality(at) | equality(at)); }
 };
@@ -239,7 +243,7 @@ template <class T> struct Tiles {
 
     // Solve UᵀX = B in place for a factor U of n rows.
     static QP_NOINLINE void solve_transposed(Matrix<T> U, int n, Matrix<T> B, int columns) {
-        constexpr int PANEL = 12 * W;  // columns whose entries stay in the cache
+        constexpr int PANEL = 12 * W; // columns whose entries stay in the cache
         int stop = whole_packs<T>(columns), block = blas::available<T>() ? blas::BLOCK : whole_tiles(n);
         for (int first = 0; first < n; first += block) {
             int last = std::min(first + block, n);
@@ -256,7 +260,7 @@ template <class T> struct Tiles {
 
     // C ← M + AᵀA with so many rows of A, in the upper triangle; without data M is 0. The padding of C becomes 0.
     static QP_NOINLINE void gram(Matrix<T> M, Matrix<T> A, int rows, Matrix<T> C, int n) {
-        constexpr int PANEL = 128;  // rows whose entries stay in the cache
+        constexpr int PANEL = 128; // rows whose entries stay in the cache
         clear_padding(C, n);
         if (n > blas::BLOCK && blas::available<T>()) {
             if (M.data) {
@@ -364,7 +368,7 @@ template <class T> struct Tiles {
                 s3 += load<V>(u3 + start) * y;
                 start += W;
             }
-            for (int j = stop - W; j >= start; j -= W) {  // what was computed last comes last
+            for (int j = stop - W; j >= start; j -= W) { // what was computed last comes last
                 V y = load<V>(r + j);
                 s0 += load<V>(u0 + j) * y;
                 s1 += load<V>(u1 + j) * y;
@@ -492,7 +496,8 @@ template <class T> struct Tiles {
 
     // Transpose a block of four rows and columns.
     static QP_INLINE void transpose_block(const T* from, long ld, T* to, long to_ld) {
-        Four a = load<Four>(from), b = load<Four>(from + ld), c = load<Four>(from + 2 * ld), d = load<Four>(from + 3 * ld);
+        Four a = load<Four>(from), b = load<Four>(from + ld), c = load<Four>(from + 2 * ld),
+             d = load<Four>(from + 3 * ld);
         Four ab = __builtin_shufflevector(a, b, 0, 4, 2, 6), ab1 = __builtin_shufflevector(a, b, 1, 5, 3, 7);
         Four cd = __builtin_shufflevector(c, d, 0, 4, 2, 6), cd1 = __builtin_shufflevector(c, d, 1, 5, 3, 7);
         store(to, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
@@ -600,7 +605,9 @@ template <class T> struct Tiles {
     }
 
     // Put zeros into the rows of the padding: a factor that failed has left NaN there.
-    static QP_INLINE void clear_padding(Matrix<T> M, int n) { std::memset(M[n], 0, sizeof(T) * (whole_tiles(n) - n) * M.ld); }
+    static QP_INLINE void clear_padding(Matrix<T> M, int n) {
+        std::memset(M[n], 0, sizeof(T) * (whole_tiles(n) - n) * M.ld);
+    }
 
     static QP_INLINE void take_diagonal(Matrix<T> M, int n, Vector<T> out) {
         for (int j = 0; j < n; j++) {
@@ -727,17 +734,17 @@ template <class T> struct Tiles {
 
 // One thread, one problem, in T; residuals are computed in double.
 template <class T> struct Team : Tiles<T> {
-    using Real = T;                   // floating point type
-    using Number = T;                 // a number of the problem
-    using Exact = double;             // the same, of its residuals
-    using Truth = bool;               // a truth about the problem
-    using Entry = pack_of<T>;         // what a loop over entries takes at a time
+    using Real = T;           // floating point type
+    using Number = T;         // a number of the problem
+    using Exact = double;     // the same, of its residuals
+    using Truth = bool;       // a truth about the problem
+    using Entry = pack_of<T>; // what a loop over entries takes at a time
     using ExactEntry = pack_of<double>;
     using Vector = serial::Vector<T>;
     using ExactVector = serial::Vector<double>;
     using Matrix = qpdiff::Matrix<T>;
     using Kinds = serial::Kinds<T>;
-    using Stored = T;                 // what memory holds
+    using Stored = T; // what memory holds
     using ExactStored = double;
     static constexpr bool lanes = false;
     static constexpr int PROBLEMS = 1;
@@ -776,5 +783,5 @@ template <class T> struct Team : Tiles<T> {
     }
 };
 
-}  // namespace serial
-}  // namespace qpdiff
+} // namespace serial
+} // namespace qpdiff

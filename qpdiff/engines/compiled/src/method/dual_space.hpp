@@ -1,5 +1,5 @@
-// Steps of the dense dual form in the dual space: x is not formed, but where it is wanted (qpdiff.rows explains why that
-// is enough). For one problem in float64: float32 wants its residuals in float64, which these steps do not give.
+// Steps of the dense dual form in the dual space: x is not formed, but where it is wanted (qpdiff.rows explains why
+// that is enough). For one problem in float64: float32 wants its residuals in float64, which these steps do not give.
 #pragma once
 #include "step.hpp"
 
@@ -9,11 +9,11 @@ namespace qpdiff::dual_space {
 // `a` times that and Kᵀu, and Q (x − x_anchor) is (1 − a) r_anchor − Kᵀ(u + v − v_anchor).
 struct Products {
     double a = 0;
-    double rr = 0;      // r_xᵀ Q⁻¹ r_x
-    double xr = 0;      // xᵀ r_x
-    double qx = 0;      // qᵀx
-    double r = 0;       // largest entry of `r_anchor`, in the units of the tolerance
-    double column = 0;  // largest norm of a column of K in the scaled rows, likewise
+    double rr = 0;     // r_xᵀ Q⁻¹ r_x
+    double xr = 0;     // xᵀ r_x
+    double qx = 0;     // qᵀx
+    double r = 0;      // largest entry of `r_anchor`, in the units of the tolerance
+    double column = 0; // largest norm of a column of K in the scaled rows, likewise
 };
 
 template <class Team> QP_INLINE double dot(typename Team::Vector a, typename Team::Vector b, int count) {
@@ -23,9 +23,10 @@ template <class Team> QP_INLINE double dot(typename Team::Vector a, typename Tea
 }
 
 // out = S a.
-template <class Team> QP_INLINE void multiply_S(const Problem<Team>& o, typename Team::Vector a, typename Team::Vector out) {
+template <class Team>
+QP_INLINE void multiply_S(const Problem<Team>& o, typename Team::Vector a, typename Team::Vector out) {
     set_zero<Team>(out, o.lp);
-    Team::add_product_transposed(o.S, o.linear, o.linear, a, out);  // symmetric
+    Team::add_product_transposed(o.S, o.linear, o.linear, a, out); // symmetric
 }
 
 // The largest norm of a column of K in the scaled rows, in the units of the tolerance.
@@ -50,7 +51,9 @@ template <class Team> QP_NOINLINE Products anchor(Problem<Team>& o, const Iterat
     set_zero<Team>(o.u, o.lp);
     eliminate<Form::dense_dual>(o, at.r_x);
     Team::each(o.np, [&](auto j) { r = larger(o.unit_x[j] * absolute(at.r_x[j]), r); });
-    return {1.0, dot<Team>(o.t, o.t, o.np), dot<Team>(at.x, at.r_x, o.np), dot<Team>(o.q, at.x, o.np), Team::largest(r), column};
+    return {
+        1.0,   dot<Team>(o.t, o.t, o.np), dot<Team>(at.x, at.r_x, o.np), dot<Team>(o.q, at.x, o.np), Team::largest(r),
+        column};
 }
 
 // Solve for the right-hand sides `Vt` of the variables and `right_v` of the rows: dv, and S dv.
@@ -92,8 +95,8 @@ QP_NOINLINE Step<Team> step(Problem<Team>& o, double mu, double delta, bool refi
 
 // Update the residuals of the rows and what is known of x after a step.
 template <class Team>
-QP_NOINLINE Products update(Problem<Team>& o, const Products& known, const Step<Team>& step, const Iterate<Team>& before,
-                            Iterate<Team>& now) {
+QP_NOINLINE Products update(Problem<Team>& o, const Products& known, const Step<Team>& step,
+                            const Iterate<Team>& before, Iterate<Team>& now) {
     using N = typename Team::Entry;
     double alpha_s = step.alpha_s, keep = 1 - alpha_s, apart = alpha_s - step.alpha_z;
     N t_dv_{}, dv_S_dv_{}, Kx_dv_{}, v_Kdx_{};
@@ -147,9 +150,8 @@ QP_NOINLINE bool assess_without_x(Problem<Team>& o, const Products& known, const
         set_zero<Team>(o.columns, o.np);
         Team::add_product_transposed(o.K, o.linear, o.n, o.u, o.columns);
         N most{};
-        Team::each(o.np, [&](auto j) {
-            most = larger(o.unit_x[j] * absolute(known.a * o.r_anchor[j] + o.columns[j]), most);
-        });
+        Team::each(
+            o.np, [&](auto j) { most = larger(o.unit_x[j] * absolute(known.a * o.r_anchor[j] + o.columns[j]), most); });
         dual = Team::largest(most);
     }
     double worst = larger(primal, larger(dual, gap)), infeasible = 0, gain;
@@ -161,8 +163,8 @@ QP_NOINLINE bool assess_without_x(Problem<Team>& o, const Products& known, const
     bool far = primal > tol + rtol * Team::largest(Kx_) ||
                gap > 2 * tol + (2 * rtol + P.product_rounding) * per_unit * size_gap;
     double waiting = waited(o, past, primal, dual, gap, infeasible);
-    bool well = waiting < P.equal_steps_after && worst < INFINITY_ &&
-                !(infeasible > P.late_certificate * settings.certificate);
+    bool well =
+        waiting < P.equal_steps_after && worst < INFINITY_ && !(infeasible > P.late_certificate * settings.certificate);
     verdict = unknown<Team>();
     verdict.primal = primal, verdict.dual = dual, verdict.gap = gap, verdict.worst = worst;
     verdict.best_primal = least_of(primal, past.best_primal), verdict.best_dual = least_of(dual, past.best_dual);
@@ -181,7 +183,8 @@ template <class Team> QP_NOINLINE void form_x(Problem<Team>& o, const Products& 
 // Decide how the problem stands; x is formed for it where that is wanted, and with `form`. `formed` says whether.
 template <class Team>
 QP_INLINE Verdict<Team> assess(Problem<Team>& o, const Products& known, bool form, Iterate<Team>& now,
-                               const Iterate<Team>& before, const Verdict<Team>& past, int iterations, int limit, bool& formed) {
+                               const Iterate<Team>& before, const Verdict<Team>& past, int iterations, int limit,
+                               bool& formed) {
     Verdict<Team> verdict;
     formed = form || iterations >= limit || !assess_without_x(o, known, now, before, past, verdict);
     if (formed) {
@@ -193,7 +196,8 @@ QP_INLINE Verdict<Team> assess(Problem<Team>& o, const Products& known, bool for
 
 // Start in `now` in the ordinary way.
 template <class Team>
-QP_NOINLINE Start<Team> begin(Problem<Team>& o, Iterate<Team>& now, Iterate<Team>& before, Products& known, bool& formed) {
+QP_NOINLINE Start<Team> begin(Problem<Team>& o, Iterate<Team>& now, Iterate<Team>& before, Products& known,
+                              bool& formed) {
     using N = typename Team::Entry;
     Start<Team> start{};
     set_zero<Team>(before.x, o.np);
@@ -239,4 +243,4 @@ QP_NOINLINE Start<Team> begin(Problem<Team>& o, Iterate<Team>& now, Iterate<Team
     return start;
 }
 
-}  // namespace qpdiff::dual_space
+} // namespace qpdiff::dual_space

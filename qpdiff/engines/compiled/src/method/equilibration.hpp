@@ -16,7 +16,8 @@ template <class N> QP_INLINE N rescaled(const Parameters& P, N scale, N length2)
     using Real = scalar_of<N>;
     auto usable = is_finite(length2) & (length2 > N{});
     N value = scale / root(select(usable, length2, as<N>(1)));
-    return select(usable, smaller(larger(value, as<N>(Real(1 / P.largest_ratio))), as<N>(Real(P.largest_ratio))), Real(1));
+    return select(usable, smaller(larger(value, as<N>(Real(1 / P.largest_ratio))), as<N>(Real(P.largest_ratio))),
+                  Real(1));
 }
 
 // Fill the scales that the matrices alone call for, and the curvature.
@@ -100,9 +101,8 @@ template <class Team, class F> QP_INLINE void each_row_that_counts(Problem<Team>
     using N = typename Team::Entry;
     Team::each(o.lp, [&](auto i) { f(i, o.filled[i] > N{}); });
     auto of_bounds = [&](int at) {
-        Team::each(o.np, [&](auto j) {
-            f(j + at, o.lower && o.upper ? o.occupied[j] > N{} : truth<mask_of<N>>(true));
-        });
+        Team::each(o.np,
+                   [&](auto j) { f(j + at, o.lower && o.upper ? o.occupied[j] > N{} : truth<mask_of<N>>(true)); });
     };
     if (o.lower) {
         of_bounds(o.at_lower());
@@ -130,7 +130,9 @@ template <class Team> QP_NOINLINE typename Team::Number equilibrate(Problem<Team
     });
     Team::each(o.np, [&](auto j) { slope_ = larger(absolute(o.D[j] * o.q[j]), slope_); });
     S needed = Team::largest(needed_), nearest = Team::largest(nearest_), slope = Team::largest(slope_);
-    auto where_positive = [&](S a, S value, S other) { return select(a > zero, value / select(a > zero, a, one), other); };
+    auto where_positive = [&](S a, S value, S other) {
+        return select(a > zero, value / select(a > zero, a, one), other);
+    };
 
     S free = where_positive(o.curvature, slope, zero);
     S least = smaller(where_positive(nearest, one, infinite), select(free > zero, free, infinite));
@@ -189,4 +191,4 @@ template <class Team> QP_NOINLINE void balance_cost(Problem<Team>& o, typename T
     scale_cost(o, mean / slope);
 }
 
-}  // namespace qpdiff
+} // namespace qpdiff

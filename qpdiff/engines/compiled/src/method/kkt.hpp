@@ -66,7 +66,8 @@ template <Form FORM, class Team> QP_NOINLINE typename Team::Truth prepare(Proble
     if constexpr (FORM == Form::primal) {
         return truth<Truth>(true);
     } else if constexpr (FORM == Form::diagonal_dual) {
-        // Without enough curvature the weight of a variable away from its bounds tends to ρ, whose inverse drowns the rest.
+        // Without enough curvature the weight of a variable away from its bounds tends to ρ, whose inverse drowns the
+        // rest.
         auto safe = truth<mask_of<N>>(true);
         Team::each(o.np, [&](auto j) {
             N entry = o.diagonal_Q[j], scale = o.balanced_D[j];
@@ -77,7 +78,7 @@ template <Form FORM, class Team> QP_NOINLINE typename Team::Truth prepare(Proble
     } else {
         Team::complete_diagonal(o.Q, o.n);
         Truth safe = Team::cholesky(o.Q, decltype(o.q){}, o.F, o.n);
-        auto pivots = o.columns;  // their inverse roots
+        auto pivots = o.columns; // their inverse roots
         Team::take_diagonal(o.F, o.n, pivots);
         auto enough = truth<mask_of<N>>(true);
         Team::each(o.np, [&](auto j) {
@@ -253,4 +254,4 @@ QP_NOINLINE void solve_refined(Problem<Team>& o, typename Team::Truth refine, Ve
     Team::each(o.rows, [&](auto i) { o.dv.set(i, o.dv[i] + select(refine, o.cv[i], Real(0))); });
 }
 
-}  // namespace qpdiff
+} // namespace qpdiff

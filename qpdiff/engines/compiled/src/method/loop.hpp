@@ -11,8 +11,8 @@ template <class Team> struct Ended {
     const Iterate<Team>* at;
     Verdict<Team> verdict;
     int iterations;
-    bool factor_ok;    // whether the factor of its last step is of use
-    bool interrupted;  // then nothing of this is
+    bool factor_ok;   // whether the factor of its last step is of use
+    bool interrupted; // then nothing of this is
 };
 
 // Whether steps are made without x: they are more operations on fewer numbers.
@@ -21,8 +21,8 @@ constexpr bool in_dual_space = FORM == Form::dense_dual && sizeof(typename Team:
 
 // Start in the ordinary way; in the dual space also say what is known of x, and whether it was formed.
 template <Form FORM, class Team>
-QP_INLINE Start<Team> begin_anywhere(Problem<Team>& o, Iterate<Team>& now, Iterate<Team>& before, dual_space::Products& known,
-                                     bool& formed) {
+QP_INLINE Start<Team> begin_anywhere(Problem<Team>& o, Iterate<Team>& now, Iterate<Team>& before,
+                                     dual_space::Products& known, bool& formed) {
     if constexpr (in_dual_space<FORM, Team>) {
         return dual_space::begin(o, now, before, known, formed);
     } else {
@@ -179,9 +179,9 @@ QP_INLINE Verdict<Team> select_verdict(typename Team::Truth where, const Verdict
             select(where, a.waiting, b.waiting)};
 }
 
-// Carry the problems of the first lanes to their ends together. `keep(lane, iterate, verdict, iterations)` is called for
-// each that takes the ordinary course, `leave(lane)` for each that does not: a pivot that is not positive, a certificate,
-// no progress, large multipliers.
+// Carry the problems of the first lanes to their ends together. `keep(lane, iterate, verdict, iterations)` is called
+// for each that takes the ordinary course, `leave(lane)` for each that does not: a pivot that is not positive, a
+// certificate, no progress, large multipliers.
 template <Form FORM, class Team, class Keep, class Leave, class Interrupted>
 QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, Keep keep, Leave leave, Interrupted interrupted) {
     using S = typename Team::Number;
@@ -247,4 +247,4 @@ QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, Keep keep, Leave leav
     }
 }
 
-}  // namespace qpdiff
+} // namespace qpdiff

@@ -1,4 +1,5 @@
-// Starting points: the ordinary one, one for a fraction of the cost, one near another problem's solution (qpdiff.method).
+// Starting points: the ordinary one, one for a fraction of the cost, one near another problem's solution
+// (qpdiff.method).
 #pragma once
 #include "status.hpp"
 
@@ -95,7 +96,7 @@ template <class Team> struct Start {
     typename Team::Number mu;
     Verdict<Team> verdict;
     typename Team::Truth factor_ok;
-    typename Team::Number multiplier_ratio;  // 0 where it is of no interest
+    typename Team::Number multiplier_ratio; // 0 where it is of no interest
 };
 
 // Compute the starting point in `now`, the solution with θ of `first_diagonals`; whether the matrix could be factored.
@@ -118,21 +119,22 @@ QP_NOINLINE typename Team::Truth starting_point(Problem<Team>& o, Iterate<Team>&
 }
 
 // The largest multiplier of an equality against the largest variable in the scaled problem.
-template <class Team> QP_NOINLINE typename Team::Number multiplier_ratio(const Problem<Team>& o, const Iterate<Team>& now) {
+template <class Team>
+QP_NOINLINE typename Team::Number multiplier_ratio(const Problem<Team>& o, const Iterate<Team>& now) {
     using N = typename Team::Entry;
     using S = typename Team::Number;
     using Real = typename Team::Real;
     N x_{}, v_{};
     Team::each(o.np, [&](auto j) { x_ = larger(absolute(now.x[j] / o.D[j]), x_); });
-    Team::each(o.rows, [&](auto i) {
-        v_ = larger(select(o.kind.equality(i), absolute(now.v[i] / o.E[i]), Real(0)), v_);
-    });
+    Team::each(o.rows,
+               [&](auto i) { v_ = larger(select(o.kind.equality(i), absolute(now.v[i] / o.E[i]), Real(0)), v_); });
     S x = Team::largest(x_), v = Team::largest(v_);
     return v / select(x > S{}, x, as<S>(Real(1)));
 }
 
 // Start in `now` in the ordinary way.
-template <Form FORM, class Team> QP_NOINLINE Start<Team> begin(Problem<Team>& o, Iterate<Team>& now, Iterate<Team>& before) {
+template <Form FORM, class Team>
+QP_NOINLINE Start<Team> begin(Problem<Team>& o, Iterate<Team>& now, Iterate<Team>& before) {
     using Real = typename Team::Real;
     Start<Team> start{};
     start.factor_ok = starting_point<FORM>(o, now, start.mu);
@@ -167,8 +169,8 @@ QP_NOINLINE Start<Team> begin_closer(Problem<Team>& o, Iterate<Team>& now, Itera
     return begin<FORM>(o, now, before);
 }
 
-// Move another problem's solution in `now` onto a point of s ∘ z = μ; the mean complementarity. For one problem. μ grows
-// with what that solution leaves of the residuals here, so that the slacks let the steps make up for it.
+// Move another problem's solution in `now` onto a point of s ∘ z = μ; the mean complementarity. For one problem. μ
+// grows with what that solution leaves of the residuals here, so that the slacks let the steps make up for it.
 template <class Team>
 QP_NOINLINE typename Team::Number start_near(Problem<Team>& o, Iterate<Team>& now, typename Team::Number ordinary_mu) {
     using N = typename Team::Entry;
@@ -194,4 +196,4 @@ QP_NOINLINE typename Team::Number start_near(Problem<Team>& o, Iterate<Team>& no
     return mean(o, now.s, now.v);
 }
 
-}  // namespace qpdiff
+} // namespace qpdiff

@@ -69,7 +69,8 @@ QP_NOINLINE E descent(Problem<Team>& o, const Iterate<Team>& now, const Iterate<
 
 // How near the last step in the multipliers is to a Farkas certificate, left in `farkas`; and how much that gains.
 template <class Team, class E = typename Team::Exact>
-QP_NOINLINE E contradiction(Problem<Team>& o, const Iterate<Team>& now, const Iterate<Team>& before, E size_k, E& gain) {
+QP_NOINLINE E contradiction(Problem<Team>& o, const Iterate<Team>& now, const Iterate<Team>& before, E size_k,
+                            E& gain) {
     using N = typename Team::ExactEntry;
     const Parameters& P = *o.parameters;
     N total_{}, size_{}, length_{}, left_{}, reached_{}, hidden_{};
@@ -220,4 +221,4 @@ QP_NOINLINE Verdict<Team> assess(Problem<Team>& o, Iterate<Team>& now, const Ite
     return verdict;
 }
 
-}  // namespace qpdiff
+} // namespace qpdiff

@@ -21,8 +21,8 @@ QP_INLINE void step_lengths(const Problem<Team>& o, S fraction, S& alpha_s, S& a
     alpha_z = Real(1) / larger(Team::largest(of_z) / fraction, one);
 }
 
-// Fill the diagonals of the KKT matrix at `before`, and the predictor's right-hand side of the rows. A division takes as
-// long as many products, so each is done once.
+// Fill the diagonals of the KKT matrix at `before`, and the predictor's right-hand side of the rows. A division takes
+// as long as many products, so each is done once.
 template <Form FORM, class Team, class S = typename Team::Number>
 QP_INLINE void predictor_rhs(Problem<Team>& o, S rho, S delta, const Iterate<Team>& before) {
     using N = typename Team::Entry;
@@ -36,7 +36,7 @@ QP_INLINE void predictor_rhs(Problem<Team>& o, S rho, S delta, const Iterate<Tea
         o.per_s.set(i, Real(1) / s);
         o.per_z.set(i, per_z);
         o.theta.set(i, select(o.kind.inequality(i), s * per_z, select(o.kind.equality(i), N{}, Real(INFINITY_))));
-        o.right_v.set(i, before.r_v[i] + s);  // s is 0 in the other rows
+        o.right_v.set(i, before.r_v[i] + s); // s is 0 in the other rows
     });
 }
 
@@ -96,8 +96,8 @@ QP_INLINE void take_step(Problem<Team>& o, typename Team::Exact waiting, S fract
 
 // Make one step from `before` to `now`.
 template <Form FORM, class Team, class S = typename Team::Number>
-QP_NOINLINE Step<Team> step(Problem<Team>& o, S mu, S rho, S delta, typename Team::Truth refine, typename Team::Exact waiting,
-                            const Iterate<Team>& before, Iterate<Team>& now) {
+QP_NOINLINE Step<Team> step(Problem<Team>& o, S mu, S rho, S delta, typename Team::Truth refine,
+                            typename Team::Exact waiting, const Iterate<Team>& before, Iterate<Team>& now) {
     Step<Team> result{};
     result.mu = mu;
     predictor_rhs<FORM>(o, rho, delta, before);
@@ -118,8 +118,9 @@ QP_NOINLINE Step<Team> step(Problem<Team>& o, S mu, S rho, S delta, typename Tea
 
 // Whether the linear solve has left little in the variables, which shows in the products before and after the step.
 template <Form FORM, class Team>
-QP_NOINLINE typename Team::Truth variables_are_exact(const Problem<Team>& o, const Step<Team>& step, const Verdict<Team>& past,
-                                                     const Iterate<Team>& before, const Iterate<Team>& now) {
+QP_NOINLINE typename Team::Truth variables_are_exact(const Problem<Team>& o, const Step<Team>& step,
+                                                     const Verdict<Team>& past, const Iterate<Team>& before,
+                                                     const Iterate<Team>& now) {
     using N = typename Team::ExactEntry;
     using E = typename Team::Exact;
     const Parameters& P = *o.parameters;
@@ -139,8 +140,9 @@ QP_NOINLINE typename Team::Truth variables_are_exact(const Problem<Team>& o, con
 // Whether the linear solve has left little in the rows; and whether δ keeps their residual from falling, as it does
 // where the multipliers have to become very large.
 template <class Team>
-QP_NOINLINE typename Team::Truth rows_are_exact(const Problem<Team>& o, const Step<Team>& step, const Iterate<Team>& before,
-                                                const Iterate<Team>& now, typename Team::Truth& limiting) {
+QP_NOINLINE typename Team::Truth rows_are_exact(const Problem<Team>& o, const Step<Team>& step,
+                                                const Iterate<Team>& before, const Iterate<Team>& now,
+                                                typename Team::Truth& limiting) {
     using N = typename Team::ExactEntry;
     using E = typename Team::Exact;
     const Parameters& P = *o.parameters;
@@ -175,7 +177,8 @@ template <Form FORM, class Team> struct ProximalTerms {
 
     explicit ProximalTerms(const Problem<Team>& o) : rho(first_rho<FORM>(o)), delta(as<S>(Real(o.settings->delta))) {}
 
-    // They shrink with μ, or by themselves where there is no complementarity; δ faster and further where it is limiting.
+    // They shrink with μ, or by themselves where there is no complementarity; δ faster and further where it is
+    // limiting.
     QP_INLINE void shrink(const Problem<Team>& o, S mu, S mu_after, typename Team::Truth limiting) {
         const Parameters& P = *o.parameters;
         S fast = as<S>(Real(P.fast_rate)), smallest = as<S>(Real(o.settings->smallest));
@@ -195,4 +198,4 @@ template <Form FORM, class Team> struct ProximalTerms {
     }
 };
 
-}  // namespace qpdiff
+} // namespace qpdiff
