@@ -174,13 +174,13 @@ inline void load_lanes(Problem<lanes::Team>& o, const Operands& operands, long b
 
 // ---- checking: what is refused here, qpdiff.problem.check_values looks at again and words the error
 
-// Whether the vectors of problem b pass the rules; `with_shared` says whether to look at those that are shared, too.
+// Whether the vectors of problem b pass the rules; `with_shared` says whether to check those that are shared, too.
 template <class T> bool plausible_vectors(const Operands& operands, long b, bool with_shared) {
     constexpr T infinity = T(INFINITY_);
-    auto looks_at = [&](const Operand& v) { return v.given() && (with_shared || !v.shared()); };
+    auto checked = [&](const Operand& v) { return v.given() && (with_shared || !v.shared()); };
     auto holds = [&](const Operand& v, int count, auto rule) {
         bool result = true;
-        for (int j = 0; looks_at(v) && j < count; j++) {
+        for (int j = 0; checked(v) && j < count; j++) {
             result &= rule(entry<T>(v.at(b), v.column, j));
         }
         return result;
@@ -191,7 +191,7 @@ template <class T> bool plausible_vectors(const Operands& operands, long b, bool
     bool good = holds(operands.q, operands.n, finite) & holds(operands.b, operands.p, finite) &
                 holds(operands.h, operands.m, not_below) & holds(operands.lb, operands.n, not_above) &
                 holds(operands.ub, operands.n, not_below);
-    if (operands.lb.given() && operands.ub.given() && (looks_at(operands.lb) || looks_at(operands.ub))) {
+    if (operands.lb.given() && operands.ub.given() && (checked(operands.lb) || checked(operands.ub))) {
         for (int j = 0; j < operands.n; j++) {
             T low = entry<T>(operands.lb.at(b), operands.lb.column, j),
               high = entry<T>(operands.ub.at(b), operands.ub.column, j);

@@ -160,14 +160,14 @@ template <class T> class Worker {
     void load_matrices(long b) {
         const Operands& operands = batch.operands;
         bool new_Q = !Q_ready || !operands.Q.shared(), new_K = !K_ready || !operands.A.shared() || !operands.G.shared();
-        bool look = batch.check && !prepared;
+        bool check = batch.check && !prepared;
         if (new_Q) {
             load_Q(o, operands, b);
-            refuse_unless(!look || plausible_Q(o, T(batch.rounding)));
+            refuse_unless(!check || plausible_Q(o, T(batch.rounding)));
         }
         if (new_K) {
             load_K(o, operands, b);
-            refuse_unless(!look || Serial::all_finite(o.K, o.linear, o.n));
+            refuse_unless(!check || Serial::all_finite(o.K, o.linear, o.n));
         }
         if (new_Q || new_K) {
             balance(o);
@@ -187,8 +187,8 @@ template <class T> class Worker {
             form = Form::primal;
         }
         // The other forms exist only for a Q that is positive definite.
-        bool look = batch.check && form == Form::primal && (b == 0 || !batch.operands.Q.shared());
-        refuse_unless(!look || convex(o, T(batch.rounding)));
+        bool check = batch.check && form == Form::primal && (b == 0 || !batch.operands.Q.shared());
+        refuse_unless(!check || convex(o, T(batch.rounding)));
         return form;
     }
 
