@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    print(machine("numba", "scipy"))
+    print(machine("scipy"))
     problems = operands(options.batch, options.variables, options.inequalities, options.seed)
     few = {name: value[:10] for name, value in problems.items()}
     qpdiff.solve_qp(**few, engine=options.engine)  # what is compiled and imported on first use

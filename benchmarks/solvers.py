@@ -23,7 +23,7 @@ class Solver(NamedTuple):
         return self.name.startswith("qpdiff")
 
 
-QPDIFF = Solver("qpdiff", "peers.qpdiff:Qpdiff", ("qpdiff", "numpy", "scipy", "numba"), differentiable=True)
+QPDIFF = Solver("qpdiff", "peers.qpdiff:Qpdiff", ("qpdiff", "numpy", "scipy"), differentiable=True)
 QPTH = Solver("qpth", "peers.qpth:Qpth", ("qpth", "torch"), "qpth", differentiable=True)
 
 

@@ -373,6 +373,6 @@ def blas_threads() -> str:
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
-        return "threads unknown (pip install threadpoolctl)"
+        return "threads unknown (pip install 'qpdiff[threads]')"
     pools = [f"{pool['internal_api']}: {pool['num_threads']} threads" for pool in threadpool_info()]
     return ", ".join(pools)

@@ -86,7 +86,7 @@ def solve_qp(
         Print a line per iteration with the worst residuals of the problems that are still running (array engine).
     engine : {"auto", "array", "compiled"}
         "array" is the solver in the operations of the array library; "compiled" is the same method for NumPy arrays in
-        compiled code, one problem after the other, and needs the extra ``cpu``. "auto" takes it where it can.
+        C++, one problem after the other. "auto" takes it where it can.
     progress : callable, optional
         Called as ``progress(done, batch)`` from this thread, whenever a part of the batch has been solved.
 

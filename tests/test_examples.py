@@ -243,7 +243,7 @@ def test_quick_run_of_a_layer(example, name, tmp_path):
 
 
 def test_quick_run_of_timing(tmp_path, capsys):
-    for package in ("numba", "matplotlib", "rich"):
+    for package in ("matplotlib", "rich"):
         pytest.importorskip(package)
     assert import_module("timing").main(["--quick", "--output", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").stat().st_size > 10_000
