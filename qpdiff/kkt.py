@@ -361,7 +361,7 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
 
 
 METRIC_PASSES, SMALLEST_CURVATURE = DOUBLE.equilibration_passes, DOUBLE.smallest_curvature
-LARGEST_RATIO, ROUNDING, UNCERTAINTY = DOUBLE.largest_ratio, DOUBLE.data_rounding, DOUBLE.uncertainty
+LARGEST_RATIO, UNCERTAINTY = DOUBLE.largest_ratio, DOUBLE.uncertainty
 
 
 def equilibrate(problem: Problem) -> Metric:
@@ -374,24 +374,47 @@ def equilibrate(problem: Problem) -> Metric:
     balanced = balance(problem)
     D, occupied, curvature = balanced.D, balanced.occupied, balanced.curvature
     boxed = problem.lb is not None and problem.ub is not None
-    bounds = [1.0 / D for bound in (problem.lb, problem.ub) if bound is not None]
-    E = _together(xp, [*balanced.E, *bounds], D)
+    rows, bounds = balanced.E, [bound for bound in (problem.lb, problem.ub) if bound is not None]
+
+    def of_all_rows(rows, D):
+        return _together(xp, [*rows, *(1.0 / D for _ in bounds)], D)
+
+    E = of_all_rows(rows, D)
     # A variable in no row and not in Q takes the scale of its bounds, so that they say nothing of the others.
     counts = _together(xp, [*balanced.filled, *(occupied if boxed else occupied | True for _ in bounds)], occupied)
     k = xp.where(problem.exists & counts, E * problem.k, 0.0)
     q = D * problem.q
     primal, dual, reach = residual_units(problem, k, q, curvature, balanced.least_curvature)
+    times = _flat_scale(backend, balanced, q, curvature * primal)
+    if not backend.none(times > 1.0):
+        D = xp.where(balanced.flat, times * D, D)
+        rows = [xp.where(touched, e / times, e) for e, touched in zip(rows, balanced.touched, strict=True)]
+        E = of_all_rows(rows, D)
+        k, q = xp.where(problem.exists & counts, E * problem.k, 0.0), D * problem.q
+        primal, dual, reach = residual_units(problem, k, q, curvature, balanced.least_curvature)
     if boxed:
         span = problem.ub - problem.lb
         bounded = ~occupied & (span > 0) & (span < INFINITE)
         if not backend.none(bounded):
             D = xp.where(bounded, span / primal, D)
-            E = _together(xp, [*balanced.E, 1.0 / D, 1.0 / D], D)
+            E = of_all_rows(rows, D)
     metric, slope = Metric(D, E, primal, dual, reach), backend.norm(q)
     flat = (curvature == 0) & (slope > 0)
     if backend.none(flat):
         return metric
     return with_cost(metric, xp.where(flat, _mean_size(backend, k) / xp.where(slope > 0, slope, 1.0), 1.0))
+
+
+def _flat_scale(backend, balanced: Balance, q, curved):
+    """What to multiply the scales of the variables without curvature by, (B or 1, 1), where others have some.
+
+    The matrices leave open how large these variables and their linear cost are against the others: the cost should not
+    be small against curvature times the size of x.
+    """
+    xp = backend.xp
+    slope = backend.norm(xp.where(balanced.flat, q, 0.0))
+    small = (slope > 0) & (curved > slope)
+    return xp.where(small, xp.sqrt(xp.where(small, curved, 1.0) / xp.where(small, slope, 1.0)), 1.0)
 
 
 def _together(xp, parts, like):
@@ -424,11 +447,13 @@ def residual_units(problem: Problem, k, q, curvature, least_curvature):
     slope = backend.norm(q)
     free = where_positive(curvature, slope, 0.0)
     least = xp.minimum(where_positive(nearest, 1.0, infinite), xp.where(free > 0, free, infinite))
-    # What is smaller by eight digits than where the cost is least is rounding in somebody's data.
-    primal = xp.where(needed > 0, xp.maximum(needed, ROUNDING * free), least)
+    primal = xp.where(needed > 0, needed, least)
     primal = xp.where(primal < infinite, primal, 1.0)
     curved = curvature * primal
-    dual = xp.where(curved < slope, xp.sqrt(slope * xp.where(curved > 0, curved, slope)), curved)
+    between = xp.sqrt(slope) * xp.sqrt(xp.where(curved > 0, curved, slope))
+    # Curvature along some variables says nothing of the others, which may have a linear cost alone.
+    all_curved = xp.where(slope > 0, xp.maximum(least_curvature * primal, slope), curved)
+    dual = xp.where(curved < slope, between, all_curved)
     reach = xp.minimum(where_positive(least_curvature, slope, infinite), UNCERTAINTY * free)
     reach = xp.maximum(needed, reach)
     return primal, xp.where(dual > 0, dual, primal), xp.where(reach > 0, reach, infinite)
@@ -451,6 +476,10 @@ class Balance(NamedTuple):
     """Those of the rows of A, and of G, where they are given."""
     filled: list
     """Which of these rows have an entry that is not 0."""
+    touched: list
+    """Which have one at a variable without curvature."""
+    flat: Any
+    """Which variables have none, (B or 1, n)."""
     occupied: Any
     """Which variables are in Q or in a row of A and G, (B or 1, n)."""
     curvature: Any
@@ -475,13 +504,14 @@ def balance(problem: Problem) -> Balance:
     curved = curved & xp.isfinite(diagonal)
     first_D = inverse(xp.sqrt(xp.where(curved, diagonal, 1.0)), curved)
     known = xp.where(curved, first_D, 0.0)
-    first_E, filled = [], []
+    first_E, filled, touched, flat = [], [], [], ~curved
     for K in matrices:
         size = xp.abs(K)
         some = xp.max(size * known[:, None, :], axis=-1) if K.shape[-2] else K[..., 0]
         every = xp.max(size, axis=-1) if K.shape[-2] else K[..., 0]
         length = xp.where(some > 0, some, every)
         filled.append((length > 0) & xp.isfinite(length))
+        touched.append(product(size, xp.astype(flat, size.dtype)) > 0)
         first_E.append(inverse(length, filled[-1]))
     columns = [
         xp.max(xp.abs(K) * e[:, :, None], axis=-2) for K, e in zip(matrices, first_E, strict=True) if K.shape[-2]
@@ -513,7 +543,7 @@ def balance(problem: Problem) -> Balance:
     D = xp.sqrt(D2) * first_D
     E = [xp.sqrt(e) * first for e, first in zip(E2, first_E, strict=True)]
     flattest = xp.min(curved, axis=-1, keepdims=True)
-    return Balance(D, E, filled, occupied, xp.sqrt(backend.largest(curved)), xp.sqrt(flattest))
+    return Balance(D, E, filled, touched, flat, occupied, xp.sqrt(backend.largest(curved)), xp.sqrt(flattest))
 
 
 # ---- small pieces

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from . import kkt
 from .engines.base import Settings, StartingPoint
-from .engines.parameters import DOUBLE
+from .engines.parameters import DOUBLE, parameters
 from .problem import Problem, take
 from .solution import Status
 
@@ -456,13 +456,14 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
         units = part.units
         primal, dual = measured(backend, units.rows, violation), measured(backend, units.x, r_x)
         gap = gap / units.gap
+    hidden = row_rounding(part, x)
     # Not `<=` on a maximum alone: NaN must never pass, nor an infinity that is compared with its own size.
     worst = xp.maximum(xp.maximum(primal, dual), gap)
-    near = (worst < float("inf")) & within(part, settings, (x, v, Qx, Kx, Kv), (xQx, qx, kv), primal, dual, gap)
+    near = (worst < float("inf")) & within(part, settings, (x, v, Qx, Kx, Kv), (xQx, qx, kv), primal - hidden, dual, gap)
 
     # Farkas: Kᵀv = 0, z ≥ 0, kᵀv < 0 leaves no x; Qx = 0, Kx ≤ 0 (= 0), qᵀx < 0 is a way down without end. Iterates
     # without a limit go off along such a direction, so it shows in their last step long before it does in them.
-    no_point, farkas, gain = contradiction(part, tol, v, previous.v, Kx, primal)
+    no_point, farkas, gain = contradiction(part, tol, v, previous.v, Kx, primal - hidden)
     if part.form.definite:
         no_bottom, ray, fall = backend.full(tuple(dual.shape), 0.0, dual.dtype), x, dual
     else:
@@ -521,6 +522,14 @@ def within(part: Part, settings: Settings, vectors, terms, primal, dual, gap):
 def measured(backend, unit: Unit | None, a):
     """The largest entry of residuals or of their terms, in the units of the tolerance."""
     return backend.norm(a) if unit is None else backend.norm(unit.scale * a) / unit.size
+
+
+def row_rounding(part: Part, x):
+    """What rounding may leave of the rows at x, in the units of the tolerance; none of it counts in the caller's."""
+    if part.units.rows is None:
+        return 0.0
+    largest = part.problem.backend.norm(x / part.metric.variables)
+    return parameters(part.problem).row_rounding * largest / part.metric.primal
 
 
 def waited(xp, settings: Settings, state: State, residuals: Residuals, proof):

@@ -384,7 +384,15 @@ def assert_status(operands, sol, i):
     if Status(int(sol.status[i])) != Status.SOLVED:
         return
     one = {name: value[i] for name, value in operands.items()}
-    x, y, z, z_lb, z_ub = point = [getattr(sol, name)[i] for name in ("x", "y", "z", "z_lb", "z_ub")]
+    x, y, z, z_lb, z_ub = [getattr(sol, name)[i] for name in ("x", "y", "z", "z_lb", "z_ub")]
+    # In units of each variable in which no curvature is huge, as SOLVED does not depend on them.
+    curvature = np.diagonal(one["Q"])
+    unit = np.where(curvature > 1e50, np.sqrt(np.where(curvature > 1e50, curvature, 1.0)), 1.0)
+    one["Q"] = one["Q"] / unit[:, None] / unit
+    one |= {name: one[name] / unit for name in ("q", "A", "G") if name in one}
+    one |= {name: one[name] * unit for name in ("lb", "ub") if name in one}
+    x, z_lb, z_ub = x * unit, z_lb / unit, z_ub / unit
+    point = [x, y, z, z_lb, z_ub]
     reported = [getattr(sol, name)[i] for name in ("objective", "primal_residual", "dual_residual", "duality_gap")]
     assert all(np.isfinite(part).all() for part in (*point, *reported))
     d = complete(one)

@@ -42,8 +42,8 @@ class Parameters:
     largest_ratio: float = 1e8
     """Limit on the squares of D and E against those that they begin with, for rows and columns of nothing but rounding.
     """
-    data_rounding: float = 1e-8
-    """A right-hand side is nothing but rounding where it is so much smaller than x at the least cost of all."""
+    row_rounding: float = 1e-15
+    """What rounding leaves of the rows of the scaled problem, relative to the largest variable there."""
     uncertainty: float = 100.0
     """How much further than the largest curvature says x may go where other curvatures are smaller."""
     loose: float = 10.0
@@ -165,7 +165,7 @@ class Parameters:
 DOUBLE = Parameters()
 SINGLE = replace(
     DOUBLE, tolerance=1e-4, rho=3e-4, delta=1e-3, smallest=3e-4, certificate=1e5, tiny=1e-30, smallest_pivot=1e-2,
-    diagonal_regularization=1e-5, refined=EPS_SINGLE**0.625, factor_residual=0.1 * EPS_SINGLE**0.5,
+    diagonal_regularization=1e-5, row_rounding=5e-7, refined=EPS_SINGLE**0.625, factor_residual=0.1 * EPS_SINGLE**0.5,
     factor_moved=EPS_SINGLE**0.5, inactive=1e4, least_theta=1e-5, derivative_accuracy=1e-3, afresh_smallest=1e-4,
     afresh_largest=1e-2, afresh_equality=1e-5, afresh_rho=1e-5,
 )  # fmt: skip

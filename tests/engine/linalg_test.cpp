@@ -1,5 +1,5 @@
-// The linear algebra of the compiled engine against plain loops in long double, for all small sizes and some large ones.
-// Prints what is wrong; exits with 1 then.
+// The linear algebra of the compiled engine against plain loops in long double, for all small sizes and some large
+// ones. Prints what is wrong; exits with 1 then.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

@@ -22,7 +22,7 @@ class Factors(NamedTuple):
         backend: Any = lin.problem.backend
         if backend.traced:
             arrays, layout = pack(lin)
-            u_x, u_v = backend.jit(_solve_traced)(arrays, (r_x, r_v), layout)
+            u_x, u_v = backend.jit(_solve_traced)(arrays, (r_x, r_v), layout, None)
         else:
             u_x, u_v = _solve(lin, r_x, r_v)
         xp, solved = backend.xp, lin.status == int(Status.SOLVED)
@@ -46,7 +46,7 @@ def unpack(arrays, layout: Layout) -> Linearization:
     return Linearization(problem, whole(problem, factor, metric), x, v, s, status)
 
 
-def _solve_traced(arrays, right, layout: Layout):
+def _solve_traced(arrays, right, layout: Layout, _):
     return _solve(unpack(arrays, layout), *right)
 
 

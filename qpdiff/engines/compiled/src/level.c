@@ -26,4 +26,6 @@ static PyObject* highest(PyObject* module, PyObject* arguments) {
 static PyMethodDef functions[] = {{"highest", highest, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL}};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_level", NULL, 0, functions, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__level(void) { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__level(void) {
+    return PyModule_Create(&definition);
+}

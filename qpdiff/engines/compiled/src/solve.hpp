@@ -313,8 +313,8 @@ template <class T> class Worker {
             return false;
         }
         auto slope = equilibrate(o);
-        // Problems without curvature have a scale of the cost, which is found one by one.
-        bool curved = every((o.curvature > Team::Number{}) | no(slope > Team::Number{}));
+        // How large the linear cost of variables without curvature is to be is found one by one.
+        bool curved = every((o.any_flat == Team::Number{}) | no(slope > Team::Number{}));
         if (!alike || !group->safe || !curved) {
             return true;
         }

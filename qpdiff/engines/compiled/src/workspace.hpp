@@ -105,8 +105,8 @@ template <class Team> class Workspace {
             M.ld = Team::leading(columns);
             M.data = arena.take<Stored>((long)Team::whole_rows(rows) * M.ld);
         };
-        of_variables(o.q, o.lb, o.ub, o.exists, o.D, o.balanced_D, o.occupied, o.unit_x, o.metric_x, o.diagonal_Q,
-                     o.inverse, o.rho, o.dx, o.cx, o.e_x, o.t, o.columns, o.x_anchor, o.r_anchor);
+        of_variables(o.q, o.lb, o.ub, o.exists, o.D, o.balanced_D, o.occupied, o.flat, o.unit_x, o.metric_x,
+                     o.diagonal_Q, o.inverse, o.rho, o.dx, o.cx, o.e_x, o.t, o.columns, o.x_anchor, o.r_anchor);
         of_rows(o.k, o.E, o.balanced_E, o.filled, o.unit_v, o.metric_v, own_weights, o.theta, o.delta, o.per_s, o.per_z,
                 o.right_v, o.excess, o.dv, o.ds, o.cv, o.e_v, o.Vt, o.lengths, o.v_anchor, o.u, o.Sdv);
         for (Iterate<Team>* at : {&o.first, &o.second}) {

@@ -30,7 +30,7 @@ template <class Team> QP_NOINLINE void balance(Problem<Team>& o) {
     // Each scale begins with the curvature of its variable, or else with the largest entry of its row or column.
     auto first_D = o.dx, first_E = o.dv, curved = o.occupied, columns = o.columns, lengths = o.lengths;
     Team::take_diagonal(o.Q, n, o.diagonal_Q);
-    N highest_{};
+    N highest_{}, flat_{};
     Team::each(o.np, [&](auto j) { highest_ = larger(o.diagonal_Q[j], highest_); });
     auto highest = Team::largest(highest_);
     Team::each(o.np, [&](auto j) {
@@ -41,7 +41,11 @@ template <class Team> QP_NOINLINE void balance(Problem<Team>& o) {
         curved.set(j, select(usable, N{} + Real(1), Real(0)));
         columns.set(j, select(usable, scale, Real(0)));
         D2.set(j, Real(1));
+        N flat = select(usable, Real(0), N{} + Real(1));
+        o.flat.set(j, flat * o.exists[j]);
+        flat_ = larger(flat * o.exists[j], flat_);
     });
+    o.any_flat = Team::largest(flat_);
     Team::largest_of_rows(o.K, linear, n, columns, lengths, E2);
     Team::each(o.lp, [&](auto i) {
         N weighted = lengths[i], length = select(weighted > N{}, weighted, E2[i]);
@@ -112,16 +116,13 @@ template <class Team, class F> QP_INLINE void each_row_that_counts(Problem<Team>
     }
 }
 
-// Fill D and E after `balance`, and what residuals are measured in; return the largest |Dq|.
-template <class Team> QP_NOINLINE typename Team::Number equilibrate(Problem<Team>& o) {
+// Find what residuals are measured in and how far x is likely to go, for D and E; return the largest |Dq|.
+template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(Problem<Team>& o) {
     using N = typename Team::Entry;
     using S = typename Team::Number;
     using Real = typename Team::Real;
     const Parameters& P = *o.parameters;
     S zero{}, one = as<S>(Real(1)), infinite = as<S>(Real(INFINITY_));
-    Team::each(o.np, [&](auto j) { o.D.set(j, o.balanced_D[j]); });
-    Team::each(o.lp, [&](auto i) { o.E.set(i, o.balanced_E[i]); });
-    scale_bounds(o);
     N needed_{}, nearest_{}, slope_{};
     each_row_that_counts(o, [&](auto i, auto counts) {
         N k = select(counts & no(o.kind.absent(i)), o.E[i] * o.k[i], Real(0)), length = absolute(k);
@@ -136,17 +137,54 @@ template <class Team> QP_NOINLINE typename Team::Number equilibrate(Problem<Team
 
     S free = where_positive(o.curvature, slope, zero);
     S least = smaller(where_positive(nearest, one, infinite), select(free > zero, free, infinite));
-    // What is smaller by eight digits than where the cost is least is rounding in somebody's data.
-    S primal = select(needed > zero, larger(needed, Real(P.data_rounding) * free), least);
+    S primal = select(needed > zero, needed, least);
     primal = select(primal < infinite, primal, one);
     S curved = o.curvature * primal;
-    S dual = select(curved < slope, root(slope * select(curved > zero, curved, slope)), curved);
+    S between = root(slope) * root(select(curved > zero, curved, slope));
+    // Curvature along some variables says nothing of the others, which may have a linear cost alone.
+    S all_curved = select(slope > zero, larger(o.least_curvature * primal, slope), curved);
+    S dual = select(curved < slope, between, all_curved);
     dual = select(dual > zero, dual, primal);
     S far = where_positive(o.least_curvature, slope, infinite);
     S reach = larger(needed, smaller(far, Real(P.uncertainty) * free));
     o.primal_unit = primal, o.dual_unit = dual, o.gap_unit = primal * dual;
     o.reach = select(reach > zero, reach, infinite);
+    return slope;
+}
 
+// Where some variables have curvature and others a linear cost alone, make the scales of these so much larger that
+// their cost is not small against curvature times the size of x; return whether that changed any. For one problem.
+template <class Team> QP_NOINLINE bool enlarge_flat(Problem<Team>& o) {
+    using N = typename Team::Entry;
+    using Real = typename Team::Real;
+    N slope_{};
+    Team::each(o.np, [&](auto j) { slope_ = larger(o.flat[j] * absolute(o.D[j] * o.q[j]), slope_); });
+    Real slope = Team::largest(slope_), curved = o.curvature * o.primal_unit;
+    if (!(slope > 0 && curved > slope)) {
+        return false;
+    }
+    Real times = root(curved / slope);
+    Team::largest_of_rows(o.K, o.linear, o.n, o.flat, o.lengths, o.dv);
+    Team::each(o.np, [&](auto j) { o.D.set(j, select(o.flat[j] > N{}, times * o.D[j], o.D[j])); });
+    Team::each(o.lp, [&](auto i) { o.E.set(i, select(o.lengths[i] > N{}, o.E[i] / times, o.E[i])); });
+    scale_bounds(o);
+    return true;
+}
+
+// Fill D and E after `balance`, and what residuals are measured in; return the largest |Dq|.
+template <class Team> QP_NOINLINE typename Team::Number equilibrate(Problem<Team>& o) {
+    using N = typename Team::Entry;
+    using Real = typename Team::Real;
+    Team::each(o.np, [&](auto j) { o.D.set(j, o.balanced_D[j]); });
+    Team::each(o.lp, [&](auto i) { o.E.set(i, o.balanced_E[i]); });
+    scale_bounds(o);
+    auto slope = measure_residual_units(o);
+    if constexpr (!Team::lanes) {
+        if (o.any_flat > 0 && enlarge_flat(o)) {
+            slope = measure_residual_units(o);
+        }
+    }
+    auto primal = o.primal_unit, dual = o.dual_unit;
     if (o.lower && o.upper) {
         Team::each(o.np, [&](auto j) {
             N span = o.ub[j] - o.lb[j];

@@ -17,7 +17,7 @@ constexpr double INFINITE = 1e20; // a bound this far out is none
 // Every number of the method, by the names of engines/parameters.py, which says why each is what it is.
 // clang-format off
 #define QP_PARAMETERS(X) \
-    X(equilibration_passes) X(smallest_curvature) X(largest_ratio) X(data_rounding) X(uncertainty) X(loose) \
+    X(equilibration_passes) X(smallest_curvature) X(largest_ratio) X(row_rounding) X(uncertainty) X(loose) \
     X(smallest_pivot) X(smallest_scaled_curvature) X(diagonal_regularization) X(least_centrality) \
     X(large_multipliers) X(smaller_cost) X(closer) X(less_multipliers) X(warm_centrality) X(step_fraction) \
     X(largest_step_fraction) X(refine_relative) X(refine_absolute) X(delta_share) X(delta_stuck) X(delta_floor) \
@@ -131,6 +131,8 @@ template <class Team_> struct Problem {
     Vector D, E;                   // the scaled problem has variables x/D, slacks E s, multipliers v/E
     Vector balanced_D, balanced_E; // those of the matrices alone
     Vector occupied;               // 1 for the variables that are in Q or in a row, else 0
+    Vector flat;                   // 1 for the variables without curvature
+    Number any_flat;               // the largest of them
     Vector filled;                 // 1 for the rows of A and G with an entry that is not 0, else 0
     Vector unit_x, unit_v;         // what residuals are multiplied by before they are compared with the tolerance
     Vector metric_x, metric_v;     // 1/D², 1/E²

@@ -112,9 +112,11 @@ QP_NOINLINE Verdict<Team> assess(Problem<Team>& o, Iterate<Team>& now, const Ite
     constraints(o, now.x, now.Kx);
     adjoint(o, now.v, o.Kv);
 
-    N found_dual_{}, dual_{}, Qx_{}, q_{}, Kv_{}, terms{}, xQx_{}, qx_{};
+    N found_dual_{}, dual_{}, Qx_{}, q_{}, Kv_{}, x_{}, terms{}, xQx_{}, qx_{};
     Team::each_exactly(o.np, [&](auto j) {
-        N x = now.x[j], Qx = now.Qx[j], q = o.q[j], Kv = o.Kv[j], unit = o.unit_x[j];
+        N x = now.x[j], Qx = now.Qx[j], q = o.q[j], Kv = o.Kv[j], unit = o.unit_x[j], D = o.D[j],
+          per_D2 = o.metric_x[j];
+        x_ = larger(absolute(x) * D * per_D2, x_);
         N r_x = -(Qx + q + Kv), left = absolute(r_x);
         now.r_x.set(j, r_x);
         found_dual_ = larger(left, found_dual_);
@@ -181,7 +183,9 @@ QP_NOINLINE Verdict<Team> assess(Problem<Team>& o, Iterate<Team>& now, const Ite
     E size_gap = per_unit * larger(absolute(xQx), larger(absolute(qx), absolute(kv)));
     // The terms of the gap may cancel to 0 by chance: what their rounding hides must not be far beyond the tolerance.
     E hidden = P.gap_rounding * EPS * per_unit * Team::sum(terms);
-    auto near = (primal <= tol + rtol * Team::largest(Kx_)) & (dual <= tol + rtol * slope) &
+    // What rounding leaves of the rows at x is no violation; in the caller's units all of it counts.
+    E rounding = settings.absolute ? E{} : P.row_rounding * Team::largest(x_) / as<E>(o.primal_unit);
+    auto near = (primal - rounding <= tol + rtol * Team::largest(Kx_)) & (dual <= tol + rtol * slope) &
                 (gap + hidden <= tol + rtol * size_gap) & (worst < as<E>(INFINITY_));
 
     // Farkas: Kᵀv = 0, z ≥ 0, kᵀv < 0 leaves no x; Qx = 0, Kx ≤ 0 (= 0), qᵀx < 0 is a way down without end. Iterates
@@ -190,8 +194,8 @@ QP_NOINLINE Verdict<Team> assess(Problem<Team>& o, Iterate<Team>& now, const Ite
     if (FORM != Form::dense_dual && some(dual > allowed)) {
         unbounded = select(dual > allowed, descent(o, now, before, fall), E{});
     }
-    if (some(primal > allowed)) {
-        infeasible = select(primal > allowed, contradiction(o, now, before, scaled_k, gain), E{});
+    if (some(primal - rounding > allowed)) {
+        infeasible = select(primal - rounding > allowed, contradiction(o, now, before, scaled_k, gain), E{});
     }
     E certificate = larger(infeasible, unbounded), waiting = waited(o, past, primal, dual, gap, certificate);
 
