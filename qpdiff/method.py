@@ -459,7 +459,9 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     hidden = row_rounding(part, x)
     # Not `<=` on a maximum alone: NaN must never pass, nor an infinity that is compared with its own size.
     worst = xp.maximum(xp.maximum(primal, dual), gap)
-    near = (worst < float("inf")) & within(part, settings, (x, v, Qx, Kx, Kv), (xQx, qx, kv), primal - hidden, dual, gap)
+    near = (worst < float("inf")) & within(
+        part, settings, (x, v, Qx, Kx, Kv), (xQx, qx, kv), primal - hidden, dual, gap
+    )
 
     # Farkas: Kᵀv = 0, z ≥ 0, kᵀv < 0 leaves no x; Qx = 0, Kx ≤ 0 (= 0), qᵀx < 0 is a way down without end. Iterates
     # without a limit go off along such a direction, so it shows in their last step long before it does in them.

@@ -228,3 +228,38 @@ def test_boxes_and_simplices(n, dtype):
     count = np.sum(order > level, axis=-1)
     threshold = np.take_along_axis(level, count[:, None] - 1, axis=-1)
     np.testing.assert_allclose(sol.x, np.maximum(-q - threshold, 0.0), atol=accuracy)
+
+
+@pytest.mark.parametrize("curvature", [1e-8, 1e-4, 1.0, 1e4, 1e6, 1e8, 1e12])
+def test_a_linear_cost_beside_curvature(curvature):
+    """A penalty on one variable, and a linear program in the others: with 1e6 SOLVED was wrong by up to 2."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        A = np.abs(rng.normal(size=(2, 6)))
+        A[:, 0] = rng.normal(size=2)
+        q = np.concatenate([[0.0], rng.random(5)])
+        d = {"Q": np.diag([curvature, 0, 0, 0, 0, 0]), "q": q, "A": A, "b": A @ rng.random(6)}
+        lb = np.concatenate([[-np.inf], np.zeros(5)])
+        sol = qpdiff.solve_qp(**d, lb=lb)
+        assert sol.status == Status.SOLVED
+        # In units in which the curvature is 1: KKT conditions from their definition.
+        terms = [d["Q"] @ sol.x, q, A.T @ sol.y, -sol.z_lb]
+        unit = np.array([min(1.0, curvature**-0.5), 1, 1, 1, 1, 1])
+        size = max(np.max(np.abs(term)) for term in terms)  # what is forced on the penalty makes large multipliers
+        assert np.max(np.abs(unit * sum(terms))) <= 1e-6 + 1e-14 * size
+        assert np.max(np.abs(A @ sol.x - d["b"])) <= 1e-6
+        assert np.all(sol.x[1:] >= -1e-6)
+        assert np.all(sol.z_lb >= 0)
+        assert abs(sol.z_lb @ np.where(np.isfinite(lb), sol.x, 0.0)) <= 1e-5 + 1e-9 * size
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-17, 1e-14])
+def test_right_hand_sides_of_rounding(noise):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        A, q = rng.normal(size=(3, 8)), rng.normal(size=8)
+        A = np.concatenate([A, A[:1] + A[1:2]])  # the last row says nothing, up to rounding
+        sol = qpdiff.solve_qp(np.eye(8), q, A=A, b=noise * rng.normal(size=4))
+        assert sol.status == Status.SOLVED
+        expected = -(q - np.linalg.pinv(A[:3]) @ (A[:3] @ q))
+        np.testing.assert_allclose(sol.x, expected, atol=1e-6)

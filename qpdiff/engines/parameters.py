@@ -42,7 +42,7 @@ class Parameters:
     largest_ratio: float = 1e8
     """Limit on the squares of D and E against those that they begin with, for rows and columns of nothing but rounding.
     """
-    row_rounding: float = 1e-15
+    row_rounding: float = 1e-13
     """What rounding leaves of the rows of the scaled problem, relative to the largest variable there."""
     uncertainty: float = 100.0
     """How much further than the largest curvature says x may go where other curvatures are smaller."""
