@@ -127,7 +127,7 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
     plan = _plan(problem, form, dtype.itemsize)
     x, v, s, *factors, D, E = [make(shape, dtype) for make, shape in plan]
     outcome = Outcome(x, v, s, *np.empty((2, count, 1), np.int32), *np.empty((4, count, 1)))
-    kept = Kept(*factors, D, E, np.empty(count, np.int32), np.empty(count, np.bool_))
+    kept = Kept._make([*factors, D, E, np.empty(count, np.int32), np.empty(count, np.bool_)])
     done = outcome, Factors(form, kept)
     if count == 0:
         return done
