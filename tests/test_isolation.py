@@ -15,8 +15,8 @@ import pytest
 import qpdiff
 
 OPTIONAL = [
-    "autograd", "cupy", "cupyx", "cvxpy", "dask", "distributed", "highspy", "jax", "llvmlite", "matplotlib", "numba",
-    "rich", "threadpoolctl", "torch", "typer",
+    "autograd", "cupy", "cupyx", "cvxpy", "dask", "distributed", "highspy", "jax", "matplotlib", "rich",
+    "threadpoolctl", "torch", "typer",
 ]  # fmt: skip
 ADAPTERS = ["autograd", "torch", "jax", "dask", "cvxpy"]
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
