@@ -30,7 +30,9 @@ NEEDED = {
 def test_code_runs_and_prints_what_it_says(page):
     for module in NEEDED.get(page.name, []):
         pytest.importorskip(module)
-    done = subprocess.run([sys.executable, "-c", "\n".join(CODE[page])], capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "\n".join(CODE[page])], capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr
     printed = iter(done.stdout.splitlines())
     for expected in re.findall("# → (.*)$", "\n".join(CODE[page]), re.MULTILINE):

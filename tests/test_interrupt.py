@@ -51,7 +51,7 @@ def test_ctrl_c_ends_a_long_batch(engine, what, threads):
     if engine == "compiled" and compiled_engine()[0] is None:
         pytest.skip("the compiled engine was not built")
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, engine, what, str(threads)], capture_output=True, text=True, timeout=100,
+        [sys.executable, "-P", "-c", SCRIPT, engine, what, str(threads)], capture_output=True, text=True, timeout=100,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
