@@ -430,6 +430,20 @@ def test_an_error_in_progress_comes_out():
     assert np.all(qpdiff.solve_qp(**optnet(rng(), (500,), 20, 10, 0)).status == qpdiff.Status.SOLVED)
 
 
+def test_an_error_in_progress_comes_out_once():
+    """It was called again with the error set, where the next report was due."""
+    calls = []
+
+    def stop(done, batch):
+        calls.append(done)
+        time.sleep(0.3)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        qpdiff.solve_qp(np.eye(60), rng().normal(size=(50_000, 60)), np.eye(60), np.ones(60), progress=stop)
+    assert len(calls) == 1
+
+
 def test_arguments():
     with pytest.raises(ValueError, match="engine is 'numba'; expected one of 'auto', 'array', 'compiled'"):
         qpdiff.solve_qp(np.eye(1), [0.0], engine="numba")

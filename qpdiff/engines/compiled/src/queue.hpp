@@ -33,7 +33,8 @@ class Queue {
 
     // Whether to give up; asked in every iteration of a problem.
     bool interrupted(bool calling) {
-        if (calling && due(POLL, polled)) {
+        // Once stopped there may be a Python error, with which no more of Python must be called.
+        if (calling && !stop.load(std::memory_order_relaxed) && due(POLL, polled)) {
             attend();
         }
         return stop.load(std::memory_order_relaxed);
