@@ -87,7 +87,7 @@ Shape read_shape(const Operands& operands, int form) {
     return {Form(form), operands.n, operands.p, operands.linear(), operands.lb.given(), operands.ub.given()};
 }
 
-// qpdiff.method.Settings.
+// qpdiff.engines.base.Settings.
 Settings read_settings(nb::tuple s) {
     return {nb::cast<double>(s[0]), nb::cast<double>(s[1]), nb::cast<bool>(s[2]),
             nb::cast<int>(s[3]),    nb::cast<double>(s[4]), nb::cast<double>(s[5]),
@@ -212,7 +212,6 @@ NB_MODULE(QP_MODULE, m) {
         QP_PARAMETERS(X)
 #undef X
     });
-    m.attr("LANES") = lanes::Team::PROBLEMS;
     m.attr("BLOCK") = blas::BLOCK;
     m.def("kept_sizes", &kept_sizes);
     m.def("set_blas", &set_blas);

@@ -1,8 +1,6 @@
 // Differentiating a batch: the KKT system at the solutions, problem by problem, and the gradients of the matrices,
 // −½ (u_x xᵀ + x u_xᵀ) for Q and −(v u_xᵀ + u_v xᵀ) for A and G; summed over the batch where the problems share them.
 #pragma once
-#include <cstdlib>
-
 #include "method/derivative.hpp"
 #include "solve.hpp"
 
@@ -28,29 +26,6 @@ template <class T> struct DerivativeBatch {
     int rows() const { return shape.linear + (shape.lower ? shape.n : 0) + (shape.upper ? shape.n : 0); }
 };
 
-// Memory of a thread, beside its workspace.
-class Scratch {
-  public:
-    // `lay_out` takes the parts from an arena; they are zero.
-    template <class F> explicit Scratch(F lay_out) {
-        Arena counting(nullptr);
-        lay_out(counting);
-        memory = static_cast<char*>(std::aligned_alloc(LINE, counting.used));
-        if (!memory) {
-            throw std::bad_alloc();
-        }
-        std::memset(memory, 0, counting.used);
-        Arena arena(memory);
-        lay_out(arena);
-    }
-    ~Scratch() { std::free(memory); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-
-  private:
-    char* memory;
-};
-
 // Ask for numbers that lie side by side: software prefetch. The arithmetic on one problem waits more for itself than
 // for memory, and the processor has room for a few lines under way.
 template <class T> QP_INLINE void prefetch(const T* numbers, long count) {
@@ -65,7 +40,7 @@ template <class T> class DerivativeWorker {
   public:
     DerivativeWorker(const DerivativeBatch<T>& batch, Queue& queue, bool calling)
         : batch(batch), queue(queue), calling(calling), workspace(batch.shape, calling), o(workspace->problem),
-          sizes(batch.shape.form, o.n, o.linear, o.rows), scratch([this](Arena& arena) { lay_out(arena); }) {
+          sizes(batch.shape.form, o.n, o.linear, o.rows), memory([this](Arena& arena) { lay_out(arena); }) {
         o.parameters = batch.parameters;
         // What is scaled by them in the padding is 0.
         std::fill(o.D.data, o.D.data + o.np, T(1));
@@ -95,7 +70,7 @@ template <class T> class DerivativeWorker {
     Problem<Team>& o;
     KeptSizes<T> sizes;
     Derivative<Team> d;
-    Scratch scratch;
+    Memory memory;
     bool Q_ready = false, K_ready = false;
 
     void lay_out(Arena& arena) {
@@ -248,7 +223,7 @@ template <class T> class SumWorker {
     static constexpr int PORTION = 64; // problems whose vectors are brought together
 
     explicit SumWorker(const DerivativeBatch<T>& batch)
-        : batch(batch), n(batch.shape.n), scratch([this](Arena& arena) { lay_out(arena); }) {}
+        : batch(batch), n(batch.shape.n), memory([this](Arena& arena) { lay_out(arena); }) {}
 
     // How many strips a batch has.
     static int strips(const DerivativeBatch<T>& batch) {
@@ -271,7 +246,7 @@ template <class T> class SumWorker {
     const int n;
     Matrix<T> sums, of_rows, of_variables; // STRIP × n, PORTION × STRIP, PORTION × n
     int first = 0, height = 0;             // rows of the strip
-    Scratch scratch;
+    Memory memory;
 
     static int strips(const Rows<T>& sums, int rows) { return sums.data ? (rows + STRIP - 1) / STRIP : 0; }
 

@@ -43,10 +43,7 @@ class Queue {
     void finish(long problems) { done.fetch_add(problems, std::memory_order_relaxed); }
 
     // End the call, as an operand breaks a rule.
-    void refuse() {
-        refused = true;
-        stop = true;
-    }
+    void refuse() { stop = true; }
 
     // Call work(whether this is the calling thread) on all threads, without the interpreter's lock; whether nothing was
     // refused. False with a Python error set, if `progress` or a signal raised one; throws what a thread has thrown.
@@ -96,8 +93,6 @@ class Queue {
         return !stop;
     }
 
-    bool was_refused() const { return refused; }
-
   private:
     using Clock = std::chrono::steady_clock;
     static constexpr std::chrono::milliseconds POLL{50};
@@ -107,7 +102,7 @@ class Queue {
     const int workers;
     PyObject* const progress;
     std::atomic<long> next{0}, done{0};
-    std::atomic<bool> stop{false}, refused{false};
+    std::atomic<bool> stop{false};
     Clock::time_point polled, reported;
     long reports = 0;
     int running = 0;

@@ -1,7 +1,6 @@
 // Solving a batch on the CPU: small problems in lanes, all others one by one.
 #pragma once
 #include <memory>
-#include <vector>
 
 #include "method/loop.hpp"
 #include "operands.hpp"
@@ -17,7 +16,7 @@ template <class T> struct Rows {
     T* at(long b) const { return data ? data + b * stride : nullptr; }
 };
 
-// Where the outcome goes: qpdiff.solver.Outcome.
+// Where the outcome goes: qpdiff.engines.base.Outcome.
 template <class T> struct Outcome {
     Rows<T> x, v, s;
     Rows<int> status, iterations;
@@ -85,10 +84,10 @@ template <class Team> class Borrowed {
 template <class T> class Worker {
   public:
     Worker(const Batch<T>& batch, Queue& queue, bool calling)
-        : batch(batch), queue(queue), calling(calling), workspace(batch.shape, calling), o(workspace->problem) {
+        : batch(batch), queue(queue), calling(calling), workspace(batch.shape, calling), o(workspace->problem),
+          memory([this](Arena& arena) { lay_out(arena); }) {
         o.parameters = batch.parameters;
         o.settings = &batch.settings;
-        allocate_scratch();
     }
 
     // Prepare matrices that all problems share, and say in which form to solve them; false where Q is not convex.
@@ -122,29 +121,18 @@ template <class T> class Worker {
     Problem<Serial>& o;
     const Form* prepared = nullptr;
     bool Q_ready = false, K_ready = false, refused = false;
-    Kept<T> scratch;
-    std::vector<char> scratch_memory;
+    Kept<T> scratch; // for one problem in place of what is not kept
+    Memory memory;
 
-    // Make memory for one problem in place of what is not kept.
-    void allocate_scratch() {
+    void lay_out(Arena& arena) {
         const KeptBatch<T>& kept = batch.kept;
         KeptSizes<T> sizes(batch.shape.form, o.n, o.linear, o.rows);
-        auto lay_out = [&](Arena& arena) {
-            auto part = [&](T*& p, const Rows<T>& rows, long size) {
-                p = rows.data || !size ? nullptr : arena.take<T>(size);
-            };
-            part(scratch.F, kept.F, sizes.F), part(scratch.V, kept.V, sizes.V), part(scratch.S, kept.S, sizes.S);
-            part(scratch.U, kept.U, sizes.U), part(scratch.weights, kept.weights, sizes.weights);
-            part(scratch.diagonal, kept.diagonal, sizes.diagonal);
+        auto part = [&](T*& p, const Rows<T>& rows, long size) {
+            p = rows.data || !size ? nullptr : arena.take<T>(size);
         };
-        Arena counting(nullptr);
-        lay_out(counting);
-        if (counting.used) {
-            scratch_memory.resize(counting.used + LINE);
-            auto start = reinterpret_cast<std::uintptr_t>(scratch_memory.data());
-            Arena arena(reinterpret_cast<char*>((start + LINE - 1) / LINE * LINE));
-            lay_out(arena);
-        }
+        part(scratch.F, kept.F, sizes.F), part(scratch.V, kept.V, sizes.V), part(scratch.S, kept.S, sizes.S);
+        part(scratch.U, kept.U, sizes.U), part(scratch.weights, kept.weights, sizes.weights);
+        part(scratch.diagonal, kept.diagonal, sizes.diagonal);
     }
 
     Kept<T> kept_at(long b) const {
@@ -241,16 +229,23 @@ template <class T> class Worker {
         std::copy(ended.at->x.data, ended.at->x.data + o.n, outcome.x.at(b));
         gather_rows(o, ended.at->v, outcome.v.at(b));
         gather_rows(o, ended.at->s, outcome.s.at(b));
-        *outcome.status.at(b) = int(verdict.status);
-        *outcome.iterations.at(b) = ended.iterations;
-        *outcome.objective.at(b) = verdict.objective;
-        *outcome.primal.at(b) = verdict.found_primal;
-        *outcome.dual.at(b) = verdict.found_dual;
-        *outcome.gap.at(b) = verdict.found_gap;
+        put_verdict(b, verdict, ended.iterations, [](double number) { return number; });
         std::copy(o.D.data, o.D.data + o.n, batch.kept.D.at(b));
         gather_rows(o, o.E, batch.kept.E.at(b));
         *batch.kept.form.at(b) = int(form);
         *batch.kept.factor_ok.at(b) = ended.factor_ok && form == batch.shape.form;
+    }
+
+    // Put how problem b stands into the outcome; `number_of` takes its own from the numbers of a team.
+    template <class Team, class NumberOf>
+    void put_verdict(long b, const Verdict<Team>& verdict, int iterations, NumberOf number_of) {
+        const Outcome<T>& outcome = batch.outcome;
+        *outcome.status.at(b) = int(number_of(verdict.status));
+        *outcome.iterations.at(b) = iterations;
+        *outcome.objective.at(b) = number_of(verdict.objective);
+        *outcome.primal.at(b) = number_of(verdict.found_primal);
+        *outcome.dual.at(b) = number_of(verdict.found_dual);
+        *outcome.gap.at(b) = number_of(verdict.found_gap);
     }
 
     // ---- lanes; those who do not take the ordinary course are solved one by one
@@ -383,12 +378,7 @@ template <class T> class Worker {
         vector(at.x, o.n, outcome.x.at(b));
         rows(at.v, outcome.v.at(b));
         rows(at.s, outcome.s.at(b));
-        *outcome.status.at(b) = int(verdict.status[lane]);
-        *outcome.iterations.at(b) = iterations;
-        *outcome.objective.at(b) = verdict.objective[lane];
-        *outcome.primal.at(b) = verdict.found_primal[lane];
-        *outcome.dual.at(b) = verdict.found_dual[lane];
-        *outcome.gap.at(b) = verdict.found_gap[lane];
+        put_verdict(b, verdict, iterations, [&](const auto& number) { return number[lane]; });
         vector(o.D, o.n, batch.kept.D.at(b));
         rows(o.E, batch.kept.E.at(b));
         *batch.kept.form.at(b) = int(FORM);
@@ -416,9 +406,8 @@ template <class T> bool solve_batch(const Batch<T>& batch, int workers, PyObject
     Queue queue(batch.operands.count, batch.lanes ? lanes::Team::PROBLEMS : 1, workers, progress);
     bool shared = batch.operands.matrices_shared();
     Form form = batch.shape.form;
-    std::atomic<bool> ready{false};
     std::mutex preparing;
-    bool good = true;
+    bool ready = false, good = true;
     return queue.run([&](bool calling) {
         Worker<T> worker(batch, queue, calling);
         if (shared) {

@@ -1,6 +1,5 @@
 // The memory that a thread works in: allocated once, used for many problems.
 #pragma once
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -31,28 +30,35 @@ class Arena {
     char* memory;
 };
 
+// Memory in parts, which `lay_out` takes from an arena, called once to count and once to take; all zero.
+class Memory {
+  public:
+    template <class F> explicit Memory(F lay_out) {
+        Arena counting(nullptr);
+        lay_out(counting);
+        memory = static_cast<char*>(::operator new(counting.used, std::align_val_t(LINE)));
+        std::memset(memory, 0, counting.used);
+        Arena arena(memory);
+        lay_out(arena);
+    }
+    ~Memory() { ::operator delete(memory, std::align_val_t(LINE)); }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+
+  private:
+    char* memory;
+};
+
 template <class Team> class Workspace {
   public:
     Shape shape;
     Problem<Team> problem;
 
-    explicit Workspace(const Shape& shape) : shape(shape) {
-        Arena counting(nullptr);
-        lay_out(counting);
-        memory = static_cast<char*>(std::aligned_alloc(LINE, counting.used));
-        if (!memory) {
-            throw std::bad_alloc();
-        }
-        std::memset(memory, 0, counting.used); // the padding of matrices and vectors has to be zero
-        Arena arena(memory);
-        lay_out(arena);
+    explicit Workspace(const Shape& shape) : shape(shape), memory([this](Arena& arena) { lay_out(arena); }) {
         for (int j = 0; j < problem.n; j++) {
             problem.exists.data[j] = typename Team::Number{} + Real(1);
         }
     }
-    ~Workspace() { std::free(memory); }
-    Workspace(const Workspace&) = delete;
-    Workspace& operator=(const Workspace&) = delete;
 
     // Let a problem of one thread work in what it is to keep, or, where it has to take the primal form, in what is not.
     void use(const Kept<typename Team::Real>& kept, Form form)
@@ -84,9 +90,9 @@ template <class Team> class Workspace {
     using MatrixOf = typename Team::Matrix;
     using Stored = typename Team::Stored;
     using ExactStored = typename Team::ExactStored;
-    char* memory = nullptr;
     typename Team::Vector own_weights;
     MatrixOf own_U;
+    Memory memory; // zero, as the padding of matrices and vectors has to be; after what it is laid out for
 
     void lay_out(Arena& arena) {
         auto& o = problem;

@@ -269,7 +269,7 @@ template <class Team> QP_NOINLINE bool pivots_count(const Problem<Team>& o) {
     return true;
 }
 
-// Solve with a factor of the primal form made for the purpose: `differentiation._solve_afresh`.
+// Solve with a factor of the primal form made for the purpose: `engines.array.derivative._solve_afresh`.
 template <class Team> QP_NOINLINE void solve_afresh(Problem<Team>& o, Derivative<Team>& d) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;

@@ -35,7 +35,7 @@ struct Parameters {
 #undef X
 };
 
-// What a call decides: qpdiff.method.Settings.
+// What a call decides: qpdiff.engines.base.Settings.
 struct Settings {
     double tol, rtol;
     bool absolute;

@@ -34,8 +34,8 @@ template <Form FORM, class Team> QP_INLINE typename Team::Number first_rho(const
 template <Form FORM, class Team> QP_INLINE void first_diagonals(Problem<Team>& o) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
-    Real rho = FORM == Form::dense_dual ? 0 : o.settings->rho, delta = o.settings->delta;
-    auto far = Real(o.parameters->loose) * o.reach;
+    Real delta = o.settings->delta;
+    auto rho = first_rho<FORM>(o), far = Real(o.parameters->loose) * o.reach;
     Team::each(o.np, [&](auto j) {
         N metric = Real(1) / square(o.D[j]);
         o.metric_x.set(j, metric);
