@@ -360,10 +360,6 @@ def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, 
 # ---- equilibration
 
 
-METRIC_PASSES, SMALLEST_CURVATURE = DOUBLE.equilibration_passes, DOUBLE.smallest_curvature
-LARGEST_RATIO, UNCERTAINTY = DOUBLE.largest_ratio, DOUBLE.uncertainty
-
-
 def equilibrate(problem: Problem) -> Metric:
     """Scales of the variables and the constraints, and the sizes that residuals of the scaled problem are measured in.
 
@@ -379,19 +375,22 @@ def equilibrate(problem: Problem) -> Metric:
     def of_all_rows(rows, D):
         return _together(xp, [*rows, *(1.0 / D for _ in bounds)], D)
 
-    E = of_all_rows(rows, D)
     # A variable in no row and not in Q takes the scale of its bounds, so that they say nothing of the others.
     counts = _together(xp, [*balanced.filled, *(occupied if boxed else occupied | True for _ in bounds)], occupied)
-    k = xp.where(problem.exists & counts, E * problem.k, 0.0)
-    q = D * problem.q
-    primal, dual, reach = residual_units(problem, k, q, curvature, balanced.least_curvature)
-    times = _flat_scale(backend, balanced, q, curvature * primal)
+
+    def scaled(rows, D):
+        """E, and Ek and Dq with what they say of the sizes of residuals."""
+        E = of_all_rows(rows, D)
+        k, q = xp.where(problem.exists & counts, E * problem.k, 0.0), D * problem.q
+        return E, k, q, residual_units(problem, k, q, curvature, balanced.least_curvature)
+
+    E, k, q, units = scaled(rows, D)
+    times = _flat_scale(backend, balanced, q, curvature * units[0])
     if not backend.none(times > 1.0):
         D = xp.where(balanced.flat, times * D, D)
         rows = [xp.where(touched, e / times, e) for e, touched in zip(rows, balanced.touched, strict=True)]
-        E = of_all_rows(rows, D)
-        k, q = xp.where(problem.exists & counts, E * problem.k, 0.0), D * problem.q
-        primal, dual, reach = residual_units(problem, k, q, curvature, balanced.least_curvature)
+        E, k, q, units = scaled(rows, D)
+    primal, dual, reach = units
     if boxed:
         span = problem.ub - problem.lb
         bounded = ~occupied & (span > 0) & (span < INFINITE)
@@ -454,7 +453,7 @@ def residual_units(problem: Problem, k, q, curvature, least_curvature):
     # Curvature along some variables says nothing of the others, which may have a linear cost alone.
     all_curved = xp.where(slope > 0, xp.maximum(least_curvature * primal, slope), curved)
     dual = xp.where(curved < slope, between, all_curved)
-    reach = xp.minimum(where_positive(least_curvature, slope, infinite), UNCERTAINTY * free)
+    reach = xp.minimum(where_positive(least_curvature, slope, infinite), DOUBLE.uncertainty * free)
     reach = xp.maximum(needed, reach)
     return primal, xp.where(dual > 0, dual, primal), xp.where(reach > 0, reach, infinite)
 
@@ -500,7 +499,7 @@ def balance(problem: Problem) -> Balance:
         return xp.where(usable, 1.0 / xp.where(usable, length, xp.ones_like(length)), xp.ones_like(length))
 
     diagonal = xp.linalg.diagonal(problem.Q)
-    curved = diagonal > SMALLEST_CURVATURE * backend.largest(diagonal)
+    curved = diagonal > DOUBLE.smallest_curvature * backend.largest(diagonal)
     curved = curved & xp.isfinite(diagonal)
     first_D = inverse(xp.sqrt(xp.where(curved, diagonal, 1.0)), curved)
     known = xp.where(curved, first_D, 0.0)
@@ -529,10 +528,10 @@ def balance(problem: Problem) -> Balance:
         usable = xp.isfinite(length2) & (length2 > 0)
         one = xp.ones_like(length2)
         value = xp.where(usable, scale / xp.sqrt(xp.where(usable, length2, one)), one)
-        return backend.clip(value, 1.0 / LARGEST_RATIO, LARGEST_RATIO)
+        return backend.clip(value, 1.0 / DOUBLE.largest_ratio, DOUBLE.largest_ratio)
 
     occupied = D2 < 0
-    for _ in range(METRIC_PASSES):
+    for _ in range(DOUBLE.equilibration_passes):
         curved = D2 * product(Q2, D2)
         columns = sum((D2 * product_transposed(K, e) for K, e in zip(K2, E2, strict=True)), curved)
         rows = [e * product(K, D2) for K, e in zip(K2, E2, strict=True)]

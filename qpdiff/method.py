@@ -21,12 +21,6 @@ from .problem import Problem, take
 from .solution import Status
 
 RUNNING = -1
-STEP_FRACTION, LARGEST_FRACTION = DOUBLE.step_fraction, DOUBLE.largest_step_fraction
-LOOSE, LEAST_CENTRALITY, LEAST_CENTERING = DOUBLE.loose, DOUBLE.least_centrality, DOUBLE.least_centering
-LARGE_MULTIPLIERS, SMALLER_COST, NEARER = DOUBLE.large_multipliers, DOUBLE.smaller_cost, DOUBLE.closer
-DOMINANT, STUCK, LOWER_LIMIT = DOUBLE.delta_share, DOUBLE.delta_stuck, DOUBLE.delta_floor
-IMPATIENCE, PATIENCE, REACHED = DOUBLE.equal_steps_after, DOUBLE.stalled_after, DOUBLE.reached
-LUCK, ROUNDING = DOUBLE.gap_rounding, DOUBLE.product_rounding
 
 
 class State(NamedTuple):
@@ -146,7 +140,7 @@ def make_part(form, settings: Settings) -> Part:
     count, k = backend.total(xp.astype(problem.inequality, problem.dtype)), E * exact.k
     sizes = Sizes(
         inequalities=backend.clip(count, 1.0), q=measured(backend, units.x, exact.q),
-        scaled_k=xp.maximum(backend.norm(xp.where(k <= LOOSE * reach, k, 0.0)), primal),
+        scaled_k=xp.maximum(backend.norm(xp.where(k <= DOUBLE.loose * reach, k, 0.0)), primal),
         scaled_q=xp.maximum(backend.norm(D * exact.q), dual),
         least_rate=xp.where(count > 0, 0.0 * count, DOUBLE.fast_rate),
     )  # fmt: skip
@@ -169,14 +163,14 @@ def initialize(part: Part, settings: Settings):
     if part.form.definite or not problem.may_have_equalities or problem.dtype == xp.float32:
         return part, state, factor
     ratio = multiplier_ratio(part, state)
-    large, one = ratio > LARGE_MULTIPLIERS, xp.ones_like(ratio)
+    large, one = ratio > DOUBLE.large_multipliers, xp.ones_like(ratio)
     if backend.none(large):
         return part, state, factor
-    other = part._replace(metric=kkt.with_cost(part.metric, xp.where(large, SMALLER_COST, one)))
+    other = part._replace(metric=kkt.with_cost(part.metric, xp.where(large, DOUBLE.smaller_cost, one)))
     smaller, factor = starting_point(other, settings)
-    nearer = large & (smaller.primal < NEARER * state.primal)
+    nearer = large & (smaller.primal < DOUBLE.closer * state.primal)
     nearer = nearer & (multiplier_ratio(other, smaller) < DOUBLE.less_multipliers * ratio)
-    part = part._replace(metric=kkt.with_cost(part.metric, xp.where(nearer, SMALLER_COST, one)))
+    part = part._replace(metric=kkt.with_cost(part.metric, xp.where(nearer, DOUBLE.smaller_cost, one)))
     return part, choose(xp, nearer, smaller, state), factor
 
 
@@ -233,7 +227,7 @@ def first_theta(part: Part):
     problem, metric = part.problem, part.metric
     xp, E = problem.backend.xp, metric.rows
     zero = problem.backend.full((problem.batch, problem.rows), 0.0, problem.dtype)
-    distance = problem.backend.clip(E * problem.k / (LOOSE * metric.reach), 1.0)
+    distance = problem.backend.clip(E * problem.k / (DOUBLE.loose * metric.reach), 1.0)
     return xp.where(problem.inequality, distance / E**2 + zero, zero)
 
 
@@ -244,7 +238,7 @@ def place(part: Part, settings: Settings, theta, v):
     z = xp.where(problem.inequality, v / metric.rows, xp.zeros_like(v))
     up, down = (backend.clip(backend.largest(a), 0.0) for a in (-z, z))
     mu = mean(part, xp.where(problem.inequality, z + up, xp.zeros_like(z)), down - z)
-    mu = xp.maximum(mu, LEAST_CENTRALITY * xp.maximum(up, down) ** 2)
+    mu = xp.maximum(mu, DOUBLE.least_centrality * xp.maximum(up, down) ** 2)
     mu = xp.maximum(mu, settings.smallest * metric.primal * metric.dual)
     v, s = onto_path(part, v, metric.rows**2 * theta * z, mu)
     return v, s, mean(part, s, v)
@@ -370,10 +364,10 @@ def centering(part: Part, settings: Settings, state: State, s, z, dv, ds):
     reached = mean(part, state.s + alpha_s * ds, state.v + alpha_z * dv)
     ratio = backend.clip(reached / (state.mu + settings.tiny), 0.0, 1.0)
     # What goes round in circles otherwise comes to an end with more centering.
-    stuck = state.waiting > IMPATIENCE
-    sigma = backend.xp.where(stuck, backend.clip(ratio**3, LEAST_CENTERING), ratio**3)
+    stuck = state.waiting > DOUBLE.equal_steps_after
+    sigma = backend.xp.where(stuck, backend.clip(ratio**3, DOUBLE.least_centering), ratio**3)
     excess = state.s * state.v + ds * dv - sigma * state.mu
-    return excess, backend.clip(1.0 - ratio, STEP_FRACTION, LARGEST_FRACTION)
+    return excess, backend.clip(1.0 - ratio, DOUBLE.step_fraction, DOUBLE.largest_step_fraction)
 
 
 def advance(part: Part, settings: Settings, state: State, s, z, dv, ds, fraction):
@@ -382,7 +376,7 @@ def advance(part: Part, settings: Settings, state: State, s, z, dv, ds, fraction
     xp = backend.xp
     alpha_s, alpha_z = step_length(backend, s, ds, fraction), step_length(backend, z, dv, fraction)
     # Unequal steps leave Qx + Kᵀv behind, which now and then goes round in circles.
-    together, circling = xp.minimum(alpha_s, alpha_z), state.waiting >= IMPATIENCE
+    together, circling = xp.minimum(alpha_s, alpha_z), state.waiting >= DOUBLE.equal_steps_after
     alpha_s, alpha_z = xp.where(circling, together, alpha_s), xp.where(circling, together, alpha_z)
     s = problem.where_inequality(backend.clip(state.s + alpha_s * ds, settings.tiny), 0.0)
     v = problem.where_exists(state.v + alpha_z * dv, 0.0)
@@ -399,14 +393,14 @@ def with_proximal_terms(part: Part, settings: Settings, state: State, moved: Sta
     backend = part.problem.backend
     xp = backend.xp
     now, before, left = (measured(backend, part.units.rows, a) for a in (moved.r_v, state.r_v, left))
-    limiting = (left > DOMINANT * now) & (now > STUCK * before) & (now > settings.tol)
+    limiting = (left > DOUBLE.delta_share * now) & (now > DOUBLE.delta_stuck * before) & (now > settings.tol)
     rate = xp.maximum((state.mu - moved.mu) / (state.mu + settings.tiny), part.sizes.least_rate)
     lowest = xp.minimum(state.delta, settings.smallest)
     if not backend.none(limiting):
         E = part.metric.rows
         limiting = limiting & (backend.norm(moved.v / E) > backend.norm(E * (part.problem.k - moved.s - moved.r_v)))
         rate = xp.where(limiting, xp.maximum(rate, DOUBLE.fast_rate), rate)
-        lowest = xp.where(limiting, LOWER_LIMIT * settings.smallest, lowest)
+        lowest = xp.where(limiting, DOUBLE.delta_floor * settings.smallest, lowest)
     times = xp.where(sound, 1.0 - rate, DOUBLE.failure_growth)
     rho = state.rho if part.form.definite else backend.clip(times * state.rho, settings.smallest)
     return moved._replace(rho=rho, delta=xp.maximum(times * state.delta, lowest))
@@ -424,10 +418,15 @@ def settle(part: Part, settings: Settings, state: State, moved: State) -> State:
     stays = settled | ~running
     if backend.none(stays):
         return moved
-    again = settled & (state.worst > settings.tol) & (state.waiting < IMPATIENCE) & (moved.iterations < state.limit)
+    again = (
+        settled
+        & (state.worst > settings.tol)
+        & (state.waiting < DOUBLE.equal_steps_after)
+        & (moved.iterations < state.limit)
+    )
     stayed = state._replace(
         status=xp.where(settled & ~again, int(Status.SOLVED), state.status),
-        waiting=xp.where(again, IMPATIENCE, state.waiting),
+        waiting=xp.where(again, DOUBLE.equal_steps_after, state.waiting),
         iterations=state.iterations + xp.astype(again, state.iterations.dtype),
     )
     return choose(xp, stays, stayed, moved)
@@ -473,7 +472,7 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     proof = xp.maximum(no_point, no_bottom)
 
     waiting, best = waited(xp, settings, state, Residuals(primal, dual, gap), proof)
-    limit, patient = state.iterations >= state.limit, waiting < PATIENCE
+    limit, patient = state.iterations >= state.limit, waiting < DOUBLE.stalled_after
     last = limit | ~patient
     solved = near & ((worst <= DOUBLE.solved_share * tol) | last)
     unbounded, infeasible = (
@@ -517,7 +516,7 @@ def within(part: Part, settings: Settings, vectors, terms, primal, dual, gap):
     return (
         (primal <= tol + rtol * measured(backend, units.rows, Kx))
         & (dual <= tol + rtol * slope)
-        & (gap + LUCK * xp.finfo(problem.dtype).eps * of_gap * hidden <= most)
+        & (gap + DOUBLE.gap_rounding * xp.finfo(problem.dtype).eps * of_gap * hidden <= most)
     )
 
 
@@ -577,7 +576,7 @@ def contradiction(part: Part, tol, v, previous, Kx, primal):
     # The rounding of the difference hides as much.
     left = xp.maximum(left, xp.finfo(problem.dtype).eps * backend.norm(v / part.metric.rows))
     size = part.sizes.scaled_k
-    size = xp.maximum(size, xp.minimum(backend.norm(part.metric.rows * Kx), REACHED * size))
+    size = xp.maximum(size, xp.minimum(backend.norm(part.metric.rows * Kx), DOUBLE.reached * size))
     return xp.where(gains, gain / (left * size), 0.0), farkas, gain
 
 

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 from .engines.parameters import DOUBLE
 from .method import (
-    IMPATIENCE,
-    ROUNDING,
     RUNNING,
     Part,
     Residuals,
@@ -180,10 +178,10 @@ def glance(part: Part, settings: Settings, before: State, state: State, sound, *
     tol, rtol = settings.tol, settings.rtol
     size = xp.maximum(xp.abs(seen.xr + seen.qx + vKx), xp.maximum(xp.abs(seen.qx), xp.abs(kv)))
     far = primal > tol + rtol * measured(backend, units.rows, Kx)
-    far = far | (gap > 2.0 * tol + (2.0 * rtol + ROUNDING) * of_gap * size)
+    far = far | (gap > 2.0 * tol + (2.0 * rtol + DOUBLE.product_rounding) * of_gap * size)
     waiting, best = waited(xp, settings, before, Residuals(primal, dual, gap), no_point)
     proven = DOUBLE.late_certificate * settings.certificate
-    well = (waiting < IMPATIENCE) & (worst < float("inf")) & ~(no_point > proven)
+    well = (waiting < DOUBLE.equal_steps_after) & (worst < float("inf")) & ~(no_point > proven)
     enough = far & well & ~before.near & sound & (state.iterations < state.limit)
     known = state._replace(
         primal=primal, dual=dual, gap=gap, near=before.near & False, worst=worst, waiting=waiting,

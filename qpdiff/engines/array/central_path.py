@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...method import STEP_FRACTION, Part, cast, make_part, newton, onto_path, residuals, step_length
+from ...method import Part, cast, make_part, newton, onto_path, residuals, step_length
 from ...problem import Layout, take
 from ...solution import Status
 from ..base import Linearization, Settings, make_settings
+from ..parameters import DOUBLE
 from .batch import batch_order, in_batch, keep
 from .derivative import Factors, pack, unpack
 from .loop import forms
@@ -76,7 +77,7 @@ def _center(part: Part, settings: Settings, kappa: float, x, v, s):
             & (backend.norm(excess) <= accuracy * kappa)
         )
         dx, dv, ds = direction(excess, smallest > 0)
-        alpha = xp.minimum(step_length(backend, s_, ds, STEP_FRACTION), step_length(backend, z_, dv, STEP_FRACTION))
+        alpha = xp.minimum(*(step_length(backend, a, da, DOUBLE.step_fraction) for a, da in ((s_, ds), (z_, dv))))
         alpha = xp.where(found, 0.0, alpha)
         return x + alpha * dx, v + alpha * dv, s + alpha * ds, found, factor
 
