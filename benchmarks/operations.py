@@ -1,7 +1,7 @@
 """How many floating point operations qpdiff's compiled engine takes, multiplications and additions.
 
 With r = m + p rows of G and A, of n variables, the KKT system is reduced to the variables or to the rows, by the count
-in `qpdiff/kkt.py`:
+in `qpdiff/engines/reduction.py`:
 
 to variables        an iteration    r n²  Kᵀ W K, symmetric  +  n³/3  Cholesky  +  2 · 2n²  two solves
                                     +  2 · (2n² + 4 n r)  products with Q, K and Kᵀ for the two residuals

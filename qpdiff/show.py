@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from .engines.array.loop import forms
+from .engines.array.method import RUNNING, State, initialize, make_part, step
 from .engines.base import make_settings
-from .method import RUNNING, State, initialize, make_part, step
 from .problem import OPERANDS, Problem, check_values, make_problem, symmetrized
 from .solution import Status
 

@@ -174,7 +174,7 @@ def test_optional_packages_come_on_first_use(wanted):
 
 # ---- which module may import which
 
-BASE = {"engines.base", "engines.parameters"}
+BASE = {"engines.base", "engines.parameters", "engines.reduction"}
 ENGINES = {"engines.base", "engines.array"}
 ALLOWED = {
     "backend": set(),
@@ -183,18 +183,16 @@ ALLOWED = {
     "engines": set(),
     "engines.parameters": set(),
     "engines.base": {"problem", "engines.parameters"},
-    "kkt": {"backend", "problem", "engines.parameters"},
-    "method": {"problem", "kkt", "solution", *BASE},
-    "rows": {"problem", "kkt", "method", "solution", "engines.parameters"},
-    "engines.array": {"problem", "kkt", "method", "rows", "solution", *BASE},
-    "engines.compiled": {"backend", "problem", "kkt", "solution", *BASE},
+    "engines.reduction": {"problem"},
+    "engines.array": {"problem", "solution", *BASE},
+    "engines.compiled": {"backend", "problem", "solution", *BASE},
     "engines.choice": {"problem", "engines.base", "engines.array"},
     "solver": {"problem", "engines.base", "engines.choice", "solution"},
     "differentiation": {"backend", "problem", "solution", "solver", "engines.base", "engines.array"},
     **{name: {"backend", "problem", "solution", "solver", "differentiation", *ENGINES} for name in ADAPTERS},
     "__init__": {"solution", "solver", "differentiation"},
     "files": {"problem"},
-    "show": {"problem", "kkt", "method", "solution", *ENGINES},
+    "show": {"problem", "solution", *ENGINES},
     "cli": {"__init__", "problem", "engines.choice", "files", "show", "solution"},
     "__main__": {"cli"},
 }

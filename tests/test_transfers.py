@@ -10,7 +10,7 @@ import pytest
 from problems import infeasible, parallel_rows, random_problem
 
 import qpdiff
-from qpdiff import kkt
+from qpdiff.engines.array import kkt
 
 MIXED = "some dual, some primal"
 FORMS = {

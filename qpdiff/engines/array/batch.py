@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ... import kkt
-from ...method import Part, Residuals, State
 from ...problem import Problem, take
 from ..base import Outcome
+from . import kkt
+from .method import Part, Residuals, State
 
 
 class Ended(NamedTuple):

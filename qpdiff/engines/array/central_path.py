@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...method import Part, cast, make_part, newton, onto_path, residuals, step_length
 from ...problem import Layout, take
 from ...solution import Status
 from ..base import Linearization, Settings, make_settings
@@ -12,6 +11,7 @@ from ..parameters import DOUBLE
 from .batch import batch_order, in_batch, keep
 from .derivative import Factors, pack, unpack
 from .loop import forms
+from .method import Part, cast, make_part, newton, onto_path, residuals, step_length
 
 CENTERING_LIMIT = 50
 """Newton steps towards a point of the central path."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
-from ... import kkt
 from ...problem import Layout, Problem, product, take
 from ...solution import Status
 from ..base import Linearization
 from ..parameters import DOUBLE, parameters
+from . import kkt
 from .batch import Kept, batch_order
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from ... import kkt
-from ...method import make_part
 from ...problem import Problem, check_values, indefinite
 from ..base import Outcome, Settings, StartingPoint
+from ..reduction import prefers_dense
 from .batch import Ended, Kept, in_batch, join
 from .derivative import Factors, whole
 from .loop import forms, run
+from .method import make_part
 from .traced import solve_traced
 
 
@@ -25,7 +25,7 @@ def solve(
     """Solve every problem of a batch, in chunks that fit in memory."""
     xp, backend = problem.backend.xp, problem.backend
     # The dense dual form finds out by itself whether Q is definite; what it leaves to others is looked at then.
-    later = kkt.prefers_dense(problem) and not backend.traced
+    later = prefers_dense(problem) and not backend.traced
     if check and problem.batch:
         check_values(problem, convexity=not later)
     if backend.traced:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ... import kkt, rows
-from ...method import RUNNING, State, choose, initialize, start_again, start_near, step
 from ...problem import Problem, take
 from ..base import Settings, StartingPoint
+from . import dual_space, kkt
 from .batch import Ended, Kept, in_batch, keep, outcome_of, rows_at
+from .method import RUNNING, State, choose, initialize, start_again, start_near, step
 
 
 def forms(problem: Problem):
@@ -39,13 +39,13 @@ def run(
     part, index = parts.pop()
     xp, backend = part.problem.backend.xp, part.problem.backend
     start = None if near is None else take(xp, near, index)
-    start_from, advance = (rows.initialize, rows.step) if rows.pay(part) else (initialize, step)
+    start_from, advance = (dual_space.initialize, dual_space.step) if dual_space.pay(part) else (initialize, step)
     part, state, factor = start_from(part, settings)
     cold = None
     if start is not None:
         cold, (state, usable) = state, start_near(part, settings, start, state)
         if cold.seen is not None:
-            state = rows.observe(part, state)
+            state = dual_space.observe(part, state)
         state = choose(xp, usable, state, cold)
     # A definite form keeps its constants, which are there from the beginning.
     ended, kept = [], [keep(problem, part, index, None)] if part.form.definite else []

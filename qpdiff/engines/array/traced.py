@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ... import kkt
-from ...method import RUNNING, choose, initialize, make_part, start_again, start_near, step
 from ...problem import Layout, Problem
 from ..base import Settings, StartingPoint
+from . import kkt
 from .batch import keeps_factor, outcome_of
+from .method import RUNNING, choose, initialize, make_part, start_again, start_near, step
 
 
 def solve_traced(problem: Problem, settings: Settings, near: StartingPoint | None):

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ... import kkt
 from ...backend import NumPyBackend, single_threaded_blas
 from ...problem import MATRICES, OPERANDS, Problem, check_values
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from ..parameters import DOUBLE, SINGLE
+from ..reduction import Form, preferred_form
 from .memory import SMALLEST, empty
 
 
@@ -45,8 +45,6 @@ FEW = 2**10
 """Variables of a batch up to which memory that is used again is not worth looking for."""
 KEPT_BYTES = 2**26, 2**29
 """Factors are kept for the derivative where they take no more than the first, or than the data and the second."""
-PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = range(3)
-_FORMS = {kkt.PrimalForm: PRIMAL, kkt.DenseDualForm: DENSE_DUAL, kkt.DiagonalDualForm: DIAGONAL_DUAL}
 _DECIDING = frozenset({"Q", "G", "A", "lb", "ub"})
 """Operands that the equilibration of the matrices and the reduced form are made of."""
 _PARAMETERS = {np.dtype(np.float64): _core.Parameters(DOUBLE), np.dtype(np.float32): _core.Parameters(SINGLE)}
@@ -123,7 +121,7 @@ def solve(
 def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, progress, check: bool):
     """The same, or None where an operand may break a rule."""
     n, count, dtype = problem.n, problem.batch, np.dtype(problem.dtype)
-    form = _FORMS[kkt.preferred_form(problem)]
+    form = int(preferred_form(problem))
     plan = _plan(problem, form, dtype.itemsize)
     x, v, s, *factors, D, E = [make(shape, dtype) for make, shape in plan]
     outcome = Outcome(x, v, s, *np.empty((2, count, 1), np.int32), *np.empty((4, count, 1)))
@@ -189,7 +187,7 @@ def _plan(problem: Problem, form: int, itemsize: int):
     return plan
 
 
-_CONSTANT = {PRIMAL: (), DENSE_DUAL: ("F", "V", "S"), DIAGONAL_DUAL: ("diagonal",)}
+_CONSTANT = {Form.PRIMAL: (), Form.DENSE_DUAL: ("F", "V", "S"), Form.DIAGONAL_DUAL: ("diagonal",)}
 """What does not change in an iteration."""
 
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ...problem import Problem, take
+from ...solution import Status
+from ..base import Settings, StartingPoint
+from ..parameters import DOUBLE, parameters
 from . import kkt
-from .engines.base import Settings, StartingPoint
-from .engines.parameters import DOUBLE, parameters
-from .problem import Problem, take
-from .solution import Status
 
 RUNNING = -1
 
@@ -64,7 +64,7 @@ class State(NamedTuple):
     """Iterations after which to give up."""
     status: Any
     seen: Any = None
-    """What `qpdiff.rows` knows of x where x itself is that of an earlier iterate."""
+    """What `dual_space` knows of x where x itself is that of an earlier iterate."""
 
 
 class Residuals(NamedTuple):

@@ -23,8 +23,9 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from .engines.parameters import DOUBLE, parameters
-from .problem import INFINITE, Later, Problem, _concat, product, product_transposed, take
+from ...problem import INFINITE, Later, Problem, _concat, product, product_transposed, take
+from ..parameters import DOUBLE, parameters
+from ..reduction import Form, has_off_diagonal, preferred_form
 
 
 class System(NamedTuple):
@@ -51,10 +52,6 @@ class Metric(NamedTuple):
 
 
 # ---- the reduced forms
-
-
-ITERATIONS = 10
-"""Of a typical solve."""
 
 
 class PrimalForm:
@@ -239,47 +236,23 @@ class DiagonalDualForm:
         return v[:, problem.n :] - v[:, : problem.n]
 
 
-def prefers_dense(problem: Problem) -> bool:
-    """Whether the dense dual form has the fewest operations in a typical solve."""
-    n, linear = problem.n, problem.p + problem.m
-    if linear == 0 or problem.lb is not None or problem.ub is not None:
-        return False
-    once = n**3 / 3 + n**2 * linear + n * linear**2
-    return linear**3 / 3 + once / ITERATIONS < n**3 / 3 + n**2 * linear
-
-
-def preferred_form(problem: Problem, diagonal: bool | None = None):
-    """What makes the form with fewer operations in a typical iteration; `diagonal` is whether Q is, None: look."""
-    n, linear = problem.n, problem.p + problem.m
-    if prefers_dense(problem):
-        return DenseDualForm
-    bounded = problem.lb is not None or problem.ub is not None
-    if linear and bounded and linear**3 / 3 + n * linear**2 < n**3 / 3 + n**2 * linear:
-        if diagonal is None:
-            diagonal = not bool(problem.backend.xp.any(_off_diagonal(problem)))  # one truth value to the host
-        if diagonal:
-            return DiagonalDualForm
-    return PrimalForm
+_CLASSES: dict[Form, Any] = {
+    Form.PRIMAL: PrimalForm, Form.DENSE_DUAL: DenseDualForm, Form.DIAGONAL_DUAL: DiagonalDualForm
+}  # fmt: skip
 
 
 def choose_form(problem: Problem):
     """The preferred form, and for which problems it is safe (None: for all)."""
-    return preferred_form(problem).prepare(problem)
+    return _CLASSES[preferred_form(problem)].prepare(problem)
 
 
 def choose_traced_form(problem: Problem):
     """The form that the shapes prefer, and one truth value: whether it is safe for all problems (None: it is)."""
     xp = problem.backend.xp
-    form, safe = preferred_form(problem, diagonal=True).prepare(problem)
+    form, safe = _CLASSES[preferred_form(problem, diagonal=True)].prepare(problem)
     if safe is None:
         return form, None
-    return form, xp.all(safe) & ~xp.any(_off_diagonal(problem)) if not form.definite else xp.all(safe)
-
-
-def _off_diagonal(problem: Problem):
-    """Which Q of the batch have entries off their diagonal."""
-    xp = problem.backend.xp
-    return xp.count_nonzero(problem.Q, axis=(-2, -1)) > xp.count_nonzero(xp.linalg.diagonal(problem.Q), axis=-1)
+    return form, xp.all(safe) & ~xp.any(has_off_diagonal(problem)) if not form.definite else xp.all(safe)
 
 
 # ---- solving with a factor

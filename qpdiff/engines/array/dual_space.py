@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .engines.parameters import DOUBLE
+from ...problem import product, product_transposed, take
+from ..parameters import DOUBLE
 from .method import (
     RUNNING,
     Part,
@@ -32,7 +33,6 @@ from .method import (
     waited,
     with_proximal_terms,
 )
-from .problem import product, product_transposed, take
 
 WORTH_A_COPY = 2**15
 """Bytes of a problem from which on those that are looked at are copied, where they are few."""
