@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from .engines.array.loop import forms
-from .engines.array.method import RUNNING, State, initialize, make_part, step
+from .engines.array.start import initialize
+from .engines.array.state import RUNNING, State, make_part
+from .engines.array.step import step
 from .engines.base import make_settings
 from .problem import OPERANDS, Problem, check_values, make_problem, symmetrized
 from .solution import Status

@@ -10,17 +10,17 @@ import pytest
 from problems import infeasible, parallel_rows, random_problem
 
 import qpdiff
-from qpdiff.engines.array import kkt
+from qpdiff.engines.array import reduced_forms
 
 MIXED = "some dual, some primal"
 FORMS = {
-    "no constraints": ("", "pd", kkt.PrimalForm),
-    "bounds only": ("lb ub", "psd", kkt.PrimalForm),
-    "primal": ("A G", "psd", kkt.PrimalForm),
-    "linear program": ("A G lb ub", "lp", kkt.PrimalForm),
-    "dense dual": ("A", "pd", kkt.DenseDualForm),
-    "diagonal dual": ("A lb ub", "diagonal", kkt.DiagonalDualForm),
-    MIXED: ("A", "pd", kkt.DenseDualForm),
+    "no constraints": ("", "pd", reduced_forms.PrimalForm),
+    "bounds only": ("lb ub", "psd", reduced_forms.PrimalForm),
+    "primal": ("A G", "psd", reduced_forms.PrimalForm),
+    "linear program": ("A G lb ub", "lp", reduced_forms.PrimalForm),
+    "dense dual": ("A", "pd", reduced_forms.DenseDualForm),
+    "diagonal dual": ("A lb ub", "diagonal", reduced_forms.DiagonalDualForm),
+    MIXED: ("A", "pd", reduced_forms.DenseDualForm),
 }
 A_SOLVE = 6
 """On top of the iterations: two for the check, two to choose the form, that all has ended for each form, and one for a
@@ -66,7 +66,7 @@ def rounds(strict, form, sol):
     """
     iterations = to_host(strict, sol.iterations)
     primal, dense = (iterations[:1], iterations[1:]) if form == MIXED else (iterations[:0], iterations)
-    in_rows = FORMS[form][2] is kkt.DenseDualForm and sol.linearization.problem.dtype == strict.float64
+    in_rows = FORMS[form][2] is reduced_forms.DenseDualForm and sol.linearization.problem.dtype == strict.float64
     return int(np.max(primal, initial=0)) + (1 + in_rows) * int(np.max(dense, initial=0))
 
 
@@ -81,8 +81,8 @@ def test_one_an_iteration_and_a_few_a_solve(strict, transfers, on_device, form, 
     assert len(on_top) == 1, "the same few, however many iterations"
     assert max(on_top) <= A_SOLVE
     assert np.all(to_host(strict, sol.status) == qpdiff.Status.SOLVED)
-    forms = {kkt.PrimalForm} if form == MIXED else {FORMS[form][2]}
-    forms |= {kkt.DenseDualForm} if form == MIXED and batch > 1 else set()
+    forms = {reduced_forms.PrimalForm} if form == MIXED else {FORMS[form][2]}
+    forms |= {reduced_forms.DenseDualForm} if form == MIXED and batch > 1 else set()
     assert {piece.form for piece in sol.linearization.factors.pieces} == forms
 
 

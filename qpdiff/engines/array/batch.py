@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from ...problem import Problem, take
 from ..base import Outcome
-from . import kkt
-from .method import Part, Residuals, State
+from .equilibration import Metric
+from .state import Part, Residuals, State
 
 
 class Ended(NamedTuple):
@@ -29,7 +29,7 @@ class Kept(NamedTuple):
     """Those of that form."""
     factor: Any
     """The last factor of the reduced KKT matrix, or None."""
-    metric: kkt.Metric
+    metric: Metric
 
 
 def outcome_of(state: State) -> Outcome:

@@ -11,7 +11,10 @@ from ..parameters import DOUBLE
 from .batch import batch_order, in_batch, keep
 from .derivative import Factors, pack, unpack
 from .loop import forms
-from .method import Part, cast, make_part, newton, onto_path, residuals, step_length
+from .start import onto_path
+from .state import Part, cast, make_part
+from .status import residuals
+from .step import newton, step_length
 
 CENTERING_LIMIT = 50
 """Newton steps towards a point of the central path."""

@@ -8,8 +8,10 @@ from ...problem import Layout, Problem, product, take
 from ...solution import Status
 from ..base import Linearization
 from ..parameters import DOUBLE, parameters
-from . import kkt
 from .batch import Kept, batch_order
+from .equilibration import Metric
+from .kkt import System, residual
+from .reduced_forms import DenseDualForm, PrimalForm
 
 
 class Factors(NamedTuple):
@@ -29,9 +31,9 @@ class Factors(NamedTuple):
         return *(xp.where(solved, u, xp.full_like(u, fill)) for u in (u_x, u_v)), {}
 
 
-def whole(problem: Problem, factor, metric: kkt.Metric) -> Factors:
+def whole(problem: Problem, factor, metric: Metric) -> Factors:
     """The batch in one piece."""
-    return Factors([Kept(slice(0, problem.batch), factor and kkt.PrimalForm, None, factor, metric)])
+    return Factors([Kept(slice(0, problem.batch), factor and PrimalForm, None, factor, metric)])
 
 
 def pack(lin: Linearization):
@@ -83,9 +85,9 @@ def _solve_piece(lin, piece, r_x, r_v):
     if form.definite:
         u_x, u_v, good = _solve_in_rows(form, piece.metric, theta, r_x, r_v)
     else:
-        exact = kkt.System(theta, xp.zeros_like(x), xp.zeros_like(s))
+        exact = System(theta, xp.zeros_like(x), xp.zeros_like(s))
         heavy, P = _heavy(part, piece.metric, theta), parameters(problem)
-        u_x, u_v, left, moved = kkt.solve_nearby(
+        u_x, u_v, left, moved = solve_nearby(
             form, exact, piece.factor, piece.metric, heavy, r_x, r_v, P.derivative_rounds
         )
         good = (left <= P.factor_residual) & (moved <= P.factor_moved)
@@ -110,15 +112,71 @@ def _solve_piece(lin, piece, r_x, r_v):
     )
 
 
+def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, refinements: int):
+    """Solve a KKT system with the factor of another one; also how far that got.
+
+    The factor's θ may come from an earlier interior-point iterate. Along the central path θ tends to 0 at the active
+    rows (`heavy`) and to infinity at the others. At the active rows two such θ differ little against K M⁻¹ Kᵀ; the
+    other rows are eliminated with the θ of the system itself, after which what differs is the weight 1/θ, which is
+    small in both. The refinement contracts by about the larger of the two differences a round, unless the active rows
+    are dependent or what the matrix cannot reach is asked of it.
+
+    Returns
+    -------
+    dx, dv
+    left, moved : (B, 1)
+        The residual against the right-hand side, and what a next correction is likely to be against the solution, in
+        the scaled problem.
+    """
+    problem, xp = form.problem, form.problem.backend.xp
+    weights = 1.0 / (system.theta + system.delta)
+    zero = xp.zeros_like(r_v)
+    D, E, *_ = metric
+
+    def size(a_x, a_v, x_scale, v_scale):
+        parts = [xp.abs(x_scale * a_x), xp.abs(v_scale * xp.where(heavy, a_v, zero))]
+        return problem.backend.largest(xp.concat(parts, axis=-1))
+
+    def correction(e_x, e_v):
+        b_x, b_v = e_x + problem.adjoint(xp.where(heavy, zero, weights * e_v)), xp.where(heavy, e_v, zero)
+        cx, cv = form.solve(factor, form.eliminate(factor, b_x), b_v)
+        return cx, xp.where(heavy, cv, weights * (problem.constraints(cx) - e_v)), size(b_x, b_v, D, E)
+
+    def ratio(a, b):
+        return a / xp.where(b > 0, b, xp.ones_like(b))
+
+    dx, dv, asked = correction(r_x, r_v)
+    e_x, e_v = residual(problem, system, r_x, r_v, dx, dv)
+    left = ratio(size(e_x, e_v, D, E), asked)
+    accuracy, further = parameters(problem).refined, DOUBLE.refined_moved
+
+    def inaccurate(dx, dv, e_x, e_v, left, moved, last):
+        return ~xp.all((left <= accuracy) & (moved <= further * accuracy))
+
+    def refine(dx, dv, e_x, e_v, left, moved, last):
+        cx, cv, _ = correction(e_x, e_v)
+        d_x, d_v = residual(problem, system, r_x, r_v, dx + cx, dv + cv)
+        after = ratio(size(d_x, d_v, D, E), asked)
+        # A factor too far off makes it worse from round to round; the best is kept.
+        better = after < left
+        now = ratio(size(cx, cv, 1.0 / D, 1.0 / E), size(dx, dv, 1.0 / D, 1.0 / E))
+        pairs = ((dx + cx, dx), (dv + cv, dv), (d_x, e_x), (d_v, e_v), (after, left))
+        return (*(xp.where(better, new, old) for new, old in pairs), ratio(now * now, last), now)
+
+    start = (dx, dv, e_x, e_v, left, xp.ones_like(left), xp.ones_like(left))
+    dx, dv, _, _, left, moved, _ = problem.backend.while_loop(inaccurate, refine, start, refinements)
+    return dx, dv, left, moved
+
+
 def _choose(xp, condition, these, those):
     return tuple(xp.where(condition, a, b) for a, b in zip(these, those, strict=True))
 
 
-def _heavy(problem: Problem, metric: kkt.Metric, theta):
+def _heavy(problem: Problem, metric: Metric, theta):
     return problem.equality | (problem.inequality & (theta * metric.rows**2 < DOUBLE.nearly_active))
 
 
-def _solve_in_rows(form: kkt.DenseDualForm, metric: kkt.Metric, theta, r_x, r_v):
+def _solve_in_rows(form: DenseDualForm, metric: Metric, theta, r_x, r_v):
     """The system with a dense dual form, whose matrix of the rows is factored anew; also where that is accurate.
 
     The smallest θ are raised, lest dependent active rows leave it singular; refinement takes that back.
@@ -145,7 +203,7 @@ def _solve_in_rows(form: kkt.DenseDualForm, metric: kkt.Metric, theta, r_x, r_v)
     return form.variables(whitened, u), u, positive & accurate
 
 
-def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
+def _solve_afresh(problem: Problem, metric: Metric, theta, r_x, r_v):
     """The system for problems whose active rows are dependent or whose Q is singular there, which takes care.
 
     Where active rows are dependent, their multipliers share what is asked of them in proportion to 1/θ, and no
@@ -163,11 +221,11 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
     top = problem.backend.largest(xp.where(raised, scaled, zero))
     level = problem.backend.clip(scaled * (largest / xp.where(top > 0, top, xp.ones_like(top))), smallest, largest)
     diagonal = xp.where(problem.equality, zero + equal, xp.where(raised, level, scaled)) / metric.rows**2
-    form = kkt.PrimalForm(problem)
+    form = PrimalForm(problem)
     rho = xp.full_like(r_x[:, :1], rho)
 
     def factored(rho):
-        return *form.factor(kkt.System(diagonal, rho / metric.variables**2, zero)), rho
+        return *form.factor(System(diagonal, rho / metric.variables**2, zero)), rho
 
     def failed(factor, positive, rho):
         return ~xp.all(positive)
@@ -176,6 +234,6 @@ def _solve_afresh(problem: Problem, metric: kkt.Metric, theta, r_x, r_v):
         return factored(xp.where(positive, rho, P.afresh_growth * rho))
 
     factor, *_ = problem.backend.while_loop(failed, again, factored(rho), P.afresh_attempts - 1)
-    exact = kkt.System(theta, xp.zeros_like(r_x), zero)
-    u_x, u_v, *_ = kkt.solve_nearby(form, exact, factor, metric, heavy, r_x, r_v, P.afresh_rounds)
+    exact = System(theta, xp.zeros_like(r_x), zero)
+    u_x, u_v, *_ = solve_nearby(form, exact, factor, metric, heavy, r_x, r_v, P.afresh_rounds)
     return u_x, u_v

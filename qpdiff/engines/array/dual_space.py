@@ -12,27 +12,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ...problem import product, product_transposed, take
+from ..base import Settings
 from ..parameters import DOUBLE
-from .method import (
-    RUNNING,
-    Part,
-    Residuals,
-    Settings,
-    State,
-    advance,
-    assess,
-    centering,
-    choose,
-    contradiction,
-    first_theta,
-    make_origin,
-    mean,
-    measured,
-    place,
-    settle,
-    waited,
-    with_proximal_terms,
-)
+from .start import first_theta, make_origin, mean, place
+from .state import RUNNING, Part, Residuals, State, choose, measured
+from .status import assess, contradiction, settle, waited
+from .step import advance, centering, with_proximal_terms
 
 WORTH_A_COPY = 2**15
 """Bytes of a problem from which on those that are looked at are copied, where they are few."""
@@ -79,7 +64,7 @@ def pay(part: Part) -> bool:
 
 
 def initialize(part: Part, settings: Settings):
-    """`method.initialize` with x only where that is looked at, and without the factor: the derivative makes another."""
+    """`start.initialize` with x only where that is looked at, and without the factor: the derivative makes another."""
     problem, form, backend = part.problem, part.form, part.problem.backend
     xp, origin = backend.xp, observe(part, make_origin(part, settings))
     seen = origin.seen
@@ -115,7 +100,7 @@ def observe(part: Part, state: State) -> State:
 
 
 def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: bool):
-    """`method.step` with x only where that is looked at, and without the factor."""
+    """`step.step` with x only where that is looked at, and without the factor."""
     problem, backend, seen = part.problem, part.problem.backend, state.seen
     xp, t = backend.xp, seen.t
     s, z = (problem.where_inequality(a, float("inf")) for a in (state.s, state.v))

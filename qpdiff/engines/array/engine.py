@@ -10,7 +10,7 @@ from ..reduction import prefers_dense
 from .batch import Ended, Kept, in_batch, join
 from .derivative import Factors, whole
 from .loop import forms, run
-from .method import make_part
+from .state import make_part
 from .traced import solve_traced
 
 

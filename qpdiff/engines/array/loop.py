@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from ...problem import Problem, take
 from ..base import Settings, StartingPoint
-from . import dual_space, kkt
+from . import dual_space
 from .batch import Ended, Kept, in_batch, keep, outcome_of, rows_at
-from .method import RUNNING, State, choose, initialize, start_again, start_near, step
+from .reduced_forms import PrimalForm, choose_form
+from .start import initialize, start_again, start_near
+from .state import RUNNING, State, choose
+from .step import step
 
 
 def forms(problem: Problem):
     """Split a chunk by the reduced form that suits each of its problems."""
     xp = problem.backend.xp
     if problem.backend.traced:
-        return [(kkt.PrimalForm(problem), None)]
-    form, safe = kkt.choose_form(problem)
+        return [(PrimalForm(problem), None)]
+    form, safe = choose_form(problem)
     if safe is None:
         return [(form, None)]
     (count,) = problem.backend.count(safe)
     if count == safe.shape[0]:
         return [(form, None)]
     if count == 0:
-        return [(kkt.PrimalForm(problem), None)]
+        return [(PrimalForm(problem), None)]
     order = xp.argsort(xp.astype(~safe, xp.int8), stable=True)
     parts = []
-    for make, where in ((form.select, order[:count]), (lambda part, _: kkt.PrimalForm(part), order[count:])):
+    for make, where in ((form.select, order[:count]), (lambda part, _: PrimalForm(part), order[count:])):
         parts.append((make(problem.select(where), where), where))
     return parts
 

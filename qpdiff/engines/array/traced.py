@@ -6,9 +6,12 @@ from typing import Any
 
 from ...problem import Layout, Problem
 from ..base import Settings, StartingPoint
-from . import kkt
 from .batch import keeps_factor, outcome_of
-from .method import RUNNING, choose, initialize, make_part, start_again, start_near, step
+from .equilibration import equilibrate
+from .reduced_forms import PrimalForm, choose_traced_form
+from .start import initialize, start_again, start_near
+from .state import RUNNING, choose, make_part
+from .step import step
 
 
 def solve_traced(problem: Problem, settings: Settings, near: StartingPoint | None):
@@ -46,8 +49,8 @@ def _run_traced(operands, near: StartingPoint | None, layout: Layout, settings: 
         state, factor = backend.while_loop(unfinished, body, start, 2 * settings.max_iterations + 2)
         return outcome_of(state), factor, part.metric
 
-    form, safe = kkt.choose_traced_form(problem)
+    form, safe = choose_traced_form(problem)
     if safe is None:
         return run(form)
-    outcome = backend.cond(safe, lambda: run(form)[0], lambda: run(kkt.PrimalForm(problem))[0])
-    return outcome, None, kkt.equilibrate(problem)
+    outcome = backend.cond(safe, lambda: run(form)[0], lambda: run(PrimalForm(problem))[0])
+    return outcome, None, equilibrate(problem)

@@ -1,0 +1,213 @@
+"""Equilibration: scales of the variables and the constraints, and the sizes that residuals are measured in.
+
+Nothing is scaled in memory. Equilibration enters as the metric of the proximal terms (`Metric`): for the scaled
+variables x = D x̃ and the scaled rows E K D, terms ρ and δ of the same size for all are ρ/D² and δ/E² in the caller's
+units. Shared operands thus stay shared, and residuals are in the caller's units throughout.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ...problem import INFINITE, Problem, _concat, product, product_transposed
+from ..parameters import DOUBLE
+
+
+class Metric(NamedTuple):
+    """Equilibration: the variables x/D, the slacks E s and the multipliers v/E are those of the scaled problem."""
+
+    variables: Any
+    """D, (B or 1, n)."""
+    rows: Any
+    """E, (B or 1, rows)."""
+    primal: Any
+    """What the scaled primal residual E(Kx + s − k) is measured in, (B or 1, 1)."""
+    dual: Any
+    """What the scaled dual residual D(Qx + q + Kᵀv) is measured in, (B or 1, 1)."""
+    reach: Any
+    """How far x/D is likely to go at most, infinite where nothing is known of it, (B or 1, 1)."""
+
+
+def equilibrate(problem: Problem) -> Metric:
+    """Scales of the variables and the constraints, and the sizes that residuals of the scaled problem are measured in.
+
+    D and E are those of `balance`. Without curvature they leave open how large the cost is against the constraints:
+    then they also make max |Dq| about as large as the entries of Ek.
+    """
+    xp, backend = problem.backend.xp, problem.backend
+    balanced = balance(problem)
+    D, occupied, curvature = balanced.D, balanced.occupied, balanced.curvature
+    boxed = problem.lb is not None and problem.ub is not None
+    rows, bounds = balanced.E, [bound for bound in (problem.lb, problem.ub) if bound is not None]
+
+    def of_all_rows(rows, D):
+        return _together(xp, [*rows, *(1.0 / D for _ in bounds)], D)
+
+    # A variable in no row and not in Q takes the scale of its bounds, so that they say nothing of the others.
+    counts = _together(xp, [*balanced.filled, *(occupied if boxed else occupied | True for _ in bounds)], occupied)
+
+    def scaled(rows, D):
+        """E, and Ek and Dq with what they say of the sizes of residuals."""
+        E = of_all_rows(rows, D)
+        k, q = xp.where(problem.exists & counts, E * problem.k, 0.0), D * problem.q
+        return E, k, q, residual_units(problem, k, q, curvature, balanced.least_curvature)
+
+    E, k, q, units = scaled(rows, D)
+    times = _flat_scale(backend, balanced, q, curvature * units[0])
+    if not backend.none(times > 1.0):
+        D = xp.where(balanced.flat, times * D, D)
+        rows = [xp.where(touched, e / times, e) for e, touched in zip(rows, balanced.touched, strict=True)]
+        E, k, q, units = scaled(rows, D)
+    primal, dual, reach = units
+    if boxed:
+        span = problem.ub - problem.lb
+        bounded = ~occupied & (span > 0) & (span < INFINITE)
+        if not backend.none(bounded):
+            D = xp.where(bounded, span / primal, D)
+            E = of_all_rows(rows, D)
+    metric, slope = Metric(D, E, primal, dual, reach), backend.norm(q)
+    flat = (curvature == 0) & (slope > 0)
+    if backend.none(flat):
+        return metric
+    return with_cost(metric, xp.where(flat, _mean_size(backend, k) / xp.where(slope > 0, slope, 1.0), 1.0))
+
+
+def _flat_scale(backend, balanced: Balance, q, curved):
+    """What to multiply the scales of the variables without curvature by, (B or 1, 1), where others have some.
+
+    The matrices leave open how large these variables and their linear cost are against the others: the cost should not
+    be small against curvature times the size of x.
+    """
+    xp = backend.xp
+    slope = backend.norm(xp.where(balanced.flat, q, 0.0))
+    small = (slope > 0) & (curved > slope)
+    return xp.where(small, xp.sqrt(xp.where(small, curved, 1.0) / xp.where(small, slope, 1.0)), 1.0)
+
+
+def _together(xp, parts, like):
+    """Arrays (B or 1, ·) side by side; of none, one without columns."""
+    return _concat(xp, parts) if parts else like[:, :0]
+
+
+def with_cost(metric: Metric, c) -> Metric:
+    """The scaling of the problem whose cost is c times as large."""
+    D, E, primal, dual, reach = metric
+    root = c**0.5
+    return Metric(root * D, E / root, primal / root, root * dual, reach / root)
+
+
+def residual_units(problem: Problem, k, q, curvature, least_curvature):
+    """What the residuals of the scaled problem are measured in, and how far x is likely to go at most.
+
+    Residuals are measured in lower estimates of how large their terms are. A solution is at least as large as the
+    right-hand sides that x = 0 does not satisfy. Where it satisfies all, the solution is where the cost is least, or
+    the first constraint on the way there stops it.
+    """
+    xp, backend = problem.backend.xp, problem.backend
+    length, infinite = xp.abs(k), float("inf")
+
+    def where_positive(a, value, other):
+        return xp.where(a > 0, value / xp.where(a > 0, a, 1.0), other)
+
+    needed = backend.largest(xp.where(problem.equality, length, backend.clip(-k, 0.0)))
+    nearest = backend.largest(where_positive(length, 1.0, 0.0))
+    slope = backend.norm(q)
+    free = where_positive(curvature, slope, 0.0)
+    least = xp.minimum(where_positive(nearest, 1.0, infinite), xp.where(free > 0, free, infinite))
+    primal = xp.where(needed > 0, needed, least)
+    primal = xp.where(primal < infinite, primal, 1.0)
+    curved = curvature * primal
+    between = xp.sqrt(slope) * xp.sqrt(xp.where(curved > 0, curved, slope))
+    # Curvature along some variables says nothing of the others, which may have a linear cost alone.
+    all_curved = xp.where(slope > 0, xp.maximum(least_curvature * primal, slope), curved)
+    dual = xp.where(curved < slope, between, all_curved)
+    reach = xp.minimum(where_positive(least_curvature, slope, infinite), DOUBLE.uncertainty * free)
+    reach = xp.maximum(needed, reach)
+    return primal, xp.where(dual > 0, dual, primal), xp.where(reach > 0, reach, infinite)
+
+
+def _mean_size(backend, k):
+    """The geometric mean of the entries that are not zero, which no single one decides; 1 where there are none."""
+    xp = backend.xp
+    length = xp.abs(k)
+    count = backend.total(xp.astype(length > 0, k.dtype))
+    return xp.exp(backend.total(xp.log(xp.where(length > 0, length, 1.0))) / backend.clip(count, 1.0))
+
+
+class Balance(NamedTuple):
+    """What `balance` finds."""
+
+    D: Any
+    """(B or 1, n)."""
+    E: list
+    """Those of the rows of A, and of G, where they are given."""
+    filled: list
+    """Which of these rows have an entry that is not 0."""
+    touched: list
+    """Which have one at a variable without curvature."""
+    flat: Any
+    """Which variables have none, (B or 1, n)."""
+    occupied: Any
+    """Which variables are in Q or in a row of A and G, (B or 1, n)."""
+    curvature: Any
+    """The largest length of a row of DQD, (B or 1, 1)."""
+    least_curvature: Any
+
+
+def balance(problem: Problem) -> Balance:
+    """D and E such that the rows of [[DQD, DKᵀE], [EKD, 0]] are of about unit length (Ruiz, 2001, in the 2-norm).
+
+    Each scale begins with the curvature of its variable, or else with the largest entry of its row or column, so that
+    the units of the data do not matter, nor overflow.
+    """
+    xp, backend = problem.backend.xp, problem.backend
+    matrices = [K for K in (problem.A, problem.G) if K is not None]
+
+    def inverse(length, usable):
+        return xp.where(usable, 1.0 / xp.where(usable, length, xp.ones_like(length)), xp.ones_like(length))
+
+    diagonal = xp.linalg.diagonal(problem.Q)
+    curved = diagonal > DOUBLE.smallest_curvature * backend.largest(diagonal)
+    curved = curved & xp.isfinite(diagonal)
+    first_D = inverse(xp.sqrt(xp.where(curved, diagonal, 1.0)), curved)
+    known = xp.where(curved, first_D, 0.0)
+    first_E, filled, touched, flat = [], [], [], ~curved
+    for K in matrices:
+        size = xp.abs(K)
+        some = xp.max(size * known[:, None, :], axis=-1) if K.shape[-2] else K[..., 0]
+        every = xp.max(size, axis=-1) if K.shape[-2] else K[..., 0]
+        length = xp.where(some > 0, some, every)
+        filled.append((length > 0) & xp.isfinite(length))
+        touched.append(product(size, xp.astype(flat, size.dtype)) > 0)
+        first_E.append(inverse(length, filled[-1]))
+    columns = [
+        xp.max(xp.abs(K) * e[:, :, None], axis=-2) for K, e in zip(matrices, first_E, strict=True) if K.shape[-2]
+    ]
+    if columns:
+        length = columns[0] if len(columns) == 1 else xp.maximum(*columns)
+        first_D = xp.where(curved, first_D, inverse(length, (length > 0) & xp.isfinite(length)))
+    Q2 = (first_D[:, :, None] * problem.Q * first_D[:, None, :]) ** 2
+    K2 = [(K * e[:, :, None] * first_D[:, None, :]) ** 2 for K, e in zip(matrices, first_E, strict=True)]
+    batch = max(M.shape[0] for M in (Q2, *K2))
+    D2 = backend.full((batch, problem.n), 1.0, problem.dtype)
+    E2 = [backend.full((batch, K.shape[-2]), 1.0, problem.dtype) for K in matrices]
+
+    def rescaled(scale, length2):
+        usable = xp.isfinite(length2) & (length2 > 0)
+        one = xp.ones_like(length2)
+        value = xp.where(usable, scale / xp.sqrt(xp.where(usable, length2, one)), one)
+        return backend.clip(value, 1.0 / DOUBLE.largest_ratio, DOUBLE.largest_ratio)
+
+    occupied = D2 < 0
+    for _ in range(DOUBLE.equilibration_passes):
+        curved = D2 * product(Q2, D2)
+        columns = sum((D2 * product_transposed(K, e) for K, e in zip(K2, E2, strict=True)), curved)
+        rows = [e * product(K, D2) for K, e in zip(K2, E2, strict=True)]
+        occupied = columns > 0
+        before, D2 = D2, rescaled(D2, columns)
+        curved = curved * (D2 / before)
+        E2 = [rescaled(e, r) for e, r in zip(E2, rows, strict=True)]
+    D = xp.sqrt(D2) * first_D
+    E = [xp.sqrt(e) * first for e, first in zip(E2, first_E, strict=True)]
+    flattest = xp.min(curved, axis=-1, keepdims=True)
+    return Balance(D, E, filled, touched, flat, occupied, xp.sqrt(backend.largest(curved)), xp.sqrt(flattest))
