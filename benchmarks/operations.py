@@ -5,7 +5,7 @@ in `qpdiff/engines/reduction.py`:
 
 to variables        an iteration    r n²  Kᵀ W K, symmetric  +  n³/3  Cholesky  +  2 · 2n²  two solves
                                     +  2 · (2n² + 4 n r)  products with Q, K and Kᵀ for the two residuals
-to rows             set-up          n³/3  Cholesky of Q  +  r n²  whitened rows  +  n r²  their products, symmetric
+to rows             set-up          n³/3  Cholesky of Q  +  r n²  K F⁻ᵀ  +  n r²  their products, symmetric
                     an iteration    r³/3  Cholesky  +  2 · 2r²  two solves  +  2r²  what they move
                     a problem       5 · (n² + 2 n r)  to rows and back at the start and at two points
                                     +  2 · (2n² + 4 n r)  the residuals at these

@@ -121,7 +121,7 @@ def vjp(
     >>> qpdiff.vjp(sol, x=[1.0], smoothing=0.1).lb.round(3).tolist()
     [0.077]
     """
-    with _quietly(sol), sol.linearization.problem.reproducibly():
+    with _no_grad(sol), sol.linearization.problem.reproducibly():
         sol = _smoothed(sol, smoothing)
         lin = sol.linearization
         r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
@@ -181,7 +181,7 @@ def jvp(
     >>> np.round(qpdiff.jvp(sol, b=np.array([1.0])).x, 6).tolist()
     [0.5, 0.5]
     """
-    with _quietly(sol), sol.linearization.problem.reproducibly():
+    with _no_grad(sol), sol.linearization.problem.reproducibly():
         sol = _smoothed(sol, smoothing)
         lin = sol.linearization
         problem, xp = lin.problem, lin.problem.backend.xp
@@ -208,10 +208,10 @@ def jvp(
 # ---- the point at which to differentiate
 
 
-def _quietly(sol: Solution):
+def _no_grad(sol: Solution):
     if sol.linearization is None:
         raise ValueError("sol keeps nothing to differentiate with; pass a solution of qpdiff.solve_qp itself")
-    return sol.linearization.problem.backend.quietly()
+    return sol.linearization.problem.backend.no_grad()
 
 
 def _smoothed(sol: Solution, smoothing) -> Solution:

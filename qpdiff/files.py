@@ -286,7 +286,7 @@ def _maximizes(what: str, sense: str) -> bool:
 def _check_concave(file: Path, operands: dict[str, np.ndarray]) -> None:
     """Refuse an objective that is maximised and not concave; the operands are those of its negative."""
     problem = make_problem(dict.fromkeys(OPERANDS) | operands)
-    with problem.backend.quietly():
+    with problem.backend.no_grad():
         if np.any(indefinite(problem)):
             raise ValueError(
                 f"{file} maximises a quadratic objective that is not concave, so the problem is not convex; expected a "

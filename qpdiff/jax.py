@@ -91,10 +91,10 @@ def solve_qp(
     settings = solver.read_settings(problem, tol, rtol, max_iterations)
     near = jax.lax.stop_gradient(solver.warm_point(problem, warm_start))
     numbers = jax.lax.stop_gradient(problem.operands)
-    if check and problem.batch and not any(problem.backend.abstract(value) for value in numbers.values()):
+    if check and problem.batch and not any(problem.backend.is_tracer(value) for value in numbers.values()):
         check_values(replace(problem, **numbers))
     sol, outcome, *rest = _solve(problem.layout, settings, unsolved, problem.operands, near)
-    if unsolved == "raise" and not problem.backend.abstract(outcome.status):
+    if unsolved == "raise" and not problem.backend.is_tracer(outcome.status):
         raise_if_unsolved(np.asarray(outcome.status).reshape(problem.batch_shape))
     return replace(sol, linearization=_linearization(problem, outcome, *rest))
 

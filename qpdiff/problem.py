@@ -143,7 +143,7 @@ class Problem:
 
     @cached_property
     def bytes_per_problem(self) -> int:
-        """About what iterating on one problem takes: its own matrices, the reduced KKT matrix, the whitened rows."""
+        """About what iterating on one problem takes: its own matrices, the reduced KKT matrix, K F⁻ᵀ."""
         n, linear = self.n, self.m + self.p
         reduced = min(n, linear) if linear else n
         own = sum(math.prod(value.shape[1:]) for value in self.operands.values() if value.shape[0] != 1)
@@ -234,12 +234,12 @@ class Problem:
     @cached_property
     def _all_inequalities(self) -> bool:
         """Whether that is known of the rows."""
-        return self.backend.none(~self.inequality)
+        return self.backend.known_all_false(~self.inequality)
 
     @cached_property
     def _all_exist(self) -> bool:
         """Whether that is known of the rows."""
-        return self.backend.none(~self.exists)
+        return self.backend.known_all_false(~self.exists)
 
     # ---- products
 
@@ -430,7 +430,7 @@ def symmetrized(problem: Problem) -> Problem:
     different problems. What is more than rounding stays, for `check_values`.
     """
     Q, xp, backend = problem.Q, problem.backend.xp, problem.backend
-    if problem.rounding <= rounding(xp, problem.dtype) or backend.none(Q.mT != Q):
+    if problem.rounding <= rounding(xp, problem.dtype) or backend.known_all_false(Q.mT != Q):
         return problem
     difference = Q.mT - Q
     small = xp.abs(difference) < problem.rounding * _largest(problem)

@@ -81,7 +81,7 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
 def history(problem: Problem) -> list[State]:
     """The states of one problem, from the starting point to the last; none is the same as the one before."""
     settings = make_settings(problem)
-    with problem.backend.quietly():
+    with problem.backend.no_grad():
         ((form, _),) = forms(problem)
         part, state, _ = initialize(make_part(form, settings), settings)
         states = [state]

@@ -155,7 +155,7 @@ def solve_problem(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
     chosen = choose_engine(engine, problem, verbose)
-    with problem.backend.quietly(), problem.reproducibly():
+    with problem.backend.no_grad(), problem.reproducibly():
         problem = symmetrized(problem)
         near = warm_point(problem, warm_start)
         solved = chosen.solve(problem, settings, near, check=check, verbose=verbose, progress=progress)
@@ -164,7 +164,7 @@ def solve_problem(
 
 def _refuse_traced(problem: Problem, verbose: bool) -> None:
     for name, value in problem.operands.items():
-        if problem.backend.abstract(value):
+        if problem.backend.is_tracer(value):
             raise TypeError(
                 f"{name} has no numbers yet, because JAX traces it (in jit, vmap or grad); use qpdiff.jax.solve_qp"
             )
@@ -232,7 +232,7 @@ def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
     x, v, s = outcome.x, outcome.v, outcome.s
     y, z, z_lb, z_ub = multipliers(problem, v)
     slack = s[:, problem.blocks["G"]]
-    if problem.m and not problem.backend.none(absent := problem.h >= INFINITE):
+    if problem.m and not problem.backend.known_all_false(absent := problem.h >= INFINITE):
         slack = xp.where(absent, float("inf"), slack)
 
     def shaped(value):

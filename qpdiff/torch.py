@@ -148,7 +148,7 @@ class _Layer:
 
     def solve_kkt(self, r_x, r_v):
         unsolved = "zero" if self.unsolved == "raise" else self.unsolved
-        with self.linearization.problem.backend.quietly():
+        with self.linearization.problem.backend.no_grad():
             return tuple(map(_tensor, solve_kkt(self.linearization, _array(r_x), _array(r_v), unsolved=unsolved)))
 
     def problem(self, x, operands) -> Problem:

@@ -55,7 +55,7 @@ def engine(request):
     if request.config.getoption("--engine") == "array":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("qpdiff.engines.choice.compiled_engine", lambda: (None, "this is a test"))
-            patch.setattr("qpdiff.backend.NumPyBackend.idle_bytes", 0)  # as with large batches
+            patch.setattr("qpdiff.backend.NumPyBackend.launch_bound_bytes", 0)  # as with large batches
             yield
     else:
         yield

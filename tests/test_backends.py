@@ -36,13 +36,13 @@ def test_products_with_the_inverse_of_a_factor(xp, n, shared):
     M = R @ R.mT / n + np.eye(n)
     backend = qpdiff.solve_qp(xp.asarray(M), xp.asarray(r)).linearization.problem.backend
     factor, positive = backend.factor(xp.asarray(M))
-    root = backend.root(factor)
+    F = backend.substitution(factor)
     assert np.all(xp.to_numpy(positive))
-    once = backend.whiten(root, xp.asarray(r))
+    once = backend.forward(F, xp.asarray(r))
     given = xp.asarray(K.copy())
-    rows = backend.whiten_rows(root, given)
+    rows = backend.forward_rows(F, given)
     expected = np.linalg.solve(M, r[:, :, None])[:, :, 0]
-    np.testing.assert_allclose(xp.to_numpy(backend.unwhiten(root, once)), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(xp.to_numpy(backend.backward(F, once)), expected, rtol=1e-9, atol=1e-9)
     of_rows = (xp.to_numpy(rows) @ xp.to_numpy(once)[:, :, None])[:, :, 0]
     np.testing.assert_allclose(of_rows, (K @ expected[:, :, None])[:, :, 0], rtol=1e-9, atol=1e-9)
     gram = np.linalg.solve(M, K.mT)
@@ -81,7 +81,7 @@ def test_threads_share_a_stack_and_change_nothing(monkeypatch, failing, busy):
     if busy:
         monkeypatch.setattr("qpdiff.backend.numpy.pool", Busy)
     for threads, worth in ((1, 2.5e6), (3, 1e5)):
-        monkeypatch.setattr("qpdiff.backend.numpy.WORTH_A_THREAD", worth)
+        monkeypatch.setattr("qpdiff.backend.numpy.THREAD_OPERATIONS", worth)
         token = THREADS.set(threads)
         factor, positive = backend.factor_sum(M, diagonal)
         results.append((*factor, positive, backend.products(K, M), backend.solve(factor, diagonal)))
@@ -103,13 +103,13 @@ def test_a_stack_is_solved_as_its_matrices_are(dtype, n, count):
     M = (R @ R.mT).astype(dtype)
     factor, positive = backend.factor(M)
     assert np.all(positive)
-    root, L = backend.root(factor), np.linalg.cholesky(M.astype(np.float64))
+    F, L = backend.substitution(factor), np.linalg.cholesky(M.astype(np.float64))
     close = {"rtol": 1e-3, "atol": 1e-4} if dtype == np.float32 else {"rtol": 1e-9, "atol": 1e-10}
     for got, expected in (
         (backend.solve(factor, r.astype(dtype)), np.linalg.solve(M.astype(np.float64), r[:, :, None])[:, :, 0]),
-        (backend.whiten(root, r.astype(dtype)), np.linalg.solve(L, r[:, :, None])[:, :, 0]),
-        (backend.unwhiten(root, r.astype(dtype)), np.linalg.solve(L.mT, r[:, :, None])[:, :, 0]),
-        (backend.whiten_rows(root, K.astype(dtype)), np.linalg.solve(L, K.mT).mT),
+        (backend.forward(F, r.astype(dtype)), np.linalg.solve(L, r[:, :, None])[:, :, 0]),
+        (backend.backward(F, r.astype(dtype)), np.linalg.solve(L.mT, r[:, :, None])[:, :, 0]),
+        (backend.forward_rows(F, K.astype(dtype)), np.linalg.solve(L, K.mT).mT),
         (backend.pivots(factor), np.linalg.diagonal(L) ** 2),
     ):
         assert got.dtype == dtype
@@ -127,7 +127,7 @@ def test_numbers_that_are_not_finite_stay_in_their_problem(number, where):
     r[where, 5] = number
     factor, _ = backend.factor(M)
     with np.errstate(all="ignore"):
-        x, y = backend.solve(factor, r), backend.whiten(backend.root(factor), r)
+        x, y = backend.solve(factor, r), backend.forward(backend.substitution(factor), r)
     others = np.arange(9) != where
     assert not np.all(np.isfinite(x[where]))
     np.testing.assert_allclose(x[others], np.linalg.solve(M[others], r[others, :, None])[:, :, 0], rtol=1e-9)
@@ -181,9 +181,9 @@ def test_problems_that_have_ended_stay_or_are_dropped(xp, monkeypatch, parts, co
         return join(problem, pieces)
 
     monkeypatch.setattr(engine, "join", counting)
-    for idle_bytes in (0, 2**40):
+    for launch_bound_bytes in (0, 2**40):
         kind = type(make_problem(arrays | dict.fromkeys(set(OPERANDS) - set(arrays))).backend)
-        monkeypatch.setattr(kind, "idle_bytes", idle_bytes)
+        monkeypatch.setattr(kind, "launch_bound_bytes", launch_bound_bytes)
         sol = qpdiff.solve_qp(**arrays, engine="array")
         gradients = qpdiff.vjp(sol, x=xp.asarray(np.ones((40, 9))))
         answers.append([xp.to_numpy(a) for a in (sol.x, sol.z, *(getattr(gradients, name) for name in operands))])

@@ -201,7 +201,7 @@ def test_matrices_that_are_not_positive_definite_are_flagged(stand_in, dtype, sc
             part = slice(i, i + size)
             factor, positive = backend.factor(stand_in.array(M[part], dtype))
             x = stand_in.to_numpy(backend.solve(factor, stand_in.array(r[part], dtype)))
-            inverse = stand_in.to_numpy(backend.root(factor))
+            inverse = stand_in.to_numpy(backend.substitution(factor))
             good = expected[part]
             np.testing.assert_array_equal(stand_in.to_numpy(positive), good[:, None])
             within = {"rtol": 1e-9 if dtype == "float64" else 1e-3, "atol": 0.0}
@@ -273,7 +273,7 @@ def test_a_product_with_a_transpose_would_be_copied(stand_in):
 @pytest.mark.parametrize("idle", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 def test_one_transfer_an_iteration(stand_in, transfers, monkeypatch, form, idle):
-    monkeypatch.setattr(CuPyBackend, "idle_bytes", CuPyBackend.idle_bytes if idle else 0)
+    monkeypatch.setattr(CuPyBackend, "launch_bound_bytes", CuPyBackend.launch_bound_bytes if idle else 0)
     operands, on_top = stand_in.operands(draw(form)), set()
     for limit in (1, 3, 200):
         transfers.clear()

@@ -108,7 +108,7 @@ def test_iteration_by_iteration(case, way, monkeypatch):
     if way == "one by one":
         monkeypatch.setattr("qpdiff.engines.compiled.engine.SMALL", 0)
     # The array engine makes steps in the rows alone, and drops problems, where more is in work.
-    monkeypatch.setattr(NumPyBackend, "idle_bytes", 2**40 if way == "as a small batch" else 0)
+    monkeypatch.setattr(NumPyBackend, "launch_bound_bytes", 2**40 if way == "as a small batch" else 0)
     operands = CASES[case]()
     for k in range(3 if of_case(ROUNDING, case, 0) else 8):
         array, compiled = (

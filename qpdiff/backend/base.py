@@ -27,8 +27,8 @@ class Backend:
 
     chunk_bytes = 64 * 2**20
     """Working memory that the chunks in work may take together; large batches are solved chunk by chunk."""
-    idle_bytes = 0
-    """Bytes in work below which the device has done a call before the next one comes."""
+    launch_bound_bytes = 0
+    """Size of the working set below which the number of calls, or of launched kernels, decides the time."""
     workers = 1
     """Chunks that are worked on at the same time."""
     traced = False
@@ -40,20 +40,20 @@ class Backend:
 
     @staticmethod
     def device_of(array):
-        """Where an array is, hashable; None where the library sees to that by itself."""
+        """Return the device of an array, hashable; None where the library sees to that by itself."""
         return array_api_compat.device(array)
 
     @staticmethod
     def current_device(xp):
-        """Where arrays from the host go; None where the library or the backend sees to that by itself."""
+        """Return where arrays from the host go; None where the library or the backend sees to that by itself."""
         return None
 
     def __reduce__(self):
         return _restore, (type(self), self.xp.__name__, self.device)  # a module does not pickle
 
     @property
-    def exact(self):
-        """The floating point type in which residuals are computed."""
+    def widest_float(self):
+        """The widest floating point type of the library, in which residuals are computed."""
         return self.xp.float64
 
     def asarray(self, value, dtype=None):
@@ -63,7 +63,7 @@ class Backend:
         return self.xp.full(shape, value, dtype=dtype, device=self.device)
 
     def zeros_of_all(self, batch: int, n: int, dtype):
-        """Zeros (batch, n) that all problems share, as broadcasting makes them."""
+        """Return zeros (batch, n) that all problems share, as broadcasting makes them."""
         return self.xp.broadcast_to(self.full((1, n), 0.0, dtype), (batch, n))
 
     def eye(self, n, dtype):
@@ -73,19 +73,22 @@ class Backend:
         return self.xp.arange(stop, device=self.device)
 
     def map(self, function, items: list, workers: int) -> Generator:
-        """The function's value for each chunk of a batch, in order, as they come; to close it stops the work."""
+        """Yield the function's value for each chunk of a batch, in order; closing the generator stops the work."""
         yield from map(function, items)
 
+    def reuse_freed_memory(self) -> None:
+        """Let the process use freed arrays again instead of giving them back to the system, where that takes a hint."""
+
     def context(self):
-        """The context of all work on arrays, in which overflow, division by zero and NaN pass without a word."""
+        """Return the context of all work on arrays, in which overflow, division by zero and NaN raise no warning."""
         return np.errstate(all="ignore")
 
-    def quietly(self):
-        """The context of work that is not to be differentiated by the library itself."""
+    def no_grad(self):
+        """Return a `context` in which the library also records no gradients."""
         return self.context()
 
     def reproducibly(self, dtype, products: int):
-        """The context of work with so many products of numbers whose results the number of threads must not change."""
+        """Return a context in which so many products of numbers do not depend on the number of threads."""
         return nullcontext()
 
     def while_loop(self, unfinished, body, carry: tuple, limit: int) -> tuple:
@@ -96,16 +99,16 @@ class Backend:
             carry = body(*carry)
         return carry
 
-    def abstract(self, array) -> bool:
-        """Whether an array stands for numbers that are not there yet."""
+    def is_tracer(self, array) -> bool:
+        """Return whether an array is a tracer without concrete values."""
         return False
 
-    def none(self, mask) -> bool:
-        """Whether a mask is known to have no True entry; False where that would take a transfer to the host."""
+    def known_all_false(self, mask) -> bool:
+        """Return whether a mask is known, without a transfer to the host, to be all False."""
         return False
 
     def count(self, mask, *others) -> tuple:
-        """How many problems a mask names and whether each of the others names any, in one value for the host."""
+        """Count the True entries of a mask, and find whether each of the others has any, by one value for the host."""
         xp = self.xp
         code = xp.sum(xp.astype(mask, xp.int32))
         for other in others:
@@ -114,7 +117,7 @@ class Backend:
         return code >> len(others), *(code >> bit & 1 == 1 for bit in bits)
 
     def factor(self, M):
-        """F with M = F Fᵀ for each matrix of a stack, and whether each was positive definite, shape (B, 1)."""
+        """Return F with M = F Fᵀ for each matrix of a stack, and whether each was positive definite, (B, 1)."""
         xp = self.xp
         diagonal = xp.linalg.diagonal(M)
         positive = xp.all(xp.isfinite(M), axis=(-2, -1)) & xp.all(diagonal > 0, axis=-1)
@@ -128,47 +131,47 @@ class Backend:
         return (vectors / xp.sqrt(values)[:, None, :] / scale[:, :, None],), positive[:, None]
 
     def factor_sum(self, M, diagonal):
-        """`factor` of M + diag(d) for matrices (B or 1, n, n) and vectors d (B, n)."""
+        """Return `factor` of M + diag(d) for matrices (B or 1, n, n) and vectors d (B, n)."""
         return self.factor(M + self.eye(M.shape[-1], M.dtype) * diagonal[:, :, None])
 
     def pivots(self, factor):
-        """What is left of diagonal entries once other variables are eliminated: all others, or those before in order.
+        """Return the diagonal entries after the elimination of all other variables, or of those before in order.
 
         About 0 for one of them where M is singular.
         """
         return 1.0 / self.xp.sum(factor[0] ** 2, axis=-1)
 
     def solve(self, factor, r):
-        """M⁻¹ r for vectors r (B, n)."""
-        root = self.root(factor)
-        return self.unwhiten(root, self.whiten(root, r))
+        """Return M⁻¹ r for vectors r (B, n)."""
+        F = self.substitution(factor)
+        return self.backward(F, self.forward(F, r))
 
-    def root(self, factor):
-        """What is kept of a factor F to multiply by F⁻¹: F⁻¹ itself, (B or 1, n, n)."""
+    def substitution(self, factor):
+        """Return what forward and backward substitution with a factor need: here F⁻¹ itself, (B or 1, n, n)."""
         return factor[0].mT
 
-    def whiten(self, root, r):
-        """F⁻¹ r for vectors r (B, n)."""
-        return r @ root[0, :, :].mT if root.shape[0] == 1 else (root @ r[:, :, None])[:, :, 0]
+    def forward(self, F, r):
+        """Solve F t = r by forward substitution: F⁻¹ r for vectors r (B, n), F from `substitution`."""
+        return r @ F[0, :, :].mT if F.shape[0] == 1 else (F @ r[:, :, None])[:, :, 0]
 
-    def unwhiten(self, root, r):
-        """F⁻ᵀ r for vectors r (B, n)."""
-        return r @ root[0, :, :] if root.shape[0] == 1 else (r[:, None, :] @ root)[:, 0, :]
+    def backward(self, F, r):
+        """Solve Fᵀ t = r by backward substitution: F⁻ᵀ r for vectors r (B, n)."""
+        return r @ F[0, :, :] if F.shape[0] == 1 else (r[:, None, :] @ F)[:, 0, :]
 
-    def whiten_rows(self, root, K):
-        """K F⁻ᵀ for matrices K (B or 1, k, n)."""
-        return self.products(K, root.mT)
+    def forward_rows(self, F, K):
+        """Solve by forward substitution for each row of matrices K (B or 1, k, n): K F⁻ᵀ."""
+        return self.products(K, F.mT)
 
     def products(self, a, b):
-        """The products of matrices (B or 1, k, n) and (B or 1, n, l)."""
+        """Return the products of matrices (B or 1, k, n) and (B or 1, n, l)."""
         return a @ b
 
     def for_products(self, operand):
-        """An operand in a layout that products with it read without a copy."""
+        """Return an operand in a layout that products with it read without a copy."""
         return operand
 
     def gram(self, K):
-        """Kᵀ diag(w) K as a function of weights w (B, k), for matrices K (B or 1, k, n) that stay."""
+        """Return a function of weights w (B, k) that gives Kᵀ diag(w) K, for matrices K (B or 1, k, n) that stay."""
 
         def weighted(weights):
             # A product of an array with its own transpose is a symmetric rank-k update to BLAS.
@@ -178,37 +181,37 @@ class Backend:
         return weighted
 
     def outer(self, pairs):
-        """Σ a bᵀ over pairs of vectors (B, k) and (B, n)."""
+        """Return Σ a bᵀ over pairs of vectors (B, k) and (B, n)."""
         return self.xp.stack([a for a, _ in pairs], axis=-1) @ self.xp.stack([b for _, b in pairs], axis=-2)
 
     def symmetric_outer(self, a, b):
-        """The sum a bᵀ + b aᵀ for vectors (B, n), symmetric to the last bit."""
+        """Return a bᵀ + b aᵀ for vectors (B, n), symmetric to the last bit."""
         half = self.outer([(a, b)])
         return half + self.xp.matrix_transpose(half)
 
     def clip(self, a, least=None, most=None):
-        """The nearest values in an interval. (array-api-compat's clip indexes by masks, which halts a GPU.)"""
+        """Return the nearest values in an interval. (array-api-compat's clip indexes by masks, which halts a GPU.)"""
         a = a if least is None else self.xp.maximum(a, least)
         return a if most is None else self.xp.minimum(a, most)
 
     def dot(self, a, b):
-        """aᵀb for vectors (B or 1, k), (B, 1)."""
+        """Return aᵀb for vectors (B or 1, k), (B, 1)."""
         return self.xp.vecdot(a, b, axis=-1)[:, None]
 
     def total(self, a):
-        """The sum of each vector (B, k), (B, 1)."""
+        """Return the sum of each vector (B, k), (B, 1)."""
         return self.xp.sum(a, axis=-1, keepdims=True)
 
     def largest(self, a):
-        """The largest entry of each vector (B, k), 0 where there are none, (B, 1)."""
+        """Return the largest entry of each vector (B, k), 0 where there are none, (B, 1)."""
         return self.xp.max(a, axis=-1, keepdims=True) if a.shape[-1] else self.total(a)
 
     def norm(self, a):
-        """The largest absolute value in each vector (B, k), (B, 1)."""
+        """Return the largest absolute value in each vector (B, k), (B, 1)."""
         return self.largest(self.xp.abs(a))
 
     def all_finite(self, a):
-        """Whether all entries of each vector (B, k) are finite, (B, 1)."""
+        """Return whether all entries of each vector (B, k) are finite, (B, 1)."""
         return self.xp.all(self.xp.isfinite(a), axis=-1, keepdims=True)
 
 

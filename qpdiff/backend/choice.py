@@ -1,4 +1,4 @@
-"""Which library: that of the arrays, or the one that was named."""
+"""The choice of the library: that of the arrays, or the one that was named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LIBRARIES = {
 
 @cache
 def _kind(namespace) -> type[Backend]:
-    """The class of the backends of a namespace."""
+    """Return the class of the backends of a namespace."""
     for library in _LIBRARIES.values():
         if library.namespace == namespace.__name__:
             module, name = library.backend
@@ -39,12 +39,12 @@ def _kind(namespace) -> type[Backend]:
 
 @cache
 def _backend(namespace, device=None) -> Backend:
-    """The one backend of a namespace on a device."""
+    """Return the one backend of a namespace on a device."""
     return _kind(namespace)(namespace, device)
 
 
 def choose_backend(operands, name=None):
-    """The backend for the caller's operands, and the operands as its arrays.
+    """Choose the backend for the caller's operands; return it, and the operands as its arrays.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ class Types(NamedTuple):
 
 
 def floating_types(backend, arrays, operands, dtype=None) -> Types:
-    """What to compute in and to return: the caller's choice, else float64, and float32 if every floating array is."""
+    """Choose the types to compute in and return: the given one, else float64; float32 if every floating array is."""
     xp = backend.xp
     floating = set()
     for key, value in arrays.items():
@@ -143,11 +143,11 @@ def floating_types(backend, arrays, operands, dtype=None) -> Types:
             floating.add(value.dtype)
     if dtype is None:
         single = floating and all(kind == xp.float32 for kind in floating)
-        return Types(backend.exact, xp.float32 if single else backend.exact)
+        return Types(backend.widest_float, xp.float32 if single else backend.widest_float)
     wanted = _name(dtype)
     if wanted not in ("float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}; expected 'float32' or 'float64'")
-    if getattr(xp, wanted) not in (xp.float32, backend.exact):
+    if getattr(xp, wanted) not in (xp.float32, backend.widest_float):
         raise ValueError(f"dtype is {wanted}, which {_library_name(xp)} has switched off")
     return Types(getattr(xp, wanted), getattr(xp, wanted))
 
@@ -157,7 +157,7 @@ def _library_name(xp):
 
 
 def _name(dtype):
-    """What a floating point type is called, without its library: torch.float32, <class 'numpy.float32'>, ..."""
+    """Return the name of a floating point type without its library: torch.float32, <class 'numpy.float32'>, ..."""
     return str(dtype).rsplit(".", 1)[-1].strip("'>")
 
 
@@ -172,7 +172,7 @@ def _namespace(name):
 
 
 def from_host(key, value, backend):
-    """A list, a number or a NumPy array of any kind as a plain array of the backend; a copy only where it must be."""
+    """Bring a list, a number or a NumPy array of any kind to the backend; copy only where that is needed."""
     if type(value) is np.ndarray and value.dtype.kind == "f" and value.dtype.isnative:
         return backend.asarray(value)
     if isinstance(value, np.ma.MaskedArray):

@@ -14,7 +14,7 @@ class CuPyBackend(Backend):
     """
 
     chunk_bytes = 2 * 2**30
-    idle_bytes = 2**28
+    launch_bound_bytes = 2**28
 
     @staticmethod
     def device_of(array):
@@ -72,14 +72,14 @@ class CuPyBackend(Backend):
             return _solve_lower(L, _solve_lower(L, r.T[None, :, :]), transposed=True)[0, :, :].T
         return _solve_lower(L, _solve_lower(L, r[:, :, None]), transposed=True)[:, :, 0]
 
-    def root(self, factor):
+    def substitution(self, factor):
         (L,) = factor
         eye = self.xp.broadcast_to(self.eye(L.shape[-1], L.dtype), L.shape)
         return self.xp.ascontiguousarray(_solve_lower(L, eye))  # the triangular solve returns columns
 
 
 def _solve_lower(L, R, *, transposed=False):
-    """L⁻¹ R or L⁻ᵀ R for stacks of matrices of the same length."""
+    """Compute L⁻¹ R or L⁻ᵀ R for stacks of matrices of the same length."""
     from cupyx.scipy.linalg import solve_triangular
 
     if L.shape[0] == 1:  # the routine for one matrix, which reads it by columns

@@ -21,13 +21,13 @@ class JAXBackend(Backend):
         return None  # a traced array is nowhere yet
 
     @property
-    def exact(self):
+    def widest_float(self):
         return self.xp.float64 if jax.config.jax_enable_x64 else self.xp.float32
 
     def context(self):
         return nullcontext()
 
-    def abstract(self, array) -> bool:
+    def is_tracer(self, array) -> bool:
         return isinstance(array, jax.core.Tracer)
 
     def while_loop(self, unfinished, body, carry: tuple, limit: int) -> tuple:
@@ -38,13 +38,13 @@ class JAXBackend(Backend):
         return jax.lax.while_loop(not_over, lambda counted: (counted[0] + 1, body(*counted[1])), (0, carry))[1]
 
     def cond(self, condition, yes, no):
-        """The value of one of two functions without arguments, whose results have the same shapes."""
+        """Return the value of one of two functions without arguments, whose results have the same shapes."""
         return jax.lax.cond(condition, yes, no)
 
     @staticmethod
     @cache
     def jit(function):
-        """The function compiled; its last two arguments are hashable and known when it is traced."""
+        """Compile a function whose last two arguments are hashable and known when it is traced."""
         return jax.jit(function, static_argnums=(2, 3))
 
     def factor(self, M):
@@ -62,6 +62,6 @@ class JAXBackend(Backend):
             return cho_solve((L[0], True), r.T).T
         return cho_solve((L, True), r[:, :, None])[:, :, 0]
 
-    def root(self, factor):
+    def substitution(self, factor):
         (L,) = factor
         return solve_triangular(L, self.xp.broadcast_to(self.eye(L.shape[-1], L.dtype), L.shape), lower=True)

@@ -16,26 +16,31 @@ from .base import Backend
 from .threads import THREADS, pool, single_threaded_blas
 
 LARGE = 64
-"""From this size on the matrices of a batch take less time one after the other."""
+"""Size from which on the matrices of a batch take less time one after the other."""
 FORWARD, BACKWARD = 1, 0
-"""What to do with the triangle that BLAS sees, which is Lᵀ: transpose it, or not."""
+"""Transpose the triangle that BLAS sees, which is Lᵀ, or not."""
 SHORT = 32
-"""Up to so many entries a row counts as short."""
-PARTS = 4
-"""In how many parts a thread does its work, so that the last to begin has less of it."""
-FEW = 2**18
+"""Entries up to which a row counts as short."""
+ITEMS_PER_THREAD = 4
+"""Work items for each thread, so that a thread that begins late has less to do."""
+ONE_THREAD_PRODUCTS = 2**18
 """Products of numbers up to which OpenBLAS wakes no threads."""
-WORTH_A_THREAD = 2.5e6
-"""Operations of BLAS and LAPACK on a stack for which it is worth while to wake a thread."""
-
-np.empty(2**25 - 2**13, np.uint8)
-"""Freed at once, and by that the C library of Linux learns to keep freed memory of up to twice this size for what comes
-next (mallopt(3), M_MMAP_THRESHOLD). Else it gives the arrays of an iteration back to the system, which clears every
-page anew: more than a third of the time of some solves."""
+THREAD_OPERATIONS = 2.5e6
+"""Operations of BLAS and LAPACK on a stack that are worth waking a thread for."""
 
 
-class _Root(NamedTuple):
-    """L⁻¹ where the batch shares it, else the triangles."""
+@cache
+def raise_mmap_threshold() -> None:
+    """Allocate and free 32 MiB, once: by that glibc raises its dynamic mmap threshold (mallopt(3), M_MMAP_THRESHOLD).
+
+    It then uses freed memory of up to twice this size again. Else it gives the arrays of an iteration back to the
+    system, which clears every page anew: more than a third of the time of some solves.
+    """
+    np.empty(2**25 - 2**13, np.uint8)
+
+
+class _Substitution(NamedTuple):
+    """Hold L⁻¹ where the batch shares it, else the triangles."""
 
     inverse: Any
     triangles: Any
@@ -45,7 +50,7 @@ class NumPyBackend(Backend):
     """NumPy arrays, with LAPACK's Cholesky factorisation through NumPy and SciPy."""
 
     chunk_bytes = 56 * 2**20
-    idle_bytes = 2**21
+    launch_bound_bytes = 2**21
 
     @property
     def workers(self):
@@ -59,8 +64,11 @@ class NumPyBackend(Backend):
 
     zeros_of_all = lru_cache(maxsize=16)(Backend.zeros_of_all)  # read-only, and a good part of a small solve to make
 
+    def reuse_freed_memory(self) -> None:
+        raise_mmap_threshold()
+
     def map(self, function, items: list, workers: int) -> Generator:
-        """NumPy's loops release the interpreter lock, so that a thread a processor works on a chunk each."""
+        """Work on the chunks on one thread a processor each: NumPy's loops release the interpreter lock."""
         if len(items) < 2 or workers < 2:
             yield from super().map(function, items, workers)
             return
@@ -73,27 +81,27 @@ class NumPyBackend(Backend):
 
     def reproducibly(self, dtype, products: int):
         # In float32 what the threads of BLAS add up in another order decides where the iteration ends.
-        return single_threaded_blas() if dtype == np.float32 and products > FEW else nullcontext()
+        return single_threaded_blas() if dtype == np.float32 and products > ONE_THREAD_PRODUCTS else nullcontext()
 
-    def _parts(self, count: int, operations: float) -> list[slice]:
-        """Parts of a stack of so many, some for each thread that it is worth while to wake for the operations on it."""
-        threads = min(self.workers, count, int(operations / WORTH_A_THREAD))
-        parts = min(PARTS * threads, count) if threads > 1 else 1
-        return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+    def _work_items(self, count: int, operations: float) -> list[slice]:
+        """Divide a stack of so many into work items, for as many threads as the operations on it are worth."""
+        threads = min(self.workers, count, int(operations / THREAD_OPERATIONS))
+        items = min(ITEMS_PER_THREAD * threads, count) if threads > 1 else 1
+        return [slice(count * i // items, count * (i + 1) // items) for i in range(items)]
 
-    def _on_threads(self, function, parts: list[slice]) -> None:
-        """Call a function for each part of a stack, on as many threads as help.
+    def _on_threads(self, function, items: list[slice]) -> None:
+        """Call a function for each work item of a stack, on as many threads as help.
 
         It is for what releases the interpreter lock for long. Whole chunks on threads are better only where all of a
         step does so: to hand the lock on takes longer than an operation on small arrays.
         """
-        left = iter(parts)
+        left = iter(items)
 
         def work():
-            for part in left:  # that no other thread has taken
-                function(part)
+            for item in left:  # that no other thread has taken
+                function(item)
 
-        threads = -(-len(parts) // PARTS)
+        threads = -(-len(items) // ITEMS_PER_THREAD)
         if threads == 1:
             work()
             return
@@ -104,7 +112,7 @@ class NumPyBackend(Backend):
                 if not helper.cancel():  # it has begun
                     helper.result()
 
-    def none(self, mask) -> bool:
+    def known_all_false(self, mask) -> bool:
         return not mask.any()
 
     def count(self, mask, *others) -> tuple:
@@ -124,32 +132,32 @@ class NumPyBackend(Backend):
         return np.vecdot(a, _constant(a.shape[-1], 0.0, a.dtype))[:, None] == 0.0  # 0·∞ is NaN
 
     def factor(self, M):
-        return self._factor(M.shape, M.dtype, lambda part: M[part])
+        return self._factor(M.shape, M.dtype, lambda item: M[item])
 
     def factor_sum(self, M, diagonal):
         count, n = diagonal.shape
 
-        def sums(part: slice):
-            out = np.array(np.broadcast_to(M[part] if len(M) > 1 else M, (part.stop - part.start, n, n)), order="C")
-            out.reshape(-1, n * n)[:, :: n + 1] += diagonal[part]
+        def sums(item: slice):
+            out = np.array(np.broadcast_to(M[item] if len(M) > 1 else M, (item.stop - item.start, n, n)), order="C")
+            out.reshape(-1, n * n)[:, :: n + 1] += diagonal[item]
             return out
 
         return self._factor((count, n, n), M.dtype, sums)
 
     def _factor(self, shape, dtype, matrices):
-        """`factor` for the matrices of parts of a batch: L, where it is small under a row of zeros, (B, n + 1, n)."""
+        """Factor the matrices of work items: L, where it is small under a row of zeros, (B, n + 1, n)."""
         count, n = shape[:2]
-        above, parts = int(n < LARGE), self._parts(count, count * n**3 / 3)
-        if above or len(parts) > 1:
+        above, items = int(n < LARGE), self._work_items(count, count * n**3 / 3)
+        if above or len(items) > 1:
             triangles = np.empty((count, above + n, n), dtype)
             triangles[:, :above] = 0.0
 
-            def fill(part: slice):
-                triangles[part, above:] = _cholesky_or_nan(matrices(part))
+            def fill(item: slice):
+                triangles[item, above:] = _cholesky_or_nan(matrices(item))
 
-            self._on_threads(fill, parts)
+            self._on_threads(fill, items)
         else:
-            triangles = _cholesky_or_nan(matrices(parts[0]))
+            triangles = _cholesky_or_nan(matrices(items[0]))
         L = _lower(triangles)
         positive = self.all_finite(np.linalg.diagonal(L))
         if not positive.all():
@@ -166,36 +174,36 @@ class NumPyBackend(Backend):
             return potrs(_lower(triangles)[0].T, r.T, lower=0)[0].T
         return _substitute(triangles, r, FORWARD, BACKWARD)
 
-    def root(self, factor):
+    def substitution(self, factor):
         (triangles,) = factor
         if len(triangles) > 1:
-            return _Root(None, triangles)
+            return _Substitution(None, triangles)
         (trtri,) = get_lapack_funcs(("trtri",), (triangles,))
-        return _Root(trtri(_lower(triangles)[0].T, lower=0)[0].T[None], None)
+        return _Substitution(trtri(_lower(triangles)[0].T, lower=0)[0].T[None], None)
 
-    def whiten(self, root, r):
-        return super().whiten(root.inverse, r) if root.triangles is None else _substitute(root.triangles, r, FORWARD)
+    def forward(self, F, r):
+        return super().forward(F.inverse, r) if F.triangles is None else _substitute(F.triangles, r, FORWARD)
 
-    def unwhiten(self, root, r):
-        return super().unwhiten(root.inverse, r) if root.triangles is None else _substitute(root.triangles, r, BACKWARD)
+    def backward(self, F, r):
+        return super().backward(F.inverse, r) if F.triangles is None else _substitute(F.triangles, r, BACKWARD)
 
-    def whiten_rows(self, root, K):
-        if root.triangles is None:
-            return super().whiten_rows(root.inverse, K)
-        out = np.array(np.broadcast_to(K, (len(root.triangles), *K.shape[1:])), order="C")
+    def forward_rows(self, F, K):
+        if F.triangles is None:
+            return super().forward_rows(F.inverse, K)
+        out = np.array(np.broadcast_to(K, (len(F.triangles), *K.shape[1:])), order="C")
         trsm = _blas("trsm", out.dtype)
         with single_threaded_blas():  # SciPy's BLAS has threads of its own, for which NumPy's would have to make room
-            for L, rows in zip(_lower(root.triangles), out, strict=True):
+            for L, rows in zip(_lower(F.triangles), out, strict=True):
                 trsm(1.0, L.T, rows.T, trans_a=1, overwrite_b=True)
         return out
 
     def products(self, a, b):
         out = np.empty((max(len(a), len(b)), a.shape[-2], b.shape[-1]), a.dtype)
 
-        def fill(part: slice):
-            np.matmul(a if len(a) == 1 else a[part], b if len(b) == 1 else b[part], out=out[part])
+        def fill(item: slice):
+            np.matmul(a if len(a) == 1 else a[item], b if len(b) == 1 else b[item], out=out[item])
 
-        self._on_threads(fill, self._parts(len(out), out.size * a.shape[-1]))
+        self._on_threads(fill, self._work_items(len(out), out.size * a.shape[-1]))
         return out
 
     def outer(self, pairs):
@@ -205,23 +213,23 @@ class NumPyBackend(Backend):
         return self._outer_of_each([(a, b), (b, a)]) if a.shape[-1] >= LARGE else super().symmetric_outer(a, b)
 
     def _outer_of_each(self, pairs):
-        """One problem after the other, so that what is added is still in the cache."""
+        """Add up the products of one problem after the other, so that what is added is still in the cache."""
         (first, other), *rest = pairs
         out = np.empty((len(first), first.shape[-1], other.shape[-1]), first.dtype)
 
-        def fill(part: slice):
+        def fill(item: slice):
             term = np.empty(out.shape[1:], out.dtype)
-            for i in range(part.start, part.stop):
+            for i in range(item.start, item.stop):
                 np.multiply.outer(first[i], other[i], out=out[i])
                 for a, b in rest:
                     out[i] += np.multiply.outer(a[i], b[i], out=term)
 
-        self._on_threads(fill, self._parts(len(out), 10 * out.size))  # by the time it takes
+        self._on_threads(fill, self._work_items(len(out), 10 * out.size))  # by the time it takes
         return out
 
 
 def _on_one_thread(function):
-    """The function in a copy of the context, which holds the caller's np.errstate; what it calls wakes no threads."""
+    """Bind a function to a copy of the context, with np.errstate as it is; what it calls wakes no threads."""
     context = contextvars.copy_context()
     context.run(THREADS.set, 1)
     return partial(context.run, function)
@@ -235,12 +243,12 @@ def _cholesky_or_nan(M):
 
 
 def _lower(triangles):
-    """Factors L without what is above them."""
+    """Return the factors L without what is above them."""
     return triangles[:, -triangles.shape[2] :]
 
 
 def _substitute(triangles, r, *directions):
-    """L⁻¹ r (FORWARD) or L⁻ᵀ r (BACKWARD), or one after the other, for as many vectors as triangles.
+    """Compute L⁻¹ r (FORWARD) or L⁻ᵀ r (BACKWARD), or one after the other, for as many vectors as triangles.
 
     Set on the diagonal of one matrix the triangles make a banded one. To BLAS, which reads by columns, it is Lᵀ, and a
     column of the band, up to the diagonal, is what lies in memory since the diagonal entry of the column before: the

@@ -1,4 +1,4 @@
-"""How many threads to work with, and BLAS held to one while several of ours are at work."""
+"""The number of threads to work with, and one thread for BLAS while several of ours work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ THREADS = ContextVar(
 
 @cache
 def pool() -> ThreadPoolExecutor:
-    """Threads that stay, since to start one takes longer than to wake it."""
+    """Return the threads that stay, since to start one takes longer than to wake it."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qpdiff")
 
 
@@ -29,7 +29,7 @@ if hasattr(os, "register_at_fork"):
 
 @cache
 def _controller():
-    """What sets the number of threads, or None where threadpoolctl is not installed."""
+    """Return what sets the number of threads, or None where threadpoolctl is not installed."""
     try:
         from threadpoolctl import ThreadpoolController
     except ImportError:
@@ -44,7 +44,7 @@ _limit: Any = None
 
 @contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """One thread for each call of BLAS, from when the first of any Python threads enters until the last has left."""
+    """Hold BLAS to one thread a call, from when the first of any Python threads enters until the last has left."""
     global _users, _limit
     if _controller() is None:
         yield
@@ -79,7 +79,7 @@ def _release_control() -> None:
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """One thread for what is called in this context, as befits a task of a scheduler that runs one for each thread."""
+    """Hold what is called in this context to one thread, for tasks of a scheduler that has threads of its own."""
     token = THREADS.set(1)
     try:
         with single_threaded_blas():

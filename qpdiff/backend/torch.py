@@ -22,7 +22,7 @@ class TorchBackend(Backend):
         return (64 * 2**20) if self.device.type == "cpu" else 2 * 2**30
 
     @property
-    def idle_bytes(self):
+    def launch_bound_bytes(self):
         return 0 if self.device.type == "cpu" else 2**28
 
     def asarray(self, value, dtype=None):
@@ -30,20 +30,20 @@ class TorchBackend(Backend):
             value = value.copy()  # torch warns of the first and refuses the second
         return super().asarray(value, dtype)
 
-    def quietly(self):
+    def no_grad(self):
         # The iterations are not what is to be differentiated: nothing of them is recorded.
         stack = ExitStack()
         stack.enter_context(torch.no_grad())
         stack.enter_context(self.in_full_precision())
-        stack.enter_context(super().quietly())
+        stack.enter_context(super().no_grad())
         return stack
 
     def in_full_precision(self):
-        """A context in which autocast leaves matrix products as they are."""
+        """Return a context in which autocast leaves matrix products as they are."""
         kind = self.device.type
         return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
-    def none(self, mask) -> bool:
+    def known_all_false(self, mask) -> bool:
         return self.device.type == "cpu" and not bool(torch.any(mask))
 
     def clip(self, a, least=None, most=None):
@@ -64,6 +64,6 @@ class TorchBackend(Backend):
             return torch.cholesky_solve(r.mT, L[0]).mT
         return torch.cholesky_solve(r[:, :, None], L)[:, :, 0]
 
-    def root(self, factor):
+    def substitution(self, factor):
         (L,) = factor
         return torch.linalg.solve_triangular(L, self.eye(L.shape[-1], L.dtype), upper=False)

@@ -19,8 +19,8 @@ def check_parameter(backend, parameter, value, tolerance: float) -> None:
     xp, batch = backend.xp, tuple(value.shape[: value.ndim - parameter.ndim])
     if math.prod(value.shape) == 0:
         return
-    if value.dtype not in (xp.float32, backend.exact):  # integers, and half precision, which has no eigenvalues
-        value = xp.astype(value, backend.exact)
+    if value.dtype not in (xp.float32, backend.widest_float):  # integers, and half precision, which has no eigenvalues
+        value = xp.astype(value, backend.widest_float)
     for what, wrong in _violations(backend, parameter, value, tolerance):
         problems = xp.any(xp.reshape(wrong, (math.prod(batch), -1)), axis=-1)
         if bool(xp.any(problems)):

@@ -232,7 +232,7 @@ class Layer:
         if check:
             for parameter, array, tolerance in zip(self.parameters, arrays, coarsest, strict=True):
                 check_parameter(backend, parameter, array, tolerance)
-        with backend.quietly():
+        with backend.no_grad():
             data = self._data(backend, types.working, arrays)
         offset = data.pop("offset")
         problem = make_problem(dict.fromkeys(OPERANDS) | data)

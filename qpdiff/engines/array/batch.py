@@ -89,7 +89,7 @@ def join(problem: Problem, pieces: list[Ended]) -> Outcome:
     names = Outcome._fields
     if not pieces:
         kinds = {"status": xp.int32, "iterations": xp.int32}
-        kinds |= dict.fromkeys(("objective", "primal", "dual", "gap"), backend.exact)
+        kinds |= dict.fromkeys(("objective", "primal", "dual", "gap"), backend.widest_float)
         widths = {"x": problem.n, "v": problem.rows, "s": problem.rows}
         return Outcome(*(backend.full((0, widths.get(k, 1)), 0, kinds.get(k, problem.dtype)) for k in names))
     columns = [[getattr(piece.outcome, name) for piece in pieces] for name in names]

@@ -132,7 +132,7 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     moved = state._replace(v=v, s=s, mu=mean(part, s, v), Kx=Kx, r_v=problem.k - Kx - s, seen=seen)
     # A step that cannot be computed is not taken; stronger proximal terms come instead.
     sound = positive & backend.all_finite(Sdv) & backend.all_finite(v) & backend.all_finite(s)
-    if not backend.none(~sound):
+    if not backend.known_all_false(~sound):
         nothing = state.seen._replace(expected=xp.full_like(t, xp.nan))
         moved = choose(xp, sound, moved, state._replace(seen=nothing))
     moved = moved._replace(iterations=state.iterations + 1, inexact=_inexact(part, moved))
@@ -154,7 +154,7 @@ def glance(part: Part, settings: Settings, before: State, state: State, sound, *
     # The residual of the variables is seldom the largest, and if so a bound does, without K.
     dual = seen.a * seen.length + seen.column * xp.sqrt(backend.total((seen.u / E) ** 2))
     small = (dual <= others) | ~running
-    if not backend.none(~small):
+    if not backend.known_all_false(~small):
         exactly = measured(backend, units.x, seen.a * seen.r + problem.adjoint(seen.u))
         dual = xp.where(small, dual, exactly)
     worst = xp.maximum(dual, others)

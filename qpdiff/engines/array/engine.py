@@ -13,6 +13,9 @@ from .loop import forms, run
 from .state import make_part
 from .traced import solve_traced
 
+LARGE = 2**16
+"""Bytes in work from which on arrays may be so large that malloc asks the system for each of them."""
+
 
 def refusal(problem: Problem, verbose: bool) -> str | None:
     """Say why it cannot take these problems: it takes all."""
@@ -26,6 +29,8 @@ def solve(
     xp, backend = problem.backend.xp, problem.backend
     # The dense dual form finds out by itself whether Q is definite; what it leaves to others is looked at then.
     later = prefers_dense(problem) and not backend.traced
+    if problem.batch * problem.bytes_per_problem >= LARGE:
+        backend.reuse_freed_memory()
     if check and problem.batch:
         check_values(problem, convexity=not later)
     if backend.traced:

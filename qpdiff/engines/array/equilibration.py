@@ -54,7 +54,7 @@ def equilibrate(problem: Problem) -> Metric:
 
     E, k, q, units = scaled(rows, D)
     times = _flat_scale(backend, balanced, q, curvature * units[0])
-    if not backend.none(times > 1.0):
+    if not backend.known_all_false(times > 1.0):
         D = xp.where(balanced.flat, times * D, D)
         rows = [xp.where(touched, e / times, e) for e, touched in zip(rows, balanced.touched, strict=True)]
         E, k, q, units = scaled(rows, D)
@@ -62,12 +62,12 @@ def equilibrate(problem: Problem) -> Metric:
     if boxed:
         span = problem.ub - problem.lb
         bounded = ~occupied & (span > 0) & (span < INFINITE)
-        if not backend.none(bounded):
+        if not backend.known_all_false(bounded):
             D = xp.where(bounded, span / primal, D)
             E = of_all_rows(rows, D)
     metric, slope = Metric(D, E, primal, dual, reach), backend.norm(q)
     flat = (curvature == 0) & (slope > 0)
-    if backend.none(flat):
+    if backend.known_all_false(flat):
         return metric
     return with_cost(metric, xp.where(flat, _mean_size(backend, k) / xp.where(slope > 0, slope, 1.0), 1.0))
 

@@ -89,8 +89,8 @@ class DenseDualForm:
         diagonal = xp.linalg.diagonal(problem.Q)
         factor, positive = backend.factor(problem.Q)
         blocks = [K for K in (problem.A, problem.G) if K is not None]
-        root = backend.root(factor)
-        V = backend.whiten_rows(root, _stack(xp, blocks))
+        root = backend.substitution(factor)
+        V = backend.forward_rows(root, _stack(xp, blocks))
         enough = parameters(problem).smallest_pivot
         good = positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal)
         return cls(problem, (Later((root, V)), backend.products(V, V.mT))), xp.all(good, axis=-1)
@@ -118,7 +118,7 @@ class DenseDualForm:
     def eliminate(self, factor, r_x):
         """F⁻¹ r_x, and K Q⁻¹ r_x."""
         root, V = self.whitening
-        whitened = self.problem.backend.whiten(root, r_x)
+        whitened = self.problem.backend.forward(root, r_x)
         return whitened, product(V, whitened)
 
     def solve_rows(self, factor, eliminated, r_v):
@@ -131,7 +131,7 @@ class DenseDualForm:
     def variables(self, whitened, v):
         """Q⁻¹ (r_x − Kᵀv) for F⁻¹ r_x."""
         root, V = self.whitening
-        return self.problem.backend.unwhiten(root, whitened - product_transposed(V, v))
+        return self.problem.backend.backward(root, whitened - product_transposed(V, v))
 
 
 class DiagonalDualForm:

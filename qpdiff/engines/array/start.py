@@ -25,7 +25,7 @@ def initialize(part: Part, settings: Settings):
         return part, state, factor
     ratio = multiplier_ratio(part, state)
     large, one = ratio > DOUBLE.large_multipliers, xp.ones_like(ratio)
-    if backend.none(large):
+    if backend.known_all_false(large):
         return part, state, factor
     other = part._replace(metric=with_cost(part.metric, xp.where(large, DOUBLE.smaller_cost, one)))
     smaller, factor = starting_point(other, settings)

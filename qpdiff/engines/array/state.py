@@ -111,7 +111,7 @@ class Part(NamedTuple):
     @property
     def idle(self) -> bool:
         """Whether so little is in work that the device waits for calls: then it is their number that counts."""
-        return self.problem.batch * self.problem.bytes_per_problem < self.problem.backend.idle_bytes
+        return self.problem.batch * self.problem.bytes_per_problem < self.problem.backend.launch_bound_bytes
 
     def select(self, index) -> Part:
         problem = self.problem.select(index)
@@ -124,7 +124,7 @@ class Part(NamedTuple):
 def make_part(form, settings: Settings) -> Part:
     """The problems of a reduced form, ready to iterate on."""
     problem, backend = form.problem, form.problem.backend
-    xp, metric, exact = backend.xp, equilibrate(problem), problem.astype(backend.exact)
+    xp, metric, exact = backend.xp, equilibrate(problem), problem.astype(backend.widest_float)
     D, E, primal, dual, reach = metric
     units = Units(None, None, None) if settings.absolute else Units(Unit(D, dual), Unit(E, primal), primal * dual)
     count, k = backend.total(xp.astype(problem.inequality, problem.dtype)), E * exact.k

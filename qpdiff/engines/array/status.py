@@ -55,11 +55,11 @@ def assess(part: Part, settings: Settings, state: State, previous: State) -> Sta
     unbounded, infeasible = (
         (r > proven) | (last & (r > DOUBLE.late_certificate * proven)) for r in (no_bottom, no_point)
     )
-    if not backend.none(unbounded):
+    if not backend.known_all_false(unbounded):
         feasible = backend.largest(part.metric.rows * violation) <= DOUBLE.ray_violation * part.sizes.scaled_k
         unbounded = unbounded & (last | feasible)
     status = backend.full(tuple(limit.shape), RUNNING, xp.int32)
-    if not backend.none(last | solved | unbounded | infeasible):
+    if not backend.known_all_false(last | solved | unbounded | infeasible):
         status = xp.where(limit, int(Status.MAX_ITERATIONS), status)
         status = xp.where(patient, status, int(Status.STALLED))
         status = xp.where(unbounded, int(Status.DUAL_INFEASIBLE), status)
@@ -85,7 +85,7 @@ def within(part: Part, settings: Settings, vectors, terms, primal, dual, gap):
     of_gap = 1.0 if units.gap is None else 1.0 / units.gap
     most = tol + rtol * of_gap * largest
     near = gap <= most
-    if backend.none(near):
+    if backend.known_all_false(near):
         return near
     # The terms of the gap may cancel to 0 by luck: what their rounding hides must not be far beyond the tolerance.
     hidden = backend.dot(xp.abs(x), xp.abs(Qx) + xp.abs(problem.q)) + backend.dot(xp.abs(v), xp.abs(problem.k))
@@ -124,7 +124,7 @@ def descent(part: Part, tol, x, Qx, Kx, previous: State, dual):
     xp = backend.xp
     ray = x - cast(xp, previous.x, x.dtype)
     falls, fall = falling(backend, tol, problem.q, ray, dual, part.units.x)
-    if backend.none(falls):
+    if backend.known_all_false(falls):
         return xp.astype(falls, fall.dtype), ray, fall
     slope = Kx - previous.Kx
     climb = xp.where(problem.equality, xp.abs(slope), backend.clip(slope, 0.0))
@@ -142,7 +142,7 @@ def contradiction(part: Part, tol, v, previous, Kx, primal):
     farkas = v - cast(xp, previous, v.dtype)
     farkas = problem.where_inequality(backend.clip(farkas, 0.0), farkas)
     gains, gain = falling(backend, tol, problem.k, farkas, primal, part.units.rows)
-    if backend.none(gains):
+    if backend.known_all_false(gains):
         return xp.astype(gains, gain.dtype), farkas, gain
     left = backend.norm(part.metric.variables * problem.adjoint(farkas))
     # The rounding of the difference hides as much.
@@ -176,7 +176,7 @@ def settle(part: Part, settings: Settings, state: State, moved: State) -> State:
     running = state.status == RUNNING
     settled = running & state.near & ~(moved.worst <= DOUBLE.worthwhile * state.worst)
     stays = settled | ~running
-    if backend.none(stays):
+    if backend.known_all_false(stays):
         return moved
     again = (
         settled

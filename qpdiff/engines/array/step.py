@@ -70,7 +70,7 @@ def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: b
     # A step that cannot be computed is not taken; stronger proximal terms come instead.
     sound = positive & backend.all_finite(x) & backend.all_finite(v) & backend.all_finite(s)
     moved = state._replace(x=x, v=v, s=s, mu=mean(part, s, v))
-    if not backend.none(~sound):
+    if not backend.known_all_false(~sound):
         moved = choose(xp, sound, moved, state)
     moved = assess(part, settings, moved._replace(iterations=state.iterations + 1), state)
 
@@ -135,7 +135,7 @@ def with_proximal_terms(part: Part, settings: Settings, state: State, moved: Sta
     limiting = (left > DOUBLE.delta_share * now) & (now > DOUBLE.delta_stuck * before) & (now > settings.tol)
     rate = xp.maximum((state.mu - moved.mu) / (state.mu + settings.tiny), part.sizes.least_rate)
     lowest = xp.minimum(state.delta, settings.smallest)
-    if not backend.none(limiting):
+    if not backend.known_all_false(limiting):
         E = part.metric.rows
         limiting = limiting & (backend.norm(moved.v / E) > backend.norm(E * (part.problem.k - moved.s - moved.r_v)))
         rate = xp.where(limiting, xp.maximum(rate, DOUBLE.fast_rate), rate)
