@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from .engines.array.loop import forms
-from .engines.array.start import initialize
-from .engines.array.state import RUNNING, State, make_part
+from .engines.array.start import begin
+from .engines.array.state import RUNNING, State, make_sub_batch
 from .engines.array.step import step
 from .engines.base import make_settings
 from .problem import OPERANDS, Problem, check_values, make_problem, symmetrized
@@ -63,7 +63,7 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
     rows = figure.subfigures(1 + bool(planes), 1, squeeze=False)[:, 0]
     for axes, (name, title) in zip(rows[0].subplots(1, len(QUANTITIES)), QUANTITIES.items(), strict=True):
         for number, states in enumerate(histories):
-            values = np.array([(state.found._asdict() | {"mu": state.mu})[name].item() for state in states])
+            values = np.array([(state.absolute._asdict() | {"mu": state.mu})[name].item() for state in states])
             axes.semilogy(np.where(values > 0, values, np.nan), ".-", label=f"problem {number}")
         axes.set(title=title, xlabel="iteration")
         axes.grid(alpha=0.3)
@@ -83,10 +83,10 @@ def history(problem: Problem) -> list[State]:
     settings = make_settings(problem)
     with problem.backend.no_grad():
         ((form, _),) = forms(problem)
-        part, state, _ = initialize(make_part(form, settings), settings)
+        sub, state, _ = begin(make_sub_batch(form, settings))
         states = [state]
         while state.status.item() == RUNNING:
-            state, _ = step(part, settings, state, refine=state.inexact.item(), stays=state.near.item())
+            state, _ = step(sub, state, refine=state.refine.item(), may_revert=state.within_tolerance.item())
             if state.iterations.item() == states[-1].iterations.item():  # the last step was not worth taking
                 states.pop()
             states.append(state)

@@ -402,18 +402,18 @@ def test_progress_counts_up_to_the_batch():
 def test_the_array_engine_reports_chunk_by_chunk_and_can_be_stopped(monkeypatch, threads):
     monkeypatch.setattr("qpdiff.backend.NumPyBackend.chunk_bytes", 2**18)
     monkeypatch.setattr("qpdiff.problem.Problem.workers", threads)
-    make_part, begun, seen = qpdiff.engines.array.engine.make_part, [], []
+    make_sub_batch, begun, seen = qpdiff.engines.array.engine.make_sub_batch, [], []
 
     def counted(form, settings):
         begun.append(form.problem.batch)
         time.sleep(0.5 if len(begun) > 2 * threads else 0.0)  # so that no thread is done before the first report
-        return make_part(form, settings)
+        return make_sub_batch(form, settings)
 
     def stop(done, batch):
         seen.append(done)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qpdiff.engines.array.engine.make_part", counted)
+    monkeypatch.setattr("qpdiff.engines.array.engine.make_sub_batch", counted)
     with pytest.raises(KeyboardInterrupt):
         qpdiff.solve_qp(**optnet(rng(), (500,), 20, 10, 0), engine="array", progress=stop)
     assert len(seen) == 1

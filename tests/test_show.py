@@ -37,7 +37,7 @@ def test_the_iterates_are_those_of_the_solver_stopped_early(parts, n):
         # To rounding: the solver may have computed x at the last iterate alone.
         np.testing.assert_allclose(state.x[0], early.x, atol=1e-10)
         for name, mine in (("primal_residual", "primal"), ("dual_residual", "dual"), ("duality_gap", "gap")):
-            np.testing.assert_allclose(getattr(state.found, mine).item(), getattr(early, name), atol=1e-10)
+            np.testing.assert_allclose(getattr(state.absolute, mine).item(), getattr(early, name), atol=1e-10)
     np.testing.assert_allclose(show.path(states)[-1], sol.x, atol=1e-10)
 
 

@@ -83,7 +83,7 @@ def test_one_an_iteration_and_a_few_a_solve(strict, transfers, on_device, form, 
     assert np.all(to_host(strict, sol.status) == qpdiff.Status.SOLVED)
     forms = {reduced_forms.PrimalForm} if form == MIXED else {FORMS[form][2]}
     forms |= {reduced_forms.DenseDualForm} if form == MIXED and batch > 1 else set()
-    assert {piece.form for piece in sol.linearization.factors.pieces} == forms
+    assert {each.form for each in sol.linearization.factors.saved} == forms
 
 
 def test_the_check_of_the_numbers_takes_one(transfers, on_device):
@@ -110,7 +110,7 @@ def test_a_derivative_takes_a_few_whatever_the_batch(transfers, on_device, form,
     for batch in (1, 20):
         operands = {name: on_device(v[0] if name in shared else v) for name, v in draw(form, batch).items()}
         sol = on_device.solve(**operands)
-        groups = len(sol.linearization.factors.pieces)
+        groups = len(sol.linearization.factors.saved)
         assert groups <= 2 * (1 + np.log2(batch))
         _, count = counted(transfers, qpdiff.vjp, sol, x=sol.x)
         assert 1 <= count <= A_DERIVATIVE * groups

@@ -6,22 +6,22 @@ from typing import Any
 
 from ...problem import Layout, take
 from ...solution import Status
-from ..base import Linearization, Settings, make_settings
+from ..base import Linearization, make_settings
 from ..parameters import DOUBLE
-from .batch import batch_order, in_batch, keep
+from .batch import batch_order, in_batch, save_factor
 from .derivative import Factors, pack, unpack
 from .loop import forms
-from .start import onto_path
-from .state import Part, cast, make_part
+from .start import center_on_path
+from .state import SubBatch, cast, make_sub_batch
 from .status import residuals
-from .step import newton, step_length
+from .step import NewtonSystem, step_length
 
 CENTERING_LIMIT = 50
-"""Newton steps towards a point of the central path."""
+"""Limit on the Newton steps to a point of the central path."""
 
 
 def relax(lin: Linearization, kappa: float) -> Linearization:
-    """The points where s ∘ z = κ instead of 0, found from solutions by Newton's method, with their factors.
+    """Find the points where s ∘ z = κ instead of 0, from solutions by Newton's method, and their factors.
 
     A problem whose point is not found counts as STALLED.
     """
@@ -40,52 +40,60 @@ def _relax(lin: Linearization, kappa: float) -> Linearization:
     problem = lin.problem
     xp, backend = problem.backend.xp, problem.backend
     settings = make_settings(problem, max_iterations=CENTERING_LIMIT)
-    pieces, points = [], []
+    saved, points = [], []
     for chunk in problem.chunks():
         for form, where in forms(problem.select(chunk)):
             at = in_batch(backend, chunk, where)
-            part = make_part(form, settings)
-            point, factor = _center(part, settings, kappa, *take(xp, (lin.x, lin.v, lin.s), at))
-            pieces.append(keep(problem, part, at, factor))
+            sub = make_sub_batch(form, settings)
+            point, factor = _center(sub, kappa, *take(xp, (lin.x, lin.v, lin.s), at))
+            saved.append(save_factor(problem, sub, at, factor))
             points.append(point)
     if not points:
         return lin
     x, v, s, found = (xp.concat(column, axis=0) for column in zip(*points, strict=True))
-    order = batch_order(backend, pieces)
+    order = batch_order(backend, saved)
     if order is not None:
         x, v, s, found = (xp.take(a, order, axis=0) for a in (x, v, s, found))
     lost = ~found & (lin.status == int(Status.SOLVED))
     return Linearization(
-        problem, Factors(pieces), x, v, s, xp.where(lost, xp.full_like(lin.status, int(Status.STALLED)), lin.status)
+        problem, Factors(saved), x, v, s, xp.where(lost, xp.full_like(lin.status, int(Status.STALLED)), lin.status)
     )
 
 
-def _center(part: Part, settings: Settings, kappa: float, x, v, s):
-    """Newton's method for the KKT conditions with s ∘ z = κ: the point, whether it was found, and its factor."""
-    problem, (D, E, primal, dual, _) = part.problem, part.metric
+def _center(sub: SubBatch, kappa: float, x, v, s):
+    """Solve the KKT conditions with s ∘ z = κ by Newton's method.
+
+    Returns
+    -------
+    point : list
+        x, v, s, and for which problems they were found.
+    factor
+    """
+    problem, settings, (D, E, primal, dual, _) = sub.problem, sub.settings, sub.scaling
     backend, xp = problem.backend, problem.backend.xp
-    v, s = onto_path(part, v, problem.where_inequality(v / E - E * s, 0.0), kappa)
+    v, s = center_on_path(sub, v, problem.where_inequality(v / E - E * s, 0.0), kappa)
     smallest = xp.full_like(x[:, :1], settings.smallest)
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
 
     def move(x, v, s, *_):
-        *_, r_x, r_v = residuals(part.exact, *(cast(xp, a, part.exact.dtype) for a in (x, v, s)))
+        wide = sub.wide_problem
+        *_, r_x, r_v = residuals(wide, *(cast(xp, a, wide.dtype) for a in (x, v, s)))
         r_x, r_v = (cast(xp, a, problem.dtype) for a in (r_x, r_v))
         s_, z_ = (problem.where_inequality(a, float("inf")) for a in (s, v))
-        _, factor, *_, direction = newton(part, s, z_, r_x, r_v, smallest, smallest)
+        system = NewtonSystem(sub, s, z_, r_x, r_v, (smallest, smallest))
         excess = problem.where_inequality(s * v - kappa, 0.0)
         found = (
             (backend.norm(D * r_x) <= accuracy * (dual + backend.norm(D * problem.q)))
             & (backend.norm(E * r_v) <= accuracy * (primal + backend.norm(E * problem.k)))
             & (backend.norm(excess) <= accuracy * kappa)
         )
-        dx, dv, ds = direction(excess, smallest > 0)
+        dx, dv, ds = system.solve(excess, smallest > 0)
         alpha = xp.minimum(*(step_length(backend, a, da, DOUBLE.step_fraction) for a, da in ((s_, ds), (z_, dv))))
         alpha = xp.where(found, 0.0, alpha)
-        return x + alpha * dx, v + alpha * dv, s + alpha * ds, found, factor
+        return x + alpha * dx, v + alpha * dv, s + alpha * ds, found, system.factor
 
-    def lost(x, v, s, found, factor):
+    def unfinished(x, v, s, found, factor):
         return ~xp.all(found)
 
-    *point, factor = problem.backend.while_loop(lost, move, move(x, v, s), settings.max_iterations)
+    *point, factor = problem.backend.while_loop(unfinished, move, move(x, v, s), settings.max_iterations)
     return point, factor

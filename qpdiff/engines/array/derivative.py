@@ -1,4 +1,8 @@
-"""The KKT system at the solutions of a batch, solved with what the solver has kept, or afresh where that fails."""
+"""The KKT system at the solutions of a batch, solved with what is left of the last iteration.
+
+Along the central path θ tends to 0 at active constraints and to infinity at the others. Where the last factor does not
+serve, as with dependent active constraints, a factor is made for the purpose.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,16 @@ from ...problem import Layout, Problem, product, take
 from ...solution import Status
 from ..base import Linearization
 from ..parameters import DOUBLE, parameters
-from .batch import Kept, batch_order
-from .equilibration import Metric
-from .kkt import System, residual
+from .batch import SavedFactor, batch_order
+from .equilibration import Scaling
+from .kkt import Diagonals, residual
 from .reduced_forms import DenseDualForm, PrimalForm
 
 
 class Factors(NamedTuple):
-    """Those of the array engine: what each part of the batch has kept."""
+    """`engines.base.Factors` of the array engine: what each sub-batch has saved."""
 
-    pieces: list[Kept]
+    saved: list[SavedFactor]
 
     def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool) -> tuple[Any, Any, dict[str, Any]]:
         """Solve the KKT system, as `engines.base.Factors` says; no gradients of matrices come along."""
@@ -31,21 +35,22 @@ class Factors(NamedTuple):
         return *(xp.where(solved, u, xp.full_like(u, fill)) for u in (u_x, u_v)), {}
 
 
-def whole(problem: Problem, factor, metric: Metric) -> Factors:
-    """The batch in one piece."""
-    return Factors([Kept(slice(0, problem.batch), factor and PrimalForm, None, factor, metric)])
+def saved_together(problem: Problem, factor, scaling: Scaling) -> Factors:
+    """Return the factors of a batch that was solved by the primal form as one sub-batch; no factor: None."""
+    return Factors([SavedFactor(slice(0, problem.batch), factor and PrimalForm, None, factor, scaling)])
 
 
 def pack(lin: Linearization):
-    """The arrays of a linearization whose factors are in one piece, and its layout, for a compiled function."""
-    (piece,) = cast(Factors, lin.factors).pieces
-    return (lin.problem.operands, piece.factor, piece.metric, lin.x, lin.v, lin.s, lin.status), lin.problem.layout
+    """Return the arrays of a linearization with one sub-batch, and its layout, for a compiled function."""
+    (saved,) = cast(Factors, lin.factors).saved
+    return (lin.problem.operands, saved.factor, saved.scaling, lin.x, lin.v, lin.s, lin.status), lin.problem.layout
 
 
 def unpack(arrays, layout: Layout) -> Linearization:
-    operands, factor, metric, x, v, s, status = arrays
+    """Make a linearization of the arrays that `pack` returns."""
+    operands, factor, scaling, x, v, s, status = arrays
     problem = layout.problem(operands)
-    return Linearization(problem, whole(problem, factor, metric), x, v, s, status)
+    return Linearization(problem, saved_together(problem, factor, scaling), x, v, s, status)
 
 
 def _solve_traced(arrays, right, layout: Layout, _):
@@ -54,140 +59,162 @@ def _solve_traced(arrays, right, layout: Layout, _):
 
 def _solve(lin: Linearization, r_x, r_v):
     """Solve for the problems that are SOLVED; for the others the right-hand side is 0."""
-    xp, solved = lin.problem.backend.xp, lin.status == int(Status.SOLVED)
-    return _solve_pieces(lin, xp.where(solved, r_x, xp.zeros_like(r_x)), xp.where(solved, r_v, xp.zeros_like(r_v)))
-
-
-def _solve_pieces(lin, r_x, r_v):
-    problem, xp = lin.problem, lin.problem.backend.xp
-    parts = list(
-        problem.backend.map(lambda piece: _solve_piece(lin, piece, r_x, r_v), lin.factors.pieces, problem.workers)
-    )
-    u_x = xp.concat([part[0] for part in parts], axis=0)
-    u_v = xp.concat([part[1] for part in parts], axis=0)
-    order = batch_order(problem.backend, lin.factors.pieces)
+    problem, xp, saved = lin.problem, lin.problem.backend.xp, cast(Factors, lin.factors).saved
+    solved = lin.status == int(Status.SOLVED)
+    r_x, r_v = (xp.where(solved, r, xp.zeros_like(r)) for r in (r_x, r_v))
+    solutions = list(
+        problem.backend.map(lambda each: _solve_sub_batch(lin, each, r_x, r_v), saved, problem.workers)
+    )  # fmt: skip
+    order = batch_order(problem.backend, saved)
+    u_x, u_v = (xp.concat(list(column), axis=0) for column in zip(*solutions, strict=True))
     if order is None:
         return u_x, u_v
     return xp.take(u_x, order, axis=0), xp.take(u_v, order, axis=0)
 
 
-def _solve_piece(lin, piece, r_x, r_v):
-    """The system for the problems of one piece: with what the solver has kept, afresh where that fails."""
-    problem, xp = lin.problem, lin.problem.backend.xp
-    x, v, s, r_x, r_v = take(xp, (lin.x, lin.v, lin.s, r_x, r_v), piece.index)
-    part = problem.select(piece.index)
-    inequality, equality = part.inequality, part.equality
+class Point(NamedTuple):
+    """The KKT matrix at the solutions of a sub-batch, and a right-hand side."""
+
+    scaling: Scaling
+    theta: Any
+    """s/v at inequalities, 0 at equalities, infinite where there is no constraint."""
+    r_x: Any
+    r_v: Any
+
+
+def _solve_sub_batch(lin: Linearization, saved: SavedFactor, r_x, r_v):
+    """Solve the system for the problems of one sub-batch; return u_x and u_v."""
+    xp = lin.problem.backend.xp
+    v, s, r_x, r_v = take(xp, (lin.v, lin.s, r_x, r_v), saved.index)
+    problem = lin.problem.select(saved.index)
+    inequality, equality = problem.inequality, problem.equality
     one = xp.ones_like(s)
     theta = xp.where(inequality, s / xp.where(inequality, v, one), xp.where(equality, 0 * one, one * float("inf")))
-    if piece.form is None:
-        return _solve_afresh(part, piece.metric, theta, r_x, r_v)
-    form = piece.form(part, piece.constants)
-    if form.definite:
-        u_x, u_v, good = _solve_in_rows(form, piece.metric, theta, r_x, r_v)
+    at = Point(saved.scaling, theta, r_x, r_v)
+    if saved.form is None:
+        return solve_afresh(problem, at)
+    form = saved.form(problem, saved.constants)
+    if form.skips_rho:
+        u_x, u_v, accurate = solve_dense_dual(form, at)
     else:
-        exact = System(theta, xp.zeros_like(x), xp.zeros_like(s))
-        heavy, P = _heavy(part, piece.metric, theta), parameters(problem)
-        u_x, u_v, left, moved = solve_nearby(
-            form, exact, piece.factor, piece.metric, heavy, r_x, r_v, P.derivative_rounds
-        )
-        good = (left <= P.factor_residual) & (moved <= P.factor_moved)
-    if problem.backend.traced:
-        return problem.backend.cond(
-            xp.all(good),
-            lambda: (u_x, u_v),
-            lambda: _choose(xp, good, (u_x, u_v), _solve_afresh(part, piece.metric, theta, r_x, r_v)),
-        )
-    good = good[:, 0]
-    (count,) = problem.backend.count(good)
-    if count == good.shape[0]:
-        return u_x, u_v
-    order = xp.argsort(xp.astype(~good, xp.int8), stable=True)
-    bad = order[count:]
-    metric = take(xp, piece.metric, bad)
-    again = _solve_afresh(part.select(bad), metric, *(xp.take(a, bad, axis=0) for a in (theta, r_x, r_v)))
+        P = parameters(problem)
+        u_x, u_v, left, moved = solve_with_inexact_factor(form, saved.factor, at, P.derivative_rounds)
+        accurate = (left <= P.factor_residual) & (moved <= P.factor_moved)
+    return _replace_inaccurate(problem, at, (u_x, u_v), accurate)
+
+
+def _replace_inaccurate(problem: Problem, at: Point, solution, accurate):
+    """Solve afresh for the problems whose solution is not accurate."""
+    backend: Any = problem.backend
+    xp = backend.xp
+    if backend.traced:
+
+        def replaced():
+            again = solve_afresh(problem, at)
+            return tuple(xp.where(accurate, a, b) for a, b in zip(solution, again, strict=True))
+
+        return backend.cond(xp.all(accurate), lambda: solution, replaced)
+    accurate = accurate[:, 0]
+    (count,) = backend.count(accurate)
+    if count == accurate.shape[0]:
+        return solution
+    order = xp.argsort(xp.astype(~accurate, xp.int8), stable=True)
+    others = order[count:]
+    again = solve_afresh(
+        problem.select(others),
+        Point(take(xp, at.scaling, others), *(xp.take(a, others, axis=0) for a in (at.theta, at.r_x, at.r_v))),
+    )
     back = xp.argsort(order)
     return tuple(
         xp.take(xp.concat([xp.take(old, order[:count], axis=0), new], axis=0), back, axis=0)
-        for old, new in zip((u_x, u_v), again, strict=True)
+        for old, new in zip(solution, again, strict=True)
     )
 
 
-def solve_nearby(form, system: System, factor, metric: Metric, heavy, r_x, r_v, refinements: int):
-    """Solve a KKT system with the factor of another one; also how far that got.
+def nearly_active(problem: Problem, at: Point):
+    """Return which constraints are nearly active, (B, constraints): equalities, and inequalities with a small θ."""
+    scaled = at.theta * at.scaling.E**2
+    return problem.equality | (problem.inequality & (scaled < DOUBLE.nearly_active))
 
-    The factor's θ may come from an earlier interior-point iterate. Along the central path θ tends to 0 at the active
-    rows (`heavy`) and to infinity at the others. At the active rows two such θ differ little against K M⁻¹ Kᵀ; the
-    other rows are eliminated with the θ of the system itself, after which what differs is the weight 1/θ, which is
-    small in both. The refinement contracts by about the larger of the two differences a round, unless the active rows
-    are dependent or what the matrix cannot reach is asked of it.
+
+# ---- with the factor of another system
+
+
+def solve_with_inexact_factor(form, factor, at: Point, rounds: int):
+    """Solve the system with the factor of another one, by so many rounds of refinement.
+
+    The factor's θ may come from an earlier interior-point iterate. At the nearly active constraints two such θ differ
+    little against K M⁻¹ Kᵀ; the others are eliminated with the θ of the system itself, after which what differs is the
+    weight 1/θ, which is small in both. The refinement contracts by about the larger of the two differences a round,
+    unless active constraints are dependent or what the matrix cannot reach is asked of it.
 
     Returns
     -------
-    dx, dv
+    u_x, u_v
     left, moved : (B, 1)
         The residual against the right-hand side, and what a next correction is likely to be against the solution, in
         the scaled problem.
     """
     problem, xp = form.problem, form.problem.backend.xp
-    weights = 1.0 / (system.theta + system.delta)
-    zero = xp.zeros_like(r_v)
-    D, E, *_ = metric
+    diagonals = Diagonals(at.theta, xp.zeros_like(at.r_x), xp.zeros_like(at.theta))
+    weights, zero, active = 1.0 / (at.theta + diagonals.delta), xp.zeros_like(at.r_v), nearly_active(problem, at)
+    D, E, *_ = at.scaling
 
     def size(a_x, a_v, x_scale, v_scale):
-        parts = [xp.abs(x_scale * a_x), xp.abs(v_scale * xp.where(heavy, a_v, zero))]
-        return problem.backend.largest(xp.concat(parts, axis=-1))
+        scaled = [xp.abs(x_scale * a_x), xp.abs(v_scale * xp.where(active, a_v, zero))]
+        return problem.backend.largest(xp.concat(scaled, axis=-1))
 
     def correction(e_x, e_v):
-        b_x, b_v = e_x + problem.adjoint(xp.where(heavy, zero, weights * e_v)), xp.where(heavy, e_v, zero)
+        b_x, b_v = e_x + problem.adjoint(xp.where(active, zero, weights * e_v)), xp.where(active, e_v, zero)
         cx, cv = form.solve(factor, form.eliminate(factor, b_x), b_v)
-        return cx, xp.where(heavy, cv, weights * (problem.constraints(cx) - e_v)), size(b_x, b_v, D, E)
+        return cx, xp.where(active, cv, weights * (problem.constraints(cx) - e_v)), size(b_x, b_v, D, E)
 
     def ratio(a, b):
         return a / xp.where(b > 0, b, xp.ones_like(b))
 
-    dx, dv, asked = correction(r_x, r_v)
-    e_x, e_v = residual(problem, system, r_x, r_v, dx, dv)
+    u_x, u_v, asked = correction(at.r_x, at.r_v)
+    e_x, e_v = residual(problem, diagonals, at.r_x, at.r_v, u_x, u_v)
     left = ratio(size(e_x, e_v, D, E), asked)
     accuracy, further = parameters(problem).refined, DOUBLE.refined_moved
 
-    def inaccurate(dx, dv, e_x, e_v, left, moved, last):
+    def inaccurate(u_x, u_v, e_x, e_v, left, moved, last):
         return ~xp.all((left <= accuracy) & (moved <= further * accuracy))
 
-    def refine(dx, dv, e_x, e_v, left, moved, last):
+    def refine(u_x, u_v, e_x, e_v, left, moved, last):
         cx, cv, _ = correction(e_x, e_v)
-        d_x, d_v = residual(problem, system, r_x, r_v, dx + cx, dv + cv)
+        d_x, d_v = residual(problem, diagonals, at.r_x, at.r_v, u_x + cx, u_v + cv)
         after = ratio(size(d_x, d_v, D, E), asked)
-        # A factor too far off makes it worse from round to round; the best is kept.
+        # A factor too far off makes it worse from round to round; the best is returned.
         better = after < left
-        now = ratio(size(cx, cv, 1.0 / D, 1.0 / E), size(dx, dv, 1.0 / D, 1.0 / E))
-        pairs = ((dx + cx, dx), (dv + cv, dv), (d_x, e_x), (d_v, e_v), (after, left))
+        now = ratio(size(cx, cv, 1.0 / D, 1.0 / E), size(u_x, u_v, 1.0 / D, 1.0 / E))
+        pairs = ((u_x + cx, u_x), (u_v + cv, u_v), (d_x, e_x), (d_v, e_v), (after, left))
         return (*(xp.where(better, new, old) for new, old in pairs), ratio(now * now, last), now)
 
-    start = (dx, dv, e_x, e_v, left, xp.ones_like(left), xp.ones_like(left))
-    dx, dv, _, _, left, moved, _ = problem.backend.while_loop(inaccurate, refine, start, refinements)
-    return dx, dv, left, moved
+    start = (u_x, u_v, e_x, e_v, left, xp.ones_like(left), xp.ones_like(left))
+    u_x, u_v, _, _, left, moved, _ = problem.backend.while_loop(inaccurate, refine, start, rounds)
+    return u_x, u_v, left, moved
 
 
-def _choose(xp, condition, these, those):
-    return tuple(xp.where(condition, a, b) for a, b in zip(these, those, strict=True))
+# ---- in the dense dual form
 
 
-def _heavy(problem: Problem, metric: Metric, theta):
-    return problem.equality | (problem.inequality & (theta * metric.rows**2 < DOUBLE.nearly_active))
+def solve_dense_dual(form: DenseDualForm, at: Point):
+    """Solve the system with a dense dual form, whose matrix is factored anew.
 
+    The smallest θ are raised, lest dependent active constraints leave it singular; refinement takes that back.
 
-def _solve_in_rows(form: DenseDualForm, metric: Metric, theta, r_x, r_v):
-    """The system with a dense dual form, whose matrix of the rows is factored anew; also where that is accurate.
-
-    The smallest θ are raised, lest dependent active rows leave it singular; refinement takes that back.
+    Returns
+    -------
+    u_x, u_v
+    accurate : (B, 1)
     """
-    problem, E = form.problem, metric.rows
+    problem, theta, E = form.problem, at.theta, at.scaling.E
     xp, backend = problem.backend.xp, problem.backend
     least, enough = parameters(problem).least_theta, parameters(problem).derivative_accuracy
     zero, exists = xp.zeros_like(theta), xp.isfinite(theta)
-    whitened, t = form.eliminate(None, r_x)
-    right = xp.where(exists, t - r_v, zero)
-    factor, positive = form.factor_rows(xp.maximum(theta, least / E**2))
+    forward, t = form.eliminate(None, at.r_x)
+    right = xp.where(exists, t - at.r_v, zero)
+    factor, factor_ok = form.factor_dual(xp.maximum(theta, least / E**2))
 
     def inaccurate(u, accurate):
         return ~xp.all(accurate)
@@ -197,43 +224,43 @@ def _solve_in_rows(form: DenseDualForm, metric: Metric, theta, r_x, r_v):
         now = backend.norm(correction / E) <= enough * backend.norm(u / E)
         return xp.where(accurate | ~exists, u, u + correction), accurate | now
 
-    u, accurate = backend.while_loop(
-        inaccurate, refine, (backend.solve(factor, right), positive & False), DOUBLE.derivative_rounds
-    )
-    return form.variables(whitened, u), u, positive & accurate
+    start = backend.solve(factor, right), factor_ok & False
+    u, accurate = backend.while_loop(inaccurate, refine, start, DOUBLE.derivative_rounds)
+    return form.solve_variables(forward, u), u, factor_ok & accurate
 
 
-def _solve_afresh(problem: Problem, metric: Metric, theta, r_x, r_v):
-    """The system for problems whose active rows are dependent or whose Q is singular there, which takes care.
+# ---- with a factor made for the purpose
 
-    Where active rows are dependent, their multipliers share what is asked of them in proportion to 1/θ, and no
-    inequality stands against an equality. What follows has to hold for the factor too, whose smallest weights must stay
-    well above rounding: so the smallest θ are scaled up together, and equalities get a smaller one. The refinement
-    takes the result back to the system itself.
+
+def solve_afresh(problem: Problem, at: Point):
+    """Solve with a new factor, for problems whose active constraints are dependent or whose Q is singular there.
+
+    Where active constraints are dependent, their multipliers share what is asked of them in proportion to 1/θ, and no
+    inequality stands against an equality. That has to hold for the factor too, whose smallest θ must stay well above
+    rounding: so the smallest θ are scaled up together, and equalities get a smaller one. The refinement takes the
+    result back to the system itself.
     """
-    xp = problem.backend.xp
-    P = parameters(problem)
-    smallest, largest, equal, rho = P.afresh_smallest, P.afresh_largest, P.afresh_equality, P.afresh_rho
-    heavy = _heavy(problem, metric, theta)
-    scaled = theta * metric.rows**2
-    raised = problem.inequality & (scaled < largest)
+    xp, P = problem.backend.xp, parameters(problem)
+    D, E, *_ = at.scaling
+    scaled = at.theta * E**2
+    raised = problem.inequality & (scaled < P.afresh_largest)
     zero = xp.zeros_like(scaled)
     top = problem.backend.largest(xp.where(raised, scaled, zero))
-    level = problem.backend.clip(scaled * (largest / xp.where(top > 0, top, xp.ones_like(top))), smallest, largest)
-    diagonal = xp.where(problem.equality, zero + equal, xp.where(raised, level, scaled)) / metric.rows**2
+    lift = P.afresh_largest / xp.where(top > 0, top, xp.ones_like(top))
+    level = problem.backend.clip(scaled * lift, P.afresh_smallest, P.afresh_largest)
+    theta = xp.where(problem.equality, zero + P.afresh_equality, xp.where(raised, level, scaled)) / E**2
     form = PrimalForm(problem)
-    rho = xp.full_like(r_x[:, :1], rho)
 
     def factored(rho):
-        return *form.factor(System(diagonal, rho / metric.variables**2, zero)), rho
+        return *form.factor(Diagonals(theta, rho / D**2, zero)), rho
 
-    def failed(factor, positive, rho):
-        return ~xp.all(positive)
+    def failed(factor, factor_ok, rho):
+        return ~xp.all(factor_ok)
 
-    def again(factor, positive, rho):
-        return factored(xp.where(positive, rho, P.afresh_growth * rho))
+    def again(factor, factor_ok, rho):
+        return factored(xp.where(factor_ok, rho, P.afresh_growth * rho))
 
-    factor, *_ = problem.backend.while_loop(failed, again, factored(rho), P.afresh_attempts - 1)
-    exact = System(theta, xp.zeros_like(r_x), zero)
-    u_x, u_v, *_ = solve_nearby(form, exact, factor, metric, heavy, r_x, r_v, P.afresh_rounds)
+    start = factored(xp.full_like(at.r_x[:, :1], P.afresh_rho))
+    factor, *_ = problem.backend.while_loop(failed, again, start, P.afresh_attempts - 1)
+    u_x, u_v, *_ = solve_with_inexact_factor(form, factor, at, P.afresh_rounds)
     return u_x, u_v

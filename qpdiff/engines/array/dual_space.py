@@ -1,10 +1,10 @@
-"""Steps of the dense dual form in the rows alone.
+"""Steps of the dense dual form in the dual space: x is not formed.
 
-Without bounds and with Q = F Fᵀ, a step moves x by dx = Q⁻¹ (r_x − Kᵀdv). What the iteration wants to know of x then
-follows from S dv, where S = K Q⁻¹ Kᵀ is known: Kdx is t − S dv with t = K Q⁻¹ r_x, and so are the changes of t itself,
-of the products xᵀr_x, r_xᵀQ⁻¹r_x and qᵀx, and with them the residuals but that of the variables, which is a combination
-of one that is known and of the rows of K. A step costs products with S and a factor of that size, and x is computed
-only where it is looked at: at the end, and where a problem does not go well.
+Without bounds and with Q = F Fᵀ, a step moves x by dx = Q⁻¹ (r_x − Kᵀdv). What the iteration needs of x then follows
+from S dv, where S = K Q⁻¹ Kᵀ is known: Kdx is t − S dv with t = K Q⁻¹ r_x, and so are the changes of t itself, of the
+products xᵀr_x, r_xᵀQ⁻¹r_x and qᵀx, and with them the residuals but that of the variables, which is a combination of one
+that is known and of the rows of K. A step costs products with S and a factor of that size. x is formed only where the
+stopping test may pass, at the end, and where a problem makes no progress.
 """
 
 from __future__ import annotations
@@ -12,31 +12,30 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ...problem import product, product_transposed, take
-from ..base import Settings
 from ..parameters import DOUBLE
-from .start import first_theta, make_origin, mean, place
-from .state import RUNNING, Part, Residuals, State, choose, measured
-from .status import assess, contradiction, settle, waited
-from .step import advance, centering, with_proximal_terms
+from .start import center_start, first_diagonals, make_origin, mean
+from .state import RUNNING, Residuals, State, SubBatch, choose, scaled_size
+from .status import accept_or_revert, allowed, assess, farkas_certificate, per_gap_unit, progress
+from .step import Step, corrector_rhs, negligible, take_step, update_regularization
 
-WORTH_A_COPY = 2**15
-"""Bytes of a problem from which on those that are looked at are copied, where they are few."""
+COPY_BYTES = 2**15
+"""Size of a problem from which on the few problems whose x is formed are copied for that."""
 
 
-class Glimpse(NamedTuple):
-    """What is known of x beside the rows.
+class ImplicitX(NamedTuple):
+    """Vectors and products from which the residuals and, where it is wanted, x are computed.
 
-    Where x was last looked at it was `x`, v was `v` and r_x was `r`. Now r_x is `a` times that and Kᵀu, and Q times the
-    change of x is (1 − a) r − Kᵀ(u + the change of v). Scalars have shape (B, 1).
+    Where x was last formed it was `x_anchor`, v was `v_anchor` and r_x was `r_anchor`. Now r_x is `a` times that and
+    Kᵀu, and Q times the change of x is (1 − a) r_anchor − Kᵀ(u + the change of v). Scalars have shape (B, 1).
     """
 
-    x: Any
-    v: Any
+    x_anchor: Any
+    v_anchor: Any
+    r_anchor: Any
+    forward: Any
+    """F⁻¹ r_anchor."""
     r: Any
-    whitened: Any
-    """F⁻¹ r."""
-    length: Any
-    """The largest entry of r."""
+    """The largest entry of r_anchor, in the units of the tolerance."""
     a: Any
     u: Any
     t: Any
@@ -48,193 +47,208 @@ class Glimpse(NamedTuple):
     qx: Any
     """qᵀ x."""
     column: Any
-    """The largest norm of a column of K in the scaled rows."""
+    """The largest norm of a column of K in the scaled constraints, in the units of the tolerance."""
     expected: Any
-    """r_v after an exact step; NaN where there was none."""
-    allowed: Any
-    """How far r_v may be from that."""
+    """r_v after a step whose linear solve is without error; NaN where there was none."""
+    negligible: Any
+    """How far r_v may be from that without refinement."""
 
 
-def pay(part: Part) -> bool:
-    """Whether steps in the rows, which are more operations on fewer numbers, can be made and save time.
+class DualSystem:
+    """The factored dense dual system, solved for multipliers."""
 
-    float32 wants its residuals in float64, which they do not give.
-    """
-    return part.form.definite and part.problem.dtype == part.exact.dtype and not part.idle
+    def __init__(self, sub: SubBatch, theta, state: State):
+        self.sub, self.t = sub, state.implicit_x.t
+        self.theta = sub.problem.where_exists(theta + state.delta / sub.scaling.E**2, float("inf"))
+        self.factor, self.factor_ok = sub.form.factor_dual(self.theta)
+
+    def solve(self, r_v):
+        """Return dv for a right-hand side of the constraints."""
+        return self.sub.problem.backend.solve(self.factor, self.t - r_v)
+
+    def solve_refined(self, r_v, refine=None):
+        """Return dv, refined for the problems of a mask, and S dv."""
+        problem, S = self.sub.problem, self.sub.form.S
+        dv = self.solve(r_v)
+        Sdv = product(S, dv)
+        if refine is None:
+            return dv, Sdv
+        left = problem.where_exists(self.t - r_v - Sdv - self.theta * dv, 0.0)
+        dv = problem.backend.xp.where(refine, dv + problem.backend.solve(self.factor, left), dv)
+        return dv, product(S, dv)
 
 
-def initialize(part: Part, settings: Settings):
-    """`start.initialize` with x only where that is looked at, and without the factor: the derivative makes another."""
-    problem, form, backend = part.problem, part.form, part.problem.backend
-    xp, origin = backend.xp, observe(part, make_origin(part, settings))
-    seen = origin.seen
-    theta = first_theta(part)
-    positive, _, refined = _newton(part, theta, origin)
-    dv, Sdv = refined(origin.r_v, origin.inexact)
-    good = positive & backend.all_finite(Sdv)
-    dv = xp.where(good, dv, origin.v)
+def begin(sub: SubBatch):
+    """Start in the ordinary way as `start.begin` does, without a factor: the derivative makes another."""
+    problem, form, backend = sub.problem, sub.form, sub.problem.backend
+    xp, origin = backend.xp, anchor(sub, make_origin(sub))
+    known = origin.implicit_x
+    theta = first_diagonals(sub, origin).theta
+    system = DualSystem(sub, theta, origin)
+    dv, Sdv = system.solve_refined(origin.r_v, origin.refine)
+    computed = system.factor_ok & backend.all_finite(Sdv)
+    dv = xp.where(computed, dv, origin.v)
     # From x = 0 the step is Q⁻¹ (−q − Kᵀdv), which leaves nothing of Qx + q + Kᵀdv; but v is moved onto the path.
-    v, s, mu = place(part, settings, theta, dv)
-    u, a, Kx = dv - v, xp.astype(~good, problem.dtype), xp.where(good & problem.exists, seen.t - Sdv, 0.0)
+    v, s, mu = center_start(sub, theta, dv)
+    u, a, Kx = dv - v, xp.astype(~computed, problem.dtype), xp.where(computed & problem.exists, known.t - Sdv, 0.0)
     Su = product(form.S, u)
-    seen = seen._replace(
-        a=a, u=u, t=a * seen.t + Su, rr=a * seen.rr + backend.dot(u, 2.0 * a * seen.t + Su), xr=backend.dot(Kx, u),
-        qx=xp.where(good, backend.dot(seen.t, dv) - seen.rr, 0.0),
+    known = known._replace(
+        a=a, u=u, t=a * known.t + Su, rr=a * known.rr + backend.dot(u, 2.0 * a * known.t + Su), xr=backend.dot(Kx, u),
+        qx=xp.where(computed, backend.dot(known.t, dv) - known.rr, 0.0),
     )  # fmt: skip
-    state = origin._replace(v=v, s=s, mu=mu, Kx=Kx, r_v=problem.k - Kx - s, seen=seen)
-    return part, glance(part, settings, origin, state, good, stays=False), None
+    state = origin._replace(v=v, s=s, mu=mu, Kx=Kx, r_v=problem.k - Kx - s, implicit_x=known)
+    return sub, assess_in_dual_space(sub, origin, state, computed, may_revert=False), None
 
 
-def observe(part: Part, state: State) -> State:
-    """The iterate, all of which is known, with what is known of x in the steps that follow."""
-    backend = part.problem.backend
+def anchor(sub: SubBatch, state: State) -> State:
+    """Begin the recurrences at an iterate whose x and residuals are known."""
+    backend = sub.problem.backend
     xp = backend.xp
-    whitened, t = part.form.eliminate(None, state.r_x)
-    return state._replace(seen=Glimpse(
-        x=state.x, v=state.v, r=state.r_x, whitened=whitened, length=measured(backend, part.units.x, state.r_x),
-        a=xp.ones_like(state.mu), u=xp.zeros_like(t), t=t, rr=backend.dot(whitened, whitened),
-        xr=backend.dot(state.x, state.r_x), qx=backend.dot(state.x, part.problem.q),
-        column=_longest_column(part) if state.seen is None else state.seen.column,
-        expected=xp.full_like(t, xp.nan), allowed=state.mu,
+    forward, t = sub.form.eliminate(None, state.r_x)
+    return state._replace(implicit_x=ImplicitX(
+        x_anchor=state.x, v_anchor=state.v, r_anchor=state.r_x, forward=forward,
+        r=scaled_size(backend, sub.units.x, state.r_x), a=xp.ones_like(state.mu), u=xp.zeros_like(t), t=t,
+        rr=backend.dot(forward, forward), xr=backend.dot(state.x, state.r_x), qx=backend.dot(state.x, sub.problem.q),
+        column=longest_column(sub) if state.implicit_x is None else state.implicit_x.column,
+        expected=xp.full_like(t, xp.nan), negligible=state.mu,
     ))  # fmt: skip
 
 
-def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: bool):
-    """`step.step` with x only where that is looked at, and without the factor."""
-    problem, backend, seen = part.problem, part.problem.backend, state.seen
-    xp, t = backend.xp, seen.t
+def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
+    """Make one step as `step.step` does, with x formed where it is wanted, and without a factor."""
+    problem, backend = sub.problem, sub.problem.backend
+    xp = backend.xp
     s, z = (problem.where_inequality(a, float("inf")) for a in (state.s, state.v))
     theta = state.s / z
-    positive, multipliers, refined = _newton(part, theta, state)
-    dv = multipliers(state.r_v + state.s)
-    excess, fraction = centering(part, settings, state, s, z, dv, -state.s - theta * dv)
-    excess = excess / z
-    dv, Sdv = refined(state.r_v + excess, state.inexact if refine else None)
-    alpha_s, alpha_z, s, v = advance(part, settings, state, s, z, dv, -excess - theta * dv, fraction)
+    system = DualSystem(sub, theta, state)
+    dv = system.solve(state.r_v + state.s)
+    right, fraction = corrector_rhs(sub, state, (s, z), (dv, -state.s - theta * dv))
+    right = right / z
+    dv, Sdv = system.solve_refined(state.r_v + right, state.refine if refine else None)
+    alpha_s, alpha_z, s, v = take_step(sub, state, (s, z), (dv, -right - theta * dv), fraction)
 
-    Kdx, keep, apart = t - Sdv, 1.0 - alpha_s, alpha_s - alpha_z
-    Kx = problem.where_exists(state.Kx + alpha_s * Kdx, 0.0)
+    computed = system.factor_ok & backend.all_finite(Sdv) & backend.all_finite(v) & backend.all_finite(s)
+    made = Step(alpha_s, alpha_z, computed, alpha_s * state.delta / sub.scaling.E**2 * dv)
+    Kx, known = update(sub, made, state, dv, Sdv)
+    moved = state._replace(v=v, s=s, mu=mean(sub, s, v), Kx=Kx, r_v=problem.k - Kx - s, implicit_x=known)
+    # A step that cannot be computed is not taken; more regularisation comes instead.
+    if not backend.known_all_false(~computed):
+        unknown = state.implicit_x._replace(expected=xp.full_like(system.t, xp.nan))
+        moved = choose(xp, computed, moved, state._replace(implicit_x=unknown))
+    moved = moved._replace(iterations=state.iterations + 1, refine=~constraints_are_accurate(sub, moved))
+    moved = update_regularization(sub, made, state, moved)
+    moved = assess_in_dual_space(sub, state, moved, computed, may_revert=may_revert)
+    return choose(xp, state.status != RUNNING, state, moved) if may_revert else moved, None
+
+
+def update(sub: SubBatch, made: Step, state: State, dv, Sdv):
+    """Return Kx and the recurrences after a step dv in the multipliers."""
+    backend, known = sub.problem.backend, state.implicit_x
+    t, alpha_s = known.t, made.alpha_s
+    Kdx, rest, apart = t - Sdv, 1.0 - alpha_s, alpha_s - made.alpha_z
+    Kx = sub.problem.where_exists(state.Kx + alpha_s * Kdx, 0.0)
     t_dv, dv_S_dv, Kx_dv = backend.dot(t, dv), backend.dot(dv, Sdv), backend.dot(state.Kx, dv)
-    r_dx, left = seen.rr - t_dv, alpha_s * state.delta / part.metric.rows**2 * dv
-    seen = seen._replace(
-        a=keep * seen.a,
-        u=keep * seen.u + apart * dv,
-        t=keep * t + apart * Sdv,
-        rr=keep * keep * seen.rr + 2.0 * keep * apart * t_dv + apart * apart * dv_S_dv,
-        xr=keep * seen.xr + apart * Kx_dv + alpha_s * (keep * r_dx + apart * (t_dv - dv_S_dv)),
-        qx=seen.qx - alpha_s * (seen.xr - Kx_dv + backend.dot(state.v, Kdx) + r_dx),
-        expected=keep * state.r_v - left,
-        allowed=backend.clip(
-            DOUBLE.refine_relative * measured(backend, part.units.rows, state.r_v),
-            DOUBLE.refine_absolute * settings.tol,
-        ),
+    r_dx = known.rr - t_dv
+    return Kx, known._replace(
+        a=rest * known.a,
+        u=rest * known.u + apart * dv,
+        t=rest * t + apart * Sdv,
+        rr=rest * rest * known.rr + 2.0 * rest * apart * t_dv + apart * apart * dv_S_dv,
+        xr=rest * known.xr + apart * Kx_dv + alpha_s * (rest * r_dx + apart * (t_dv - dv_S_dv)),
+        qx=known.qx - alpha_s * (known.xr - Kx_dv + backend.dot(state.v, Kdx) + r_dx),
+        expected=rest * state.r_v - made.by_delta,
+        negligible=negligible(sub, scaled_size(backend, sub.units.v, state.r_v)),
     )
-    moved = state._replace(v=v, s=s, mu=mean(part, s, v), Kx=Kx, r_v=problem.k - Kx - s, seen=seen)
-    # A step that cannot be computed is not taken; stronger proximal terms come instead.
-    sound = positive & backend.all_finite(Sdv) & backend.all_finite(v) & backend.all_finite(s)
-    if not backend.known_all_false(~sound):
-        nothing = state.seen._replace(expected=xp.full_like(t, xp.nan))
-        moved = choose(xp, sound, moved, state._replace(seen=nothing))
-    moved = moved._replace(iterations=state.iterations + 1, inexact=_inexact(part, moved))
-    moved = with_proximal_terms(part, settings, state, moved, sound, left)
-    moved = glance(part, settings, state, moved, sound, stays=stays)
-    return choose(xp, state.status != RUNNING, state, moved) if stays else moved, None
 
 
-def glance(part: Part, settings: Settings, before: State, state: State, sound, *, stays: bool) -> State:
-    """How problems stand as far as it shows without x; where that is not all there is to know, also with x."""
-    problem, E, seen, units = part.problem, part.metric.rows, state.seen, part.units
-    xp, backend, v, Kx, k = problem.backend.xp, problem.backend, state.v, state.Kx, problem.k
+def assess_in_dual_space(sub: SubBatch, before: State, state: State, computed, *, may_revert: bool) -> State:
+    """Decide how problems stand: without x, and with x formed where that is not enough to go on."""
     running = before.status == RUNNING
-    violation = problem.where_inequality(backend.clip(Kx - k, 0.0), xp.abs(state.r_v))
-    kv, vKx, primal = backend.dot(k, v), backend.dot(v, Kx), measured(backend, units.rows, violation)
-    of_gap = 1.0 if units.gap is None else 1.0 / units.gap
-    gap = of_gap * xp.abs(kv - vKx - seen.xr)
-    others = xp.maximum(primal, gap)
-    # The residual of the variables is seldom the largest, and if so a bound does, without K.
-    dual = seen.a * seen.length + seen.column * xp.sqrt(backend.total((seen.u / E) ** 2))
-    small = (dual <= others) | ~running
-    if not backend.known_all_false(~small):
-        exactly = measured(backend, units.x, seen.a * seen.r + problem.adjoint(seen.u))
-        dual = xp.where(small, dual, exactly)
-    worst = xp.maximum(dual, others)
-    no_point, *_ = contradiction(part, settings.tol, v, before.v, Kx, primal)
-
-    tol, rtol = settings.tol, settings.rtol
-    size = xp.maximum(xp.abs(seen.xr + seen.qx + vKx), xp.maximum(xp.abs(seen.qx), xp.abs(kv)))
-    far = primal > tol + rtol * measured(backend, units.rows, Kx)
-    far = far | (gap > 2.0 * tol + (2.0 * rtol + DOUBLE.product_rounding) * of_gap * size)
-    waiting, best = waited(xp, settings, before, Residuals(primal, dual, gap), no_point)
-    proven = DOUBLE.late_certificate * settings.certificate
-    well = (waiting < DOUBLE.equal_steps_after) & (worst < float("inf")) & ~(no_point > proven)
-    enough = far & well & ~before.near & sound & (state.iterations < state.limit)
-    known = state._replace(
-        primal=primal, dual=dual, gap=gap, near=before.near & False, worst=worst, waiting=waiting,
-        best=best, proof=xp.maximum(no_point, before.proof),
-    )  # fmt: skip
-    wanted = running & ~enough
-    count, some = backend.count(wanted, running & enough)
+    known, enough = assess_without_x(sub, before, state)
+    wanted = running & ~(enough & computed)
+    count, some = sub.problem.backend.count(wanted, running & enough & computed)
     if count == 0:
         return known
-    if 2 * count <= problem.batch and problem.bytes_per_problem >= WORTH_A_COPY:
-        looked = look_at_few(part, settings, before, state, wanted[:, 0], count, stays=stays)
+    if 2 * count <= sub.problem.batch and sub.problem.bytes_per_problem >= COPY_BYTES:
+        formed = assess_few_with_x(sub, before, state, wanted[:, 0], count, may_revert=may_revert)
     else:
-        looked = look(part, settings, before, state, stays=stays)
-    return choose(xp, wanted, looked, known) if some else looked
+        formed = assess_with_x(sub, before, state, may_revert=may_revert)
+    return choose(sub.problem.backend.xp, wanted, formed, known) if some else formed
 
 
-def look_at_few(
-    part: Part, settings: Settings, before: State, state: State, wanted, count: int, *, stays: bool
-) -> State:
-    """`look` at copies of the `count` problems where that is wanted; what it says of the others is of no use."""
-    xp = part.problem.backend.xp
+def assess_without_x(sub: SubBatch, before: State, state: State):
+    """Decide how problems stand as far as the recurrences tell.
+
+    Returns
+    -------
+    State
+        With the residuals that the recurrences give.
+    enough : array (B, 1)
+        For which problems that is enough: the stopping test is far from being passed, and all goes well.
+    """
+    problem, E, known, units = sub.problem, sub.scaling.E, state.implicit_x, sub.units
+    xp, backend, v, Kx, k = problem.backend.xp, problem.backend, state.v, state.Kx, problem.k
+    violation = problem.where_inequality(backend.clip(Kx - k, 0.0), xp.abs(state.r_v))
+    kv, vKx, primal = backend.dot(k, v), backend.dot(v, Kx), scaled_size(backend, units.v, violation)
+    per_unit = per_gap_unit(sub)
+    gap = per_unit * xp.abs(kv - vKx - known.xr)
+    others = xp.maximum(primal, gap)
+    # The residual of the variables is seldom the largest, and if so a bound says that, without K.
+    dual = known.a * known.r + known.column * xp.sqrt(backend.total((known.u / E) ** 2))
+    small = (dual <= others) | (before.status != RUNNING)
+    if not backend.known_all_false(~small):
+        computed = scaled_size(backend, units.x, known.a * known.r_anchor + problem.adjoint(known.u))
+        dual = xp.where(small, dual, computed)
+    worst = xp.maximum(dual, others)
+    infeasible = farkas_certificate(sub, v, before.v, Kx, primal).ratio
+    without_progress, best = progress(sub, before, Residuals(primal, dual, gap), infeasible)
+
+    settings = sub.settings
+    size = xp.maximum(xp.abs(known.xr + known.qx + vKx), xp.maximum(xp.abs(known.qx), xp.abs(kv)))
+    far = primal > allowed(settings, scaled_size(backend, units.v, Kx))
+    far = far | (gap > allowed(settings, size, per_unit, times=2.0, rounding=DOUBLE.product_rounding))
+    well = (without_progress < DOUBLE.equal_steps_after) & (worst < float("inf"))
+    well = well & ~(infeasible > DOUBLE.late_certificate * settings.certificate)
+    enough = far & well & ~before.within_tolerance & (state.iterations < state.limit)
+    return state._replace(
+        primal=primal, dual=dual, gap=gap, within_tolerance=before.within_tolerance & False, worst=worst,
+        without_progress=without_progress, best=best, certificate=xp.maximum(infeasible, before.certificate),
+    ), enough  # fmt: skip
+
+
+def assess_few_with_x(sub: SubBatch, before: State, state: State, wanted, count: int, *, may_revert: bool) -> State:
+    """Call `assess_with_x` for copies of the `count` problems where that is wanted; the others get some state."""
+    xp = sub.problem.backend.xp
     those = xp.argsort(xp.astype(~wanted, xp.int8), stable=True)[:count]
     few, earlier = (take(xp, tree, those) for tree in (state, before))
-    looked = look(part.select(those), settings, earlier, few, stays=stays)
-    place = xp.where(wanted, xp.cumulative_sum(xp.astype(wanted, xp.int32)) - 1, 0)
-    return take(xp, looked, place)
+    formed = assess_with_x(sub.select(those), earlier, few, may_revert=may_revert)
+    position = xp.where(wanted, xp.cumulative_sum(xp.astype(wanted, xp.int32)) - 1, 0)
+    return take(xp, formed, position)
 
 
-def look(part: Part, settings: Settings, before: State, state: State, *, stays: bool) -> State:
-    """How problems stand, with x and all residuals computed."""
-    seen = state.seen
-    # From where it was last looked at, so that rounding counts for less and less.
-    x = seen.x + part.form.variables((1.0 - seen.a) * seen.whitened, seen.u + state.v - seen.v)
-    looked = assess(part, settings, state._replace(x=x), before)
-    looked = looked._replace(inexact=_inexact(part, looked))
-    return observe(part, settle(part, settings, before, looked) if stays else looked)
+def assess_with_x(sub: SubBatch, before: State, state: State, *, may_revert: bool) -> State:
+    """Form x, compute all residuals, decide how problems stand, and begin the recurrences there."""
+    formed = assess(sub, state._replace(x=form_x(sub, state)), before)
+    formed = formed._replace(refine=~constraints_are_accurate(sub, formed))
+    return anchor(sub, accept_or_revert(sub, before, formed) if may_revert else formed)
 
 
-def _newton(part: Part, theta, state: State):
-    """Factor the KKT matrix; the multipliers for a right-hand side of the rows; these refined, and S times them."""
-    form, backend, t = part.form, part.problem.backend, state.seen.t
-    theta = part.problem.where_exists(theta + state.delta / part.metric.rows**2, float("inf"))
-    factor, positive = form.factor_rows(theta)
-
-    def multipliers(right):
-        return backend.solve(factor, t - right)
-
-    def refined(right, inexact):
-        dv = multipliers(right)
-        Sdv = product(form.S, dv)
-        if inexact is None:
-            return dv, Sdv
-        left = part.problem.where_exists(t - right - Sdv - theta * dv, 0.0)
-        dv = backend.xp.where(inexact, dv + backend.solve(factor, left), dv)
-        return dv, product(form.S, dv)
-
-    return positive, multipliers, refined
+def form_x(sub: SubBatch, state: State):
+    """Return x, from where it was last formed, so that rounding counts for less and less."""
+    known = state.implicit_x
+    change = sub.form.solve_variables((1.0 - known.a) * known.forward, known.u + state.v - known.v_anchor)
+    return known.x_anchor + change
 
 
-def _inexact(part: Part, state: State):
-    """Whether the last step has left too much in the rows."""
-    left = measured(part.problem.backend, part.units.rows, state.r_v - state.seen.expected)
-    return ~(left <= state.seen.allowed)
+def constraints_are_accurate(sub: SubBatch, state: State):
+    """Return for which problems the last linear solve has left little of the residual of the constraints."""
+    left = scaled_size(sub.problem.backend, sub.units.v, state.r_v - state.implicit_x.expected)
+    return left <= state.implicit_x.negligible
 
 
-def _longest_column(part: Part):
-    """The largest norm of a column of K in the scaled rows."""
-    problem, E = part.problem, part.metric.rows
+def longest_column(sub: SubBatch):
+    """Return the largest norm of a column of K in the scaled constraints, in the units of the tolerance."""
+    problem, E = sub.problem, sub.scaling.E
     backend, blocks = problem.backend, ((problem.A, "A"), (problem.G, "G"))
     squares = [product_transposed(K * K, E[:, problem.blocks[name]] ** 2) for K, name in blocks if K is not None]
-    return measured(backend, part.units.x, backend.xp.sqrt(sum(squares[1:], squares[0])))
+    return scaled_size(backend, sub.units.x, backend.xp.sqrt(sum(squares[1:], squares[0])))

@@ -7,10 +7,10 @@ from contextlib import closing
 from ...problem import Problem, check_values, indefinite
 from ..base import Outcome, Settings, StartingPoint
 from ..reduction import prefers_dense
-from .batch import Ended, Kept, in_batch, join
-from .derivative import Factors, whole
-from .loop import forms, run
-from .state import make_part
+from .batch import Ended, SavedFactor, in_batch, join
+from .derivative import Factors, saved_together
+from .loop import forms, iterate
+from .state import make_sub_batch
 from .traced import solve_traced
 
 LARGE = 2**16
@@ -27,38 +27,38 @@ def solve(
 ) -> tuple[Outcome, Factors]:
     """Solve every problem of a batch, in chunks that fit in memory."""
     xp, backend = problem.backend.xp, problem.backend
-    # The dense dual form finds out by itself whether Q is definite; what it leaves to others is looked at then.
+    # The dense dual form finds out by itself whether Q is definite; problems that it leaves to others are checked then.
     later = prefers_dense(problem) and not backend.traced
     if problem.batch * problem.bytes_per_problem >= LARGE:
         backend.reuse_freed_memory()
     if check and problem.batch:
         check_values(problem, convexity=not later)
     if backend.traced:
-        outcome, factor, metric = solve_traced(problem, settings, start)
+        outcome, factor, scaling = solve_traced(problem, settings, start)
         if progress is not None:
             progress(problem.batch, problem.batch)
-        return outcome, whole(problem, factor, metric)
+        return outcome, saved_together(problem, factor, scaling)
 
-    def solve_chunk(chunk: slice) -> tuple[list[Ended], list[Kept]]:
+    def solve_chunk(chunk: slice) -> tuple[list[Ended], list[SavedFactor]]:
         chosen = forms(problem.select(chunk))
-        if check and later and any(not form.definite and xp.any(indefinite(form.problem)) for form, _ in chosen):
+        if check and later and any(not form.skips_rho and xp.any(indefinite(form.problem)) for form, _ in chosen):
             check_values(problem)
-        parts = [(make_part(form, settings), in_batch(backend, chunk, where)) for form, where in chosen]
-        del chosen  # which would keep what `run` frees
-        ended, kept = [], []
-        while parts:
-            more = run(problem, parts, start, settings, verbose)
+        sub_batches = [(make_sub_batch(form, settings), in_batch(backend, chunk, where)) for form, where in chosen]
+        del chosen  # its references would keep the arrays that `iterate` frees
+        ended, saved = [], []
+        while sub_batches:
+            more = iterate(problem, sub_batches, start, verbose)
             ended += more[0]
-            kept += more[1]
-        return ended, kept
+            saved += more[1]
+        return ended, saved
 
     chunks = problem.chunks()
-    ended, kept, done = [], [], 0
+    ended, saved, done = [], [], 0
     with closing(backend.map(solve_chunk, chunks, 1 if verbose else problem.workers)) as results:
         for chunk, solved in zip(chunks, results, strict=True):
             ended += solved[0]
-            kept += solved[1]
+            saved += solved[1]
             done += chunk.stop - chunk.start
             if progress is not None:
                 progress(done, problem.batch)
-    return join(problem, ended), Factors(kept)
+    return join(problem, ended), Factors(saved)

@@ -1,8 +1,8 @@
 """Equilibration: scales of the variables and the constraints, and the sizes that residuals are measured in.
 
-Nothing is scaled in memory. Equilibration enters as the metric of the proximal terms (`Metric`): for the scaled
-variables x = D x̃ and the scaled rows E K D, terms ρ and δ of the same size for all are ρ/D² and δ/E² in the caller's
-units. Shared operands thus stay shared, and residuals are in the caller's units throughout.
+Nothing is scaled in memory. Equilibration enters by the regularisation: for the scaled variables x = D x̃ and the
+scaled constraints E K D, a ρ and a δ of the same size for all are ρ/D² and δ/E² in the caller's units. Shared operands
+thus stay shared, and residuals are in the caller's units throughout.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from ...problem import INFINITE, Problem, _concat, product, product_transposed
 from ..parameters import DOUBLE
 
 
-class Metric(NamedTuple):
-    """Equilibration: the variables x/D, the slacks E s and the multipliers v/E are those of the scaled problem."""
+class Scaling(NamedTuple):
+    """The equilibration: the scaled problem has variables x/D, slacks E s and multipliers v/E."""
 
-    variables: Any
-    """D, (B or 1, n)."""
-    rows: Any
-    """E, (B or 1, rows)."""
+    D: Any
+    """(B or 1, n)."""
+    E: Any
+    """(B or 1, constraints)."""
     primal: Any
     """What the scaled primal residual E(Kx + s − k) is measured in, (B or 1, 1)."""
     dual: Any
@@ -28,8 +28,8 @@ class Metric(NamedTuple):
     """How far x/D is likely to go at most, infinite where nothing is known of it, (B or 1, 1)."""
 
 
-def equilibrate(problem: Problem) -> Metric:
-    """Scales of the variables and the constraints, and the sizes that residuals of the scaled problem are measured in.
+def equilibrate(problem: Problem) -> Scaling:
+    """Find the scales of the variables and the constraints, and what residuals of the scaled problem are measured in.
 
     D and E are those of `balance`. Without curvature they leave open how large the cost is against the constraints:
     then they also make max |Dq| about as large as the entries of Ek.
@@ -40,20 +40,21 @@ def equilibrate(problem: Problem) -> Metric:
     boxed = problem.lb is not None and problem.ub is not None
     rows, bounds = balanced.E, [bound for bound in (problem.lb, problem.ub) if bound is not None]
 
-    def of_all_rows(rows, D):
-        return _together(xp, [*rows, *(1.0 / D for _ in bounds)], D)
+    def scale_bounds(rows, D):
+        """Return E: the scale of a bound is that of its variable."""
+        return join_columns(xp, [*rows, *(1.0 / D for _ in bounds)], D)
 
     # A variable in no row and not in Q takes the scale of its bounds, so that they say nothing of the others.
-    counts = _together(xp, [*balanced.filled, *(occupied if boxed else occupied | True for _ in bounds)], occupied)
+    counts = join_columns(xp, [*balanced.filled, *(occupied if boxed else occupied | True for _ in bounds)], occupied)
 
     def scaled(rows, D):
-        """E, and Ek and Dq with what they say of the sizes of residuals."""
-        E = of_all_rows(rows, D)
+        """Return E, Ek, Dq, and the units of residuals."""
+        E = scale_bounds(rows, D)
         k, q = xp.where(problem.exists & counts, E * problem.k, 0.0), D * problem.q
-        return E, k, q, residual_units(problem, k, q, curvature, balanced.least_curvature)
+        return E, k, q, measure_residual_units(problem, k, q, curvature, balanced.least_curvature)
 
     E, k, q, units = scaled(rows, D)
-    times = _flat_scale(backend, balanced, q, curvature * units[0])
+    times = enlargement_of_flat(backend, balanced, q, curvature * units[0])
     if not backend.known_all_false(times > 1.0):
         D = xp.where(balanced.flat, times * D, D)
         rows = [xp.where(touched, e / times, e) for e, touched in zip(rows, balanced.touched, strict=True)]
@@ -64,16 +65,21 @@ def equilibrate(problem: Problem) -> Metric:
         bounded = ~occupied & (span > 0) & (span < INFINITE)
         if not backend.known_all_false(bounded):
             D = xp.where(bounded, span / primal, D)
-            E = of_all_rows(rows, D)
-    metric, slope = Metric(D, E, primal, dual, reach), backend.norm(q)
+            E = scale_bounds(rows, D)
+    return balance_cost(backend, Scaling(D, E, primal, dual, reach), curvature, k, q)
+
+
+def balance_cost(backend, scaling: Scaling, curvature, k, q) -> Scaling:
+    """Without curvature, make the cost about as large as the right-hand sides, for Ek and Dq."""
+    xp, slope = backend.xp, backend.norm(q)
     flat = (curvature == 0) & (slope > 0)
     if backend.known_all_false(flat):
-        return metric
-    return with_cost(metric, xp.where(flat, _mean_size(backend, k) / xp.where(slope > 0, slope, 1.0), 1.0))
+        return scaling
+    return scale_cost(scaling, xp.where(flat, mean_size(backend, k) / xp.where(slope > 0, slope, 1.0), 1.0))
 
 
-def _flat_scale(backend, balanced: Balance, q, curved):
-    """What to multiply the scales of the variables without curvature by, (B or 1, 1), where others have some.
+def enlargement_of_flat(backend, balanced: Balance, q, curved):
+    """Find what to multiply the scales of variables without curvature by, (B or 1, 1), where others have some.
 
     The matrices leave open how large these variables and their linear cost are against the others: the cost should not
     be small against curvature times the size of x.
@@ -84,20 +90,28 @@ def _flat_scale(backend, balanced: Balance, q, curved):
     return xp.where(small, xp.sqrt(xp.where(small, curved, 1.0) / xp.where(small, slope, 1.0)), 1.0)
 
 
-def _together(xp, parts, like):
-    """Arrays (B or 1, ·) side by side; of none, one without columns."""
+def mean_size(backend, k):
+    """Return the geometric mean of the entries that are not 0, which no single one decides; 1 where there are none."""
+    xp = backend.xp
+    length = xp.abs(k)
+    count = backend.total(xp.astype(length > 0, k.dtype))
+    return xp.exp(backend.total(xp.log(xp.where(length > 0, length, 1.0))) / backend.clip(count, 1.0))
+
+
+def join_columns(xp, parts, like):
+    """Join arrays (B or 1, ·) along their last axis; of none, return one without columns."""
     return _concat(xp, parts) if parts else like[:, :0]
 
 
-def with_cost(metric: Metric, c) -> Metric:
-    """The scaling of the problem whose cost is c times as large."""
-    D, E, primal, dual, reach = metric
+def scale_cost(scaling: Scaling, c) -> Scaling:
+    """Return the scaling as if the cost were c times as large; what residuals are compared with does not change."""
+    D, E, primal, dual, reach = scaling
     root = c**0.5
-    return Metric(root * D, E / root, primal / root, root * dual, reach / root)
+    return Scaling(root * D, E / root, primal / root, root * dual, reach / root)
 
 
-def residual_units(problem: Problem, k, q, curvature, least_curvature):
-    """What the residuals of the scaled problem are measured in, and how far x is likely to go at most.
+def measure_residual_units(problem: Problem, k, q, curvature, least_curvature):
+    """Find what the residuals of the scaled problem are measured in, and how far x is likely to go at most.
 
     Residuals are measured in lower estimates of how large their terms are. A solution is at least as large as the
     right-hand sides that x = 0 does not satisfy. Where it satisfies all, the solution is where the cost is least, or
@@ -126,16 +140,8 @@ def residual_units(problem: Problem, k, q, curvature, least_curvature):
     return primal, xp.where(dual > 0, dual, primal), xp.where(reach > 0, reach, infinite)
 
 
-def _mean_size(backend, k):
-    """The geometric mean of the entries that are not zero, which no single one decides; 1 where there are none."""
-    xp = backend.xp
-    length = xp.abs(k)
-    count = backend.total(xp.astype(length > 0, k.dtype))
-    return xp.exp(backend.total(xp.log(xp.where(length > 0, length, 1.0))) / backend.clip(count, 1.0))
-
-
 class Balance(NamedTuple):
-    """What `balance` finds."""
+    """The result of `balance`."""
 
     D: Any
     """(B or 1, n)."""
@@ -155,7 +161,7 @@ class Balance(NamedTuple):
 
 
 def balance(problem: Problem) -> Balance:
-    """D and E such that the rows of [[DQD, DKᵀE], [EKD, 0]] are of about unit length (Ruiz, 2001, in the 2-norm).
+    """Find D and E such that the rows of [[DQD, DKᵀE], [EKD, 0]] are of about unit length (Ruiz, 2001, in the 2-norm).
 
     Each scale begins with the curvature of its variable, or else with the largest entry of its row or column, so that
     the units of the data do not matter, nor overflow.
@@ -163,13 +169,13 @@ def balance(problem: Problem) -> Balance:
     xp, backend = problem.backend.xp, problem.backend
     matrices = [K for K in (problem.A, problem.G) if K is not None]
 
-    def inverse(length, usable):
+    def reciprocal(length, usable):
         return xp.where(usable, 1.0 / xp.where(usable, length, xp.ones_like(length)), xp.ones_like(length))
 
     diagonal = xp.linalg.diagonal(problem.Q)
     curved = diagonal > DOUBLE.smallest_curvature * backend.largest(diagonal)
     curved = curved & xp.isfinite(diagonal)
-    first_D = inverse(xp.sqrt(xp.where(curved, diagonal, 1.0)), curved)
+    first_D = reciprocal(xp.sqrt(xp.where(curved, diagonal, 1.0)), curved)
     known = xp.where(curved, first_D, 0.0)
     first_E, filled, touched, flat = [], [], [], ~curved
     for K in matrices:
@@ -179,13 +185,13 @@ def balance(problem: Problem) -> Balance:
         length = xp.where(some > 0, some, every)
         filled.append((length > 0) & xp.isfinite(length))
         touched.append(product(size, xp.astype(flat, size.dtype)) > 0)
-        first_E.append(inverse(length, filled[-1]))
+        first_E.append(reciprocal(length, filled[-1]))
     columns = [
         xp.max(xp.abs(K) * e[:, :, None], axis=-2) for K, e in zip(matrices, first_E, strict=True) if K.shape[-2]
     ]
     if columns:
         length = columns[0] if len(columns) == 1 else xp.maximum(*columns)
-        first_D = xp.where(curved, first_D, inverse(length, (length > 0) & xp.isfinite(length)))
+        first_D = xp.where(curved, first_D, reciprocal(length, (length > 0) & xp.isfinite(length)))
     Q2 = (first_D[:, :, None] * problem.Q * first_D[:, None, :]) ** 2
     K2 = [(K * e[:, :, None] * first_D[:, None, :]) ** 2 for K, e in zip(matrices, first_E, strict=True)]
     batch = max(M.shape[0] for M in (Q2, *K2))

@@ -1,19 +1,25 @@
-"""The iteration on a part of the batch: dropping of finished problems, early stop."""
+"""The iteration on a sub-batch until every problem has ended."""
 
 from __future__ import annotations
 
 from ...problem import Problem, take
-from ..base import Settings, StartingPoint
+from ..base import StartingPoint
 from . import dual_space
-from .batch import Ended, Kept, in_batch, keep, outcome_of, rows_at
+from .batch import Ended, SavedFactor, in_batch, outcome_of, save_factor, take_all
 from .reduced_forms import PrimalForm, choose_form
-from .start import initialize, start_again, start_near
-from .state import RUNNING, State, choose
+from .start import begin, begin_again, begin_warm
+from .state import RUNNING, State, SubBatch, choose
 from .step import step
 
 
 def forms(problem: Problem):
-    """Split a chunk by the reduced form that suits each of its problems."""
+    """Divide a chunk into sub-batches by the reduced form that suits each of its problems.
+
+    Returns
+    -------
+    list
+        A reduced form with its problems, and their positions in the chunk or None for all, for each sub-batch.
+    """
     xp = problem.backend.xp
     if problem.backend.traced:
         return [(PrimalForm(problem), None)]
@@ -26,55 +32,66 @@ def forms(problem: Problem):
     if count == 0:
         return [(PrimalForm(problem), None)]
     order = xp.argsort(xp.astype(~safe, xp.int8), stable=True)
-    parts = []
-    for make, where in ((form.select, order[:count]), (lambda part, _: PrimalForm(part), order[count:])):
-        parts.append((make(problem.select(where), where), where))
-    return parts
+    preferred, others = order[:count], order[count:]
+    return [
+        (form.select(problem.select(preferred), preferred), preferred),
+        (PrimalForm(problem.select(others)), others),
+    ]
 
 
-def run(
-    problem: Problem, parts, near: StartingPoint | None, settings: Settings, verbose: bool
-) -> tuple[list[Ended], list[Kept]]:
-    """Iterate on one part until every problem has ended; where it saves time, those that have are dropped by halves.
+def in_dual_space(sub: SubBatch) -> bool:
+    """Return whether steps in the dual space, which are more operations on fewer numbers, can be made and save time.
 
-    The part is taken off the list, lest the caller keep what dropping has freed.
+    float32 needs its residuals in float64, which they do not give.
     """
-    part, index = parts.pop()
-    xp, backend = part.problem.backend.xp, part.problem.backend
-    start = None if near is None else take(xp, near, index)
-    start_from, advance = (dual_space.initialize, dual_space.step) if dual_space.pay(part) else (initialize, step)
-    part, state, factor = start_from(part, settings)
-    cold = None
-    if start is not None:
-        cold, (state, usable) = state, start_near(part, settings, start, state)
-        if cold.seen is not None:
-            state = dual_space.observe(part, state)
-        state = choose(xp, usable, state, cold)
-    # A definite form keeps its constants, which are there from the beginning.
-    ended, kept = [], [keep(problem, part, index, None)] if part.form.definite else []
+    return sub.form.skips_rho and sub.problem.dtype == sub.wide_problem.dtype and not sub.launch_bound
+
+
+def iterate(
+    problem: Problem, sub_batches, warm: StartingPoint | None, verbose: bool
+) -> tuple[list[Ended], list[SavedFactor]]:
+    """Iterate on the last of some sub-batches until every problem of it has ended.
+
+    Where it saves time, problems that have ended are dropped once they are half. The sub-batch is popped from the list,
+    so that no reference keeps the arrays that dropping frees.
+    """
+    sub, index = sub_batches.pop()
+    xp, backend = sub.problem.backend.xp, sub.problem.backend
+    point = None if warm is None else take(xp, warm, index)
+    start, advance = (dual_space.begin, dual_space.step) if in_dual_space(sub) else (begin, step)
+    sub, state, factor = start(sub)
+    ordinary = None
+    if point is not None:
+        ordinary, (state, usable) = state, begin_warm(sub, point, state)
+        if ordinary.implicit_x is not None:
+            state = dual_space.anchor(sub, state)
+        state = choose(xp, usable, state, ordinary)
+    # What the dense dual form saves is there from the beginning.
+    ended, saved = [], [save_factor(problem, sub, index, None)] if sub.form.skips_rho else []
     while True:
         running = state.status == RUNNING
-        count, inexact, close = backend.count(running, running & state.inexact, running & state.near)
+        count, refine, close = backend.count(running, running & state.refine, running & state.within_tolerance)
         if verbose:
-            _report(xp, state)
-        if count == 0 or (2 * count <= part.problem.batch and not part.idle):
+            print_progress(xp, state)
+        if count == 0 or (2 * count <= sub.problem.batch and not sub.launch_bound):
             order = xp.argsort(xp.astype(~running[:, 0], xp.int8), stable=True)
             done, rest = (order[count:], order[:count]) if count else (None, None)
-            outcome = rows_at(xp, outcome_of(state), done)
+            outcome = take_all(xp, outcome_of(state), done)
             ended.append(Ended(in_batch(backend, index, done), outcome))
-            if not part.form.definite:
-                kept.append(keep(problem, part, index, factor, done))
+            if not sub.form.skips_rho:
+                saved.append(save_factor(problem, sub, index, factor, done))
             if count == 0:
-                return ended, kept
-            part, index = part.select(rest), in_batch(backend, index, rest)
-            state, cold = rows_at(xp, (state, cold), rest)
+                return ended, saved
+            sub, index = sub.select(rest), in_batch(backend, index, rest)
+            state, ordinary = take_all(xp, (state, ordinary), rest)
         factor = None  # the next one may take its memory
-        state, factor = advance(part, settings, state, refine=inexact, stays=close or count < part.problem.batch)
-        if cold is not None:
-            state = start_again(xp, settings, state, cold)
+        state, factor = advance(sub, state, refine=refine, may_revert=close or count < sub.problem.batch)
+        if ordinary is not None:
+            state = begin_again(xp, sub.settings, state, ordinary)
 
 
-def _report(xp, state: State) -> None:
+def print_progress(xp, state: State) -> None:
+    """Print the worst residuals of the problems that are still running."""
     running = state.status == RUNNING
     worst = (xp.max(xp.where(running, value, 0.0)) for value in (state.primal, state.dual, state.gap, state.mu))
     primal, dual, gap, mu = map(float, worst)

@@ -1,4 +1,11 @@
-"""The KKT system reduced to the variables or to the constraints."""
+"""The reduced KKT systems: what is left of the system of `kkt` once one of its diagonal blocks is eliminated.
+
+* `PrimalForm` eliminates the constraints: n × n, Q + diag(ρ) + Kᵀ diag(1/(θ + δ)) K;
+* `DenseDualForm` and `DiagonalDualForm` eliminate the variables: one row and column for each row of A and G,
+  K (Q + diag(ρ))⁻¹ Kᵀ + diag(θ + δ), where Q is factored once, or is diagonal and takes the bounds with it.
+
+All have the methods of `PrimalForm`, whose docstrings say what is asked of them.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +16,32 @@ from ...problem import Later, Problem, product, product_transposed, take
 from ..parameters import DOUBLE, parameters
 from ..reduction import Form, has_off_diagonal, preferred_form
 from .equilibration import balance
-from .kkt import System
+from .kkt import Diagonals
 
 
 class PrimalForm:
-    """The KKT system reduced to the variables: n × n, for any Q and any rows."""
+    """The primal reduced KKT system: n × n, for any Q and any constraints."""
 
-    definite = False
-    """Whether Q alone is safely positive definite, and needs no ρ."""
+    skips_rho = False
+    """Whether Q alone is safely positive definite, so that the system has no ρ."""
 
     def __init__(self, problem: Problem, constants=None):
         self.problem = problem
         self.constants = constants
-        """What does not change in an iteration, beside the problem."""
+        """Arrays beside the problem that do not change in the iteration."""
 
     @classmethod
     def prepare(cls, problem: Problem) -> tuple[PrimalForm, Any]:
-        """The form, and for which problems it is safe (None: for all)."""
+        """Compute what does not change; return the form, and for which problems it is safe (None: for all)."""
         return cls(problem), None
 
     def select(self, problem: Problem, index) -> PrimalForm:
-        """The same for part of the batch."""
+        """Return the form of the problems at some positions, which are those of `problem`."""
         return PrimalForm(problem)
 
     @cached_property
     def _grams(self):
-        """For A and G, where they are given: Kᵀ diag(w) K as a function of the weights, and their place in w."""
+        """For A and G, where they are given: Kᵀ diag(w) K as a function of weights w, and where in w theirs are."""
         problem = self.problem
         return [
             (problem.backend.gram(K), problem.blocks[name])
@@ -42,27 +49,27 @@ class PrimalForm:
             if K is not None
         ]
 
-    def factor(self, system: System):
-        """Factor the reduced matrix; also whether it was positive definite, (B, 1)."""
+    def factor(self, diagonals: Diagonals):
+        """Factor the reduced matrix; return the factor, and whether the matrix was positive definite, (B, 1)."""
         problem = self.problem
-        weights = 1.0 / (system.theta + system.delta)
+        weights = 1.0 / (diagonals.theta + diagonals.delta)
         M = problem.Q
         for gram, block in self._grams:
             M = M + gram(weights[:, block])
-        diagonal = system.rho + _bound_weights(problem, weights)
-        factor, positive = problem.backend.factor_sum(M, diagonal)
-        return (factor, weights), positive
+        diagonal = diagonals.rho + _bound_weights(problem, weights)
+        factor, factor_ok = problem.backend.factor_sum(M, diagonal)
+        return (factor, weights), factor_ok
 
     def eliminate(self, factor, r_x):
-        """What a solve needs of the right-hand side of the variables (B, n) alone: done once for many solves."""
+        """Eliminate the right-hand side of the variables (B, n), once for several solves with the same."""
         return r_x
 
-    def solve_rows(self, factor, eliminated, r_v):
-        """The multipliers of `solve`, which with a dense dual form come without the variables."""
+    def solve_multipliers(self, factor, eliminated, r_v):
+        """Return the multipliers of `solve`, for which the dense dual form needs no variables."""
         return self.solve(factor, eliminated, r_v)[1]
 
     def solve(self, factor, eliminated, r_v):
-        """Solve for right-hand sides of the variables, after `eliminate`, and of the rows (B, rows)."""
+        """Solve for right-hand sides of the variables, after `eliminate`, and of the constraints (B, constraints)."""
         problem = self.problem
         reduced, weights = factor
         dx = problem.backend.solve(reduced, eliminated + problem.adjoint(weights * r_v))
@@ -70,109 +77,109 @@ class PrimalForm:
 
 
 class DenseDualForm:
-    """The KKT system reduced to the rows, for problems without bounds whose Q = F Fᵀ is safely invertible.
+    """The dense dual reduced KKT system, for problems without bounds whose Q = F Fᵀ is safely invertible.
 
     S = K Q⁻¹ Kᵀ is computed once, and once for the whole batch where Q, A and G are shared.
     """
 
-    definite = True
+    skips_rho = True
 
     def __init__(self, problem: Problem, constants):
         self.problem = problem
         self._later, self.S = constants
-        """The backend's root of Q and V = K F⁻ᵀ, to be asked for, and S = V Vᵀ."""
+        """The factor of Q and V = K F⁻ᵀ, not taken before they are used, and S = V Vᵀ."""
 
     @classmethod
     def prepare(cls, problem: Problem) -> tuple[DenseDualForm, Any]:
-        """The form, and for which problems Q is well enough conditioned for it, (B or 1,)."""
+        """Factor Q; return the form, and for which problems Q is well enough conditioned for it, (B or 1,)."""
         xp, backend = problem.backend.xp, problem.backend
         diagonal = xp.linalg.diagonal(problem.Q)
-        factor, positive = backend.factor(problem.Q)
+        factor, factor_ok = backend.factor(problem.Q)
         blocks = [K for K in (problem.A, problem.G) if K is not None]
-        root = backend.substitution(factor)
-        V = backend.forward_rows(root, _stack(xp, blocks))
-        enough = parameters(problem).smallest_pivot
-        good = positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal)
-        return cls(problem, (Later((root, V)), backend.products(V, V.mT))), xp.all(good, axis=-1)
+        F = backend.substitution(factor)
+        V = backend.forward_rows(F, _stack(xp, blocks))
+        least = parameters(problem).smallest_pivot
+        safe = factor_ok & (diagonal > 0) & (backend.pivots(factor) > least * diagonal)
+        return cls(problem, (Later((F, V)), backend.products(V, V.mT))), xp.all(safe, axis=-1)
 
     @cached_property
-    def whitening(self):
-        """The backend's root of Q and V, which a step in the rows alone does not ask for."""
+    def factor_of_Q(self):
+        """The factor F of Q for substitutions, and V, which steps in the dual space do not use."""
         return self._later.now(self.problem.backend.xp)
 
     @property
     def constants(self):
-        return Later(self.whitening), self.S
+        return Later(self.factor_of_Q), self.S
 
     def select(self, problem: Problem, index) -> DenseDualForm:
         xp = self.problem.backend.xp
         return DenseDualForm(problem, (self._later.select(xp, index), take(xp, self.S, index)))
 
-    def factor(self, system: System):
-        return self.factor_rows(system.theta + system.delta)
+    def factor(self, diagonals: Diagonals):
+        return self.factor_dual(diagonals.theta + diagonals.delta)
 
-    def factor_rows(self, theta):
+    def factor_dual(self, theta):
         """Factor S + diag(θ)."""
-        return _factor_rows(self.problem, self.S, theta)
+        return _factor_dual(self.problem, self.S, theta)
 
     def eliminate(self, factor, r_x):
-        """F⁻¹ r_x, and K Q⁻¹ r_x."""
-        root, V = self.whitening
-        whitened = self.problem.backend.forward(root, r_x)
-        return whitened, product(V, whitened)
+        """Return F⁻¹ r_x and K Q⁻¹ r_x."""
+        F, V = self.factor_of_Q
+        forward = self.problem.backend.forward(F, r_x)
+        return forward, product(V, forward)
 
-    def solve_rows(self, factor, eliminated, r_v):
+    def solve_multipliers(self, factor, eliminated, r_v):
         return self.problem.backend.solve(factor, eliminated[1] - r_v)
 
     def solve(self, factor, eliminated, r_v):
-        dv = self.solve_rows(factor, eliminated, r_v)
-        return self.variables(eliminated[0], dv), dv
+        dv = self.solve_multipliers(factor, eliminated, r_v)
+        return self.solve_variables(eliminated[0], dv), dv
 
-    def variables(self, whitened, v):
-        """Q⁻¹ (r_x − Kᵀv) for F⁻¹ r_x."""
-        root, V = self.whitening
-        return self.problem.backend.backward(root, whitened - product_transposed(V, v))
+    def solve_variables(self, forward, v):
+        """Return Q⁻¹ (r_x − Kᵀv) for F⁻¹ r_x and v."""
+        F, V = self.factor_of_Q
+        return self.problem.backend.backward(F, forward - product_transposed(V, v))
 
 
 class DiagonalDualForm:
-    """The KKT system reduced to the rows of A and G, for a diagonal Q, to which bounds only add."""
+    """The diagonal dual reduced KKT system, for a diagonal Q, to which bounds only add."""
 
-    definite = False
+    skips_rho = False
 
     def __init__(self, problem: Problem, constants):
         self.problem = problem
         self.constants = constants
-        """The diagonal of Q, and the rows of A and G."""
+        """The diagonal of Q with the regularisation of its own, and the rows of A and G."""
         self.gram = problem.backend.gram(constants[1].mT)
 
     @classmethod
     def prepare(cls, problem: Problem) -> tuple[DiagonalDualForm, Any]:
-        """The form, and for which problems every variable has enough curvature, (B or 1,).
+        """Return the form, and for which problems every variable has enough curvature, (B or 1,).
 
-        Without, the weight of a variable that is away from its bounds tends to ρ, and its inverse drowns the rest.
+        Without it, the weight of a variable away from its bounds tends to ρ, whose inverse drowns the rest.
         """
         xp = problem.backend.xp
         diagonal = xp.linalg.diagonal(problem.Q)
         scaled = diagonal * balance(problem).D ** 2
         rows = _stack(xp, [K for K in (problem.A, problem.G) if K is not None])
         safe = xp.all(scaled > DOUBLE.smallest_scaled_curvature, axis=-1)
-        return cls(problem, (diagonal + _own_terms(problem, diagonal), rows)), safe
+        return cls(problem, (diagonal + _own_regularization(problem, diagonal), rows)), safe
 
     def select(self, problem: Problem, index) -> DiagonalDualForm:
         return DiagonalDualForm(problem, take(self.problem.backend.xp, self.constants, index))
 
-    def factor(self, system: System):
+    def factor(self, diagonals: Diagonals):
         problem, linear = self.problem, self.problem.p + self.problem.m
-        theta = system.theta + system.delta
+        theta = diagonals.theta + diagonals.delta
         weights = 1.0 / theta
         hessian = self.constants[0] + _bound_weights(problem, weights)
-        factor, positive = _factor_rows(problem, self.gram(1.0 / hessian), theta[:, :linear])
-        return (factor, hessian, weights[:, linear:]), positive
+        factor, factor_ok = _factor_dual(problem, self.gram(1.0 / hessian), theta[:, :linear])
+        return (factor, hessian, weights[:, linear:]), factor_ok
 
     def eliminate(self, factor, r_x):
         return r_x
 
-    def solve_rows(self, factor, eliminated, r_v):
+    def solve_multipliers(self, factor, eliminated, r_v):
         return self.solve(factor, eliminated, r_v)[1]
 
     def solve(self, factor, eliminated, r_v):
@@ -200,29 +207,29 @@ _CLASSES: dict[Form, Any] = {
 
 
 def choose_form(problem: Problem):
-    """The preferred form, and for which problems it is safe (None: for all)."""
+    """Return the preferred form, and for which problems it is safe (None: for all)."""
     return _CLASSES[preferred_form(problem)].prepare(problem)
 
 
 def choose_traced_form(problem: Problem):
-    """The form that the shapes prefer, and one truth value: whether it is safe for all problems (None: it is)."""
+    """Return the form that the shapes prefer, and one truth value: whether it is safe for all (None: it is)."""
     xp = problem.backend.xp
     form, safe = _CLASSES[preferred_form(problem, diagonal=True)].prepare(problem)
     if safe is None:
         return form, None
-    return form, xp.all(safe) & ~xp.any(has_off_diagonal(problem)) if not form.definite else xp.all(safe)
+    return form, xp.all(safe) & ~xp.any(has_off_diagonal(problem)) if not form.skips_rho else xp.all(safe)
 
 
-def _factor_rows(problem: Problem, S, theta):
-    """Factor S + diag(θ), where rows that do not exist have infinite θ; and whether it was positive definite."""
+def _factor_dual(problem: Problem, S, theta):
+    """Factor S + diag(θ), where constraints that do not exist have infinite θ; also return whether it was definite."""
     xp, backend = problem.backend.xp, problem.backend
-    # They get a diagonal that is huge but harmless to the factorisation.
+    # These get a diagonal that is huge but harmless to the factorisation.
     theta = backend.clip(theta, most=xp.finfo(problem.dtype).max ** 0.5)
     return backend.factor_sum(S, theta)
 
 
 def _stack(xp, matrices):
-    """The rows of matrices (B or 1, ·, n) as those of one."""
+    """Join the rows of matrices (B or 1, ·, n)."""
     if len(matrices) == 1:
         return matrices[0]
     batch = max(M.shape[0] for M in matrices)
@@ -230,11 +237,12 @@ def _stack(xp, matrices):
 
 
 def _bound_weights(problem: Problem, weights):
-    parts = [weights[:, problem.blocks[name]] for name in ("lb", "ub") if getattr(problem, name) is not None]
-    return sum(parts[1:], parts[0]) if parts else 0.0
+    """Return what the weights of the bounds add to the diagonal of the variables."""
+    terms = [weights[:, problem.blocks[name]] for name in ("lb", "ub") if getattr(problem, name) is not None]
+    return sum(terms[1:], terms[0]) if terms else 0.0
 
 
-def _own_terms(problem: Problem, diagonal):
-    """The dual forms' proximal terms on the variables: so small a share of Q that they need not follow the solver's."""
+def _own_regularization(problem: Problem, diagonal):
+    """Return the diagonal dual form's primal regularisation, a share of Q too small to have to follow the solver's."""
     xp = problem.backend.xp
     return parameters(problem).diagonal_regularization * diagonal + xp.finfo(problem.dtype).smallest_normal

@@ -5,134 +5,157 @@ from __future__ import annotations
 from ...solution import Status
 from ..base import Settings, StartingPoint
 from ..parameters import DOUBLE
-from .equilibration import with_cost
-from .kkt import refined
-from .state import RUNNING, Part, Residuals, State, choose, make_system
+from .equilibration import scale_cost
+from .kkt import Diagonals, solve_refined
+from .state import RUNNING, Residuals, State, SubBatch, choose
 from .status import assess
 
 
-def initialize(part: Part, settings: Settings):
-    """The problems with the scaling to iterate with, their starting point, and the factor that it was made with.
+def begin(sub: SubBatch):
+    """Start in the ordinary way, for a fraction of the cost where that is closer to feasible.
 
     Where the multipliers of equalities are large because of the cost, as in optimal control of an unstable plant, the
-    ordinary starting point is far from feasible; one for a fraction of the cost takes its place if it is nearer.
+    ordinary starting point is far from feasible; one for a fraction of the cost takes its place if it is closer.
+
+    Returns
+    -------
+    sub : SubBatch
+        The problems with the scaling to iterate with.
+    state : State
+        Their starting point.
+    factor
+        The factor that it was made with.
     """
-    state, factor = starting_point(part, settings)
-    problem, backend = part.problem, part.problem.backend
+    state, factor = starting_point(sub)
+    problem, backend = sub.problem, sub.problem.backend
     xp = backend.xp
-    # In float32 the proximal terms, which a smaller cost makes larger against it, would outweigh it.
-    if part.form.definite or not problem.may_have_equalities or problem.dtype == xp.float32:
-        return part, state, factor
-    ratio = multiplier_ratio(part, state)
+    # In float32 the regularisation, which a smaller cost makes larger against it, would outweigh it.
+    if sub.form.skips_rho or not problem.may_have_equalities or problem.dtype == xp.float32:
+        return sub, state, factor
+    ratio = multiplier_ratio(sub, state)
     large, one = ratio > DOUBLE.large_multipliers, xp.ones_like(ratio)
     if backend.known_all_false(large):
-        return part, state, factor
-    other = part._replace(metric=with_cost(part.metric, xp.where(large, DOUBLE.smaller_cost, one)))
-    smaller, factor = starting_point(other, settings)
-    nearer = large & (smaller.primal < DOUBLE.closer * state.primal)
-    nearer = nearer & (multiplier_ratio(other, smaller) < DOUBLE.less_multipliers * ratio)
-    part = part._replace(metric=with_cost(part.metric, xp.where(nearer, DOUBLE.smaller_cost, one)))
-    return part, choose(xp, nearer, smaller, state), factor
+        return sub, state, factor
+    other = sub._replace(scaling=scale_cost(sub.scaling, xp.where(large, DOUBLE.smaller_cost, one)))
+    smaller, factor = starting_point(other)
+    closer = large & (smaller.primal < DOUBLE.closer * state.primal)
+    closer = closer & (multiplier_ratio(other, smaller) < DOUBLE.less_multipliers * ratio)
+    sub = sub._replace(scaling=scale_cost(sub.scaling, xp.where(closer, DOUBLE.smaller_cost, one)))
+    return sub, choose(xp, closer, smaller, state), factor
 
 
-def multiplier_ratio(part: Part, state: State):
-    """The largest multiplier of an equality against the largest variable in the scaled problem."""
-    backend, (D, E, *_) = part.problem.backend, part.metric
+def multiplier_ratio(sub: SubBatch, state: State):
+    """Return the largest multiplier of an equality against the largest variable in the scaled problem."""
+    backend, (D, E, *_) = sub.problem.backend, sub.scaling
     x = backend.norm(state.x / D)
-    v = backend.norm(backend.xp.where(part.problem.equality, state.v / E, 0.0))
+    v = backend.norm(backend.xp.where(sub.problem.equality, state.v / E, 0.0))
     return v / backend.xp.where(x > 0, x, 1.0)
 
 
-def starting_point(part: Part, settings: Settings):
-    """The solution with θ = 1 in the scaled rows, moved onto s ∘ z = μ with s − z kept (PIQP); and its factor."""
-    backend = part.problem.backend
-    xp, origin, theta = backend.xp, make_origin(part, settings), first_theta(part)
-    system = make_system(part, theta, origin.rho, origin.delta)
-    factor, positive = part.form.factor(system)
-    r_x, r_v = origin.r_x, origin.r_v
-    x, v = part.form.solve(factor, part.form.eliminate(factor, r_x), r_v)
-    x, v = refined(part.form, system, factor, r_x, r_v, x, v, origin.inexact)
-    sound = positive & backend.all_finite(x) & backend.all_finite(v)
-    v, s, mu = place(part, settings, theta, xp.where(sound, v, origin.v))
-    state = origin._replace(x=xp.where(sound, x, origin.x), v=v, s=s, mu=mu)
-    return assess(part, settings, state, origin), factor
+def starting_point(sub: SubBatch):
+    """Solve with θ = 1 in the scaled constraints and center the solution (PIQP); return the state and the factor."""
+    backend = sub.problem.backend
+    xp, origin = backend.xp, make_origin(sub)
+    diagonals = first_diagonals(sub, origin)
+    factor, factor_ok = sub.form.factor(diagonals)
+    right = origin.r_x, sub.form.eliminate(factor, origin.r_x), origin.r_v
+    x, v = solve_refined(sub.form, diagonals, factor, right, origin.refine)
+    computed = factor_ok & backend.all_finite(x) & backend.all_finite(v)
+    v, s, mu = center_start(sub, diagonals.theta, xp.where(computed, v, origin.v))
+    state = origin._replace(x=xp.where(computed, x, origin.x), v=v, s=s, mu=mu)
+    return assess(sub, state, origin), factor
 
 
-def make_origin(part: Part, settings: Settings) -> State:
-    """The point x = 0, v = 0, of which nothing else is known."""
-    problem, exact = part.problem, part.exact.dtype
+def make_origin(sub: SubBatch) -> State:
+    """Make the state at x = 0, v = 0, before anything is known of it."""
+    problem, settings, wide = sub.problem, sub.settings, sub.wide_problem.dtype
     xp, backend = problem.backend.xp, problem.backend
 
     def full(width, value, dtype):
         return backend.full((problem.batch, width), value, dtype)
 
     x, v = full(problem.n, 0.0, problem.dtype), full(problem.rows, 0.0, problem.dtype)
-    infinite, count = full(1, float("inf"), exact), full(1, 0, xp.int32)
-    nothing = Residuals(infinite, infinite, infinite)
+    infinite, count = full(1, float("inf"), wide), full(1, 0, xp.int32)
+    unknown = Residuals(infinite, infinite, infinite)
     return State(
         x=x, v=v, s=v, mu=full(1, 0.0, problem.dtype),
-        rho=full(1, 0.0 if part.form.definite else settings.rho, problem.dtype),
+        rho=full(1, 0.0 if sub.form.skips_rho else settings.rho, problem.dtype),
         delta=full(1, settings.delta, problem.dtype), r_x=x - problem.q, r_v=problem.k + v,
-        Qx=full(problem.n, 0.0, exact), Kx=full(problem.rows, 0.0, exact),
-        objective=infinite, found=nothing, primal=infinite, dual=infinite, gap=infinite, near=infinite < 0,
-        worst=infinite, best=nothing, inexact=infinite > 0, proof=full(1, 0.0, exact),
-        waiting=count, iterations=count, limit=count + settings.max_iterations, status=count + RUNNING,
+        Qx=full(problem.n, 0.0, wide), Kx=full(problem.rows, 0.0, wide),
+        objective=infinite, absolute=unknown, primal=infinite, dual=infinite, gap=infinite,
+        within_tolerance=infinite < 0, worst=infinite, best=unknown, refine=infinite > 0,
+        certificate=full(1, 0.0, wide), without_progress=count, iterations=count,
+        limit=count + settings.max_iterations, status=count + RUNNING,
     )  # fmt: skip
 
 
-def first_theta(part: Part):
-    """θ of the KKT matrix that the starting point is made with: 1 in the scaled rows, more in those that are loose.
+def first_diagonals(sub: SubBatch, origin: State) -> Diagonals:
+    """Return the diagonals of the KKT matrix that the starting point is made with.
 
-    Else a bound of 1e12 that means none would draw the starting point half of the way there.
+    θ is 1 in the scaled constraints, more in those that are loose: else a bound of 1e12 that means none would draw the
+    starting point half of the way there.
     """
-    problem, metric = part.problem, part.metric
-    xp, E = problem.backend.xp, metric.rows
+    problem, scaling = sub.problem, sub.scaling
+    xp, E = problem.backend.xp, scaling.E
     zero = problem.backend.full((problem.batch, problem.rows), 0.0, problem.dtype)
-    distance = problem.backend.clip(E * problem.k / (DOUBLE.loose * metric.reach), 1.0)
-    return xp.where(problem.inequality, distance / E**2 + zero, zero)
+    distance = problem.backend.clip(E * problem.k / (DOUBLE.loose * scaling.reach), 1.0)
+    theta = xp.where(problem.inequality, distance / E**2 + zero, zero)
+    return sub.diagonals(theta, origin.rho, origin.delta)
 
 
-def place(part: Part, settings: Settings, theta, v):
-    """Multipliers and slacks on s ∘ z = μ for multipliers v of a solution with θ, and the mean complementarity."""
-    problem, backend, metric = part.problem, part.problem.backend, part.metric
-    xp = backend.xp
-    z = xp.where(problem.inequality, v / metric.rows, xp.zeros_like(v))
+def center_start(sub: SubBatch, theta, v):
+    """Center the multipliers v of a solution with θ; return multipliers, slacks and the mean complementarity."""
+    problem, backend, scaling = sub.problem, sub.problem.backend, sub.scaling
+    xp, zero = backend.xp, backend.xp.zeros_like(v)
+    z = xp.where(problem.inequality, v / scaling.E, zero)
     up, down = (backend.clip(backend.largest(a), 0.0) for a in (-z, z))
-    mu = mean(part, xp.where(problem.inequality, z + up, xp.zeros_like(z)), down - z)
+    mu = mean(sub, xp.where(problem.inequality, z + up, zero), down - z)
     mu = xp.maximum(mu, DOUBLE.least_centrality * xp.maximum(up, down) ** 2)
-    mu = xp.maximum(mu, settings.smallest * metric.primal * metric.dual)
-    v, s = onto_path(part, v, metric.rows**2 * theta * z, mu)
-    return v, s, mean(part, s, v)
+    mu = xp.maximum(mu, sub.settings.smallest * scaling.primal * scaling.dual)
+    difference = scaling.E**2 * xp.where(problem.inequality, theta, zero) * z
+    v, s = center_on_path(sub, v, difference, mu)
+    return v, s, mean(sub, s, v)
 
 
-def start_near(part: Part, settings: Settings, near: StartingPoint, cold: State):
-    """Start at another problem's solution, moved onto s ∘ z = μ with s − z kept; also whether that is of use.
+def begin_warm(sub: SubBatch, point: StartingPoint, ordinary: State):
+    """Start at another problem's solution, centered; return the state, and for which problems it is of use.
 
-    μ grows with what that solution leaves of the residuals here, so that the slacks have room for the steps that make
-    up for it, up to the μ of the ordinary start.
+    μ grows with what that solution leaves of the residuals here, so that the slacks let the steps make up for it, up to
+    the μ of the ordinary start.
     """
-    problem, backend, (D, E, *units, _) = part.problem, part.problem.backend, part.metric
+    problem, backend, (D, E, *units, _) = sub.problem, sub.problem.backend, sub.scaling
     xp, inequality, equality, unit = backend.xp, problem.inequality, problem.equality, units[0] * units[1]
-    x, v = near.x + xp.zeros_like(cold.x), near.v + xp.zeros_like(cold.v)
+    x, v = point.x + xp.zeros_like(ordinary.x), point.v + xp.zeros_like(ordinary.v)
     slack = E * (problem.k - problem.constraints(x))
     zero = xp.zeros_like(slack)
-    amiss = xp.where(equality, xp.abs(slack), xp.where(inequality, backend.clip(-slack, 0.0), zero))
+    violation = xp.where(equality, xp.abs(slack), xp.where(inequality, backend.clip(-slack, 0.0), zero))
     slope = problem.hessian(x) + problem.q + problem.adjoint(v)
-    error = xp.maximum(backend.largest(amiss), backend.norm(D * slope))
+    error = xp.maximum(backend.largest(violation), backend.norm(D * slope))
     difference = xp.where(inequality, v / E - slack, zero)
-    mu = xp.minimum(DOUBLE.warm_centrality * error * xp.sqrt(unit), cold.mu)
-    mu = xp.maximum(mu, max(settings.tol, settings.smallest) * unit)
-    v, s = onto_path(part, v, difference, mu)
-    state = cold._replace(x=x, v=v, s=s, mu=mean(part, s, v))
-    state = assess(part, settings, state, state)
-    usable = near.usable & ((state.status == RUNNING) | (state.status == int(Status.SOLVED)))
+    mu = xp.minimum(DOUBLE.warm_centrality * error * xp.sqrt(unit), ordinary.mu)
+    mu = xp.maximum(mu, max(sub.settings.tol, sub.settings.smallest) * unit)
+    v, s = center_on_path(sub, v, difference, mu)
+    state = ordinary._replace(x=x, v=v, s=s, mu=mean(sub, s, v))
+    state = assess(sub, state, state)
+    usable = point.usable & ((state.status == RUNNING) | (state.status == int(Status.SOLVED)))
     # Also from a solution one step is taken: the derivative needs its factor.
     return state._replace(status=xp.full_like(state.status, RUNNING)), usable
 
 
-def onto_path(part: Part, v, difference, mu):
-    """Multipliers and slacks on s ∘ z = μ with the difference z − s in the scaled rows kept; other multipliers stay."""
-    problem, E = part.problem, part.metric.rows
+def begin_again(xp, settings: Settings, state: State, ordinary: State) -> State:
+    """Begin again from the ordinary start, once, where a start near another solution has led nowhere."""
+    first = state.limit == settings.max_iterations
+    failed = first & (state.status != RUNNING) & (state.status != int(Status.SOLVED)) & (state.iterations > 0)
+    again = ordinary._replace(iterations=state.iterations, limit=state.iterations + settings.max_iterations)
+    return choose(xp, failed, again, state)
+
+
+def center_on_path(sub: SubBatch, v, difference, mu):
+    """Return multipliers and slacks with s ∘ z = μ and a given difference z − s in the scaled constraints.
+
+    Those of equalities stay.
+    """
+    problem, E = sub.problem, sub.scaling.E
     xp = problem.backend.xp
     large = (xp.abs(difference) + xp.sqrt(difference * difference + 4.0 * mu)) / 2.0
     small = mu / large
@@ -142,14 +165,6 @@ def onto_path(part: Part, v, difference, mu):
     return xp.where(problem.inequality, z, xp.where(problem.equality, v, zero)), s
 
 
-def start_again(xp, settings: Settings, state: State, cold: State) -> State:
-    """Begin again from the ordinary start, once, where a start near another solution has led nowhere."""
-    first = state.limit == settings.max_iterations
-    failed = first & (state.status != RUNNING) & (state.status != int(Status.SOLVED)) & (state.iterations > 0)
-    again = cold._replace(iterations=state.iterations, limit=state.iterations + settings.max_iterations)
-    return choose(xp, failed, again, state)
-
-
-def mean(part: Part, s, z):
-    """Mean of s ∘ z over the inequalities, where s is 0 in the other rows, (B, 1)."""
-    return part.problem.backend.dot(s, z) / part.sizes.inequalities
+def mean(sub: SubBatch, s, z):
+    """Return the mean of s ∘ z over the inequalities, where s is 0 in the other constraints, (B, 1)."""
+    return sub.problem.backend.dot(s, z) / sub.sizes.inequalities

@@ -7,21 +7,22 @@ from typing import Any, NamedTuple
 from ...problem import Problem, take
 from ..base import Settings
 from ..parameters import DOUBLE
-from .equilibration import Metric, equilibrate
-from .kkt import System
+from .equilibration import Scaling, equilibrate
+from .kkt import Diagonals
 
 RUNNING = -1
 
 
 class State(NamedTuple):
-    """The iterate of every problem; scalars have shape (B, 1). Residuals have the type of `Part.exact`."""
+    """The iterate of every problem; scalars have shape (B, 1). Residuals have the type of `SubBatch.wide_problem`."""
 
     x: Any
     v: Any
-    """Multipliers of all rows."""
+    """Multipliers of all constraints."""
     s: Any
-    """Slack of all rows, 0 where the row is no inequality."""
+    """Slack of all constraints, 0 where the constraint is no inequality."""
     mu: Any
+    """Mean complementarity."""
     rho: Any
     delta: Any
     r_x: Any
@@ -31,30 +32,31 @@ class State(NamedTuple):
     Qx: Any
     Kx: Any
     objective: Any
-    found: Residuals
+    absolute: Residuals
     """In the caller's units."""
     primal: Any
     """The residuals in the units of the tolerance."""
     dual: Any
     gap: Any
-    near: Any
-    """Whether the iterate is within the tolerance."""
+    within_tolerance: Any
+    """Whether the iterate passes the stopping test."""
     worst: Any
     """Largest of the three residuals."""
     best: Residuals
     """The smallest of each so far."""
-    inexact: Any
-    """Whether the last step was not accurate enough to go without refinement."""
-    proof: Any
-    """How near to a certificate of infeasibility or unboundedness the iterates have come."""
-    waiting: Any
-    """Iterations since `best` or `proof` last improved."""
+    refine: Any
+    """Whether the last linear solve was so inaccurate that the next one gets a round of refinement."""
+    certificate: Any
+    """The largest ratio of the iterates so far that may prove infeasibility or unboundedness."""
+    without_progress: Any
+    """Iterations since `best` or `certificate` last improved."""
     iterations: Any
     limit: Any
     """Iterations after which to give up."""
     status: Any
-    seen: Any = None
-    """What `dual_space` knows of x where x itself is that of an earlier iterate."""
+    implicit_x: Any = None
+    """In steps in the dual space: what x is computed from (`dual_space.ImplicitX`); `x` is that of an earlier iterate.
+    """
 
 
 class Residuals(NamedTuple):
@@ -66,17 +68,17 @@ class Residuals(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Residuals are multiplied by a scale and divided by a size before they are compared with the tolerance."""
+    """The scale that residuals are multiplied by and the size that they are divided by before they are tested."""
 
     scale: Any
     size: Any
 
 
 class Units(NamedTuple):
-    """Those of the variables and the constraints, and the size of the gap; None: residuals in the caller's units."""
+    """The units of residuals of the variables and of the constraints, and of the gap; None: the caller's units."""
 
     x: Unit | None
-    rows: Unit | None
+    v: Unit | None
     gap: Any
 
 
@@ -90,69 +92,74 @@ class Sizes(NamedTuple):
     scaled_k: Any
     """The largest |k| in the scaled problem but for loose constraints, at least what its residual is measured in."""
     scaled_q: Any
+    """The largest |q| in the scaled problem, at least what the dual residual is measured in."""
     least_rate: Any
     """How fast ρ and δ shrink at least: by themselves where there is no inequality and so no complementarity."""
 
 
-class Part(NamedTuple):
+class SubBatch(NamedTuple):
     """Problems that are iterated on together, with what does not change on the way."""
 
     form: Any
-    metric: Metric
+    """The reduced KKT system (`reduced_forms`)."""
+    settings: Settings
+    scaling: Scaling
     sizes: Sizes
     units: Units
-    exact: Problem
-    """The problems in float64, in which residuals are computed: in float32 rounding would hide what is left."""
+    wide_problem: Problem
+    """The problems in the library's widest type, in which residuals are computed: in float32 rounding would hide what
+    is left of them."""
 
     @property
     def problem(self) -> Problem:
         return self.form.problem
 
     @property
-    def idle(self) -> bool:
-        """Whether so little is in work that the device waits for calls: then it is their number that counts."""
+    def launch_bound(self) -> bool:
+        """Whether so little is in work that the number of calls decides the time."""
         return self.problem.batch * self.problem.bytes_per_problem < self.problem.backend.launch_bound_bytes
 
-    def select(self, index) -> Part:
+    def select(self, index) -> SubBatch:
+        """Return the problems at some positions."""
         problem = self.problem.select(index)
-        exact = problem if self.exact is self.problem else self.exact.select(index)
-        xp = problem.backend.xp
-        metric, sizes, units = take(xp, (self.metric, self.sizes, self.units), index)
-        return Part(self.form.select(problem, index), metric, sizes, units, exact)
+        wide = problem if self.wide_problem is self.problem else self.wide_problem.select(index)
+        scaling, sizes, units = take(problem.backend.xp, (self.scaling, self.sizes, self.units), index)
+        return SubBatch(self.form.select(problem, index), self.settings, scaling, sizes, units, wide)
+
+    def diagonals(self, theta, rho, delta) -> Diagonals:
+        """Return the diagonals of the KKT matrix, for ρ and δ of the scaled problem, (B, 1)."""
+        theta = self.problem.where_exists(theta, float("inf"))
+        return Diagonals(theta, rho / self.scaling.D**2, delta / self.scaling.E**2)
 
 
-def make_part(form, settings: Settings) -> Part:
-    """The problems of a reduced form, ready to iterate on."""
+def make_sub_batch(form, settings: Settings) -> SubBatch:
+    """Equilibrate the problems of a reduced form and find the units of their residuals."""
     problem, backend = form.problem, form.problem.backend
-    xp, metric, exact = backend.xp, equilibrate(problem), problem.astype(backend.widest_float)
-    D, E, primal, dual, reach = metric
+    xp, scaling, wide = backend.xp, equilibrate(problem), problem.astype(backend.widest_float)
+    D, E, primal, dual, reach = scaling
     units = Units(None, None, None) if settings.absolute else Units(Unit(D, dual), Unit(E, primal), primal * dual)
-    count, k = backend.total(xp.astype(problem.inequality, problem.dtype)), E * exact.k
+    count, k = backend.total(xp.astype(problem.inequality, problem.dtype)), E * wide.k
     sizes = Sizes(
-        inequalities=backend.clip(count, 1.0), q=measured(backend, units.x, exact.q),
+        inequalities=backend.clip(count, 1.0), q=scaled_size(backend, units.x, wide.q),
         scaled_k=xp.maximum(backend.norm(xp.where(k <= DOUBLE.loose * reach, k, 0.0)), primal),
-        scaled_q=xp.maximum(backend.norm(D * exact.q), dual),
+        scaled_q=xp.maximum(backend.norm(D * wide.q), dual),
         least_rate=xp.where(count > 0, 0.0 * count, DOUBLE.fast_rate),
     )  # fmt: skip
-    return Part(form, metric, sizes, units, exact)
+    return SubBatch(form, settings, scaling, sizes, units, wide)
 
 
-def make_system(part: Part, theta, rho, delta) -> System:
-    theta = part.problem.where_exists(theta, float("inf"))
-    return System(theta, rho / part.metric.variables**2, delta / part.metric.rows**2)
-
-
-def measured(backend, unit: Unit | None, a):
-    """The largest entry of residuals or of their terms, in the units of the tolerance."""
+def scaled_size(backend, unit: Unit | None, a):
+    """Return the largest entry of residuals or of their terms, in the units of the tolerance, (B, 1)."""
     return backend.norm(a) if unit is None else backend.norm(unit.scale * a) / unit.size
 
 
 def cast(xp, a, dtype):
+    """Convert an array where its type is another."""
     return a if a.dtype == dtype else xp.astype(a, dtype)
 
 
 def choose(xp, condition, new, old):
-    """The arrays of one named tuple where a condition holds, else those of another."""
+    """Take the arrays of one named tuple where a condition holds, else those of another."""
     if new is old:
         return new
     if isinstance(new, tuple):

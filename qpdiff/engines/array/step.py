@@ -1,8 +1,7 @@
-"""A predictor-corrector step.
+"""A predictor-corrector step of Mehrotra's on the regularised KKT system.
 
-Each step is a predictor-corrector step of Mehrotra's on the KKT system with proximal terms around the iterate: ρ on the
-variables and δ on the multipliers, which shrink with the complementarity. A step is one function from named state to
-named state; `qpdiff.engines.array` decides how to iterate.
+The regularisation is proximal, around the iterate: ρ on the variables and δ on the multipliers, which shrink with the
+complementarity. A step is one function from named state to named state; `loop` and `traced` decide how to iterate.
 
 References
 ----------
@@ -12,139 +11,180 @@ J. Nocedal, S. J. Wright, "Numerical optimization", 2nd ed., 2006, section 16.6.
 
 from __future__ import annotations
 
-from ..base import Settings
+from typing import Any, NamedTuple
+
 from ..parameters import DOUBLE
-from .kkt import refined
+from .kkt import solve_refined
 from .start import mean
-from .state import Part, State, choose, make_system, measured
-from .status import assess, settle
+from .state import State, SubBatch, choose, scaled_size
+from .status import accept_or_revert, assess
 
 
-def newton(part: Part, s, z, r_x, r_v, rho, delta):
-    """Factor the KKT matrix at s, z > 0 (0 and infinite where the row is no inequality); it, and the step as functions.
+class NewtonSystem:
+    """The factored KKT system at an iterate, solved for directions that take all residuals to 0.
 
-    They take what s ∘ z is to be diminished by, and take all other residuals to 0. The first is for the rows alone.
+    What s ∘ z is to be diminished by, the complementarity's right-hand side, is the argument of its methods.
+
+    Parameters
+    ----------
+    s, z : array (B, constraints)
+        Positive; 0 and infinite where the constraint is no inequality.
+    r_x, r_v
+        The residuals, as right-hand sides.
+    regularization : tuple
+        ρ and δ, (B, 1).
     """
-    form = part.form
-    system = make_system(part, s / z, rho, delta)
-    factor, positive = form.factor(system)
-    eliminated = form.eliminate(factor, r_x)
 
-    def shifted(complementarity):
-        return r_v + complementarity / z
+    def __init__(self, sub: SubBatch, s, z, r_x, r_v, regularization):
+        self.form, self.s, self.z, self.r_x, self.r_v = sub.form, s, z, r_x, r_v
+        self.diagonals = sub.diagonals(s / z, *regularization)
+        self.factor, self.factor_ok = sub.form.factor(self.diagonals)
+        self._eliminated = sub.form.eliminate(self.factor, r_x)
 
-    def slack(complementarity, dv):
-        return -(complementarity + s * dv) / z
+    def solve_multipliers(self, complementarity):
+        """Return dv and ds."""
+        dv = self.form.solve_multipliers(self.factor, self._eliminated, self._right_v(complementarity))
+        return dv, self._slack(complementarity, dv)
 
-    def rows_direction(complementarity):
-        dv = form.solve_rows(factor, eliminated, shifted(complementarity))
-        return dv, slack(complementarity, dv)
+    def solve(self, complementarity, refine=None):
+        """Return dx, dv and ds, refined for the problems of a mask."""
+        right = self.r_x, self._eliminated, self._right_v(complementarity)
+        dx, dv = solve_refined(self.form, self.diagonals, self.factor, right, refine)
+        return dx, dv, self._slack(complementarity, dv)
 
-    def direction(complementarity, refine=None):
-        right = shifted(complementarity)
-        dx, dv = form.solve(factor, eliminated, right)
-        if refine is not None:
-            dx, dv = refined(form, system, factor, r_x, right, dx, dv, refine)
-        return dx, dv, slack(complementarity, dv)
+    def _right_v(self, complementarity):
+        return self.r_v + complementarity / self.z
 
-    return system, factor, positive, rows_direction, direction
+    def _slack(self, complementarity, dv):
+        return -(complementarity + self.s * dv) / self.z
 
 
-def step(part: Part, settings: Settings, state: State, *, refine: bool, stays: bool):
-    """One predictor-corrector step for every running problem; also the factor it used.
+class Step(NamedTuple):
+    """A step along a direction, as far as the stopping test and the regularisation need it."""
 
-    `refine` is whether any problem is inexact; only those that are get refined, so that no problem depends on another.
-    `stays` is whether any may be found to stay where it is: one that has ended, or is within the tolerance.
+    alpha_s: Any
+    """Step length for x and s."""
+    alpha_z: Any
+    """Step length for v."""
+    computed: Any
+    """Whether it could be computed."""
+    by_delta: Any
+    """The share of the residual of the constraints that δ leaves: α_s δ dv in the caller's units."""
+
+
+def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
+    """Make one predictor-corrector step for every running problem; return the state and the factor.
+
+    `refine` says whether any problem is to be refined; only those that are get it, so that no problem depends on
+    another. `may_revert` says whether any may stay at its iterate: one that has ended, or is within the tolerance.
     """
-    problem, backend = part.problem, part.problem.backend
-    xp, r_x, r_v = backend.xp, state.r_x, state.r_v
-    # What is divided by an infinite s or z is 0 where the row is no inequality.
+    problem, backend = sub.problem, sub.problem.backend
+    # What is divided by an infinite s or z is 0 where the constraint is no inequality.
     s, z = (problem.where_inequality(a, float("inf")) for a in (state.s, state.v))
-    system, factor, positive, rows_direction, direction = newton(part, state.s, z, r_x, r_v, state.rho, state.delta)
-
-    excess, fraction = centering(part, settings, state, s, z, *rows_direction(state.s * state.v))
-    dx, dv, ds = direction(excess, state.inexact if refine else None)
-    alpha_s, alpha_z, s, v = advance(part, settings, state, s, z, dv, ds, fraction)
+    system = NewtonSystem(sub, state.s, z, state.r_x, state.r_v, (state.rho, state.delta))
+    right, fraction = corrector_rhs(sub, state, (s, z), system.solve_multipliers(state.s * state.v))
+    dx, dv, ds = system.solve(right, state.refine if refine else None)
+    alpha_s, alpha_z, s, v = take_step(sub, state, (s, z), (dv, ds), fraction)
     x = state.x + alpha_s * dx
 
-    # A step that cannot be computed is not taken; stronger proximal terms come instead.
-    sound = positive & backend.all_finite(x) & backend.all_finite(v) & backend.all_finite(s)
-    moved = state._replace(x=x, v=v, s=s, mu=mean(part, s, v))
-    if not backend.known_all_false(~sound):
-        moved = choose(xp, sound, moved, state)
-    moved = assess(part, settings, moved._replace(iterations=state.iterations + 1), state)
-
-    # What the linear solve has left of its system shows in the products before and after the step.
-    Q_dx = moved.Qx - state.Qx
-    Kt_dv = r_x - moved.r_x - Q_dx
-    left_x = r_x - Q_dx / alpha_s - Kt_dv / alpha_z - system.rho * dx
-    left_v = moved.r_v - (1.0 - alpha_s) * r_v + alpha_s * (system.delta * dv)
-    least, units = DOUBLE.refine_absolute * settings.tol, part.units
-    left_x, left_v = measured(backend, units.x, left_x), measured(backend, units.rows, left_v)
-    inexact = (
-        ~(left_x <= backend.clip(DOUBLE.refine_relative * state.dual, least))
-        | ~(left_v <= backend.clip(DOUBLE.refine_relative * measured(backend, units.rows, r_v), least))
-        | ~sound
-    )
-
-    moved = moved._replace(inexact=inexact)
-    moved = with_proximal_terms(part, settings, state, moved, sound, alpha_s * (system.delta * dv))
-    return settle(part, settings, state, moved) if stays else moved, factor
+    computed = system.factor_ok & backend.all_finite(x) & backend.all_finite(v) & backend.all_finite(s)
+    made = Step(alpha_s, alpha_z, computed, alpha_s * (system.diagonals.delta * dv))
+    moved = state._replace(x=x, v=v, s=s, mu=mean(sub, s, v))
+    # A step that cannot be computed is not taken; more regularisation comes instead.
+    if not backend.known_all_false(~computed):
+        moved = choose(backend.xp, computed, moved, state)
+    moved = assess(sub, moved._replace(iterations=state.iterations + 1), state)
+    accurate = constraints_are_accurate(sub, made, state, moved)
+    inaccurate = ~variables_are_accurate(sub, made, state, moved, system.diagonals.rho * dx) | ~accurate | ~computed
+    moved = update_regularization(sub, made, state, moved._replace(refine=inaccurate))
+    return accept_or_revert(sub, state, moved) if may_revert else moved, system.factor
 
 
-def centering(part: Part, settings: Settings, state: State, s, z, dv, ds):
-    """What the corrector is to diminish s ∘ z by, after the predictor's direction; and its share of the step.
+def corrector_rhs(sub: SubBatch, state: State, positive, predictor):
+    """Return what the corrector is to diminish s ∘ z by, and its share of the step to the boundary.
 
     How far towards s ∘ z = 0 the predictor gets decides both: the centering (Nocedal & Wright, 16.62 to 16.66), and the
-    share, which has to tend to 1 for fast convergence. s and z are as for `step_length`.
+    share, which has to tend to 1 for fast convergence. `positive` has s and z, infinite where the constraint is no
+    inequality, `predictor` dv and ds.
     """
-    backend = part.problem.backend
+    backend, (s, z), (dv, ds) = sub.problem.backend, positive, predictor
     alpha_s, alpha_z = step_length(backend, s, ds, 1.0), step_length(backend, z, dv, 1.0)
-    reached = mean(part, state.s + alpha_s * ds, state.v + alpha_z * dv)
-    ratio = backend.clip(reached / (state.mu + settings.tiny), 0.0, 1.0)
-    # What goes round in circles otherwise comes to an end with more centering.
-    stuck = state.waiting > DOUBLE.equal_steps_after
-    sigma = backend.xp.where(stuck, backend.clip(ratio**3, DOUBLE.least_centering), ratio**3)
-    excess = state.s * state.v + ds * dv - sigma * state.mu
-    return excess, backend.clip(1.0 - ratio, DOUBLE.step_fraction, DOUBLE.largest_step_fraction)
+    reached = mean(sub, state.s + alpha_s * ds, state.v + alpha_z * dv)
+    ratio = backend.clip(reached / (state.mu + sub.settings.tiny), 0.0, 1.0)
+    # Iterates that would repeat each other come to an end with more centering.
+    repeating = state.without_progress > DOUBLE.equal_steps_after
+    sigma = backend.xp.where(repeating, backend.clip(ratio**3, DOUBLE.least_centering), ratio**3)
+    right = state.s * state.v + ds * dv - sigma * state.mu
+    return right, backend.clip(1.0 - ratio, DOUBLE.step_fraction, DOUBLE.largest_step_fraction)
 
 
-def advance(part: Part, settings: Settings, state: State, s, z, dv, ds, fraction):
-    """The step lengths for x and s, and for v, along the corrector's direction, and s and v after the step."""
-    problem, backend = part.problem, part.problem.backend
-    xp = backend.xp
+def take_step(sub: SubBatch, state: State, positive, direction, fraction):
+    """Move slacks and multipliers along the corrector's direction; return the step lengths, s and v.
+
+    `positive` is as in `corrector_rhs`, `direction` has dv and ds.
+    """
+    problem, backend, settings = sub.problem, sub.problem.backend, sub.settings
+    xp, (s, z), (dv, ds) = backend.xp, positive, direction
     alpha_s, alpha_z = step_length(backend, s, ds, fraction), step_length(backend, z, dv, fraction)
-    # Unequal steps leave Qx + Kᵀv behind, which now and then goes round in circles.
-    together, circling = xp.minimum(alpha_s, alpha_z), state.waiting >= DOUBLE.equal_steps_after
-    alpha_s, alpha_z = xp.where(circling, together, alpha_s), xp.where(circling, together, alpha_z)
+    # Unequal steps leave Qx + Kᵀv behind, with which iterates may repeat each other.
+    shorter, equal_steps = xp.minimum(alpha_s, alpha_z), state.without_progress >= DOUBLE.equal_steps_after
+    alpha_s, alpha_z = xp.where(equal_steps, shorter, alpha_s), xp.where(equal_steps, shorter, alpha_z)
     s = problem.where_inequality(backend.clip(state.s + alpha_s * ds, settings.tiny), 0.0)
     v = problem.where_exists(state.v + alpha_z * dv, 0.0)
     v = problem.where_inequality(backend.clip(v, settings.tiny), v)
     return alpha_s, alpha_z, s, v
 
 
-def with_proximal_terms(part: Part, settings: Settings, state: State, moved: State, sound, left) -> State:
-    """The state after a step with ρ and δ for the next one; `left` is what δ has left in the constraints.
+def step_length(backend, value, direction, fraction):
+    """Return the largest step in [0, 1] that keeps value + step·direction ≥ (1 − fraction)·value, for value > 0."""
+    return 1.0 / backend.clip(backend.largest(direction / -value) / fraction, 1.0)
 
-    Where that keeps their residual from falling, as it does where the multipliers have to become very large, δ falls
-    faster, and further.
+
+# ---- how accurate the linear solve was, which shows in the products before and after the step
+
+
+def variables_are_accurate(sub: SubBatch, made: Step, state: State, moved: State, rho_dx):
+    """Return for which problems the linear solve has left little of the residual of the variables."""
+    backend = sub.problem.backend
+    Q_dx = moved.Qx - state.Qx
+    Kt_dv = state.r_x - moved.r_x - Q_dx
+    left = state.r_x - Q_dx / made.alpha_s - Kt_dv / made.alpha_z - rho_dx
+    return scaled_size(backend, sub.units.x, left) <= negligible(sub, state.dual)
+
+
+def constraints_are_accurate(sub: SubBatch, made: Step, state: State, moved: State):
+    """Return for which problems the linear solve has left little of the residual of the constraints."""
+    backend, unit = sub.problem.backend, sub.units.v
+    left = moved.r_v - (1.0 - made.alpha_s) * state.r_v + made.by_delta
+    return scaled_size(backend, unit, left) <= negligible(sub, scaled_size(backend, unit, state.r_v))
+
+
+def negligible(sub: SubBatch, before):
+    """Return what a linear solve may leave of a residual without being refined."""
+    return sub.problem.backend.clip(DOUBLE.refine_relative * before, DOUBLE.refine_absolute * sub.settings.tol)
+
+
+# ---- regularisation
+
+
+def update_regularization(sub: SubBatch, made: Step, state: State, moved: State) -> State:
+    """Return the state after a step with ρ and δ for the next one.
+
+    They shrink with μ, and grow where the step could not be computed. Where δ keeps the residual of the constraints
+    from falling, as it does where the multipliers have to become very large, it shrinks faster, and further.
     """
-    backend = part.problem.backend
+    backend, settings = sub.problem.backend, sub.settings
     xp = backend.xp
-    now, before, left = (measured(backend, part.units.rows, a) for a in (moved.r_v, state.r_v, left))
-    limiting = (left > DOUBLE.delta_share * now) & (now > DOUBLE.delta_stuck * before) & (now > settings.tol)
-    rate = xp.maximum((state.mu - moved.mu) / (state.mu + settings.tiny), part.sizes.least_rate)
+    after, before, by_delta = (scaled_size(backend, sub.units.v, a) for a in (moved.r_v, state.r_v, made.by_delta))
+    limiting = by_delta > DOUBLE.delta_share * after
+    limiting = limiting & (after > DOUBLE.delta_stuck * before) & (after > settings.tol)
+    rate = xp.maximum((state.mu - moved.mu) / (state.mu + settings.tiny), sub.sizes.least_rate)
     lowest = xp.minimum(state.delta, settings.smallest)
     if not backend.known_all_false(limiting):
-        E = part.metric.rows
-        limiting = limiting & (backend.norm(moved.v / E) > backend.norm(E * (part.problem.k - moved.s - moved.r_v)))
+        E = sub.scaling.E
+        limiting = limiting & (backend.norm(moved.v / E) > backend.norm(E * (sub.problem.k - moved.s - moved.r_v)))
         rate = xp.where(limiting, xp.maximum(rate, DOUBLE.fast_rate), rate)
         lowest = xp.where(limiting, DOUBLE.delta_floor * settings.smallest, lowest)
-    times = xp.where(sound, 1.0 - rate, DOUBLE.failure_growth)
-    rho = state.rho if part.form.definite else backend.clip(times * state.rho, settings.smallest)
+    times = xp.where(made.computed, 1.0 - rate, DOUBLE.failure_growth)
+    rho = state.rho if sub.form.skips_rho else backend.clip(times * state.rho, settings.smallest)
     return moved._replace(rho=rho, delta=xp.maximum(times * state.delta, lowest))
-
-
-def step_length(backend, value, direction, fraction):
-    """Largest step in [0, 1] that keeps value + step·direction ≥ (1 − fraction)·value, for positive values."""
-    return 1.0 / backend.clip(backend.largest(direction / -value) / fraction, 1.0)
