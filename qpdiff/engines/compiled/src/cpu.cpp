@@ -32,8 +32,8 @@ class Array {
         if (!view.obj) {
             return {};
         }
-        long batch = view.shape[0] == 1 ? 0 : view.strides[0];
-        long row = view.ndim == 3 ? view.strides[1] : 0;
+        Index batch = view.shape[0] == 1 ? 0 : view.strides[0];
+        Index row = view.ndim == 3 ? view.strides[1] : 0;
         return {static_cast<const char*>(view.buf), batch, row, view.strides[view.ndim - 1]};
     }
 
@@ -45,11 +45,11 @@ class Array {
         if (view.itemsize != sizeof(T)) {
             throw nb::type_error("an array of another type was expected");
         }
-        return {static_cast<T*>(view.buf), view.shape[0] == 1 ? 0 : view.strides[0] / long(sizeof(T))};
+        return {static_cast<T*>(view.buf), view.shape[0] == 1 ? 0 : view.strides[0] / Index(sizeof(T))};
     }
 
-    long size(int axis) const { return view.obj ? view.shape[axis] : 0; }
-    long itemsize() const { return view.itemsize; }
+    Index size(int axis) const { return view.obj ? view.shape[axis] : 0; }
+    Index itemsize() const { return view.itemsize; }
 
   private:
     Py_buffer view{};
@@ -71,7 +71,7 @@ class Arrays {
 };
 
 // The operands in the order of qpdiff.problem.OPERANDS: Q, q, G, h, A, b, lb, ub.
-Operands read_operands(const Arrays& arrays, long count) {
+Operands read_operands(const Arrays& arrays, Index count) {
     Operands operands;
     Operand* all[] = {&operands.Q, &operands.q, &operands.G,  &operands.h,
                       &operands.A, &operands.b, &operands.lb, &operands.ub};
@@ -135,7 +135,7 @@ bool solve_problems(nb::tuple operands, nb::tuple outcome, nb::tuple kept, nb::t
 }
 
 // The gradients of Q, G and A of each problem's own, or those that are sums over the batch.
-template <class T> MatrixGradients<T> read_gradients(const Arrays& a, long count, bool summed) {
+template <class T> MatrixGradients<T> read_gradients(const Arrays& a, Index count, bool summed) {
     auto rows = [&](const Array& array) { return (array.size(0) != count) == summed ? array.rows<T>() : Rows<T>{}; };
     return {rows(a[2]), rows(a[3]), rows(a[4])};
 }
@@ -171,8 +171,8 @@ void differentiate_problems(nb::tuple operands, nb::tuple kept, nb::tuple given,
 }
 
 // Numbers that one problem keeps, of each array.
-std::tuple<long, long, long, long, long, long> kept_sizes(int form, int n, int linear, bool lower, bool upper,
-                                                          int itemsize) {
+std::tuple<Index, Index, Index, Index, Index, Index> kept_sizes(int form, int n, int linear, bool lower, bool upper,
+                                                                int itemsize) {
     auto sizes = [&]<class T>(T) {
         using Team = serial::Team<T>;
         int rows = Team::padded(linear) + (int(lower) + int(upper)) * Team::padded(n);

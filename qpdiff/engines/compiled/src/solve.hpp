@@ -12,8 +12,8 @@ namespace qpdiff {
 // Arrays whose first axis is the batch, with a stride of 0 where one entry is for all problems; or none.
 template <class T> struct Rows {
     T* data = nullptr;
-    long stride = 0;
-    T* at(long b) const { return data ? data + b * stride : nullptr; }
+    Index stride = 0;
+    T* at(Index b) const { return data ? data + b * stride : nullptr; }
 };
 
 // Where the outcome goes: qpdiff.engines.base.Outcome.
@@ -29,7 +29,7 @@ template <class T> struct KeptBatch {
     Rows<T> D, E;
     Rows<int> form;       // the form that each problem has been solved with
     Rows<bool> factor_ok; // whether what is kept of it is of use
-    Kept<T> at(long b) const { return {F.at(b), V.at(b), S.at(b), U.at(b), weights.at(b), diagonal.at(b)}; }
+    Kept<T> at(Index b) const { return {F.at(b), V.at(b), S.at(b), U.at(b), weights.at(b), diagonal.at(b)}; }
 };
 
 // Another problem's solution to start from, of rows as the caller has them.
@@ -59,7 +59,7 @@ template <class Team> std::unique_ptr<Workspace<Team>>& idle_workspace() {
 
 template <class Team> class Borrowed {
   public:
-    static constexpr long LARGEST = 1 << 20; // entries of the matrices
+    static constexpr Index LARGEST = 1 << 20; // entries of the matrices
 
     Borrowed(const Shape& shape, bool calling) : calling(calling) {
         if (calling && idle_workspace<Team>() && idle_workspace<Team>()->shape == shape) {
@@ -69,7 +69,7 @@ template <class Team> class Borrowed {
         }
     }
     ~Borrowed() {
-        if (calling && (long)workspace->shape.n * (workspace->shape.n + workspace->shape.linear) <= LARGEST) {
+        if (calling && (Index)workspace->shape.n * (workspace->shape.n + workspace->shape.linear) <= LARGEST) {
             idle_workspace<Team>() = std::move(workspace);
         }
     }
@@ -99,12 +99,12 @@ template <class T> class Worker {
 
     void run(const Form* shared_form) {
         prepared = shared_form;
-        long first, last;
+        Index first, last;
         while (queue.claim(first, last)) {
             if (batch.lanes) {
                 solve_in_lanes(first, last);
             } else {
-                for (long b = first; b < last && !queue.interrupted(calling); b++) {
+                for (Index b = first; b < last && !queue.interrupted(calling); b++) {
                     solve_one(b);
                     queue.finish(1);
                 }
@@ -127,7 +127,7 @@ template <class T> class Worker {
     void lay_out(Arena& arena) {
         const KeptBatch<T>& kept = batch.kept;
         KeptSizes<T> sizes(batch.shape.form, o.n, o.linear, o.rows);
-        auto part = [&](T*& p, const Rows<T>& rows, long size) {
+        auto part = [&](T*& p, const Rows<T>& rows, Index size) {
             p = rows.data || !size ? nullptr : arena.take<T>(size);
         };
         part(scratch.F, kept.F, sizes.F), part(scratch.V, kept.V, sizes.V), part(scratch.S, kept.S, sizes.S);
@@ -135,7 +135,7 @@ template <class T> class Worker {
         part(scratch.diagonal, kept.diagonal, sizes.diagonal);
     }
 
-    Kept<T> kept_at(long b) const {
+    Kept<T> kept_at(Index b) const {
         Kept<T> kept = batch.kept.at(b);
         auto otherwise = [](T*& p, T* other) { p = p ? p : other; };
         otherwise(kept.F, scratch.F), otherwise(kept.V, scratch.V), otherwise(kept.S, scratch.S);
@@ -145,7 +145,7 @@ template <class T> class Worker {
     }
 
     // Read what problem b does not share with the one before, and what follows from the matrices alone.
-    void load_matrices(long b) {
+    void load_matrices(Index b) {
         const Operands& operands = batch.operands;
         bool new_Q = !Q_ready || !operands.Q.shared(), new_K = !K_ready || !operands.A.shared() || !operands.G.shared();
         bool check = batch.check && !prepared;
@@ -167,7 +167,7 @@ template <class T> class Worker {
     }
 
     // Compute what does not change of the reduced matrix, in the form that suits; and check that Q is convex.
-    Form prepare_form(long b) {
+    Form prepare_form(Index b) {
         workspace->use(kept_at(b), batch.shape.form);
         Form form = batch.shape.form;
         if ((form == Form::dense_dual && !prepare<Form::dense_dual>(o)) ||
@@ -188,7 +188,7 @@ template <class T> class Worker {
         }
     }
 
-    void solve_one(long b) {
+    void solve_one(Index b) {
         refuse_unless(!batch.check || plausible_vectors<T>(batch.operands, b, b == 0));
         load_vectors(o, batch.operands, b);
         load_matrices(b);
@@ -208,7 +208,7 @@ template <class T> class Worker {
         }
     }
 
-    template <Form FORM> Ended<Serial> solve_in(long b) {
+    template <Form FORM> Ended<Serial> solve_in(Index b) {
         auto load_near = [&](Iterate<Serial>& at) {
             if (!batch.near.x.data || !*batch.near.usable.at(b)) {
                 return false;
@@ -220,7 +220,7 @@ template <class T> class Worker {
         return iterate<FORM>(o, load_near, [&] { return queue.interrupted(calling); });
     }
 
-    void finish(long b, Form form, const Ended<Serial>& ended) {
+    void finish(Index b, Form form, const Ended<Serial>& ended) {
         if (ended.interrupted) {
             return;
         }
@@ -238,7 +238,7 @@ template <class T> class Worker {
 
     // Put how problem b stands into the outcome; `number_of` takes its own from the numbers of a team.
     template <class Team, class NumberOf>
-    void put_verdict(long b, const Verdict<Team>& verdict, int iterations, NumberOf number_of) {
+    void put_verdict(Index b, const Verdict<Team>& verdict, int iterations, NumberOf number_of) {
         const Outcome<T>& outcome = batch.outcome;
         *outcome.status.at(b) = int(number_of(verdict.status));
         *outcome.iterations.at(b) = iterations;
@@ -257,7 +257,7 @@ template <class T> class Worker {
     };
     std::unique_ptr<Lanes> group;
 
-    void solve_in_lanes(long first, long last) {
+    void solve_in_lanes(Index first, Index last) {
         if constexpr (sizeof(T) == 8) {
             constexpr int W = lanes::Team::PROBLEMS;
             if (!group) {
@@ -265,8 +265,8 @@ template <class T> class Worker {
                 group->workspace->problem.parameters = batch.parameters;
                 group->workspace->problem.settings = &batch.settings;
             }
-            for (long b = first; b < last && !queue.interrupted(calling); b += W) {
-                int size = int(std::min<long>(W, last - b));
+            for (Index b = first; b < last && !queue.interrupted(calling); b += W) {
+                int size = int(std::min<Index>(W, last - b));
                 bool left[W];
                 std::fill(left, left + W, true);
                 if (!solve_group(b, size, left)) {
@@ -283,7 +283,7 @@ template <class T> class Worker {
     }
 
     // Solve the problems of a group but for those that are left; false where an operand breaks a rule.
-    bool solve_group(long b, int size, bool* left) {
+    bool solve_group(Index b, int size, bool* left) {
         using Team = lanes::Team;
         auto& o = group->workspace->problem;
         const Operands& operands = batch.operands;
@@ -335,7 +335,7 @@ template <class T> class Worker {
         return true;
     }
 
-    template <Form FORM> void iterate_group(long b, int size, bool* left) {
+    template <Form FORM> void iterate_group(Index b, int size, bool* left) {
         auto& o = group->workspace->problem;
         std::fill(left, left + size, false);
         iterate_lanes<FORM>(
@@ -348,7 +348,7 @@ template <class T> class Worker {
 
     // Put aside what the problem of a lane has come to, and what its derivative needs.
     template <Form FORM>
-    void keep_lane(long b, int lane, const Iterate<lanes::Team>& at, const Verdict<lanes::Team>& verdict,
+    void keep_lane(Index b, int lane, const Iterate<lanes::Team>& at, const Verdict<lanes::Team>& verdict,
                    int iterations) {
         using Team = lanes::Team;
         const auto& o = group->workspace->problem;
@@ -367,7 +367,7 @@ template <class T> class Worker {
                 vector({from[i]}, columns, to);
                 std::fill(to + columns, to + ld, T(0));
             }
-            std::fill(to, to + (long)(whole_tiles(height) - height) * ld, T(0));
+            std::fill(to, to + (Index)(whole_tiles(height) - height) * ld, T(0));
         };
         auto triangle = [&](Team::Matrix from, int size, T* to) {
             matrix(from, size, size, to);

@@ -19,12 +19,12 @@ struct Shape {
 class Arena {
   public:
     explicit Arena(char* memory) : memory(memory) {}
-    template <class T> T* take(long count) {
+    template <class T> T* take(Index count) {
         T* part = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
-        used += (count * (long)sizeof(T) + LINE - 1) / LINE * LINE;
+        used += (count * (Index)sizeof(T) + LINE - 1) / LINE * LINE;
         return part;
     }
-    long used = 0;
+    Index used = 0;
 
   private:
     char* memory;
@@ -109,7 +109,7 @@ template <class Team> class Workspace {
         };
         auto matrix = [&](MatrixOf& M, int rows, int columns) {
             M.ld = Team::leading(columns);
-            M.data = arena.take<Stored>((long)Team::whole_rows(rows) * M.ld);
+            M.data = arena.take<Stored>((Index)Team::whole_rows(rows) * M.ld);
         };
         of_variables(o.q, o.lb, o.ub, o.exists, o.D, o.balanced_D, o.occupied, o.flat, o.unit_x, o.metric_x,
                      o.diagonal_Q, o.inverse, o.rho, o.dx, o.cx, o.e_x, o.t, o.columns, o.x_anchor, o.r_anchor);

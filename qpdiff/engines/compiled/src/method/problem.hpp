@@ -73,10 +73,10 @@ template <class Team> struct Step {
 
 // Numbers that one problem keeps of its reduced KKT system for the derivative, array by array.
 template <class T> struct KeptSizes {
-    long F = 0, V = 0, S = 0, U = 0, weights = 0, diagonal = 0;
+    Index F = 0, V = 0, S = 0, U = 0, weights = 0, diagonal = 0;
 
     KeptSizes(Form form, int n, int linear, int rows) {
-        auto matrix = [](int height, int columns) { return (long)whole_tiles(height) * whole_lines<T>(columns); };
+        auto matrix = [](int height, int columns) { return (Index)whole_tiles(height) * whole_lines<T>(columns); };
         if (form == Form::dense_dual) {
             F = matrix(n, n), V = matrix(n, linear), S = matrix(linear, linear);
         } else {
