@@ -50,9 +50,10 @@ class Queue {
     // Call work(whether this is the calling thread) on all threads, without the interpreter's lock; whether nothing was
     // refused. False with a Python error set, if `progress` or a signal raised one; throws what a thread has thrown.
     template <class Work> bool run(Work work) {
+        std::vector<std::thread> threads;
+        threads.reserve(std::max(workers, 1) - 1); // here, where it may throw: without the lock nothing must
         PyThreadState* state = PyEval_SaveThread();
         polled = reported = Clock::now();
-        std::vector<std::thread> threads;
         auto guarded = [&](bool calling) {
             try {
                 work(calling);
@@ -73,7 +74,7 @@ class Queue {
                 });
                 running++;
             }
-        } catch (const std::system_error&) { // fewer threads do as well
+        } catch (const std::exception&) { // no more threads, or no memory for one: fewer do as well
         }
         guarded(true);
         for (std::unique_lock<std::mutex> lock(mutex); running > 0;) {
