@@ -70,8 +70,8 @@ template <class T> class DerivativeWorker {
     Problem<Team>& o;
     KeptSizes<T> sizes;
     Derivative<Team> d;
+    MatrixReader matrices;
     Memory memory;
-    bool Q_ready = false, K_ready = false;
 
     void lay_out(Arena& arena) {
         auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<T>(o.np + ROWS)), ...); };
@@ -128,7 +128,7 @@ template <class T> class DerivativeWorker {
             }
             set_point(o, d);
         }
-        load_matrices(b);
+        matrices.load(o, batch.operands, b);
         if (usable && form != Form::dense_dual && kept.U && solve_nearby(form)) {
             return;
         }
@@ -151,17 +151,6 @@ template <class T> class DerivativeWorker {
             reached = qpdiff::solve_nearby<Form::diagonal_dual>(o, d, int(P.derivative_rounds));
         }
         return reached.left <= T(P.factor_residual) && reached.moved <= T(P.factor_moved);
-    }
-
-    void load_matrices(Index b) {
-        const Operands& operands = batch.operands;
-        if (!Q_ready || !operands.Q.shared()) {
-            load_Q(o, operands, b);
-        }
-        if (!K_ready || !operands.A.shared() || !operands.G.shared()) {
-            load_K(o, operands, b);
-        }
-        Q_ready = K_ready = true;
     }
 
     void put_gradients(Index b, const Kept<T>& ahead) {

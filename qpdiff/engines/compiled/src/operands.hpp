@@ -148,6 +148,30 @@ template <class Team> void load_K(Problem<Team>& o, const Operands& operands, In
     }
 }
 
+// Reads the matrices of one problem after the other: those that all share only once.
+class MatrixReader {
+  public:
+    struct Read {
+        bool Q, K;
+    };
+
+    // Read those of problem b that it does not share with the one before; return which these are.
+    template <class Team> Read load(Problem<Team>& o, const Operands& operands, Index b) {
+        Read read{first || !operands.Q.shared(), first || !operands.A.shared() || !operands.G.shared()};
+        if (read.Q) {
+            load_Q(o, operands, b);
+        }
+        if (read.K) {
+            load_K(o, operands, b);
+        }
+        first = false;
+        return read;
+    }
+
+  private:
+    bool first = true;
+};
+
 // Read the matrices of `size` problems from b on into the lanes; lanes that are left over get the last one.
 inline void load_lanes(Problem<lanes::Team>& o, const Operands& operands, Index b, int size) {
     constexpr int W = lanes::Team::PROBLEMS;

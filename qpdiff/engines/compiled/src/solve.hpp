@@ -120,7 +120,8 @@ template <class T> class Worker {
     Borrowed<Serial> workspace;
     Problem<Serial>& o;
     const Form* prepared = nullptr;
-    bool Q_ready = false, K_ready = false, refused = false;
+    MatrixReader matrices;
+    bool refused = false;
     Kept<T> scratch; // for one problem in place of what is not kept
     Memory memory;
 
@@ -146,24 +147,17 @@ template <class T> class Worker {
 
     // Read what problem b does not share with the one before, and what follows from the matrices alone.
     void load_matrices(Index b) {
-        const Operands& operands = batch.operands;
-        bool new_Q = !Q_ready || !operands.Q.shared(), new_K = !K_ready || !operands.A.shared() || !operands.G.shared();
-        bool check = batch.check && !prepared;
-        if (new_Q) {
-            load_Q(o, operands, b);
-            refuse_unless(!check || plausible_Q(o, T(batch.rounding)));
+        auto read = matrices.load(o, batch.operands, b);
+        if (batch.check && !prepared) {
+            refuse_unless(!read.Q || plausible_Q(o, T(batch.rounding)));
+            refuse_unless(!read.K || Serial::all_finite(o.K, o.linear, o.n));
         }
-        if (new_K) {
-            load_K(o, operands, b);
-            refuse_unless(!check || Serial::all_finite(o.K, o.linear, o.n));
-        }
-        if (new_Q || new_K) {
+        if (read.Q || read.K) {
             balance(o);
         }
-        if (new_K && batch.shape.form == Form::diagonal_dual) {
+        if (read.K && batch.shape.form == Form::diagonal_dual) {
             Serial::transpose(o.K, o.linear, o.n, o.turned);
         }
-        Q_ready = K_ready = true;
     }
 
     // Compute what does not change of the reduced matrix, in the form that suits; and check that Q is convex.
