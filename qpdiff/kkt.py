@@ -24,7 +24,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from .engines.parameters import DOUBLE, parameters
-from .problem import INFINITE, Later, Problem, _concat, product, product_transposed, take
+from .problem import INFINITE, DeferredTake, Problem, concat_last, product, product_transposed, take
 
 
 class System(NamedTuple):
@@ -138,16 +138,16 @@ class DenseDualForm:
         V = backend.whiten_rows(root, _stack(xp, blocks))
         enough = parameters(problem).smallest_pivot
         good = positive & (diagonal > 0) & (backend.pivots(factor) > enough * diagonal)
-        return cls(problem, (Later((root, V)), backend.products(V, V.mT))), xp.all(good, axis=-1)
+        return cls(problem, (DeferredTake((root, V)), backend.products(V, V.mT))), xp.all(good, axis=-1)
 
     @cached_property
     def whitening(self):
         """The backend's root of Q and V, which a step in the rows alone does not ask for."""
-        return self._later.now(self.problem.backend.xp)
+        return self._later.evaluate(self.problem.backend.xp)
 
     @property
     def constants(self):
-        return Later(self.whitening), self.S
+        return DeferredTake(self.whitening), self.S
 
     def select(self, problem: Problem, index) -> DenseDualForm:
         xp = self.problem.backend.xp
@@ -418,7 +418,7 @@ def _flat_scale(backend, balanced: Balance, q, curved):
 
 def _together(xp, parts, like):
     """Arrays (B or 1, ·) side by side; of none, one without columns."""
-    return _concat(xp, parts) if parts else like[:, :0]
+    return concat_last(xp, parts) if parts else like[:, :0]
 
 
 def with_cost(metric: Metric, c) -> Metric:

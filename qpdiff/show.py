@@ -11,8 +11,9 @@ import numpy as np
 from .engines.array.loop import forms
 from .engines.base import make_settings
 from .method import RUNNING, State, initialize, make_part, step
-from .problem import OPERANDS, Problem, check_values, make_problem, symmetrized
+from .problem import OPERANDS, Problem
 from .solution import Status
+from .validation import check_values, make_problem, symmetrized
 
 try:
     from matplotlib.figure import Figure

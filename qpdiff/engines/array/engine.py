@@ -6,7 +6,8 @@ from contextlib import closing
 
 from ... import kkt
 from ...method import make_part
-from ...problem import Problem, check_values, indefinite
+from ...problem import Problem
+from ...validation import check_values, indefinite
 from ..base import Outcome, Settings, StartingPoint
 from .batch import Ended, Kept, in_batch, join
 from .derivative import Factors, whole

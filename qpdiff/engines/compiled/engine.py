@@ -16,7 +16,8 @@ import numpy as np
 
 from ... import kkt
 from ...backend import NumPyBackend, single_threaded_blas
-from ...problem import MATRICES, OPERANDS, Problem, check_values
+from ...problem import MATRICES, OPERANDS, Problem
+from ...validation import check_values
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from ..parameters import DOUBLE, SINGLE
 from .memory import SMALLEST, empty
@@ -47,6 +48,8 @@ KEPT_BYTES = 2**26, 2**29
 """Factors are kept for the derivative where they take no more than the first, or than the data and the second."""
 PRIMAL, DENSE_DUAL, DIAGONAL_DUAL = range(3)
 _FORMS = {kkt.PrimalForm: PRIMAL, kkt.DenseDualForm: DENSE_DUAL, kkt.DiagonalDualForm: DIAGONAL_DUAL}
+_SCALARS = (np.int32, np.int32, np.float64, np.float64, np.float64, np.float64)
+"""The types of `Outcome` from the status on."""
 _DECIDING = frozenset({"Q", "G", "A", "lb", "ub"})
 """Operands that the equilibration of the matrices and the reduced form are made of."""
 _PARAMETERS = {np.dtype(np.float64): _core.Parameters(DOUBLE), np.dtype(np.float32): _core.Parameters(SINGLE)}
@@ -90,7 +93,7 @@ class Factors(NamedTuple):
                 if (matrix := getattr(problem, name)) is not None:
                     gradients[name] = allocate(matrix.shape, dtype)
         _core.solve_kkt(
-            tuple([getattr(problem, name) for name in OPERANDS]), self.kept,
+            tuple(map(problem.operands.get, OPERANDS)), self.kept,
             (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
             (u_x, u_v, *[gradients.get(name) for name in MATRICES]), _PARAMETERS[dtype], self.form, fill,
             workers_for(problem, count, DIFFERENTIATE),
@@ -126,7 +129,8 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
     form = _FORMS[kkt.preferred_form(problem)]
     plan = _plan(problem, form, dtype.itemsize)
     x, v, s, *factors, D, E = [make(shape, dtype) for make, shape in plan]
-    outcome = Outcome(x, v, s, *np.empty((2, count, 1), np.int32), *np.empty((4, count, 1)))
+    scalars = [np.empty((count, 1), kind) for kind in _SCALARS]
+    outcome = Outcome(x, v, s, *scalars)
     kept = Kept._make([*factors, D, E, np.empty(count, np.int32), np.empty(count, np.bool_)])
     done = outcome, Factors(form, kept)
     if count == 0:
@@ -135,7 +139,7 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
     longest = max(n, problem.m + problem.p)
     in_lanes = start is None and longest <= SMALL and count >= ENOUGH * workers and dtype.itemsize == 8
     call = (
-        tuple([getattr(problem, name) for name in OPERANDS]), outcome, kept,
+        tuple(map(problem.operands.get, OPERANDS)), outcome, kept,
         (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
         _PARAMETERS[dtype], form, check, problem.rounding, in_lanes, workers, progress,
     )  # fmt: skip
