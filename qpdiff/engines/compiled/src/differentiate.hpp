@@ -15,7 +15,7 @@ template <class T> struct DerivativeBatch {
     Operands operands;
     Shape shape;
     const Parameters* parameters;
-    KeptBatch<T> kept;
+    StoredBatch<T> stored;
     Operand x, v, s, r_x, r_v; // the solutions and the right-hand sides
     Rows<const int> status;
     Rows<T> u_x, u_v;
@@ -40,7 +40,7 @@ template <class T> class DerivativeWorker {
   public:
     DerivativeWorker(const DerivativeBatch<T>& batch, Queue& queue, bool calling)
         : batch(batch), queue(queue), calling(calling), workspace(batch.shape, calling), o(workspace->problem),
-          sizes(batch.shape.form, o.n, o.linear, o.rows), memory([this](Arena& arena) { lay_out(arena); }) {
+          memory([this](Arena& arena) { lay_out(arena); }) {
         o.parameters = batch.parameters;
         // What is scaled by them in the padding is 0.
         std::fill(o.D.data, o.D.data + o.np, T(1));
@@ -68,7 +68,6 @@ template <class T> class DerivativeWorker {
     bool calling;
     Borrowed<Team> workspace;
     Problem<Team>& o;
-    KeptSizes<T> sizes;
     Derivative<Team> d;
     MatrixReader matrices;
     Memory memory;
@@ -82,10 +81,11 @@ template <class T> class DerivativeWorker {
         d.numbers = arena.take<int>(o.lp + 1);
     }
 
-    // Solve for problem b and compute the gradients of its own matrices; fetch meanwhile what is kept of problem
+    // Solve for problem b and compute the gradients of its own matrices; fetch meanwhile what is stored of problem
     // `next`, if there is one.
     void differentiate(Index b, Index next) {
-        Kept<T> ahead = next >= 0 && batch.kept.F.stride ? batch.kept.at(next) : Kept<T>{};
+        bool fetch = next >= 0 && batch.stored.sizes.F && batch.stored.constant.stride;
+        StoredFactors<T> ahead = fetch ? batch.stored.at(next) : StoredFactors<T>{};
         prefetch_vectors(next);
         read(batch.x.at(b), batch.x.column, o.n, d.x.data);
         read_rows(batch.v, b, d.v);
@@ -106,21 +106,22 @@ template <class T> class DerivativeWorker {
         });
     }
 
-    void solve_kkt(Index b, const Kept<T>& ahead, Index next) {
-        Form form = Form(*batch.kept.form.at(b));
-        Kept<T> kept = batch.kept.at(b);
-        bool usable = *batch.kept.factor_ok.at(b) && form == batch.shape.form;
+    void solve_kkt(Index b, const StoredFactors<T>& ahead, Index next) {
+        Form form = Form(*batch.stored.form.at(b));
+        StoredFactors<T> stored = batch.stored.at(b);
+        bool usable = *batch.stored.factor_ok.at(b) && form == batch.shape.form;
         load_vectors(o, batch.operands, b);
-        std::copy(batch.kept.D.at(b), batch.kept.D.at(b) + o.n, o.D.data);
-        scatter_rows(o, batch.kept.E.at(b), o.E);
+        const T* scaling = batch.stored.scaling.at(b);
+        std::copy(scaling, scaling + o.n, o.D.data);
+        scatter_rows(o, scaling + o.n, o.E);
         read_rows(batch.s, b, d.s);
         read(batch.r_x.at(b), batch.r_x.column, o.n, d.right.x.data);
         read_rows(batch.r_v, b, d.right.v);
         set_point(o, d);
         if (usable) {
-            workspace->use(kept, form);
+            workspace->use(stored, form);
         }
-        if (usable && form == Form::dense_dual && kept.F) {
+        if (usable && form == Form::dense_dual && stored.F) {
             if (solve_dense_dual(
                     o, d, [&](int part, int parts) { prefetch_F(ahead, part, parts); },
                     [&](int part, int parts) { prefetch_S(ahead, next, part, parts); })) {
@@ -129,7 +130,7 @@ template <class T> class DerivativeWorker {
             set_point(o, d);
         }
         matrices.load(o, batch.operands, b);
-        if (usable && form != Form::dense_dual && kept.U && solve_nearby(form)) {
+        if (usable && form != Form::dense_dual && stored.U && solve_nearby(form)) {
             return;
         }
         workspace->use_primal();
@@ -153,7 +154,7 @@ template <class T> class DerivativeWorker {
         return reached.left <= T(P.factor_residual) && reached.moved <= T(P.factor_moved);
     }
 
-    void put_gradients(Index b, const Kept<T>& ahead) {
+    void put_gradients(Index b, const StoredFactors<T>& ahead) {
         const T *u_x = d.u.x.data, *u_v = d.u.v.data, *x = d.x.data, *v = d.v.data;
         Index n = o.n;
         if (T* out = batch.own.Q.at(b)) {
@@ -174,14 +175,14 @@ template <class T> class DerivativeWorker {
     }
 
     // Ask for a part of the rows of the triangle F.
-    void prefetch_F(const Kept<T>& ahead, int part, int parts) const {
+    void prefetch_F(const StoredFactors<T>& ahead, int part, int parts) const {
         for (int i = ahead.F ? o.n * part / parts : o.n; i < o.n * (part + 1) / parts; i++) {
             prefetch(ahead.F + (Index)i * Team::leading(o.n) + i, o.n - i);
         }
     }
 
     // Ask for those rows of S among a part that belong to active constraints.
-    void prefetch_S(const Kept<T>& ahead, Index next, int part, int parts) const {
+    void prefetch_S(const StoredFactors<T>& ahead, Index next, int part, int parts) const {
         int last = o.linear * (part + 1) / parts;
         for (int i = ahead.S ? o.linear * part / parts : last; i < last; i++) {
             T s = entry<T>(batch.s.at(next), batch.s.column, i), v = entry<T>(batch.v.at(next), batch.v.column, i);
@@ -199,7 +200,7 @@ template <class T> class DerivativeWorker {
             for (const Operand* from : {&batch.v, &batch.s, &batch.r_v}) {
                 prefetch(reinterpret_cast<const T*>(from->at(next)), batch.rows());
             }
-            prefetch(batch.kept.E.at(next), batch.rows());
+            prefetch(batch.stored.scaling.at(next) + batch.shape.n, batch.rows());
         }
     }
 };

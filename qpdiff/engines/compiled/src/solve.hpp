@@ -23,14 +23,21 @@ template <class T> struct Outcome {
     Rows<double> objective, primal, dual, gap;
 };
 
-// What is kept of the problems for the derivative; matrices and vectors as `Kept`, without data where nothing is kept.
-template <class T> struct KeptBatch {
-    Rows<T> F, V, S, U, weights, diagonal;
-    Rows<T> D, E;
-    Rows<int> form;       // the form that each problem has been solved with
-    Rows<bool> factor_ok; // whether what is kept of it is of use
-    Kept<T> at(Index b) const { return {F.at(b), V.at(b), S.at(b), U.at(b), weights.at(b), diagonal.at(b)}; }
+// What is stored of the problems for the derivative: qpdiff.engines.compiled.engine.Stored.
+template <class T> struct StoredBatch {
+    StoredSizes<T> sizes;
+    Rows<T> constant, last; // `StoredFactors`, without data where nothing is stored
+    Rows<T> scaling;        // D, then E in rows as the caller has them
+    Rows<int> form;         // the form that each problem has been solved with
+    Rows<bool> factor_ok;   // the last factor is of use
+    StoredFactors<T> at(Index b) const { return {sizes, constant.at(b), last.at(b)}; }
 };
+
+template <class T> StoredSizes<T> stored_sizes(const Shape& shape) {
+    using Team = serial::Team<T>;
+    int bounds = int(shape.lower) + int(shape.upper);
+    return {shape.form, shape.n, shape.linear, Team::padded(shape.linear) + bounds * Team::padded(shape.n)};
+}
 
 // Another problem's solution to start from, of rows as the caller has them.
 template <class T> struct Near {
@@ -48,7 +55,7 @@ template <class T> struct Batch {
     bool lanes;      // whether to take problems several at a time
     Near<T> near;
     Outcome<T> outcome;
-    KeptBatch<T> kept;
+    StoredBatch<T> stored;
 };
 
 // Workspaces of a thread: the calling thread keeps them for the next call where they are small.
@@ -122,27 +129,20 @@ template <class T> class Worker {
     const Form* prepared = nullptr;
     MatrixReader matrices;
     bool refused = false;
-    Kept<T> scratch; // for one problem in place of what is not kept
+    T *own_constant = nullptr, *own_last = nullptr; // for one problem in place of what is not stored
     Memory memory;
 
     void lay_out(Arena& arena) {
-        const KeptBatch<T>& kept = batch.kept;
-        KeptSizes<T> sizes(batch.shape.form, o.n, o.linear, o.rows);
-        auto part = [&](T*& p, const Rows<T>& rows, Index size) {
-            p = rows.data || !size ? nullptr : arena.take<T>(size);
-        };
-        part(scratch.F, kept.F, sizes.F), part(scratch.V, kept.V, sizes.V), part(scratch.S, kept.S, sizes.S);
-        part(scratch.U, kept.U, sizes.U), part(scratch.weights, kept.weights, sizes.weights);
-        part(scratch.diagonal, kept.diagonal, sizes.diagonal);
+        const StoredBatch<T>& stored = batch.stored;
+        own_constant = stored.constant.data ? nullptr : arena.take<T>(stored.sizes.constant());
+        own_last = stored.last.data ? nullptr : arena.take<T>(stored.sizes.last());
     }
 
-    Kept<T> kept_at(Index b) const {
-        Kept<T> kept = batch.kept.at(b);
-        auto otherwise = [](T*& p, T* other) { p = p ? p : other; };
-        otherwise(kept.F, scratch.F), otherwise(kept.V, scratch.V), otherwise(kept.S, scratch.S);
-        otherwise(kept.U, scratch.U), otherwise(kept.weights, scratch.weights),
-            otherwise(kept.diagonal, scratch.diagonal);
-        return kept;
+    // The memory for what the engine stores of problem b, be it used again for the next one.
+    StoredFactors<T> factors_of(Index b) const {
+        const StoredBatch<T>& stored = batch.stored;
+        T *constant = stored.constant.at(b), *last = stored.last.at(b);
+        return {stored.sizes, constant ? constant : own_constant, last ? last : own_last};
     }
 
     // Read what problem b does not share with the one before, and what follows from the matrices alone.
@@ -162,7 +162,7 @@ template <class T> class Worker {
 
     // Compute what does not change of the reduced matrix, in the form that suits; and check that Q is convex.
     Form prepare_form(Index b) {
-        workspace->use(kept_at(b), batch.shape.form);
+        workspace->use(factors_of(b), batch.shape.form);
         Form form = batch.shape.form;
         if ((form == Form::dense_dual && !prepare<Form::dense_dual>(o)) ||
             (form == Form::diagonal_dual && !prepare<Form::diagonal_dual>(o))) {
@@ -190,7 +190,7 @@ template <class T> class Worker {
         if (refused) {
             return;
         }
-        workspace->use(kept_at(b), form);
+        workspace->use(factors_of(b), form);
         balance_cost(o, equilibrate(o));
         count_inequalities(o);
         if (form == Form::primal) {
@@ -224,10 +224,10 @@ template <class T> class Worker {
         gather_rows(o, ended.at->v, outcome.v.at(b));
         gather_rows(o, ended.at->s, outcome.s.at(b));
         put_verdict(b, verdict, ended.iterations, [](double number) { return number; });
-        std::copy(o.D.data, o.D.data + o.n, batch.kept.D.at(b));
-        gather_rows(o, o.E, batch.kept.E.at(b));
-        *batch.kept.form.at(b) = int(form);
-        *batch.kept.factor_ok.at(b) = ended.factor_ok && form == batch.shape.form;
+        std::copy(o.D.data, o.D.data + o.n, batch.stored.scaling.at(b));
+        gather_rows(o, o.E, batch.stored.scaling.at(b) + o.n);
+        *batch.stored.form.at(b) = int(form);
+        *batch.stored.factor_ok.at(b) = ended.factor_ok && form == batch.shape.form;
     }
 
     // Put how problem b stands into the outcome; `number_of` takes its own from the numbers of a team.
@@ -373,24 +373,25 @@ template <class T> class Worker {
         rows(at.v, outcome.v.at(b));
         rows(at.s, outcome.s.at(b));
         put_verdict(b, verdict, iterations, [&](const auto& number) { return number[lane]; });
-        vector(o.D, o.n, batch.kept.D.at(b));
-        rows(o.E, batch.kept.E.at(b));
-        *batch.kept.form.at(b) = int(FORM);
-        *batch.kept.factor_ok.at(b) = true;
-        Kept<T> kept = batch.kept.at(b);
-        if (FORM == Form::dense_dual && kept.F && !prepared) {
-            triangle(o.F, o.n, kept.F);
-            matrix(o.V, o.n, o.linear, kept.V);
-            matrix(o.S, o.linear, o.linear, kept.S);
+        vector(o.D, o.n, batch.stored.scaling.at(b));
+        rows(o.E, batch.stored.scaling.at(b) + o.n);
+        *batch.stored.form.at(b) = int(FORM);
+        *batch.stored.factor_ok.at(b) = true;
+        StoredFactors<T> stored = batch.stored.at(b);
+        if (FORM == Form::dense_dual && stored.F && !prepared) {
+            triangle(o.F, o.n, stored.F);
+            matrix(o.V, o.n, o.linear, stored.V);
+            matrix(o.S, o.linear, o.linear, stored.S);
         }
-        if (FORM == Form::diagonal_dual && kept.diagonal && !prepared) {
-            vector(o.diagonal, o.n, kept.diagonal);
-            std::fill(kept.diagonal + o.n, kept.diagonal + whole_lines<T>(o.n), smallest_normal<T>);
+        if (FORM == Form::diagonal_dual && stored.diagonal && !prepared) {
+            vector(o.diagonal, o.n, stored.diagonal);
+            std::fill(stored.diagonal + o.n, stored.diagonal + whole_lines<T>(o.n), smallest_normal<T>);
         }
-        if (FORM != Form::dense_dual && kept.U) {
-            triangle(o.U, FORM == Form::primal ? o.n : o.linear, kept.U);
-            std::fill(kept.weights, kept.weights + this->o.rows, T(0));
-            each_block(this->o, [&](int row, int at, int count) { vector(o.weights + at, count, kept.weights + row); });
+        if (FORM != Form::dense_dual && stored.U) {
+            triangle(o.U, FORM == Form::primal ? o.n : o.linear, stored.U);
+            std::fill(stored.weights, stored.weights + this->o.rows, T(0));
+            each_block(this->o,
+                       [&](int row, int at, int count) { vector(o.weights + at, count, stored.weights + row); });
         }
     }
 };

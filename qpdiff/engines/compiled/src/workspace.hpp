@@ -61,23 +61,23 @@ template <class Team> class Workspace {
     }
 
     // Let a problem of one thread work in what it is to keep, or, where it has to take the primal form, in what is not.
-    void use(const Kept<typename Team::Real>& kept, Form form)
+    void use(const StoredFactors<typename Team::Real>& stored, Form form)
         requires(!Team::lanes)
     {
         auto& o = problem;
         int wide = Team::leading(o.n), high = Team::leading(o.linear);
         if (shape.form == Form::dense_dual) {
-            o.F = {kept.F, wide}, o.V = {kept.V, high}, o.S = {kept.S, high};
+            o.F = {stored.F, wide}, o.V = {stored.V, high}, o.S = {stored.S, high};
         }
-        o.diagonal = shape.form == Form::diagonal_dual ? typename Team::Vector{kept.diagonal} : o.diagonal;
+        o.diagonal = shape.form == Form::diagonal_dual ? typename Team::Vector{stored.diagonal} : o.diagonal;
         bool own = form != shape.form || form == Form::dense_dual;
-        o.weights = own ? own_weights : typename Team::Vector{kept.weights};
+        o.weights = own ? own_weights : typename Team::Vector{stored.weights};
         o.U = form != shape.form         ? o.square_matrix
               : form == Form::dense_dual ? own_U
-                                         : MatrixOf{kept.U, form == Form::primal ? wide : high};
+                                         : MatrixOf{stored.U, form == Form::primal ? wide : high};
     }
 
-    // Let the problem take the primal form in what is not kept.
+    // Let the problem take the primal form in memory of the workspace.
     void use_primal()
         requires(!Team::lanes)
     {
