@@ -71,15 +71,15 @@ def choose_backend(operands, name=None):
         _check_one_device(there)
         backend = _backend(xp, next(iter(there.values())) if there else kind.current_device(xp))
         return backend, {key: _move(key, value, backend, name) for key, value in operands.items()}
+    # What comes next would take most of a small solve.
+    if all(type(value) is np.ndarray and value.dtype is _DOUBLE for value in operands.values()):
+        return _numpy_backend(), dict(operands)
     arrays = {
         key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))
     }
-    if all(type(value) is np.ndarray for value in arrays.values()):  # what comes next would take most of a small solve
+    if all(type(value) is np.ndarray for value in arrays.values()):
         backend = _numpy_backend()
-        return backend, {
-            key: value if type(value) is np.ndarray and value.dtype is _DOUBLE else from_host(key, value, backend)
-            for key, value in operands.items()
-        }
+        return backend, {key: from_host(key, value, backend) for key, value in operands.items()}
     namespaces, devices = {}, {}
     for key, value in arrays.items():
         try:

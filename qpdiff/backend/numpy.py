@@ -34,6 +34,9 @@ next (mallopt(3), M_MMAP_THRESHOLD). Else it gives the arrays of an iteration ba
 page anew: more than a third of the time of some solves."""
 
 
+_NOTHING = nullcontext()
+
+
 class _Root(NamedTuple):
     """L⁻¹ where the batch shares it, else the triangles."""
 
@@ -73,7 +76,7 @@ class NumPyBackend(Backend):
 
     def reproducibly(self, dtype, products: int):
         # In float32 what the threads of BLAS add up in another order decides where the iteration ends.
-        return single_threaded_blas() if dtype == np.float32 and products > FEW else nullcontext()
+        return single_threaded_blas() if products > FEW and dtype == np.float32 else _NOTHING
 
     def _parts(self, count: int, operations: float) -> list[slice]:
         """Parts of a stack of so many, some for each thread that it is worth while to wake for the operations on it."""
@@ -105,7 +108,7 @@ class NumPyBackend(Backend):
                     helper.result()
 
     def none(self, mask) -> bool:
-        return not mask.any()
+        return np.count_nonzero(mask) == 0
 
     def count(self, mask, *others) -> tuple:
         return np.count_nonzero(mask), *(bool(other.any()) for other in others)
