@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 import qpdiff
 from qpdiff import show
 from qpdiff.engines.array.central_path import relax
-from qpdiff.problem import OPERANDS, make_problem
+from qpdiff.problem import OPERANDS
+from qpdiff.validation import make_problem
 
 HERE = Path(__file__).parent
 matplotlib.rcParams["svg.hashsalt"] = "qpdiff"  # the same picture is the same file

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from . import solver
+from .adjoint import kkt_vjp, solution_vjp
 from .backend import Backend
-from .differentiation import kkt_vjp, solution_vjp, solve_kkt
-from .problem import Problem
+from .differentiation import solve_kkt
+from .problem import Problem, split_rows
 from .solution import Solution, check_unsolved, raise_if_unsolved
-from .solver import multipliers
 
 try:
     import autograd.numpy as anp
@@ -75,7 +75,7 @@ def solve_qp(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved
     flat = {name: _one_batch_axis(problem, name, value) for name, value in given.items()}
     solution = _solution(layer, *flat.values())
     x, v = solution[:, : problem.n], solution[:, problem.n :]
-    parts = dict(zip(("y", "z", "z_lb", "z_ub"), multipliers(layer.problem(*flat.values()), v), strict=True))
+    parts = dict(zip(("y", "z", "z_lb", "z_ub"), split_rows(layer.problem(*flat.values()), v, v), strict=True))
     parts["x"] = x
     shapes = {name: (*problem.batch_shape, part.shape[-1]) for name, part in parts.items()}
     returned = layer.problem(*flat.values()).returned
@@ -124,7 +124,7 @@ class _Layer(NamedTuple):
     def problem(self, *operands) -> Problem:
         """The problem in autograd's operands and operations."""
         named = dict(zip(self.names, operands, strict=True))
-        return replace(self.sol.linearization.problem, backend=Backend(_OPERATIONS), **named)
+        return self.sol.linearization.problem.layout._replace(backend=Backend(_OPERATIONS)).problem(named)
 
 
 @primitive

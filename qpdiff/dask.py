@@ -15,10 +15,11 @@ import array_api_compat
 import numpy as np
 
 from . import differentiation, solver
-from .backend import choose_backend, floating_types, from_host, single_threaded
+from .backend import choose_backend, floating_types, from_host, kinds_of, read_dtype, single_threaded
 from .differentiation import Gradients, Tangents
-from .problem import OPERANDS, Problem, broadcasts, make_problem
+from .problem import OPERANDS, Problem
 from .solution import FIELDS, POINT, Solution, check_unsolved, raise_if_unsolved
+from .validation import broadcasts, make_problem
 
 try:
     import dask.array as da
@@ -100,7 +101,7 @@ def solve_qp(
     given = {name: value for name, value in operands.items() if value is not None}
     metas = {name: value._meta if isinstance(value, da.Array) else value for name, value in given.items()}
     backend, arrays = choose_backend(metas)
-    result = floating_types(backend, arrays, metas, dtype).result
+    result = floating_types(backend, kinds_of(arrays, metas), read_dtype(dtype)).result
     for name, value in arrays.items():
         if isinstance(given[name], da.Array):
             arrays[name] = given[name]

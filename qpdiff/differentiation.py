@@ -1,23 +1,4 @@
-"""The derivative of a solution: vjp and jvp, both one solve with the KKT matrix.
-
-With K the rows of all constraints, k their right-hand side and v their multipliers, the solution satisfies
-
-    Qx + q + Kᵀv = 0,    Kx − θ∘v = k − s − θ∘v   with θ = s/v at the inequalities and 0 at the equalities,
-
-so that data tangents move it by (dx, dv) with
-
-    [ Q   Kᵀ ] [dx]   [ −(dQ x + dq + dKᵀ v) ]
-    [ K  −θ  ] [dv] = [ dk − dK x            ].
-
-The matrix is symmetric: the vjp solves the same system with the cotangents (x̄, v̄) on the right for u, and reads off
-q̄ = −u_x, Q̄ = −½(u_x xᵀ + x u_xᵀ), k̄ = u_v, K̄ = −(v u_xᵀ + u_v xᵀ). It is also the matrix of the last interior-point
-step but for θ, so that step's factor solves it after a few rounds of refinement. The proximal terms of the factor keep
-the result finite where constraints are dependent or weakly active.
-
-References
-----------
-B. Amos, J. Z. Kolter, "OptNet: differentiable optimization as a layer in neural networks", ICML 2017, section 3.
-"""
+"""The derivative of a solution: `vjp` and `jvp`, each one solve with the KKT matrix (`qpdiff.adjoint`)."""
 
 from __future__ import annotations
 
@@ -27,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .adjoint import right_hand_side, solution_vjp
 from .backend import from_host
 from .engines.array.central_path import relax
 from .engines.base import Linearization
-from .problem import OPERANDS, Problem, product, product_transposed
+from .problem import OPERANDS, Problem, join_rows, split_rows
 from .solution import Solution
-from .solver import fixed_variables
 
 
 class Gradients(NamedTuple):
@@ -189,20 +170,12 @@ def jvp(
         tangents = {
             name: _flat(problem, sol, name, value, "tangent") for name, value in given.items() if value is not None
         }
-        x, v, blocks = lin.x, lin.v, problem.blocks
-        dx, dv = solve_kkt(lin, *right_hand_side(problem, x, v, tangents), unsolved=unsolved)
-        zero = xp.zeros_like(x)
-        d_lb = dv[:, blocks["lb"]] if problem.lb is not None else zero
-        d_ub = dv[:, blocks["ub"]] if problem.ub is not None else zero
-        if problem.lb is not None and problem.ub is not None:
-            fixed, at_lower = fixed_variables(problem, v)
-            d_ub = xp.where(fixed, xp.where(at_lower, zero, -d_lb), d_ub)
-            d_lb = xp.where(fixed & ~at_lower, zero, d_lb)
+        dx, dv = solve_kkt(lin, *right_hand_side(problem, lin.x, lin.v, tangents), unsolved=unsolved)
 
         def shaped(value):
             return xp.reshape(problem.returned(value), (*problem.batch_shape, value.shape[-1]))
 
-        return Tangents(shaped(dx), shaped(dv[:, blocks["A"]]), shaped(dv[:, blocks["G"]]), shaped(d_lb), shaped(d_ub))
+        return Tangents(shaped(dx), *map(shaped, split_rows(problem, dv, lin.v)))
 
 
 # ---- the point at which to differentiate
@@ -250,19 +223,12 @@ def _solve_kkt(lin: Linearization, r_x, r_v, unsolved: str, of_matrices: bool = 
 def _to_rows(sol: Solution, given):
     """Right-hand side of the adjoint system: the cotangents of x and of the multipliers of all rows."""
     lin = sol.linearization
-    problem, xp = lin.problem, lin.problem.backend.xp
+    problem = lin.problem
     x = _flat(problem, sol, "x", given.pop("x"), "cotangent")
     if all(value is None for value in given.values()):
         return x, problem.backend.zeros_of_all(problem.batch, problem.rows, problem.dtype)
-    cotangents = {name: _flat(problem, sol, name, value, "cotangent") for name, value in given.items()}
-    z_lb, z_ub = cotangents["z_lb"], cotangents["z_ub"]
-    if problem.lb is not None and problem.ub is not None:
-        fixed, at_lower = fixed_variables(problem, lin.v)
-        z_lb = xp.where(fixed & ~at_lower, -z_ub, z_lb)
-    parts = [cotangents["y"], cotangents["z"]]
-    parts += [z_lb] if problem.lb is not None else []
-    parts += [z_ub] if problem.ub is not None else []
-    return x, xp.concat(parts, axis=-1)
+    y, z, z_lb, z_ub = (_flat(problem, sol, name, value, "cotangent") for name, value in given.items())
+    return x, join_rows(problem, y, z, z_lb, z_ub, lin.v)
 
 
 def _reduce(problem: Problem, name: str, gradient):
@@ -320,110 +286,3 @@ def as_tangent(problem: Problem, label: str, value, shape):
         return xp.broadcast_to(value, shape)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{label} has shape {tuple(value.shape)}; expected {tuple(shape)}") from error
-
-
-def right_hand_side(problem: Problem, x, v, tangents: dict[str, Any]):
-    """What the KKT system has on the right for tangents (B or 1, core) of the operands."""
-    xp, blocks = problem.backend.xp, problem.blocks
-    r_x, r_v = xp.zeros_like(x), xp.zeros_like(v)
-    if "Q" in tangents:
-        r_x = r_x - (product(tangents["Q"], x) + product_transposed(tangents["Q"], x)) / 2
-    if "q" in tangents:
-        r_x = r_x - tangents["q"]
-    parts = {name: r_v[:, block] for name, block in blocks.items()}
-    for matrix, vector in (("A", "b"), ("G", "h")):
-        if matrix in tangents:
-            r_x = r_x - product_transposed(tangents[matrix], v[:, blocks[matrix]])
-            parts[matrix] = parts[matrix] - product(tangents[matrix], x)
-        if vector in tangents:
-            parts[matrix] = parts[matrix] + tangents[vector]
-    if "lb" in tangents or "ub" in tangents:
-        zero = xp.zeros_like(x)
-        lower, upper = tangents.get("lb", zero), tangents.get("ub", zero)
-        if problem.lb is not None and problem.ub is not None:
-            fixed, at_lower = fixed_variables(problem, v)
-            lower = xp.where(fixed & ~at_lower, upper, lower)
-        if problem.lb is not None:
-            parts["lb"] = parts["lb"] - lower
-        if problem.ub is not None:
-            parts["ub"] = parts["ub"] + upper
-    return r_x, xp.concat(list(parts.values()), axis=-1)
-
-
-# ---- the derivative of a solution and of its derivative, for any framework
-#
-# An adapter records two functions: the solution (x, v) of the operands, and the solve u = K⁻¹ r with the KKT matrix at
-# it, of r, the solution and the operands. The rule of each is made of the second and of operations of the framework's,
-# which closes the loop for higher derivatives. Here `problem` has the framework's operands and operations.
-
-
-def solution_vjp(problem: Problem, x, v, u_x, u_v, names=None) -> dict[str, Any]:
-    """Gradients (B or 1, core) of the operands from u = K⁻¹ (x̄, v̄)."""
-    return _operand_gradients(
-        problem, v, names, q=-u_x, k=u_v, Q=(u_x, x), K=[(v, u_x), (u_v, x)]
-    )  # fmt: skip
-
-
-def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v, names=None):
-    """Gradients of x, v and the operands from t = K⁻¹ ū, where u = K⁻¹ r; that of r is t itself.
-
-    The matrix moves with Q, A, G, and with θ = (k − Kx)/v at the inequalities.
-    """
-    xp = problem.backend.xp
-    safe_v, theta = _theta(problem, x, v)
-    k_bar = xp.where(problem.inequality, t_v * u_v / safe_v, xp.zeros_like(theta))
-    gradients = _operand_gradients(
-        problem, v, names, q=xp.zeros_like(u_x), k=k_bar,
-        Q=(t_x, u_x), K=[(u_v, t_x), (t_v, u_x), (k_bar, x)],
-    )  # fmt: skip
-    return -problem.adjoint(k_bar), -k_bar * theta, gradients
-
-
-def kkt_jvp(problem: Problem, x, v, u_x, u_v, dx, dv, tangents: dict[str, Any]):
-    """What K⁻¹ is to be applied to for the tangent of u = K⁻¹ r, but for that of r: −dK u."""
-    xp = problem.backend.xp
-    matrices = {name: tangent for name, tangent in tangents.items() if name in ("Q", "G", "A")}
-    r_x, r_v = right_hand_side(problem, u_x, u_v, matrices)
-    safe_v, theta = _theta(problem, x, v)
-    d_slack = right_hand_side(problem, x, v, tangents)[1] - problem.constraints(dx)
-    d_theta = xp.where(problem.inequality, (d_slack - theta * dv) / safe_v, xp.zeros_like(v))
-    return r_x, r_v + d_theta * u_v
-
-
-def _theta(problem: Problem, x, v):
-    """The multipliers of the inequalities, and 1 in the other rows; θ = (k − Kx)/v, and 0 there."""
-    xp, inequality = problem.backend.xp, problem.inequality
-    safe_v = xp.where(inequality, v, xp.ones_like(v))
-    return safe_v, xp.where(inequality, (problem.k - problem.constraints(x)) / safe_v, xp.zeros_like(v))
-
-
-def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, Any]:
-    """Gradients of the operands from those of q and k, and from pairs of vectors a, b.
-
-    The gradient of the matrix of all rows is −Σ abᵀ over the pairs of K, and that of Q −½(abᵀ + baᵀ) with the one of Q.
-    """
-    xp, backend, blocks = problem.backend.xp, problem.backend, problem.blocks
-    lower = -k[:, blocks["lb"]] if problem.lb is not None else None
-    upper = k[:, blocks["ub"]] if problem.ub is not None else None
-    if lower is not None and upper is not None:
-        fixed, at_lower = fixed_variables(problem, v)
-        upper = xp.where(fixed, xp.where(at_lower, xp.zeros_like(lower), lower), upper)
-        lower = xp.where(fixed & ~at_lower, xp.zeros_like(lower), lower)
-    vectors = {"q": q, "b": k[:, blocks["A"]], "h": k[:, blocks["G"]], "lb": lower, "ub": upper}
-    names = list(problem.operands if names is None else names)
-    shared = {name: getattr(problem, name).shape[0] == 1 != problem.batch for name in names}
-    out = {}
-    for name in names:
-        if name == "Q":
-            a, b = -0.5 * Q[0], Q[1]
-            if shared[name]:
-                half = a.T @ b
-                out[name] = (half + half.T)[None, :, :]
-            else:
-                out[name] = backend.symmetric_outer(a, b)
-        elif name in ("A", "G"):
-            pairs = [(-a[:, blocks[name]], b) for a, b in K]
-            out[name] = sum(a.T @ b for a, b in pairs)[None, :, :] if shared[name] else backend.outer(pairs)
-        else:
-            out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared[name] else vectors[name]
-    return out

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from .problem import OPERANDS, indefinite, make_problem
+from .problem import OPERANDS
+from .validation import indefinite, make_problem
 
 MODELS = {".mps": ".mps", ".qps": ".mps", ".lp": ".lp"}
 """The suffix by which HiGHS knows the format of a file."""

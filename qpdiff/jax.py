@@ -13,12 +13,14 @@ from functools import partial
 import numpy as np
 
 from . import solver
-from .differentiation import right_hand_side, solve_kkt
+from .adjoint import right_hand_side
+from .differentiation import solve_kkt
 from .engines.array.derivative import unpack
 from .engines.array.traced import solve_traced
 from .engines.base import Outcome, Settings
-from .problem import Layout, Problem, check_values, make_problem, symmetrized
+from .problem import Layout, Problem
 from .solution import FIELDS, Solution, Status, check_unsolved, raise_if_unsolved
+from .validation import check_values, make_problem, symmetrized
 
 try:
     import jax
@@ -92,7 +94,7 @@ def solve_qp(
     near = jax.lax.stop_gradient(solver.warm_point(problem, warm_start))
     numbers = jax.lax.stop_gradient(problem.operands)
     if check and problem.batch and not any(problem.backend.is_tracer(value) for value in numbers.values()):
-        check_values(replace(problem, **numbers))
+        check_values(problem.with_operands(**numbers))
     sol, outcome, *rest = _solve(problem.layout, settings, unsolved, problem.operands, near)
     if unsolved == "raise" and not problem.backend.is_tracer(outcome.status):
         raise_if_unsolved(np.asarray(outcome.status).reshape(problem.batch_shape))

@@ -1,23 +1,19 @@
-"""What a batch of quadratic programs is: the operands, their validation, the one batch axis and the constraint rows.
+"""A batch of quadratic programs: its operands with one batch axis, and its constraints.
 
-Every constraint is a row: the equalities A x = b, the inequalities G x ≤ h, then -x ≤ -lb and x ≤ ub where there are
-bounds. The rest of the package sees one constraint operator K and one right-hand side k over all of them, with one
-multiplier a row, and two masks that tell what a row is: an equality (also a bound pair lb = ub, which is one equality
-and not two inequalities), an inequality, or nothing at all (an infinite bound). K is never formed.
+All constraints are rows of one stacked constraint matrix K with right-hand side k and multipliers v: the equalities
+A x = b, the inequalities G x ≤ h, then -x ≤ -lb and x ≤ ub where there are bounds. Two masks say what a row is: an
+equality (also a pair of bounds lb = ub, which is one equality in the row of lb), an inequality, or absent (an infinite
+bound). K is never formed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property
 from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from .backend import Backend, Types, choose_backend, floating_types
+from .backend import Backend
 
 OPERANDS = {
     "Q": ("n", "n"),
@@ -30,76 +26,162 @@ OPERANDS = {
     "ub": ("n",),
 }
 """The operands of a quadratic program and their core shapes."""
-SIZED_BY = {"h": "G", "b": "A", "lb": "Q", "ub": "Q"}
-"""The operands that one number may stand for, and the matrix that has as many rows as they have entries."""
 MATRICES = ("Q", "G", "A")
+VECTORS = ("q", "h", "b", "lb", "ub")
 INFINITE = 1e20
-"""A bound this far out is none, as in other solvers, whose users write 1e20 or 1e30 for infinity."""
+"""Bounds of this magnitude are treated as infinite, as in other solvers, whose users write 1e20 or 1e30."""
 
 
-@dataclass(frozen=True)
+class Layout(NamedTuple):
+    """All that a problem is but the numbers in it; hashable."""
+
+    backend: Any
+    dtype: Any
+    """The floating point type of the operands, in which is computed."""
+    result: Any
+    """The floating point type of the results."""
+    rounding: float
+    """How large rounding may be in Q, relative to its largest entry: a matter of the type that Q came in."""
+    batch_shape: tuple[int, ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    """The operands that were given, with the shape in which the caller gave each."""
+    n: int
+    m: int
+    p: int
+    lower: bool
+    """There are lower bounds; `upper` likewise."""
+    upper: bool
+    own: int
+    """Numbers that a problem does not share with the others of its batch."""
+
+    def problem(self, operands: dict[str, Any]) -> Problem:
+        return Problem(self, operands)
+
+
+def make_layout(backend: Backend, batch_shape, operands: dict[str, Any], **others) -> Layout:
+    """Read the layout of operands that have one batch axis.
+
+    Parameters
+    ----------
+    others
+        The fields `result`, `rounding` and `shapes`, where they are not those of the operands.
+    """
+    dtype, sizes = operands["q"].dtype, {name: value.shape for name, value in operands.items()}
+    others = {"result": dtype, "rounding": 1e-8, "shapes": tuple(sizes.items())} | others
+    return Layout(backend=backend, dtype=dtype, batch_shape=batch_shape, **core_sizes(sizes), **others)
+
+
+def core_sizes(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The fields of a `Layout` that follow from the shapes of operands with one batch axis."""
+    return {
+        "n": shapes["q"][-1],
+        "m": shapes["h"][-1] if "h" in shapes else 0,
+        "p": shapes["b"][-1] if "b" in shapes else 0,
+        "lower": "lb" in shapes,
+        "upper": "ub" in shapes,
+        "own": sum(math.prod(shape[1:]) for shape in shapes.values() if shape[0] != 1),
+    }
+
+
+class RowData(NamedTuple):
+    """The constraint rows but for their matrix, each (B or 1, rows)."""
+
+    k: Any
+    """Right-hand side, 0 in rows that are absent."""
+    equality: Any
+    """Mask of the equalities."""
+    inequality: Any
+    """Mask of the inequalities."""
+    exists: Any
+    """Mask of both; the other rows are absent."""
+
+
 class Problem:
     """A batch of quadratic programs with its batch axes flattened to one.
 
     Each operand is an array whose first axis is the batch, of length `batch`, or of length 1 where the operand is
-    shared; an operand that was not given is None. Of a part of a batch, matrices are copied when they are asked for.
+    shared; an operand that was not given is None. It is not to be changed.
+
+    Parameters
+    ----------
+    layout : Layout
+    operands : dict
+        Those that were given, by name. A matrix may be a `DeferredTake`.
+    row_data : RowData, optional
+        Computed from the operands when it is first asked for, if it is not known.
+
+    Attributes
+    ----------
+    blocks : dict
+        Slices of the constraint rows by the operand that they come from: "A", "G", "lb", "ub".
+    rows : int
+        Constraint rows.
     """
 
-    backend: Backend
-    dtype: Any
-    """The floating point type of the operands, in which is computed."""
-    batch_shape: tuple[int, ...]
-    shapes: dict[str, tuple[int, ...]]
-    """The shape in which the caller gave each operand."""
-    Q: Any
-    q: Any
-    G: Any = field(default_factory=type(None))  # an attribute of the class would be found before `__getattr__`
-    h: Any = None
-    A: Any = field(default_factory=type(None))
-    b: Any = None
-    lb: Any = None
-    ub: Any = None
-    result: Any = None
-    """The floating point type of the results, by default the one in which is computed."""
-    rounding: float = 1e-8
-    """How large rounding may be in Q, relative to its largest entry: a matter of the type that Q came in."""
-    batch: int = field(init=False)
-    n: int = field(init=False)
-    m: int = field(init=False)
-    p: int = field(init=False)
-    blocks: dict[str, slice] = field(init=False)
-    """Where the rows of each kind lie: those of A, of G, of lb and of ub."""
-    rows: int = field(init=False)
+    def __init__(self, layout: Layout, operands: dict[str, Any], row_data: RowData | None = None):
+        self.layout = layout
+        self.backend, self.dtype, self.result, self.rounding, self.batch_shape = layout[:5]
+        self.n, self.m, self.p = layout.n, layout.m, layout.p
+        self.batch = math.prod(layout.batch_shape)
+        self.blocks = _blocks(layout.p, layout.m, layout.n * layout.lower, layout.n * layout.upper)
+        self.rows: int = self.blocks["ub"].stop
+        self.q = operands["q"]
+        self.h: Any = operands.get("h")
+        self.b: Any = operands.get("b")
+        self.lb: Any = operands.get("lb")
+        self.ub: Any = operands.get("ub")
+        self._operands = operands
+        self._row_data = row_data
 
-    def __post_init__(self):
-        n = self.q.shape[-1]
-        m, p = (0 if k is None else k.shape[-1] for k in (self.h, self.b))
-        blocks = _blocks(p, m, n * (self.lb is not None), n * (self.ub is not None))
-        sizes = {"batch": math.prod(self.batch_shape), "n": n, "m": m, "p": p, "rows": blocks["ub"].stop}
-        result = self.dtype if self.result is None else self.result
-        self.__dict__.update(sizes, blocks=blocks, result=result)  # past `frozen`, once
+    @property
+    def Q(self):
+        return self._matrix("Q")
 
-    @cached_property
+    @property
+    def G(self):
+        return self._matrix("G")
+
+    @property
+    def A(self):
+        return self._matrix("A")
+
+    def _matrix(self, name: str):
+        value = self._operands.get(name)
+        if isinstance(value, DeferredTake):
+            self._operands[name] = value = value.evaluate(self.backend.xp)
+        return value
+
+    @property
     def operands(self) -> dict[str, Any]:
         """The operands that were given, by name."""
-        return {name: value for name in OPERANDS if (value := getattr(self, name)) is not None}
+        for name in MATRICES:
+            self._matrix(name)
+        return self._operands
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape in which the caller gave each operand."""
+        return dict(self.layout.shapes)
 
     @property
     def entries(self) -> int:
-        """How many numbers the operands have."""
+        """Numbers in all operands."""
         return sum(math.prod(value.shape) for value in self.operands.values())
 
-    @property
-    def layout(self) -> Layout:
-        return Layout(
-            self.backend, self.dtype, self.batch_shape, tuple(self.shapes.items()), self.result, self.rounding
-        )
+    def with_operands(self, **changed) -> Problem:
+        """The same problems but for some operands."""
+        return Problem(self.layout, self.operands | changed)
+
+    def with_layout(self, **changed) -> Problem:
+        """The same problems but for some fields of the layout."""
+        return Problem(self.layout._replace(**changed), self.operands, self._row_data)
 
     def astype(self, dtype) -> Problem:
         """The same problems in another floating point type."""
         if dtype == self.dtype:
             return self
-        return replace(self, dtype=dtype, **{k: self.backend.xp.astype(v, dtype) for k, v in self.operands.items()})
+        operands = {name: self.backend.xp.astype(value, dtype) for name, value in self.operands.items()}
+        return Problem(self.layout._replace(dtype=dtype), operands)
 
     def returned(self, value):
         """An array in the type of the results."""
@@ -110,44 +192,36 @@ class Problem:
         longest = max(self.n, self.m + self.p)
         return self.backend.reproducibly(self.dtype, self.n * longest * max(self.batch, longest))
 
-    # ---- parts of the batch
+    # ---- a selection of the batch
 
     def select(self, index) -> Problem:
-        """The problems that a slice or an array of positions names; shared operands stay shared."""
+        """The problems that a slice or an array of positions names.
+
+        Shared operands stay shared. Matrices at positions are copied when they are first asked for: dual-space steps do
+        without them, and a batch is selected from several times.
+        """
         xp = self.backend.xp
         if isinstance(index, slice):
             size = len(range(*index.indices(self.batch)))
             if size == self.batch:
                 return self
-            return replace(self, batch_shape=(size,), **{k: take(xp, v, index) for k, v in self.operands.items()})
-        parts: dict[str, Any] = dict.fromkeys(MATRICES)
-        parts |= {name: take(xp, getattr(self, name), index) for name in ("q", "h", "b", "lb", "ub")}
-        later = {name: (self._later.get(name) or Later(getattr(self, name))).select(xp, index) for name in MATRICES}
-        part = replace(self, batch_shape=(index.shape[0],), **parts)
-        known = {"bytes_per_problem": self.bytes_per_problem, "_row_data": take(xp, self._row_data, index)}
-        part.__dict__.update(known, _later=later)
-        for name in MATRICES:
-            del part.__dict__[name]
-        return part
+            operands = {name: take(xp, value, index) for name, value in self.operands.items()}
+            return Problem(self.layout._replace(batch_shape=(size,)), operands)
+        operands = {}
+        for name, value in self._operands.items():
+            if name in MATRICES:
+                deferred = value if isinstance(value, DeferredTake) else DeferredTake(value)
+                operands[name] = deferred.select(xp, index)
+            else:
+                operands[name] = take(xp, value, index)
+        return Problem(self.layout._replace(batch_shape=(index.shape[0],)), operands, take(xp, self.row_data, index))
 
-    @cached_property
-    def _later(self) -> dict[str, Later]:
-        """Matrices that have not been asked for."""
-        return {}
-
-    def __getattr__(self, name: str):
-        if name not in self.__dict__.get("_later", ()):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
-        self.__dict__[name] = matrix = self._later.pop(name).now(self.backend.xp)
-        return matrix
-
-    @cached_property
+    @property
     def bytes_per_problem(self) -> int:
-        """About what iterating on one problem takes: its own matrices, the reduced KKT matrix, K F⁻ᵀ."""
+        """About what iterating on one problem takes: its own numbers, the reduced KKT matrix, V = F⁻ᵀKᵀ."""
         n, linear = self.n, self.m + self.p
         reduced = min(n, linear) if linear else n
-        own = sum(math.prod(value.shape[1:]) for value in self.operands.values() if value.shape[0] != 1)
-        return 8 * (own + 5 * reduced**2 + linear * n + 24 * (n + self.rows))
+        return 8 * (self.layout.own + 5 * reduced**2 + linear * n + 24 * (n + self.rows))
 
     @property
     def workers(self) -> int:
@@ -155,7 +229,7 @@ class Problem:
         return self.backend.workers if self.bytes_per_problem >= 2**18 else 1
 
     def chunks(self) -> list[slice]:
-        """The batch in pieces that fit the working memory, as many for each worker."""
+        """Slices of the batch that fit the working memory, as many for each worker."""
         limit, data = self.backend.chunk_bytes, 8 * self.entries
         memory = min(limit, max(limit // 3, 5 * data))  # in proportion to the data, where that is worth the while
         count = -(-self.batch * self.bytes_per_problem * self.workers // memory)
@@ -166,57 +240,31 @@ class Problem:
 
     # ---- the constraint rows
 
-    @cached_property
-    def _row_data(self):
-        """Right-hand side k, masks of equalities, of inequalities and of both, each (batch or 1, rows)."""
-        xp, backend = self.backend.xp, self.backend
-        parts, equality, inequality = [], [], []
-        fixed = None
-        if self.lb is not None and self.ub is not None:
-            fixed = (self.lb == self.ub) & xp.isfinite(self.lb)
-        if self.A is not None:
-            parts.append(self.b)
-            equality.append(xp.ones_like(self.b, dtype=xp.bool))
-            inequality.append(xp.zeros_like(self.b, dtype=xp.bool))
-        for sign, bound, takes_fixed in ((1, self.h, False), (-1, self.lb, True), (1, self.ub, False)):
-            if bound is None:
-                continue
-            # Where the caller had the numbers unchecked, NaN and infinity on the wrong side are a row that no point
-            # satisfies: they must not pass for a bound that is not there.
-            limits = ~(sign * bound >= INFINITE)
-            equal = fixed if fixed is not None and takes_fixed else xp.zeros_like(limits)
-            if fixed is not None and bound is not self.h:
-                limits = limits & ~fixed
-            impossible = xp.full_like(bound, xp.nan)
-            k = xp.where(xp.isfinite(bound), sign * bound, impossible)
-            parts.append(xp.where(limits | equal, k, xp.zeros_like(bound)))
-            equality.append(equal)
-            inequality.append(limits)
-        if not parts:
-            none = backend.full((1, 0), False, xp.bool)
-            return backend.full((1, 0), 0.0, self.dtype), none, none, none
-        k, equalities, inequalities = (_concat(xp, group) for group in (parts, equality, inequality))
-        return k, equalities, inequalities, equalities | inequalities
+    @property
+    def row_data(self) -> RowData:
+        if self._row_data is None:
+            self._row_data = _row_data(self)
+        return self._row_data
 
     @property
     def k(self):
-        """Right-hand side of the rows, zero in those that do not exist."""
-        return self._row_data[0]
+        """Right-hand side of the rows, 0 in those that are absent."""
+        return self.row_data.k
 
     @property
     def equality(self):
-        """Which rows are equalities."""
-        return self._row_data[1]
+        """Mask of the rows that are equalities."""
+        return self.row_data.equality
 
     @property
     def inequality(self):
-        """Which rows are inequalities."""
-        return self._row_data[2]
+        """Mask of the rows that are inequalities."""
+        return self.row_data.inequality
 
     @property
     def exists(self):
-        """Which rows are one or the other; those that are neither do not exist."""
-        return self._row_data[3]
+        """Mask of the rows that are one or the other; the others are absent."""
+        return self.row_data.exists
 
     def where_inequality(self, a, other):
         """One array in the rows that are inequalities, another in the others."""
@@ -228,17 +276,17 @@ class Problem:
 
     @property
     def may_have_equalities(self) -> bool:
-        """Whether there are rows of A, or pairs of bounds that may be equal."""
+        """True if there are rows of A, or pairs of bounds that may be equal."""
         return self.p > 0 or (self.lb is not None and self.ub is not None)
 
     @cached_property
     def _all_inequalities(self) -> bool:
-        """Whether that is known of the rows."""
+        """True if all rows are known to be inequalities."""
         return self.backend.known_all_false(~self.inequality)
 
     @cached_property
     def _all_exist(self) -> bool:
-        """Whether that is known of the rows."""
+        """True if no row is known to be absent."""
         return self.backend.known_all_false(~self.exists)
 
     # ---- products
@@ -283,33 +331,106 @@ def _blocks(*sizes: int) -> dict[str, slice]:
     return dict(zip(("A", "G", "lb", "ub"), starmap(slice, pairwise(edges)), strict=True))
 
 
-class Layout(NamedTuple):
-    """What a problem is apart from the numbers in it; hashable."""
+def _row_data(problem: Problem) -> RowData:
+    xp, backend = problem.backend.xp, problem.backend
+    parts, equality, inequality = [], [], []
+    fixed = None
+    if problem.lb is not None and problem.ub is not None:
+        fixed = (problem.lb == problem.ub) & xp.isfinite(problem.lb)
+    if problem.b is not None:
+        parts.append(problem.b)
+        equality.append(xp.ones_like(problem.b, dtype=xp.bool))
+        inequality.append(xp.zeros_like(problem.b, dtype=xp.bool))
+    for sign, bound, takes_fixed in ((1, problem.h, False), (-1, problem.lb, True), (1, problem.ub, False)):
+        if bound is None:
+            continue
+        # Of numbers that were not checked, NaN and infinity on the wrong side make a row that no point satisfies: they
+        # must not pass for a bound that is absent.
+        limits = ~(sign * bound >= INFINITE)
+        equal = fixed if fixed is not None and takes_fixed else xp.zeros_like(limits)
+        if fixed is not None and bound is not problem.h:
+            limits = limits & ~fixed
+        impossible = xp.full_like(bound, xp.nan)
+        k = xp.where(xp.isfinite(bound), sign * bound, impossible)
+        parts.append(xp.where(limits | equal, k, xp.zeros_like(bound)))
+        equality.append(equal)
+        inequality.append(limits)
+    if not parts:
+        none = backend.full((1, 0), False, xp.bool)
+        return RowData(backend.full((1, 0), 0.0, problem.dtype), none, none, none)
+    k, equalities, inequalities = (concat_last(xp, group) for group in (parts, equality, inequality))
+    return RowData(k, equalities, inequalities, equalities | inequalities)
 
-    backend: Any
-    dtype: Any
-    batch_shape: tuple[int, ...]
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    result: Any
-    rounding: float
 
-    def problem(self, operands: dict[str, Any]) -> Problem:
-        return Problem(**self._asdict() | operands | {"shapes": dict(self.shapes)})
+# ---- rows and named parts: two linear maps, each the transpose of the other
+#
+# A fixed variable, lb = ub, is one equality in the row of lb. The sign of its multiplier tells which bound holds the
+# variable against the cost; that is the one whose multiplier, cotangent or gradient is not 0.
 
 
-class Later(NamedTuple):
+def split_rows(problem: Problem, values, v):
+    """Split values (B, rows) of the constraint rows into those of A, G, lb and ub.
+
+    Parameters
+    ----------
+    v : array (B, rows)
+        Multipliers.
+
+    Returns
+    -------
+    of_A, of_G, of_lb, of_ub : arrays (B, p), (B, m), (B, n), (B, n)
+        Zeros for bounds that were not given.
+    """
+    xp, blocks = problem.backend.xp, problem.blocks
+    zero: Any = None
+    if problem.lb is None or problem.ub is None:
+        zero = problem.backend.zeros_of_all(values.shape[0], problem.n, problem.dtype)
+    of_lb = values[:, blocks["lb"]] if problem.lb is not None else zero
+    of_ub = values[:, blocks["ub"]] if problem.ub is not None else zero
+    if problem.lb is not None and problem.ub is not None:
+        fixed, at_lower = problem.equality[:, blocks["lb"]], v[:, blocks["lb"]] >= 0
+        zero = xp.zeros_like(of_lb)
+        of_ub = xp.where(fixed, xp.where(at_lower, zero, -of_lb), of_ub)
+        of_lb = xp.where(fixed & ~at_lower, zero, of_lb)
+    return values[:, blocks["A"]], values[:, blocks["G"]], of_lb, of_ub
+
+
+def join_rows(problem: Problem, of_A, of_G, of_lb, of_ub, v=None):
+    """Join values of A, G, lb and ub, (B or 1, ·), into those of the constraint rows.
+
+    Parameters
+    ----------
+    v : array (B, rows), optional
+        Multipliers; by default the values themselves are multipliers.
+
+    Returns
+    -------
+    array (B or 1, rows)
+    """
+    xp, lower = problem.backend.xp, problem.blocks["lb"]
+    if problem.lb is not None and problem.ub is not None:
+        at_lower = of_lb >= of_ub if v is None else v[:, lower] >= 0
+        of_lb = xp.where(problem.equality[:, lower] & ~at_lower, -of_ub, of_lb)
+    bounds = [part for bound, part in ((problem.lb, of_lb), (problem.ub, of_ub)) if bound is not None]
+    return concat_last(xp, [of_A, of_G, *bounds])
+
+
+# ---- arrays of a batch
+
+
+class DeferredTake(NamedTuple):
     """Arrays of the problems at some positions of a larger batch, to be copied when they are asked for."""
 
     tree: Any
     """Those of that batch, as for `take`."""
-    where: Any = None
+    positions: Any = None
     """None: all of it."""
 
-    def select(self, xp, index) -> Later:
-        return Later(self.tree, index if self.where is None else xp.take(self.where, index, axis=0))
+    def select(self, xp, index) -> DeferredTake:
+        return DeferredTake(self.tree, index if self.positions is None else xp.take(self.positions, index, axis=0))
 
-    def now(self, xp):
-        return self.tree if self.where is None else take(xp, self.tree, self.where)
+    def evaluate(self, xp):
+        return self.tree if self.positions is None else take(xp, self.tree, self.positions)
 
 
 def take(xp, tree, index):
@@ -336,290 +457,7 @@ def product_transposed(M, v):
     return (v[:, None, :] @ M)[:, 0, :]
 
 
-def _concat(xp, arrays):
-    """Join (B or 1, ·) arrays along their last axis."""
+def concat_last(xp, arrays):
+    """Join arrays (B or 1, ·) along their last axis."""
     batch = max(a.shape[0] for a in arrays)
     return xp.concat([xp.broadcast_to(a, (batch, a.shape[-1])) for a in arrays], axis=-1)
-
-
-# ---- from the caller's operands to a Problem
-
-
-def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=None) -> Problem:
-    """Validate the caller's operands and bring them into the form of a `Problem`.
-
-    Parameters
-    ----------
-    operands : dict
-        The operands by name, None where absent.
-    backend, dtype
-        As in `qpdiff.solve_qp`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the operand, what it has and what was expected.
-    """
-    for name in ("Q", "q"):
-        if operands[name] is None:
-            raise TypeError(f"{name} is None; every problem needs Q and q (pass zeros for a linear program)")
-    for matrix, vector in (("G", "h"), ("A", "b")):
-        if (operands[matrix] is None) != (operands[vector] is None):
-            given, missing = (matrix, vector) if operands[vector] is None else (vector, matrix)
-            raise ValueError(f"{given} was given without {missing}; they come together")
-    present = {name: value for name, value in operands.items() if value is not None}
-    chosen, arrays = choose_backend(present, backend)
-    types = floating_types(chosen, arrays, present, dtype)
-    coarsest = max(rounding(chosen.xp, kind) for kind in (arrays["Q"].dtype, types.working))
-    with chosen.context():  # what overflows in the working type is refused as infinite
-        arrays = {k: v if v.dtype == types.working else chosen.xp.astype(v, types.working) for k, v in arrays.items()}
-        return _one_batch_axis(chosen, types, arrays, coarsest)
-
-
-@cache
-def rounding(xp, dtype) -> float:
-    """How large rounding may be in a matrix that was computed in this type, relative to its largest entry."""
-    eps = float(xp.finfo(dtype).eps) if xp.isdtype(dtype, "real floating") else 0.0
-    if eps > xp.finfo(xp.float32).eps:  # half precision
-        return 10 * eps
-    return 1e-4 if eps > xp.finfo(xp.float64).eps else 1e-8
-
-
-def _one_batch_axis(chosen: Backend, types: Types, arrays, coarsest: float) -> Problem:
-    """The problem in the caller's arrays of the working type, their shapes looked at."""
-    shapes = whole = {name: tuple(value.shape) for name, value in arrays.items()}
-    if () in shapes.values():
-        arrays = {name: _repeated(chosen, name, arrays) for name in arrays}
-        whole = {name: tuple(value.shape) for name, value in arrays.items()}
-    batch_shape = _batch_shape(tuple(whole.items()))
-    batch = math.prod(batch_shape)
-    flat = {}
-    for name, value in arrays.items():
-        core = len(OPERANDS[name])
-        leading, trailing = value.shape[: value.ndim - core], value.shape[value.ndim - core :]
-        if len(leading) == 1 and (leading == batch_shape or leading == (1,)):
-            flat[name] = value
-        elif math.prod(leading) == 1:
-            flat[name] = chosen.xp.reshape(value, (1, *trailing))
-        else:
-            if leading != batch_shape:
-                value = chosen.xp.broadcast_to(value, batch_shape + trailing)
-            flat[name] = chosen.xp.reshape(value, (batch, *trailing))
-    return Problem(
-        backend=chosen,
-        dtype=types.working,
-        batch_shape=batch_shape,
-        shapes=shapes,
-        result=types.result,
-        rounding=coarsest,
-        **{name: chosen.for_products(value) for name, value in flat.items()},
-    )
-
-
-def _repeated(chosen: Backend, name: str, arrays):
-    """An operand, as a vector with the same number in every entry where it is a number and that has a meaning."""
-    value = arrays[name]
-    sizes = arrays[SIZED_BY[name]].shape[-2:] if name in SIZED_BY and not value.shape else ()
-    return chosen.xp.broadcast_to(value, sizes[:1]) if len(sizes) == 2 else value
-
-
-def symmetrized(problem: Problem) -> Problem:
-    """The problem without the asymmetry of Q that is rounding in the type that it came in.
-
-    In a finer type that would be data: the engines, of which some read one triangle where others read both, would solve
-    different problems. What is more than rounding stays, for `check_values`.
-    """
-    Q, xp, backend = problem.Q, problem.backend.xp, problem.backend
-    if problem.rounding <= rounding(xp, problem.dtype) or backend.known_all_false(Q.mT != Q):
-        return problem
-    difference = Q.mT - Q
-    small = xp.abs(difference) < problem.rounding * _largest(problem)
-    return replace(problem, Q=Q + xp.where(small, difference, xp.zeros_like(Q)) / 2)
-
-
-@lru_cache(maxsize=256)
-def _batch_shape(items: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int, ...]:
-    """The batch axes of operands with these shapes, looked at once for the many calls that have the same."""
-    shapes = dict(items)
-    _check_core_shapes(shapes)
-    return _broadcast_batch(shapes)
-
-
-def _check_core_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
-    for name, shape in shapes.items():
-        core = OPERANDS[name]
-        if len(shape) < len(core):
-            raise ValueError(
-                f"{name} has shape {shape}; expected (..., {', '.join(core)}), at least "
-                f"{'one axis' if len(core) == 1 else 'two axes'}"
-            )
-    n = shapes["Q"][-1]
-    if shapes["Q"][-2] != n:
-        raise ValueError(f"Q has shape {shapes['Q']}; expected (..., n, n), square")
-    if n == 0:
-        raise ValueError(f"Q has shape {shapes['Q']}; a problem needs at least one variable")
-    sizes = {"n": n}
-    for name, shape in shapes.items():
-        core = OPERANDS[name]
-        for size, letter in zip(shape[len(shape) - len(core) :], core, strict=True):
-            if sizes.setdefault(letter, size) != size:
-                source = {"n": "Q", "m": "G", "p": "A"}[letter]
-                raise ValueError(
-                    f"{name} has shape {shape}; expected (..., {', '.join(core)}) with {letter} = {sizes[letter]} "
-                    f"from {source} of shape {shapes[source]}"
-                )
-
-
-def _broadcast_batch(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    batch_shape: tuple[int, ...] = ()
-    so_far: list[str] = []
-    for name, shape in shapes.items():
-        leading = shape[: len(shape) - len(OPERANDS[name])]
-        width = max(len(leading), len(batch_shape))
-        old, new = (1,) * (width - len(batch_shape)) + batch_shape, (1,) * (width - len(leading)) + leading
-        if any(a != b and 1 not in (a, b) for a, b in zip(old, new, strict=True)):
-            raise ValueError(
-                f"{name} has batch axes {leading}, which do not broadcast with the batch axes {batch_shape} of "
-                f"{', '.join(so_far)}"
-            )
-        batch_shape = tuple(b if a == 1 else a for a, b in zip(old, new, strict=True))
-        so_far.append(name)
-    return batch_shape
-
-
-def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether an array of one shape broadcasts to another."""
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
-
-
-# ---- the numbers
-
-
-class Rule(NamedTuple):
-    """Something that must hold for the numbers of some operands."""
-
-    operands: tuple[str, ...]
-    """The operands it looks at, the one to name first."""
-    complaint: str
-    broken: Callable[[Problem], Any]
-    """The entries that break it, True in an array (B, ...)."""
-    evidence: Callable[[Problem, tuple[int, ...]], str]
-    """What is wrong with an entry of one problem, in words."""
-
-
-def check_values(problem: Problem, convexity: bool = True) -> None:
-    """Look at the numbers: one transfer to the host for the whole batch, more only to describe an error.
-
-    Whether Q is positive semidefinite takes a factorisation; without `convexity` it is taken for granted.
-    """
-    xp = problem.backend.xp
-    rules = [rule for rule in _rules(problem) if convexity or rule.broken is not indefinite]
-
-    def look(chunk: slice):
-        piece, found = problem.select(chunk), []
-        for rule in rules:
-            # The first piece settles a rule over shared operands for the whole batch.
-            if chunk.start == 0 or _depends_on_batch(problem, rule):
-                broken = rule.broken(piece)
-                found.append((rule, chunk, piece, ~xp.any(xp.reshape(broken, (broken.shape[0], -1)), axis=-1)))
-        return found
-
-    parts = problem.backend.map(look, problem.chunks(), problem.workers)
-    verdicts = [verdict for part in parts for verdict in part]
-    if bool(xp.all(xp.stack([xp.all(good) for *_, good in verdicts]))):
-        return
-    rule, where, piece, good = next(verdict for verdict in verdicts if not bool(xp.all(verdict[-1])))
-    first = int(xp.argmin(xp.astype(good, xp.int8)))
-    one = piece.select(slice(first, first + 1))
-    index = ""
-    if problem.batch_shape and _depends_on_batch(problem, rule):
-        axes = [int(i) for i in np.unravel_index(where.start + first, problem.batch_shape)]
-        index = f" (problem {axes[0] if len(axes) == 1 else tuple(axes)} of the batch)"
-    entry = _first(xp, rule.broken(one)[0, ...])
-    raise ValueError(f"{rule.operands[0]} {rule.complaint}: {rule.evidence(one, entry)}{index}")
-
-
-def _depends_on_batch(problem: Problem, rule: Rule) -> bool:
-    return any(getattr(problem, name).shape[0] > 1 for name in rule.operands)
-
-
-def _rules(problem: Problem) -> list[Rule]:
-    """The rules for the operands of a problem, in the order in which they are to be reported."""
-    rules = []
-    # In float32 the infinite entry may have been finite where it came from.
-    single = " in float32" if problem.dtype == problem.backend.xp.float32 else ""
-    for name in problem.operands:
-        if name == "lb":
-            complaint = f"has NaN or +inf{single}; a lower bound is finite or -inf"
-        elif name in ("ub", "h"):
-            complaint = f"has NaN or -inf{single}; {name} is finite or +inf"
-        else:
-            complaint = f"has NaN or infinite entries{single}; all must be finite"
-        rules.append(Rule((name,), complaint, partial(_out_of_range, name), partial(_entry, name)))
-    complaint = "is not symmetric; pass (Q + Qᵀ)/2, which has the same objective"
-    rules.append(Rule(("Q",), complaint, _asymmetric, _two_sides))
-    complaint = "is not positive semidefinite, so the problem is not convex"
-    rules.append(Rule(("Q",), complaint, indefinite, _smallest_eigenvalue))
-    if problem.lb is not None and problem.ub is not None:
-        rules.append(Rule(("lb", "ub"), "is greater than ub for a variable", _crossed, _both_bounds))
-    return rules
-
-
-def _out_of_range(name: str, problem: Problem):
-    xp, value = problem.backend.xp, getattr(problem, name)
-    if name == "lb":
-        return ~(value < xp.inf)
-    if name in ("ub", "h"):
-        return ~(value > -xp.inf)
-    return ~xp.isfinite(value)
-
-
-def _largest(problem: Problem):
-    """The largest entry of Q, (B, 1, 1), or the smallest number to which rounding is relative."""
-    xp = problem.backend.xp
-    largest = xp.max(xp.abs(problem.Q), axis=(-2, -1), keepdims=True)
-    return problem.backend.clip(largest, float(xp.finfo(problem.dtype).smallest_normal))
-
-
-def _asymmetric(problem: Problem):
-    return problem.backend.xp.abs(problem.Q - problem.Q.mT) > problem.rounding * _largest(problem)
-
-
-def indefinite(problem: Problem):
-    """Whether Q has an eigenvalue that is negative beyond rounding, (B, 1): where the shifted Q has no factor."""
-    # Divided by its largest entry, because the shift would overflow with huge and vanish with denormal numbers.
-    shift = problem.rounding * problem.backend.eye(problem.n, problem.dtype)
-    _, positive = problem.backend.factor(problem.Q / _largest(problem) + shift)
-    return ~positive
-
-
-def _crossed(problem: Problem):
-    return problem.lb > problem.ub
-
-
-def _first(xp, entries) -> tuple[int, ...]:
-    """Position of the first True."""
-    flat = int(xp.argmax(xp.astype(xp.reshape(entries, (-1,)), xp.int8)))
-    return tuple(int(i) for i in np.unravel_index(flat, entries.shape))
-
-
-def _entry(name: str, problem: Problem, entry) -> str:
-    return f"{name}[{', '.join(map(str, entry))}] = {float(getattr(problem, name)[(0, *entry)])}"
-
-
-def _two_sides(problem: Problem, entry) -> str:
-    return f"{_entry('Q', problem, entry)}, {_entry('Q', problem, entry[::-1])}"
-
-
-def _both_bounds(problem: Problem, entry) -> str:
-    return f"{_entry('lb', problem, entry)}, {_entry('ub', problem, entry)}"
-
-
-def _smallest_eigenvalue(problem: Problem, entry) -> str:
-    xp, largest = problem.backend.xp, _largest(problem)
-    unit = float(xp.min(xp.linalg.eigvalsh(problem.Q / largest)))
-    smallest = unit * float(largest[0, 0, 0])
-    return (
-        f"its smallest eigenvalue is {smallest:.3g}, {unit:.2g} of its largest entry; if that is rounding, add "
-        f"{-smallest:.3g} to its diagonal or pass check=False"
-    )

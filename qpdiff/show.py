@@ -13,8 +13,9 @@ from .engines.array.start import begin
 from .engines.array.state import RUNNING, State, make_sub_batch
 from .engines.array.step import step
 from .engines.base import make_settings
-from .problem import OPERANDS, Problem, check_values, make_problem, symmetrized
+from .problem import OPERANDS, Problem
 from .solution import Status
+from .validation import check_values, make_problem, symmetrized
 
 try:
     from matplotlib.figure import Figure

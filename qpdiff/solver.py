@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from .engines.base import MAX_ITERATIONS, Linearization, Outcome, Settings, StartingPoint, make_settings
 from .engines.choice import choose_engine
-from .problem import INFINITE, Problem, broadcasts, make_problem, symmetrized
+from .problem import INFINITE, Problem, join_rows, split_rows
 from .solution import Solution, Status
+from .validation import broadcasts, make_problem, symmetrized
 
 
 def solve_qp(
@@ -173,7 +172,7 @@ def _refuse_traced(problem: Problem, verbose: bool) -> None:
 
 
 def read_settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
-    """The settings of a call, after a look at what the caller asks for."""
+    """Check the caller's tolerances and limit, and make the settings of them."""
     for name, value in (("tol", tol), ("rtol", rtol)):
         number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value < float("inf")):
@@ -196,18 +195,11 @@ def warm_point(problem: Problem, sol: Solution | None) -> StartingPoint | None:
             return xp.reshape(value, (1, *core))
         return xp.reshape(xp.broadcast_to(value, (*problem.batch_shape, *core)), (problem.batch, *core))
 
-    parts = {name: flat(getattr(sol, name), size) for name, size in sizes.items()}
-    z_lb, z_ub = parts["z_lb"], parts["z_ub"]
-    if problem.lb is not None and problem.ub is not None:
-        z_lb = xp.where(problem.equality[:, problem.blocks["lb"]], z_lb - z_ub, z_lb)
-    rows = [parts["y"], parts["z"]]
-    rows += [z_lb + 0 * parts["x"]] if problem.lb is not None else []
-    rows += [z_ub] if problem.ub is not None else []
-    v = xp.concat(rows, axis=-1)
+    x, *multipliers = (flat(getattr(sol, name), size) for name, size in sizes.items())
+    v = join_rows(problem, *multipliers)
     ended = flat(xp.astype(backend.asarray(sol.status), problem.dtype)[..., None], 1)
     usable = (ended != int(Status.PRIMAL_INFEASIBLE)) & (ended != int(Status.DUAL_INFEASIBLE))
-    finite = [backend.all_finite(a) for a in (parts["x"], v)]
-    return StartingPoint(parts["x"], v, usable & finite[0] & finite[1])
+    return StartingPoint(x, v, usable & backend.all_finite(x) & backend.all_finite(v))
 
 
 def check_warm_start(problem: Problem, sol) -> dict[str, int]:
@@ -228,54 +220,36 @@ def check_warm_start(problem: Problem, sol) -> dict[str, int]:
 
 
 def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
-    xp = problem.backend.xp
-    x, v, s = outcome.x, outcome.v, outcome.s
-    y, z, z_lb, z_ub = multipliers(problem, v)
-    slack = s[:, problem.blocks["G"]]
+    """Put the outcome of an engine into the caller's shapes and type."""
+    xp, batch_shape = problem.backend.xp, problem.batch_shape
+    y, z, z_lb, z_ub = split_rows(problem, outcome.v, outcome.v)
+    slack = outcome.s[:, problem.blocks["G"]]
     if problem.m and not problem.backend.known_all_false(absent := problem.h >= INFINITE):
         slack = xp.where(absent, float("inf"), slack)
 
     def shaped(value):
         value = problem.returned(value)
-        return value if len(problem.batch_shape) == 1 else xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
+        if len(batch_shape) == 1:
+            return value
+        return xp.reshape(value, (*batch_shape, value.shape[-1])) if batch_shape else value[0, ...]
 
-    def scalar(name):
-        value = getattr(outcome, name)
-        return value[:, 0] if len(problem.batch_shape) == 1 else xp.reshape(value, problem.batch_shape)
+    def scalar(value):
+        if len(batch_shape) == 1:
+            return value[:, 0]
+        return xp.reshape(value, batch_shape) if batch_shape else value[0, 0, ...]
 
     return Solution(
-        x=shaped(x),
+        x=shaped(outcome.x),
         y=shaped(y),
         z=shaped(z),
         z_lb=shaped(z_lb),
         z_ub=shaped(z_ub),
         s=shaped(slack),
-        status=scalar("status"),
-        iterations=scalar("iterations"),
-        objective=scalar("objective"),
-        primal_residual=scalar("primal"),
-        dual_residual=scalar("dual"),
-        duality_gap=scalar("gap"),
-        linearization=Linearization(problem, factors, x, v, s, outcome.status),
+        status=scalar(outcome.status),
+        iterations=scalar(outcome.iterations),
+        objective=scalar(outcome.objective),
+        primal_residual=scalar(outcome.primal),
+        dual_residual=scalar(outcome.dual),
+        duality_gap=scalar(outcome.gap),
+        linearization=Linearization(problem, factors, outcome.x, outcome.v, outcome.s, outcome.status),
     )
-
-
-def multipliers(problem: Problem, v):
-    """The multipliers y, z, z_lb, z_ub in those of all rows; a fixed variable's goes to one bound by its sign."""
-    xp, blocks = problem.backend.xp, problem.blocks
-    zero: Any = None
-    if problem.lb is None or problem.ub is None:
-        zero = problem.backend.zeros_of_all(v.shape[0], problem.n, problem.dtype)
-    z_lb = v[:, blocks["lb"]] if problem.lb is not None else zero
-    z_ub = v[:, blocks["ub"]] if problem.ub is not None else zero
-    if problem.lb is not None and problem.ub is not None:
-        fixed, at_lower = fixed_variables(problem, v)
-        zero = xp.zeros_like(z_lb)
-        z_ub = xp.where(fixed, xp.where(at_lower, zero, -z_lb), z_ub)
-        z_lb = xp.where(fixed & ~at_lower, zero, z_lb)
-    return v[:, blocks["A"]], v[:, blocks["G"]], z_lb, z_ub
-
-
-def fixed_variables(problem: Problem, v):
-    """Which variables are fixed by lb = ub, and at which of them lb holds the variable against the cost."""
-    return problem.equality[:, problem.blocks["lb"]], v[:, problem.blocks["lb"]] >= 0

@@ -15,17 +15,17 @@ import enum
 import functools
 import math
 import re
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from . import solver
+from .adjoint import kkt_jvp, kkt_vjp, right_hand_side, solution_vjp
 from .backend import choose_backend
-from .differentiation import kkt_jvp, kkt_vjp, right_hand_side, solution_vjp, solve_kkt
-from .problem import OPERANDS, Problem, make_problem
+from .differentiation import solve_kkt
+from .problem import OPERANDS, Problem, make_layout, split_rows
 from .solution import FIELDS, POINT, Solution, check_unsolved, raise_if_unsolved
-from .solver import multipliers
+from .validation import make_problem
 
 try:
     import torch
@@ -97,7 +97,7 @@ def solve_qp(
         options["warm_start"] = warm_start  # for the solver to refuse
     layer = _Layer(problem, unsolved, options)
     x, v, *constants = _Solution.apply(layer, problem.batch_shape, *problem.operands.values(), *near)
-    parts = dict(zip(("x", "y", "z", "z_lb", "z_ub"), (x, *multipliers(problem, v)), strict=True))
+    parts = dict(zip(("x", "y", "z", "z_lb", "z_ub"), (x, *split_rows(problem, v, v)), strict=True))
     parts |= dict(zip(_CONSTANT, constants, strict=True))
     parts |= {name: problem.returned(parts[name]) for name in POINT}
     return Solution(**{name: part.reshape((*problem.batch_shape, *part.shape[1:])) for name, part in parts.items()})
@@ -137,7 +137,7 @@ class _Layer:
             known = dict.fromkeys(_CONSTANT) | dict(zip(_WARM, map(_array, near), strict=True))
             options["warm_start"] = Solution(**known)
         problem = make_problem(dict.fromkeys(OPERANDS) | arrays, backend="numpy" if host else "torch")
-        sol = solver.solve_problem(replace(problem, rounding=self.rounding), **options)
+        sol = solver.solve_problem(problem.with_layout(rounding=self.rounding), **options)
         if self.unsolved == "raise":
             raise_if_unsolved(np.asarray(sol.status if host else sol.status.cpu()))
         self.linearization = sol.linearization
@@ -153,7 +153,8 @@ class _Layer:
 
     def problem(self, x, operands) -> Problem:
         """The problem in torch's operands and operations."""
-        return Problem(self.backend, x.dtype, (x.shape[0],), {}, **dict(zip(self.names, operands, strict=True)))
+        named = dict(zip(self.names, operands, strict=True))
+        return make_layout(self.backend, (x.shape[0],), named).problem(named)
 
 
 def _on_host(device) -> bool:

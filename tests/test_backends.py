@@ -13,7 +13,8 @@ from qpdiff.backend.numpy import LARGE
 from qpdiff.backend.threads import THREADS
 from qpdiff.differentiation import solve_kkt
 from qpdiff.engines.array import engine
-from qpdiff.problem import OPERANDS, make_problem
+from qpdiff.problem import OPERANDS
+from qpdiff.validation import make_problem
 
 
 def test_vjp_on_another_library(xp):

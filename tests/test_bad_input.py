@@ -19,7 +19,8 @@ from problems import apply, complete, kkt_residuals, random_problem, rounded_pro
 
 import qpdiff
 from qpdiff import Status
-from qpdiff.problem import OPERANDS, make_problem
+from qpdiff.problem import OPERANDS
+from qpdiff.validation import make_problem
 
 TABLE = Path(__file__).parents[1] / "docs" / "input.md"
 ROWS = dict(re.findall(r"^\| `([\w-]+)` \| .* \| (.*) \|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE))

@@ -21,7 +21,7 @@ import qpdiff
 from qpdiff.backend import choose_backend, floating_types
 from qpdiff.backend.cupy import CuPyBackend
 from qpdiff.differentiation import _flat
-from qpdiff.problem import Problem
+from qpdiff.problem import make_layout
 
 
 class Recorder:
@@ -116,7 +116,7 @@ class StandIn:
         }
         for name, module in modules.items():
             monkeypatch.setitem(sys.modules, name, Recorder(module, self.tell, f"{name}."))
-        monkeypatch.setattr("qpdiff.problem.choose_backend", self.choose)
+        monkeypatch.setattr("qpdiff.validation.choose_backend", self.choose)
         product = array.__matmul__
 
         def matmul(a, b):
@@ -446,7 +446,7 @@ def test_a_cotangent_of_numpy_moves(on_gpu, monkeypatch):
     moved = []
     monkeypatch.setattr(CuPyBackend, "asarray", lambda self, value, dtype=None: moved.append(value) or on_gpu((5, 3)))
     operands = {"Q": on_gpu((5, 3, 3)), "q": on_gpu((5, 3))}
-    problem = Problem(choose_backend(operands)[0], np.float64, (5,), {}, **operands)
+    problem = make_layout(choose_backend(operands)[0], (5,), operands).problem(operands)
     cotangent = np.ones((5, 3))
     assert type(_flat(problem, SimpleNamespace(x=on_gpu((5, 3))), "x", cotangent, "cotangent")) is type(operands["q"])
     assert moved[0] is cotangent

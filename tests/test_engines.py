@@ -281,9 +281,9 @@ def test_cotangents_of_any_layout():
 def test_where_factors_take_too_much_memory_the_derivative_makes_its_own(monkeypatch, case):
     operands = CASES[case]()
     kept = qpdiff.solve_qp(**operands, engine="compiled", tol=1e-10)
-    monkeypatch.setattr("qpdiff.engines.compiled.engine.KEPT_BYTES", (0, 0))
+    monkeypatch.setattr("qpdiff.engines.compiled.engine.STORED_BYTES", (0, 0))
     sol = qpdiff.solve_qp(**operands, engine="compiled", tol=1e-10)
-    assert sol.linearization.factors.kept.U.size == 0
+    assert sol.linearization.factors.stored.last.size == 0
     cotangent = rng().normal(size=sol.x.shape)
     expected, gradients = qpdiff.vjp(kept, x=cotangent), qpdiff.vjp(sol, x=cotangent)
     for name in operands:

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import qpdiff
 from qpdiff import show
 from qpdiff.cli import app
-from qpdiff.problem import OPERANDS, make_problem
+from qpdiff.problem import OPERANDS
+from qpdiff.validation import make_problem
 
 PARTS = ["", "G", "A", "lb ub", "A G lb", "G lb ub"]
 

@@ -6,11 +6,11 @@ length B or, where it is shared by the batch, of length 1.
 """
 
 from .base import Backend
-from .choice import Types, choose_backend, floating_types, from_host
+from .choice import Kind, Types, choose_backend, floating_types, from_host, kinds_of, read_dtype
 from .numpy import NumPyBackend
 from .threads import pool, single_threaded, single_threaded_blas
 
 __all__ = [
-    "Backend", "NumPyBackend", "Types", "choose_backend", "floating_types", "from_host", "pool", "single_threaded",
-    "single_threaded_blas",
+    "Backend", "Kind", "NumPyBackend", "Types", "choose_backend", "floating_types", "from_host", "kinds_of", "pool",
+    "read_dtype", "single_threaded", "single_threaded_blas",
 ]  # fmt: skip

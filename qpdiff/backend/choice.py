@@ -27,6 +27,9 @@ _LIBRARIES = {
 }
 
 
+_DOUBLE = np.dtype(np.float64)
+
+
 @cache
 def _kind(namespace) -> type[Backend]:
     """Return the class of the backends of a namespace."""
@@ -68,10 +71,13 @@ def choose_backend(operands, name=None):
         _check_one_device(there)
         backend = _backend(xp, next(iter(there.values())) if there else kind.current_device(xp))
         return backend, {key: _move(key, value, backend, name) for key, value in operands.items()}
+    # What comes next would take most of a small solve.
+    if all(type(value) is np.ndarray and value.dtype is _DOUBLE for value in operands.values()):
+        return _numpy_backend(), dict(operands)
     arrays = {
         key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))
     }
-    if all(type(value) is np.ndarray for value in arrays.values()):  # what comes next would take most of a small solve
+    if all(type(value) is np.ndarray for value in arrays.values()):
         backend = _numpy_backend()
         return backend, {key: from_host(key, value, backend) for key, value in operands.items()}
     namespaces, devices = {}, {}
@@ -125,31 +131,58 @@ class Types(NamedTuple):
     """That of the results."""
 
 
-def floating_types(backend, arrays, operands, dtype=None) -> Types:
-    """Choose the types to compute in and return: the given one, else float64; float32 if every floating array is."""
+class Kind(NamedTuple):
+    """The type of an operand."""
+
+    name: str
+    dtype: Any
+    typed: bool
+    """False for lists and numbers, whose floating point type is not the caller's choice."""
+
+
+def kinds_of(arrays, operands) -> list[Kind]:
+    """The types of operands, from their arrays and what the caller gave."""
+    return [Kind(name, value.dtype, hasattr(operands[name], "dtype")) for name, value in arrays.items()]
+
+
+def read_dtype(dtype) -> str | None:
+    """Read the caller's choice of a floating point type.
+
+    Raises
+    ------
+    ValueError
+        For one that is neither float32 nor float64.
+    """
+    if dtype is None:
+        return None
+    if _name(dtype) not in ("float32", "float64"):
+        raise ValueError(f"dtype is {dtype!r}; expected 'float32' or 'float64'")
+    return _name(dtype)
+
+
+def floating_types(backend, kinds: list[Kind], dtype: str | None = None) -> Types:
+    """What to compute in and to return: the caller's choice, else float64, and float32 if every floating array is."""
     xp = backend.xp
     floating = set()
-    for key, value in arrays.items():
-        if value.dtype in (xp.float32, xp.float64) and hasattr(operands[key], "dtype"):
-            floating.add(value.dtype)
+    for name, kind, typed in kinds:
+        if kind in (xp.float32, xp.float64) and typed:
+            floating.add(kind)
             continue
-        if not xp.isdtype(value.dtype, ("real floating", "integral", "bool")):
-            raise TypeError(f"{key} has dtype {_name(value.dtype)}; expected real numbers")
-        if xp.isdtype(value.dtype, "real floating") and hasattr(operands[key], "dtype"):
+        if not xp.isdtype(kind, ("real floating", "integral", "bool")):
+            raise TypeError(f"{name} has dtype {_name(kind)}; expected real numbers")
+        if xp.isdtype(kind, "real floating") and typed:
             if dtype is None:
                 raise TypeError(
-                    f"{key} has dtype {_name(value.dtype)}; expected float32 or float64, or pass dtype= to convert"
+                    f"{name} has dtype {_name(kind)}; expected float32 or float64, or pass dtype= to convert"
                 )
-            floating.add(value.dtype)
+            floating.add(kind)
     if dtype is None:
         single = floating and all(kind == xp.float32 for kind in floating)
         return Types(backend.widest_float, xp.float32 if single else backend.widest_float)
-    wanted = _name(dtype)
-    if wanted not in ("float32", "float64"):
-        raise ValueError(f"dtype is {dtype!r}; expected 'float32' or 'float64'")
-    if getattr(xp, wanted) not in (xp.float32, backend.widest_float):
-        raise ValueError(f"dtype is {wanted}, which {_library_name(xp)} has switched off")
-    return Types(getattr(xp, wanted), getattr(xp, wanted))
+    wanted = getattr(xp, dtype)
+    if wanted not in (xp.float32, backend.widest_float):
+        raise ValueError(f"dtype is {dtype}, which {_library_name(xp)} has switched off")
+    return Types(wanted, wanted)
 
 
 def _library_name(xp):

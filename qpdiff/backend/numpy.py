@@ -39,6 +39,9 @@ def raise_mmap_threshold() -> None:
     np.empty(2**25 - 2**13, np.uint8)
 
 
+_NOTHING = nullcontext()
+
+
 class _Substitution(NamedTuple):
     """Hold L⁻¹ where the batch shares it, else the triangles."""
 
@@ -81,7 +84,7 @@ class NumPyBackend(Backend):
 
     def reproducibly(self, dtype, products: int):
         # In float32 what the threads of BLAS add up in another order decides where the iteration ends.
-        return single_threaded_blas() if dtype == np.float32 and products > ONE_THREAD_PRODUCTS else nullcontext()
+        return single_threaded_blas() if products > ONE_THREAD_PRODUCTS and dtype == np.float32 else _NOTHING
 
     def _work_items(self, count: int, operations: float) -> list[slice]:
         """Divide a stack of so many into work items, for as many threads as the operations on it are worth."""
@@ -113,7 +116,7 @@ class NumPyBackend(Backend):
                     helper.result()
 
     def known_all_false(self, mask) -> bool:
-        return not mask.any()
+        return np.count_nonzero(mask) == 0
 
     def count(self, mask, *others) -> tuple:
         return np.count_nonzero(mask), *(bool(other.any()) for other in others)

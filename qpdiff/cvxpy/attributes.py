@@ -14,7 +14,7 @@ ROUNDING = 1e-10
 def check_parameter(backend, parameter, value, tolerance: float) -> None:
     """Refuse a value (..., *shape) that has NaN or is not what the attributes of the parameter promise.
 
-    `tolerance` is that of `qpdiff.problem.rounding` for the type that the value came in.
+    `tolerance` is that of `qpdiff.validation.rounding` for the type that the value came in.
     """
     xp, batch = backend.xp, tuple(value.shape[: value.ndim - parameter.ndim])
     if math.prod(value.shape) == 0:

@@ -14,7 +14,7 @@ NeurIPS 2019.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -23,10 +23,11 @@ import cvxpy as cp
 import numpy as np
 
 from .. import differentiation, solver
-from ..backend import choose_backend, floating_types
+from ..backend import choose_backend, floating_types, kinds_of, read_dtype
 from ..differentiation import Gradients, as_tangent, summed
-from ..problem import OPERANDS, make_problem, rounding
+from ..problem import OPERANDS
 from ..solution import Solution, Status
+from ..validation import make_problem, rounding
 from .attributes import check_parameter
 from .canonical import canonicalize
 from .maps import AffineMap, SparseMatrix
@@ -237,7 +238,7 @@ class Layer:
         offset = data.pop("offset")
         problem = make_problem(dict.fromkeys(OPERANDS) | data)
         of_Q = [problem.rounding, *(coarsest[i] for i in self._maps["Q"].matrices)]
-        problem = replace(problem, result=types.result, rounding=max(of_Q))
+        problem = problem.with_layout(result=types.result, rounding=max(of_Q))
         sol = solver.solve_problem(problem, check=check, **options)
         value = self._sense * (sol.objective + offset)
         for status, sign in ((Status.PRIMAL_INFEASIBLE, 1.0), (Status.DUAL_INFEASIBLE, -1.0)):
@@ -325,7 +326,7 @@ class Layer:
         """
         given = {name: value for name, value in gradients._asdict().items() if value is not None}
         backend, given = choose_backend(given)
-        xp, dtype = backend.xp, floating_types(backend, given, given).result
+        xp, dtype = backend.xp, floating_types(backend, kinds_of(given, given)).result
         out = []
         for i, (parameter, value) in enumerate(zip(self.parameters, parameters, strict=True)):
             total = backend.full(tuple(value.shape), 0.0, dtype)
@@ -369,7 +370,7 @@ class Layer:
             raise TypeError(f"{len(values)} parameters were given; expected {len(self.parameters)}: {names}")
         named = {f"parameter {p.name()}": value for p, value in zip(self.parameters, values, strict=True)}
         backend, arrays = choose_backend(named, backend)
-        types = floating_types(backend, arrays, named, dtype)
+        types = floating_types(backend, kinds_of(arrays, named), read_dtype(dtype))
         batch = ()
         for parameter, (label, array) in zip(self.parameters, arrays.items(), strict=True):
             shape, core = tuple(array.shape), parameter.shape

@@ -6,10 +6,11 @@ KKT system at the solutions, `Factors`, which is all that the derivative asks of
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from ..problem import Problem
-from .parameters import DOUBLE, parameters
+from .parameters import DOUBLE, Parameters, parameters
 
 MAX_ITERATIONS = DOUBLE.max_iterations
 
@@ -33,8 +34,12 @@ class Settings(NamedTuple):
 
 
 def make_settings(problem: Problem, tol=None, rtol=None, max_iterations: int = MAX_ITERATIONS) -> Settings:
-    """Settings for the type that problems are computed in; without tol, in units of the problem's own."""
-    P = parameters(problem)
+    """Make settings for the type that problems are computed in; without tol, in units of the problem's own."""
+    return _settings(parameters(problem), tol, rtol, max_iterations)
+
+
+@lru_cache
+def _settings(P: Parameters, tol, rtol, max_iterations: int) -> Settings:
     return Settings(
         tol=P.tolerance if tol is None else float(tol),
         rtol=P.tolerance if rtol is None else float(rtol),
@@ -111,6 +116,6 @@ class Engine(Protocol):
     ) -> tuple[Outcome, Factors]:
         """Solve every problem of a batch.
 
-        With `check`, operands that break a rule of `problem.check_values` are a ValueError. `progress` is called as
+        With `check`, operands that break a rule of `validation.check_values` are a ValueError. `progress` is called as
         ``progress(done, batch)`` from this thread, or is None.
         """

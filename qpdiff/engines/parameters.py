@@ -14,7 +14,7 @@ EPS, EPS_SINGLE = (float(np.finfo(kind).eps) for kind in (np.float64, np.float32
 """The distance from 1 to the next larger number."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class Parameters:
     """The numbers of the method for one floating point type."""
 

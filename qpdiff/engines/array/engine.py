@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from ...problem import Problem, check_values, indefinite
+from ...problem import Problem
+from ...validation import check_values, indefinite
 from ..base import Outcome, Settings, StartingPoint
 from ..reduction import prefers_dense
 from .batch import Ended, SavedFactor, in_batch, join

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ...problem import INFINITE, Problem, _concat, product, product_transposed
+from ...problem import INFINITE, Problem, concat_last, product, product_transposed
 from ..parameters import DOUBLE
 
 
@@ -100,7 +100,7 @@ def mean_size(backend, k):
 
 def join_columns(xp, parts, like):
     """Join arrays (B or 1, ·) along their last axis; of none, return one without columns."""
-    return _concat(xp, parts) if parts else like[:, :0]
+    return concat_last(xp, parts) if parts else like[:, :0]
 
 
 def scale_cost(scaling: Scaling, c) -> Scaling:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from ...problem import Later, Problem, product, product_transposed, take
+from ...problem import DeferredTake, Problem, product, product_transposed, take
 from ..parameters import DOUBLE, parameters
 from ..reduction import Form, has_off_diagonal, preferred_form
 from .equilibration import balance
@@ -86,7 +86,7 @@ class DenseDualForm:
 
     def __init__(self, problem: Problem, constants):
         self.problem = problem
-        self._later, self.S = constants
+        self._deferred, self.S = constants
         """The factor of Q and V = K F⁻ᵀ, not taken before they are used, and S = V Vᵀ."""
 
     @classmethod
@@ -100,20 +100,20 @@ class DenseDualForm:
         V = backend.forward_rows(F, _stack(xp, blocks))
         least = parameters(problem).smallest_pivot
         safe = factor_ok & (diagonal > 0) & (backend.pivots(factor) > least * diagonal)
-        return cls(problem, (Later((F, V)), backend.products(V, V.mT))), xp.all(safe, axis=-1)
+        return cls(problem, (DeferredTake((F, V)), backend.products(V, V.mT))), xp.all(safe, axis=-1)
 
     @cached_property
     def factor_of_Q(self):
         """The factor F of Q for substitutions, and V, which steps in the dual space do not use."""
-        return self._later.now(self.problem.backend.xp)
+        return self._deferred.evaluate(self.problem.backend.xp)
 
     @property
     def constants(self):
-        return Later(self.factor_of_Q), self.S
+        return DeferredTake(self.factor_of_Q), self.S
 
     def select(self, problem: Problem, index) -> DenseDualForm:
         xp = self.problem.backend.xp
-        return DenseDualForm(problem, (self._later.select(xp, index), take(xp, self.S, index)))
+        return DenseDualForm(problem, (self._deferred.select(xp, index), take(xp, self.S, index)))
 
     def factor(self, diagonals: Diagonals):
         return self.factor_dual(diagonals.theta + diagonals.delta)

@@ -1,4 +1,4 @@
-"""What a call of the compiled engine hands over: operands, where the results go, what is kept for the derivative.
+"""What a call of the compiled engine hands over: operands, where the results go, what is stored for the derivative.
 
 All else is in C++ (src/): threads claim problems as long as there are any, small ones in groups.
 """
@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...backend import NumPyBackend, single_threaded_blas
-from ...problem import MATRICES, OPERANDS, Problem, check_values
+from ...problem import MATRICES, OPERANDS, Problem
+from ...validation import check_values
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from ..parameters import DOUBLE, SINGLE
-from ..reduction import Form, preferred_form
+from ..reduction import preferred_form
 from .memory import SMALLEST, empty
 
 
@@ -43,39 +44,39 @@ SOLVE, DIFFERENTIATE = 10, 1
 """How often a call goes through a problem's matrices, in steps of the iteration."""
 FEW = 2**10
 """Variables of a batch up to which memory that is used again is not worth looking for."""
-KEPT_BYTES = 2**26, 2**29
-"""Factors are kept for the derivative where they take no more than the first, or than the data and the second."""
+STORED_BYTES = 2**26, 2**29
+"""Bytes of factors that are stored for the derivative in any case, and at most."""
+_SCALARS = (np.int32, np.int32, np.float64, np.float64, np.float64, np.float64)
+"""The types of `Outcome` from the status on."""
 _DECIDING = frozenset({"Q", "G", "A", "lb", "ub"})
 """Operands that the equilibration of the matrices and the reduced form are made of."""
 _PARAMETERS = {np.dtype(np.float64): _core.Parameters(DOUBLE), np.dtype(np.float32): _core.Parameters(SINGLE)}
 
 
-class Kept(NamedTuple):
-    """What the last iteration of every problem leaves for the derivative; src/method/problem.hpp says what each is.
+class Stored(NamedTuple):
+    """What a solve stores of every problem for the derivative; src/method/problem.hpp says how.
 
-    The first axis is the batch, of length 1 where one entry is for all problems and 0 where nothing is kept.
+    The first axis is the batch, of length 1 where one entry is for all problems and 0 where nothing is stored.
     """
 
-    F: Any
-    V: Any
-    S: Any
-    U: Any
-    weights: Any
-    diagonal: Any
-    D: Any
-    E: Any
+    constant: Any
+    """Of the reduced KKT system what does not change in an iteration."""
+    last: Any
+    """The last factor, and the weights of the rows in it."""
+    scaling: Any
+    """D and E."""
     form: Any
-    """The form that each problem has been solved with."""
+    """The reduced form that each problem has been solved with."""
     factor_ok: Any
-    """Whether what is kept of it is of use."""
+    """Mask of the problems whose last factor is of use."""
 
 
 class Factors(NamedTuple):
-    """What the derivative needs of a solve."""
+    """What a solve leaves, to solve the KKT system at the solutions."""
 
     form: int
-    """The reduced form that was preferred."""
-    kept: Kept
+    """The reduced form chosen by the shapes."""
+    stored: Stored
 
     def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool):
         """Solve the KKT system, as `engines.base.Factors` says; the gradients of all matrices come along."""
@@ -88,7 +89,7 @@ class Factors(NamedTuple):
                 if (matrix := getattr(problem, name)) is not None:
                     gradients[name] = allocate(matrix.shape, dtype)
         _core.solve_kkt(
-            tuple([getattr(problem, name) for name in OPERANDS]), self.kept,
+            tuple(map(problem.operands.get, OPERANDS)), self.stored,
             (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
             (u_x, u_v, *[gradients.get(name) for name in MATRICES]), _PARAMETERS[dtype], self.form, fill,
             workers_for(problem, count, DIFFERENTIATE),
@@ -123,17 +124,18 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
     n, count, dtype = problem.n, problem.batch, np.dtype(problem.dtype)
     form = int(preferred_form(problem))
     plan = _plan(problem, form, dtype.itemsize)
-    x, v, s, *factors, D, E = [make(shape, dtype) for make, shape in plan]
-    outcome = Outcome(x, v, s, *np.empty((2, count, 1), np.int32), *np.empty((4, count, 1)))
-    kept = Kept._make([*factors, D, E, np.empty(count, np.int32), np.empty(count, np.bool_)])
-    done = outcome, Factors(form, kept)
+    x, v, s, constant, last, scaling = [make(shape, dtype) for make, shape in plan]
+    scalars = [np.empty((count, 1), kind) for kind in _SCALARS]
+    outcome = Outcome(x, v, s, *scalars)
+    stored = Stored(constant, last, scaling, np.empty(count, np.int32), np.empty(count, np.bool_))
+    done = outcome, Factors(form, stored)
     if count == 0:
         return done
     workers = workers_for(problem, count, SOLVE)
     longest = max(n, problem.m + problem.p)
     in_lanes = start is None and longest <= SMALL and count >= ENOUGH * workers and dtype.itemsize == 8
     call = (
-        tuple([getattr(problem, name) for name in OPERANDS]), outcome, kept,
+        tuple(map(problem.operands.get, OPERANDS)), outcome, stored,
         (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
         _PARAMETERS[dtype], form, check, problem.rounding, in_lanes, workers, progress,
     )  # fmt: skip
@@ -165,53 +167,49 @@ def _operations(problem: Problem) -> float:
     return min(n, linear or n) ** 3 / 3 + 8 * n * (n + linear) + 100 * (n + problem.rows)
 
 
-# ---- what is kept
+# ---- what is stored
 
 
 def is_shared(value) -> bool:
-    """Whether an operand is the same for all problems, be it that broadcasting only pretends to have copied it."""
+    """Find out whether an operand is the same for all problems, be it that broadcasting only pretends to copy it."""
     return value.shape[0] == 1 or value.strides[0] == 0
 
 
 def _plan(problem: Problem, form: int, itemsize: int):
-    """How to make the arrays of the outcome, and of what is kept of every problem or once for all that share it."""
+    """Plan the arrays of x, v, s and of the first three fields of `Stored`: a function that makes each, and its shape.
+
+    Factors are stored where they take at most STORED_BYTES[0], or at most as much as the operands and STORED_BYTES[1].
+    """
     count, linear, operands = problem.batch, problem.m + problem.p, problem.operands
     shared = count == 1 or all(is_shared(value) for name, value in operands.items() if name in _DECIDING)
     sizes = form, problem.n, linear, problem.lb is not None, problem.ub is not None, itemsize
-    plan, kept = _plan_of(sizes, count, shared, True)
-    few, many = KEPT_BYTES
-    if kept > few:
+    plan, stored = _plan_of(sizes, count, shared, True)
+    few, many = STORED_BYTES
+    if stored > few:
         data = itemsize * sum(v[:1].size if is_shared(v) else v.size for v in operands.values())
-        if kept > min(many, data):
+        if stored > min(many, data):
             plan, _ = _plan_of(sizes, count, shared, False)
     return plan
 
 
-_CONSTANT = {Form.PRIMAL: (), Form.DENSE_DUAL: ("F", "V", "S"), Form.DIAGONAL_DUAL: ("diagonal",)}
-"""What does not change in an iteration."""
-
-
 @lru_cache(maxsize=256)
-def _plan_of(sizes: tuple, count: int, shared: bool, keep: bool):
-    """The plan with or without what is kept of every problem, and how many bytes that is."""
-    form, n, linear, lower, upper, itemsize = sizes
-    rows, kept, shapes = linear + n * (lower + upper), 0, []
-    for name, size in zip(Kept._fields, _core.kept_sizes(*sizes), strict=False):
-        once = shared and name in _CONSTANT[form]
-        shapes.append((1 if once else count if keep and size else 0, size))
-        kept += 0 if once else math.prod(shapes[-1])
-    widths = (n, rows, rows), (n, rows)
-    shapes = [*[(count, width) for width in widths[0]], *shapes, *[(count, width) for width in widths[1]]]
-    plan = [(_maker(itemsize * math.prod(shape)), shape) for shape in shapes]
-    return plan, itemsize * kept
+def _plan_of(sizes: tuple, count: int, shared: bool, store: bool):
+    """Plan with or without factors of every problem, and count the bytes of these."""
+    _, n, linear, lower, upper, itemsize = sizes
+    rows = linear + n * (lower + upper)
+    constant, last = _core.stored_numbers(*sizes)
+    counts = 1 if shared else count if store and constant else 0, count if store and last else 0
+    stored = itemsize * ((0 if shared else counts[0] * constant) + counts[1] * last)
+    shapes = [(count, n), (count, rows), (count, rows), (counts[0], constant), (counts[1], last), (count, n + rows)]
+    return [(_maker(itemsize * math.prod(shape)), shape) for shape in shapes], stored
 
 
 def _maker(size: int):
-    """What makes an array of so many bytes."""
+    """Choose what makes an array of so many bytes."""
     return nothing if size == 0 else np.empty if size < SMALLEST else empty
 
 
 @cache
 def nothing(shape, dtype) -> np.ndarray:
-    """An array without entries, the same for all calls."""
+    """Make an array without entries, the same for all calls."""
     return np.empty(shape, dtype)

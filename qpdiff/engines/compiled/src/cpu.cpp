@@ -32,8 +32,8 @@ class Array {
         if (!view.obj) {
             return {};
         }
-        long batch = view.shape[0] == 1 ? 0 : view.strides[0];
-        long row = view.ndim == 3 ? view.strides[1] : 0;
+        Index batch = view.shape[0] == 1 ? 0 : view.strides[0];
+        Index row = view.ndim == 3 ? view.strides[1] : 0;
         return {static_cast<const char*>(view.buf), batch, row, view.strides[view.ndim - 1]};
     }
 
@@ -45,11 +45,11 @@ class Array {
         if (view.itemsize != sizeof(T)) {
             throw nb::type_error("an array of another type was expected");
         }
-        return {static_cast<T*>(view.buf), view.shape[0] == 1 ? 0 : view.strides[0] / long(sizeof(T))};
+        return {static_cast<T*>(view.buf), view.shape[0] == 1 ? 0 : view.strides[0] / Index(sizeof(T))};
     }
 
-    long size(int axis) const { return view.obj ? view.shape[axis] : 0; }
-    long itemsize() const { return view.itemsize; }
+    Index size(int axis) const { return view.obj ? view.shape[axis] : 0; }
+    Index itemsize() const { return view.itemsize; }
 
   private:
     Py_buffer view{};
@@ -71,7 +71,7 @@ class Arrays {
 };
 
 // The operands in the order of qpdiff.problem.OPERANDS: Q, q, G, h, A, b, lb, ub.
-Operands read_operands(const Arrays& arrays, long count) {
+Operands read_operands(const Arrays& arrays, Index count) {
     Operands operands;
     Operand* all[] = {&operands.Q, &operands.q, &operands.G,  &operands.h,
                       &operands.A, &operands.b, &operands.lb, &operands.ub};
@@ -99,10 +99,10 @@ template <class T> Outcome<T> read_outcome(const Arrays& a) {
             a[5].rows<double>(), a[6].rows<double>(), a[7].rows<double>(), a[8].rows<double>()};
 }
 
-// qpdiff.engines.compiled.engine.Factors.
-template <class T> KeptBatch<T> read_kept(const Arrays& a) {
-    return {a[0].rows<T>(), a[1].rows<T>(), a[2].rows<T>(), a[3].rows<T>(),   a[4].rows<T>(),
-            a[5].rows<T>(), a[6].rows<T>(), a[7].rows<T>(), a[8].rows<int>(), a[9].rows<bool>()};
+// qpdiff.engines.compiled.engine.Stored.
+template <class T> StoredBatch<T> read_stored(const Arrays& a, const Shape& shape) {
+    return {stored_sizes<T>(shape), a[0].rows<T>(),   a[1].rows<T>(),
+            a[2].rows<T>(),         a[3].rows<int>(), a[4].rows<bool>()};
 }
 
 template <class T> Near<T> read_near(const Arrays& a) {
@@ -111,13 +111,13 @@ template <class T> Near<T> read_near(const Arrays& a) {
 
 // What the arrays and numbers of a call say, for one floating point type.
 template <class T>
-bool solve_as(const Operands& operands, const Arrays& outcome, const Arrays& kept, const Arrays& near,
+bool solve_as(const Operands& operands, const Arrays& outcome, const Arrays& stored, const Arrays& near,
               const Settings& settings, const Parameters& parameters, int form, bool check, double rounding, bool lanes,
               int workers, nb::object progress) {
     Batch<T> batch{operands, read_shape(operands, form), settings, &parameters, check, rounding, lanes, {}, {}, {}};
     batch.near = read_near<T>(near);
     batch.outcome = read_outcome<T>(outcome);
-    batch.kept = read_kept<T>(kept);
+    batch.stored = read_stored<T>(stored, batch.shape);
     bool good = solve_batch(batch, workers, progress.ptr());
     if (PyErr_Occurred()) {
         throw nb::python_error();
@@ -125,23 +125,23 @@ bool solve_as(const Operands& operands, const Arrays& outcome, const Arrays& kep
     return good;
 }
 
-bool solve_problems(nb::tuple operands, nb::tuple outcome, nb::tuple kept, nb::tuple near, nb::tuple settings,
+bool solve_problems(nb::tuple operands, nb::tuple outcome, nb::tuple stored, nb::tuple near, nb::tuple settings,
                     const Parameters& parameters, int form, bool check, double rounding, bool lanes, int workers,
                     nb::object progress) {
-    Arrays given(operands, false), out(outcome, true), keep(kept, true), start(near, false);
+    Arrays given(operands, false), out(outcome, true), factors(stored, true), start(near, false);
     auto run = out[0].itemsize() == sizeof(double) ? solve_as<double> : solve_as<float>;
-    return run(read_operands(given, out[0].size(0)), out, keep, start, read_settings(settings), parameters, form, check,
-               rounding, lanes, workers, progress);
+    return run(read_operands(given, out[0].size(0)), out, factors, start, read_settings(settings), parameters, form,
+               check, rounding, lanes, workers, progress);
 }
 
 // The gradients of Q, G and A of each problem's own, or those that are sums over the batch.
-template <class T> MatrixGradients<T> read_gradients(const Arrays& a, long count, bool summed) {
+template <class T> MatrixGradients<T> read_gradients(const Arrays& a, Index count, bool summed) {
     auto rows = [&](const Array& array) { return (array.size(0) != count) == summed ? array.rows<T>() : Rows<T>{}; };
     return {rows(a[2]), rows(a[3]), rows(a[4])};
 }
 
 template <class T>
-void differentiate_as(const Operands& operands, const Arrays& kept, const Arrays& given, const Arrays& out,
+void differentiate_as(const Operands& operands, const Arrays& stored, const Arrays& given, const Arrays& out,
                       const Parameters& parameters, int form, double fill, int workers) {
     for (int i = 0; i < 5; i++) {
         if (given[i].itemsize() != sizeof(T)) {
@@ -150,7 +150,7 @@ void differentiate_as(const Operands& operands, const Arrays& kept, const Arrays
     }
     DerivativeBatch<T> batch;
     batch.operands = operands, batch.shape = read_shape(operands, form), batch.parameters = &parameters;
-    batch.kept = read_kept<T>(kept);
+    batch.stored = read_stored<T>(stored, batch.shape);
     batch.x = given[0].operand(), batch.v = given[1].operand(), batch.s = given[2].operand();
     batch.r_x = given[3].operand(), batch.r_v = given[4].operand(), batch.status = given[5].rows<const int>();
     batch.u_x = out[0].rows<T>(), batch.u_v = out[1].rows<T>(), batch.fill = T(fill);
@@ -163,21 +163,18 @@ void differentiate_as(const Operands& operands, const Arrays& kept, const Arrays
 
 // Solve the KKT system at the solutions: `given` are x, v, s, the right-hand sides r_x, r_v and the statuses; `out`
 // u_x, u_v and the gradients of Q, G and A, with an entry for each problem or one for their sum.
-void differentiate_problems(nb::tuple operands, nb::tuple kept, nb::tuple given, nb::tuple out,
+void differentiate_problems(nb::tuple operands, nb::tuple stored, nb::tuple given, nb::tuple out,
                             const Parameters& parameters, int form, double fill, int workers) {
-    Arrays of_batch(operands, false), keep(kept, false), in(given, false), results(out, true);
+    Arrays of_batch(operands, false), factors(stored, false), in(given, false), results(out, true);
     auto run = results[0].itemsize() == sizeof(double) ? differentiate_as<double> : differentiate_as<float>;
-    run(read_operands(of_batch, results[0].size(0)), keep, in, results, parameters, form, fill, workers);
+    run(read_operands(of_batch, results[0].size(0)), factors, in, results, parameters, form, fill, workers);
 }
 
-// Numbers that one problem keeps, of each array.
-std::tuple<long, long, long, long, long, long> kept_sizes(int form, int n, int linear, bool lower, bool upper,
-                                                          int itemsize) {
+// Numbers that one problem stores: those that do not change in an iteration, and those that the last one leaves.
+std::tuple<Index, Index> stored_numbers(int form, int n, int linear, bool lower, bool upper, int itemsize) {
     auto sizes = [&]<class T>(T) {
-        using Team = serial::Team<T>;
-        int rows = Team::padded(linear) + (int(lower) + int(upper)) * Team::padded(n);
-        KeptSizes<T> s(Form(form), n, linear, rows);
-        return std::make_tuple(s.F, s.V, s.S, s.U, s.weights, s.diagonal);
+        auto s = stored_sizes<T>(Shape{Form(form), n, 0, linear, lower, upper});
+        return std::make_tuple(s.constant(), s.last());
     };
     return itemsize == sizeof(double) ? sizes(0.0) : sizes(0.0f);
 }
@@ -213,7 +210,7 @@ NB_MODULE(QP_MODULE, m) {
 #undef X
     });
     m.attr("BLOCK") = blas::BLOCK;
-    m.def("kept_sizes", &kept_sizes);
+    m.def("stored_numbers", &stored_numbers);
     m.def("set_blas", &set_blas);
     m.def("solve_kkt", &differentiate_problems);
     m.def("solve", &solve_problems, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),

@@ -15,7 +15,7 @@ template <class T> struct DerivativeBatch {
     Operands operands;
     Shape shape;
     const Parameters* parameters;
-    KeptBatch<T> kept;
+    StoredBatch<T> stored;
     Operand x, v, s, r_x, r_v; // the solutions and the right-hand sides
     Rows<const int> status;
     Rows<T> u_x, u_v;
@@ -28,9 +28,9 @@ template <class T> struct DerivativeBatch {
 
 // Ask for numbers that lie side by side: software prefetch. The arithmetic on one problem waits more for itself than
 // for memory, and the processor has room for a few lines under way.
-template <class T> QP_INLINE void prefetch(const T* numbers, long count) {
+template <class T> QP_INLINE void prefetch(const T* numbers, Index count) {
     const char* base = reinterpret_cast<const char*>(numbers);
-    for (long at = 0; at < count * (long)sizeof(T); at += LINE) {
+    for (Index at = 0; at < count * (Index)sizeof(T); at += LINE) {
         __builtin_prefetch(base + at, 0, 2);
     }
 }
@@ -40,7 +40,7 @@ template <class T> class DerivativeWorker {
   public:
     DerivativeWorker(const DerivativeBatch<T>& batch, Queue& queue, bool calling)
         : batch(batch), queue(queue), calling(calling), workspace(batch.shape, calling), o(workspace->problem),
-          sizes(batch.shape.form, o.n, o.linear, o.rows), memory([this](Arena& arena) { lay_out(arena); }) {
+          memory([this](Arena& arena) { lay_out(arena); }) {
         o.parameters = batch.parameters;
         // What is scaled by them in the padding is 0.
         std::fill(o.D.data, o.D.data + o.np, T(1));
@@ -48,11 +48,11 @@ template <class T> class DerivativeWorker {
     }
 
     void run() {
-        long first, last;
+        Index first, last;
         while (queue.claim(first, last)) {
-            for (long k = first; k < last && !queue.interrupted(calling); k++) {
+            for (Index k = first; k < last && !queue.interrupted(calling); k++) {
                 // Backwards: what the solve has left in the cache is what it came to last.
-                long b = batch.operands.count - 1 - k;
+                Index b = batch.operands.count - 1 - k;
                 differentiate(b, o.n >= FETCHED ? b - 1 : -1);
             }
         }
@@ -68,10 +68,9 @@ template <class T> class DerivativeWorker {
     bool calling;
     Borrowed<Team> workspace;
     Problem<Team>& o;
-    KeptSizes<T> sizes;
     Derivative<Team> d;
+    MatrixReader matrices;
     Memory memory;
-    bool Q_ready = false, K_ready = false;
 
     void lay_out(Arena& arena) {
         auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<T>(o.np + ROWS)), ...); };
@@ -82,10 +81,11 @@ template <class T> class DerivativeWorker {
         d.numbers = arena.take<int>(o.lp + 1);
     }
 
-    // Solve for problem b and compute the gradients of its own matrices; fetch meanwhile what is kept of problem
+    // Solve for problem b and compute the gradients of its own matrices; fetch meanwhile what is stored of problem
     // `next`, if there is one.
-    void differentiate(long b, long next) {
-        Kept<T> ahead = next >= 0 && batch.kept.F.stride ? batch.kept.at(next) : Kept<T>{};
+    void differentiate(Index b, Index next) {
+        bool fetch = next >= 0 && batch.stored.sizes.F && batch.stored.constant.stride;
+        StoredFactors<T> ahead = fetch ? batch.stored.at(next) : StoredFactors<T>{};
         prefetch_vectors(next);
         read(batch.x.at(b), batch.x.column, o.n, d.x.data);
         read_rows(batch.v, b, d.v);
@@ -100,27 +100,28 @@ template <class T> class DerivativeWorker {
         put_gradients(b, ahead);
     }
 
-    void read_rows(const Operand& from, long b, typename Team::Vector to) {
+    void read_rows(const Operand& from, Index b, typename Team::Vector to) {
         each_block(o, [&](int row, int at, int count) {
             read(from.at(b) + at * from.column, from.column, count, to.data + row);
         });
     }
 
-    void solve_kkt(long b, const Kept<T>& ahead, long next) {
-        Form form = Form(*batch.kept.form.at(b));
-        Kept<T> kept = batch.kept.at(b);
-        bool usable = *batch.kept.factor_ok.at(b) && form == batch.shape.form;
+    void solve_kkt(Index b, const StoredFactors<T>& ahead, Index next) {
+        Form form = Form(*batch.stored.form.at(b));
+        StoredFactors<T> stored = batch.stored.at(b);
+        bool usable = *batch.stored.factor_ok.at(b) && form == batch.shape.form;
         load_vectors(o, batch.operands, b);
-        std::copy(batch.kept.D.at(b), batch.kept.D.at(b) + o.n, o.D.data);
-        scatter_rows(o, batch.kept.E.at(b), o.E);
+        const T* scaling = batch.stored.scaling.at(b);
+        std::copy(scaling, scaling + o.n, o.D.data);
+        scatter_rows(o, scaling + o.n, o.E);
         read_rows(batch.s, b, d.s);
         read(batch.r_x.at(b), batch.r_x.column, o.n, d.right.x.data);
         read_rows(batch.r_v, b, d.right.v);
         set_point(o, d);
         if (usable) {
-            workspace->use(kept, form);
+            workspace->use(stored, form);
         }
-        if (usable && form == Form::dense_dual && kept.F) {
+        if (usable && form == Form::dense_dual && stored.F) {
             if (solve_dense_dual(
                     o, d, [&](int part, int parts) { prefetch_F(ahead, part, parts); },
                     [&](int part, int parts) { prefetch_S(ahead, next, part, parts); })) {
@@ -128,8 +129,8 @@ template <class T> class DerivativeWorker {
             }
             set_point(o, d);
         }
-        load_matrices(b);
-        if (usable && form != Form::dense_dual && kept.U && solve_nearby(form)) {
+        matrices.load(o, batch.operands, b);
+        if (usable && form != Form::dense_dual && stored.U && solve_nearby(form)) {
             return;
         }
         workspace->use_primal();
@@ -153,25 +154,14 @@ template <class T> class DerivativeWorker {
         return reached.left <= T(P.factor_residual) && reached.moved <= T(P.factor_moved);
     }
 
-    void load_matrices(long b) {
-        const Operands& operands = batch.operands;
-        if (!Q_ready || !operands.Q.shared()) {
-            load_Q(o, operands, b);
-        }
-        if (!K_ready || !operands.A.shared() || !operands.G.shared()) {
-            load_K(o, operands, b);
-        }
-        Q_ready = K_ready = true;
-    }
-
-    void put_gradients(long b, const Kept<T>& ahead) {
+    void put_gradients(Index b, const StoredFactors<T>& ahead) {
         const T *u_x = d.u.x.data, *u_v = d.u.v.data, *x = d.x.data, *v = d.v.data;
-        long n = o.n;
+        Index n = o.n;
         if (T* out = batch.own.Q.at(b)) {
             for (int i = 0; i < n; i += STRIP) {
                 int rows = std::min<int>(STRIP, n - i);
                 if (ahead.V) {
-                    prefetch(ahead.V + (long)i * Team::leading(o.linear), (long)rows * Team::leading(o.linear));
+                    prefetch(ahead.V + (Index)i * Team::leading(o.linear), (Index)rows * Team::leading(o.linear));
                 }
                 Team::outer(T(-0.5), x + i, u_x, u_x + i, x, rows, n, out + i * n);
             }
@@ -185,24 +175,24 @@ template <class T> class DerivativeWorker {
     }
 
     // Ask for a part of the rows of the triangle F.
-    void prefetch_F(const Kept<T>& ahead, int part, int parts) const {
+    void prefetch_F(const StoredFactors<T>& ahead, int part, int parts) const {
         for (int i = ahead.F ? o.n * part / parts : o.n; i < o.n * (part + 1) / parts; i++) {
-            prefetch(ahead.F + (long)i * Team::leading(o.n) + i, o.n - i);
+            prefetch(ahead.F + (Index)i * Team::leading(o.n) + i, o.n - i);
         }
     }
 
     // Ask for those rows of S among a part that belong to active constraints.
-    void prefetch_S(const Kept<T>& ahead, long next, int part, int parts) const {
+    void prefetch_S(const StoredFactors<T>& ahead, Index next, int part, int parts) const {
         int last = o.linear * (part + 1) / parts;
         for (int i = ahead.S ? o.linear * part / parts : last; i < last; i++) {
             T s = entry<T>(batch.s.at(next), batch.s.column, i), v = entry<T>(batch.v.at(next), batch.v.column, i);
             if (s < std::fabs(v)) {
-                prefetch(ahead.S + (long)i * Team::leading(o.linear), o.linear);
+                prefetch(ahead.S + (Index)i * Team::leading(o.linear), o.linear);
             }
         }
     }
 
-    void prefetch_vectors(long next) const {
+    void prefetch_vectors(Index next) const {
         if (next >= 0) {
             for (const Operand* from : {&batch.x, &batch.r_x}) {
                 prefetch(reinterpret_cast<const T*>(from->at(next)), o.n);
@@ -210,7 +200,7 @@ template <class T> class DerivativeWorker {
             for (const Operand* from : {&batch.v, &batch.s, &batch.r_v}) {
                 prefetch(reinterpret_cast<const T*>(from->at(next)), batch.rows());
             }
-            prefetch(batch.kept.E.at(next), batch.rows());
+            prefetch(batch.stored.scaling.at(next) + batch.shape.n, batch.rows());
         }
     }
 };
@@ -232,9 +222,9 @@ template <class T> class SumWorker {
     }
 
     void run(Queue& queue, bool calling) {
-        long first, last;
+        Index first, last;
         while (queue.claim(first, last)) {
-            for (long k = first; k < last && !queue.interrupted(calling); k++) {
+            for (Index k = first; k < last && !queue.interrupted(calling); k++) {
                 add_strip(int(k));
             }
         }
@@ -253,7 +243,7 @@ template <class T> class SumWorker {
     void lay_out(Arena& arena) {
         auto matrix = [&](Matrix<T>& M, int rows, int columns) {
             M.ld = Team::leading(columns);
-            M.data = arena.take<T>((long)rows * M.ld);
+            M.data = arena.take<T>((Index)rows * M.ld);
         };
         matrix(sums, STRIP, n);
         matrix(of_rows, PORTION, STRIP);
@@ -289,9 +279,9 @@ template <class T> class SumWorker {
 
     // Add factor a bᵀ of all problems, with the entries of a, counted from `at`, that belong to the strip.
     template <class A, class B> void add_products(T factor, const A& a, int at, const B& b) {
-        long count = batch.operands.count;
-        for (long from = 0; from < count; from += PORTION) {
-            int portion = int(std::min<long>(PORTION, count - from));
+        Index count = batch.operands.count;
+        for (Index from = 0; from < count; from += PORTION) {
+            int portion = int(std::min<Index>(PORTION, count - from));
             for (int i = 0; i < portion; i++) {
                 copy_entries(a, from + i, at + first, height, of_rows[i]);
                 std::for_each(of_rows[i], of_rows[i] + height, [&](T& entry) { entry *= factor; });
@@ -301,16 +291,16 @@ template <class T> class SumWorker {
         }
     }
 
-    static void copy_entries(const Operand& from, long b, int at, int count, T* to) {
+    static void copy_entries(const Operand& from, Index b, int at, int count, T* to) {
         read(from.at(b) + at * from.column, from.column, count, to);
     }
-    static void copy_entries(const Rows<T>& from, long b, int at, int count, T* to) {
+    static void copy_entries(const Rows<T>& from, Index b, int at, int count, T* to) {
         std::copy(from.at(b) + at, from.at(b) + at + count, to);
     }
 
     void put(const Rows<T>& out) {
         for (int i = 0; i < height; i++) {
-            std::copy(sums[i], sums[i] + n, out.data + (long)(first + i) * n);
+            std::copy(sums[i], sums[i] + n, out.data + (Index)(first + i) * n);
         }
     }
 };

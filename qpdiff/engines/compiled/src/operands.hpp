@@ -11,28 +11,28 @@ namespace qpdiff {
 // One operand: its first axis is the batch, with a stride of 0 where it is shared.
 struct Operand {
     const char* data = nullptr;
-    long batch = 0;           // bytes from one problem to the next
-    long row = 0, column = 0; // bytes from a row of a matrix to the next, and from an entry to the next
+    Index batch = 0;           // bytes from one problem to the next
+    Index row = 0, column = 0; // bytes from a row of a matrix to the next, and from an entry to the next
     bool given() const { return data != nullptr; }
     bool shared() const { return batch == 0; }
-    const char* at(long b, int i = 0) const { return data + b * batch + i * row; }
+    const char* at(Index b, int i = 0) const { return data + b * batch + i * row; }
 };
 
 struct Operands {
     Operand Q, q, G, h, A, b, lb, ub;
     int n = 0, m = 0, p = 0;
-    long count = 0; // problems
+    Index count = 0; // problems
     int linear() const { return m + p; }
     bool matrices_shared() const { return Q.shared() && A.shared() && G.shared() && lb.shared() && ub.shared(); }
 };
 
-template <class T> QP_INLINE T entry(const char* p, long stride, int j) {
+template <class T> QP_INLINE T entry(const char* p, Index stride, int j) {
     T value;
     std::memcpy(&value, p + j * stride, sizeof(T));
     return value;
 }
 
-template <class T> QP_INLINE void read(const char* p, long stride, int count, T* out) {
+template <class T> QP_INLINE void read(const char* p, Index stride, int count, T* out) {
     if (stride == sizeof(T)) {
         std::memcpy(out, p, count * sizeof(T));
     } else {
@@ -84,7 +84,7 @@ template <class Team> QP_INLINE typename Team::Real take(const typename Team::St
 
 // Read the vectors of problem b and the kinds of its rows into a lane; whether the kinds are those of the first lane.
 // What is infinite on the wrong side, if it came unchecked, is a row that no point satisfies: not one that is absent.
-template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operands, long b, int lane = 0) {
+template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operands, Index b, int lane = 0) {
     using T = typename Team::Real;
     bool alike = true;
     auto set_row = [&](int i, T k, Kind kind) {
@@ -134,12 +134,12 @@ template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operan
 }
 
 // Read the matrices of one problem.
-template <class Team> void load_Q(Problem<Team>& o, const Operands& operands, long b) {
+template <class Team> void load_Q(Problem<Team>& o, const Operands& operands, Index b) {
     for (int i = 0; i < o.n; i++) {
         read(operands.Q.at(b, i), operands.Q.column, o.n, o.Q[i]);
     }
 }
-template <class Team> void load_K(Problem<Team>& o, const Operands& operands, long b) {
+template <class Team> void load_K(Problem<Team>& o, const Operands& operands, Index b) {
     for (int i = 0; i < o.p; i++) {
         read(operands.A.at(b, i), operands.A.column, o.n, o.K[i]);
     }
@@ -148,8 +148,32 @@ template <class Team> void load_K(Problem<Team>& o, const Operands& operands, lo
     }
 }
 
+// Reads the matrices of one problem after the other: those that all share only once.
+class MatrixReader {
+  public:
+    struct Read {
+        bool Q, K;
+    };
+
+    // Read those of problem b that it does not share with the one before; return which these are.
+    template <class Team> Read load(Problem<Team>& o, const Operands& operands, Index b) {
+        Read read{first || !operands.Q.shared(), first || !operands.A.shared() || !operands.G.shared()};
+        if (read.Q) {
+            load_Q(o, operands, b);
+        }
+        if (read.K) {
+            load_K(o, operands, b);
+        }
+        first = false;
+        return read;
+    }
+
+  private:
+    bool first = true;
+};
+
 // Read the matrices of `size` problems from b on into the lanes; lanes that are left over get the last one.
-inline void load_lanes(Problem<lanes::Team>& o, const Operands& operands, long b, int size) {
+inline void load_lanes(Problem<lanes::Team>& o, const Operands& operands, Index b, int size) {
     constexpr int W = lanes::Team::PROBLEMS;
     auto load_rows = [&](const Operand& from, int count, Matrix<lanes::Team::Number> to, int first) {
         for (int i = 0; i < count; i++) {
@@ -175,7 +199,7 @@ inline void load_lanes(Problem<lanes::Team>& o, const Operands& operands, long b
 // ---- checking: what is refused here, qpdiff.problem.check_values looks at again and words the error
 
 // Whether the vectors of problem b pass the rules; `with_shared` says whether to check those that are shared, too.
-template <class T> bool plausible_vectors(const Operands& operands, long b, bool with_shared) {
+template <class T> bool plausible_vectors(const Operands& operands, Index b, bool with_shared) {
     constexpr T infinity = T(INFINITY_);
     auto checked = [&](const Operand& v) { return v.given() && (with_shared || !v.shared()); };
     auto holds = [&](const Operand& v, int count, auto rule) {

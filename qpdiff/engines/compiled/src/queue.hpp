@@ -12,20 +12,22 @@
 #include <thread>
 #include <vector>
 
+#include "linalg/numbers.hpp"
+
 namespace qpdiff {
 
 class Queue {
   public:
     // `unit`: what threads claim is a multiple of so many problems, as long as there are so many.
-    Queue(long count, long unit, int workers, PyObject* progress)
+    Queue(Index count, Index unit, int workers, PyObject* progress)
         : count(count), unit(unit), workers(workers), progress(progress == Py_None ? nullptr : progress) {}
 
     // Claim problems that no thread has taken; false where there are none. Neighbours share lines of the cache, so an
     // item is large, but the last ones are small: no thread waits for another.
-    bool claim(long& first, long& last) {
+    bool claim(Index& first, Index& last) {
         first = next.load(std::memory_order_relaxed);
         do {
-            long share = workers > 1 ? (count - first + 2 * workers - 1) / (2 * workers) : count - first;
+            Index share = workers > 1 ? (count - first + 2 * workers - 1) / (2 * workers) : count - first;
             last = std::min(count, first + (share + unit - 1) / unit * unit);
         } while (first < count && !next.compare_exchange_weak(first, last, std::memory_order_relaxed));
         return first < count && !stop.load(std::memory_order_relaxed);
@@ -40,7 +42,7 @@ class Queue {
         return stop.load(std::memory_order_relaxed);
     }
 
-    void finish(long problems) { done.fetch_add(problems, std::memory_order_relaxed); }
+    void finish(Index problems) { done.fetch_add(problems, std::memory_order_relaxed); }
 
     // End the call, as an operand breaks a rule.
     void refuse() { stop = true; }
@@ -48,9 +50,10 @@ class Queue {
     // Call work(whether this is the calling thread) on all threads, without the interpreter's lock; whether nothing was
     // refused. False with a Python error set, if `progress` or a signal raised one; throws what a thread has thrown.
     template <class Work> bool run(Work work) {
+        std::vector<std::thread> threads;
+        threads.reserve(std::max(workers, 1) - 1); // here, where it may throw: without the lock nothing must
         PyThreadState* state = PyEval_SaveThread();
         polled = reported = Clock::now();
-        std::vector<std::thread> threads;
         auto guarded = [&](bool calling) {
             try {
                 work(calling);
@@ -71,7 +74,7 @@ class Queue {
                 });
                 running++;
             }
-        } catch (const std::system_error&) { // fewer threads do as well
+        } catch (const std::exception&) { // no more threads, or no memory for one: fewer do as well
         }
         guarded(true);
         for (std::unique_lock<std::mutex> lock(mutex); running > 0;) {
@@ -98,13 +101,13 @@ class Queue {
     static constexpr std::chrono::milliseconds POLL{50};
     static constexpr std::chrono::milliseconds REPORT{200};
 
-    const long count, unit;
+    const Index count, unit;
     const int workers;
     PyObject* const progress;
-    std::atomic<long> next{0}, done{0};
+    std::atomic<Index> next{0}, done{0};
     std::atomic<bool> stop{false};
     Clock::time_point polled, reported;
-    long reports = 0;
+    Index reports = 0;
     int running = 0;
     std::mutex mutex;
     std::condition_variable ended;
@@ -123,7 +126,7 @@ class Queue {
     // Look for Ctrl-C, and report progress where there is some; on the calling thread.
     void attend() {
         PyGILState_STATE state = PyGILState_Ensure();
-        long so_far = done;
+        Index so_far = done;
         if (PyErr_CheckSignals() != 0) {
             stop = true;
         } else if (progress && so_far > reports && so_far < count && due(REPORT, reported)) {
@@ -132,9 +135,9 @@ class Queue {
         PyGILState_Release(state);
     }
 
-    void report(long so_far) {
+    void report(Index so_far) {
         reports = so_far;
-        PyObject* result = PyObject_CallFunction(progress, "ll", so_far, count);
+        PyObject* result = PyObject_CallFunction(progress, "nn", so_far, count);
         if (!result) {
             stop = true;
         }

@@ -12,8 +12,8 @@ namespace qpdiff {
 // Arrays whose first axis is the batch, with a stride of 0 where one entry is for all problems; or none.
 template <class T> struct Rows {
     T* data = nullptr;
-    long stride = 0;
-    T* at(long b) const { return data ? data + b * stride : nullptr; }
+    Index stride = 0;
+    T* at(Index b) const { return data ? data + b * stride : nullptr; }
 };
 
 // Where the outcome goes: qpdiff.engines.base.Outcome.
@@ -23,14 +23,21 @@ template <class T> struct Outcome {
     Rows<double> objective, primal, dual, gap;
 };
 
-// What is kept of the problems for the derivative; matrices and vectors as `Kept`, without data where nothing is kept.
-template <class T> struct KeptBatch {
-    Rows<T> F, V, S, U, weights, diagonal;
-    Rows<T> D, E;
-    Rows<int> form;       // the form that each problem has been solved with
-    Rows<bool> factor_ok; // whether what is kept of it is of use
-    Kept<T> at(long b) const { return {F.at(b), V.at(b), S.at(b), U.at(b), weights.at(b), diagonal.at(b)}; }
+// What is stored of the problems for the derivative: qpdiff.engines.compiled.engine.Stored.
+template <class T> struct StoredBatch {
+    StoredSizes<T> sizes;
+    Rows<T> constant, last; // `StoredFactors`, without data where nothing is stored
+    Rows<T> scaling;        // D, then E in rows as the caller has them
+    Rows<int> form;         // the form that each problem has been solved with
+    Rows<bool> factor_ok;   // the last factor is of use
+    StoredFactors<T> at(Index b) const { return {sizes, constant.at(b), last.at(b)}; }
 };
+
+template <class T> StoredSizes<T> stored_sizes(const Shape& shape) {
+    using Team = serial::Team<T>;
+    int bounds = int(shape.lower) + int(shape.upper);
+    return {shape.form, shape.n, shape.linear, Team::padded(shape.linear) + bounds * Team::padded(shape.n)};
+}
 
 // Another problem's solution to start from, of rows as the caller has them.
 template <class T> struct Near {
@@ -48,7 +55,7 @@ template <class T> struct Batch {
     bool lanes;      // whether to take problems several at a time
     Near<T> near;
     Outcome<T> outcome;
-    KeptBatch<T> kept;
+    StoredBatch<T> stored;
 };
 
 // Workspaces of a thread: the calling thread keeps them for the next call where they are small.
@@ -59,7 +66,7 @@ template <class Team> std::unique_ptr<Workspace<Team>>& idle_workspace() {
 
 template <class Team> class Borrowed {
   public:
-    static constexpr long LARGEST = 1 << 20; // entries of the matrices
+    static constexpr Index LARGEST = 1 << 20; // entries of the matrices
 
     Borrowed(const Shape& shape, bool calling) : calling(calling) {
         if (calling && idle_workspace<Team>() && idle_workspace<Team>()->shape == shape) {
@@ -69,7 +76,7 @@ template <class Team> class Borrowed {
         }
     }
     ~Borrowed() {
-        if (calling && (long)workspace->shape.n * (workspace->shape.n + workspace->shape.linear) <= LARGEST) {
+        if (calling && (Index)workspace->shape.n * (workspace->shape.n + workspace->shape.linear) <= LARGEST) {
             idle_workspace<Team>() = std::move(workspace);
         }
     }
@@ -99,12 +106,12 @@ template <class T> class Worker {
 
     void run(const Form* shared_form) {
         prepared = shared_form;
-        long first, last;
+        Index first, last;
         while (queue.claim(first, last)) {
             if (batch.lanes) {
                 solve_in_lanes(first, last);
             } else {
-                for (long b = first; b < last && !queue.interrupted(calling); b++) {
+                for (Index b = first; b < last && !queue.interrupted(calling); b++) {
                     solve_one(b);
                     queue.finish(1);
                 }
@@ -120,55 +127,42 @@ template <class T> class Worker {
     Borrowed<Serial> workspace;
     Problem<Serial>& o;
     const Form* prepared = nullptr;
-    bool Q_ready = false, K_ready = false, refused = false;
-    Kept<T> scratch; // for one problem in place of what is not kept
+    MatrixReader matrices;
+    bool refused = false;
+    T *own_constant = nullptr, *own_last = nullptr; // for one problem in place of what is not stored
     Memory memory;
 
     void lay_out(Arena& arena) {
-        const KeptBatch<T>& kept = batch.kept;
-        KeptSizes<T> sizes(batch.shape.form, o.n, o.linear, o.rows);
-        auto part = [&](T*& p, const Rows<T>& rows, long size) {
-            p = rows.data || !size ? nullptr : arena.take<T>(size);
-        };
-        part(scratch.F, kept.F, sizes.F), part(scratch.V, kept.V, sizes.V), part(scratch.S, kept.S, sizes.S);
-        part(scratch.U, kept.U, sizes.U), part(scratch.weights, kept.weights, sizes.weights);
-        part(scratch.diagonal, kept.diagonal, sizes.diagonal);
+        const StoredBatch<T>& stored = batch.stored;
+        own_constant = stored.constant.data ? nullptr : arena.take<T>(stored.sizes.constant());
+        own_last = stored.last.data ? nullptr : arena.take<T>(stored.sizes.last());
     }
 
-    Kept<T> kept_at(long b) const {
-        Kept<T> kept = batch.kept.at(b);
-        auto otherwise = [](T*& p, T* other) { p = p ? p : other; };
-        otherwise(kept.F, scratch.F), otherwise(kept.V, scratch.V), otherwise(kept.S, scratch.S);
-        otherwise(kept.U, scratch.U), otherwise(kept.weights, scratch.weights),
-            otherwise(kept.diagonal, scratch.diagonal);
-        return kept;
+    // The memory for what the engine stores of problem b, be it used again for the next one.
+    StoredFactors<T> factors_of(Index b) const {
+        const StoredBatch<T>& stored = batch.stored;
+        T *constant = stored.constant.at(b), *last = stored.last.at(b);
+        return {stored.sizes, constant ? constant : own_constant, last ? last : own_last};
     }
 
     // Read what problem b does not share with the one before, and what follows from the matrices alone.
-    void load_matrices(long b) {
-        const Operands& operands = batch.operands;
-        bool new_Q = !Q_ready || !operands.Q.shared(), new_K = !K_ready || !operands.A.shared() || !operands.G.shared();
-        bool check = batch.check && !prepared;
-        if (new_Q) {
-            load_Q(o, operands, b);
-            refuse_unless(!check || plausible_Q(o, T(batch.rounding)));
+    void load_matrices(Index b) {
+        auto read = matrices.load(o, batch.operands, b);
+        if (batch.check && !prepared) {
+            refuse_unless(!read.Q || plausible_Q(o, T(batch.rounding)));
+            refuse_unless(!read.K || Serial::all_finite(o.K, o.linear, o.n));
         }
-        if (new_K) {
-            load_K(o, operands, b);
-            refuse_unless(!check || Serial::all_finite(o.K, o.linear, o.n));
-        }
-        if (new_Q || new_K) {
+        if (read.Q || read.K) {
             balance(o);
         }
-        if (new_K && batch.shape.form == Form::diagonal_dual) {
+        if (read.K && batch.shape.form == Form::diagonal_dual) {
             Serial::transpose(o.K, o.linear, o.n, o.turned);
         }
-        Q_ready = K_ready = true;
     }
 
     // Compute what does not change of the reduced matrix, in the form that suits; and check that Q is convex.
-    Form prepare_form(long b) {
-        workspace->use(kept_at(b), batch.shape.form);
+    Form prepare_form(Index b) {
+        workspace->use(factors_of(b), batch.shape.form);
         Form form = batch.shape.form;
         if ((form == Form::dense_dual && !prepare<Form::dense_dual>(o)) ||
             (form == Form::diagonal_dual && !prepare<Form::diagonal_dual>(o))) {
@@ -188,7 +182,7 @@ template <class T> class Worker {
         }
     }
 
-    void solve_one(long b) {
+    void solve_one(Index b) {
         refuse_unless(!batch.check || plausible_vectors<T>(batch.operands, b, b == 0));
         load_vectors(o, batch.operands, b);
         load_matrices(b);
@@ -196,7 +190,7 @@ template <class T> class Worker {
         if (refused) {
             return;
         }
-        workspace->use(kept_at(b), form);
+        workspace->use(factors_of(b), form);
         balance_cost(o, equilibrate(o));
         count_inequalities(o);
         if (form == Form::primal) {
@@ -208,7 +202,7 @@ template <class T> class Worker {
         }
     }
 
-    template <Form FORM> Ended<Serial> solve_in(long b) {
+    template <Form FORM> Ended<Serial> solve_in(Index b) {
         auto load_near = [&](Iterate<Serial>& at) {
             if (!batch.near.x.data || !*batch.near.usable.at(b)) {
                 return false;
@@ -220,7 +214,7 @@ template <class T> class Worker {
         return iterate<FORM>(o, load_near, [&] { return queue.interrupted(calling); });
     }
 
-    void finish(long b, Form form, const Ended<Serial>& ended) {
+    void finish(Index b, Form form, const Ended<Serial>& ended) {
         if (ended.interrupted) {
             return;
         }
@@ -230,15 +224,15 @@ template <class T> class Worker {
         gather_rows(o, ended.at->v, outcome.v.at(b));
         gather_rows(o, ended.at->s, outcome.s.at(b));
         put_verdict(b, verdict, ended.iterations, [](double number) { return number; });
-        std::copy(o.D.data, o.D.data + o.n, batch.kept.D.at(b));
-        gather_rows(o, o.E, batch.kept.E.at(b));
-        *batch.kept.form.at(b) = int(form);
-        *batch.kept.factor_ok.at(b) = ended.factor_ok && form == batch.shape.form;
+        std::copy(o.D.data, o.D.data + o.n, batch.stored.scaling.at(b));
+        gather_rows(o, o.E, batch.stored.scaling.at(b) + o.n);
+        *batch.stored.form.at(b) = int(form);
+        *batch.stored.factor_ok.at(b) = ended.factor_ok && form == batch.shape.form;
     }
 
     // Put how problem b stands into the outcome; `number_of` takes its own from the numbers of a team.
     template <class Team, class NumberOf>
-    void put_verdict(long b, const Verdict<Team>& verdict, int iterations, NumberOf number_of) {
+    void put_verdict(Index b, const Verdict<Team>& verdict, int iterations, NumberOf number_of) {
         const Outcome<T>& outcome = batch.outcome;
         *outcome.status.at(b) = int(number_of(verdict.status));
         *outcome.iterations.at(b) = iterations;
@@ -257,7 +251,7 @@ template <class T> class Worker {
     };
     std::unique_ptr<Lanes> group;
 
-    void solve_in_lanes(long first, long last) {
+    void solve_in_lanes(Index first, Index last) {
         if constexpr (sizeof(T) == 8) {
             constexpr int W = lanes::Team::PROBLEMS;
             if (!group) {
@@ -265,8 +259,8 @@ template <class T> class Worker {
                 group->workspace->problem.parameters = batch.parameters;
                 group->workspace->problem.settings = &batch.settings;
             }
-            for (long b = first; b < last && !queue.interrupted(calling); b += W) {
-                int size = int(std::min<long>(W, last - b));
+            for (Index b = first; b < last && !queue.interrupted(calling); b += W) {
+                int size = int(std::min<Index>(W, last - b));
                 bool left[W];
                 std::fill(left, left + W, true);
                 if (!solve_group(b, size, left)) {
@@ -283,7 +277,7 @@ template <class T> class Worker {
     }
 
     // Solve the problems of a group but for those that are left; false where an operand breaks a rule.
-    bool solve_group(long b, int size, bool* left) {
+    bool solve_group(Index b, int size, bool* left) {
         using Team = lanes::Team;
         auto& o = group->workspace->problem;
         const Operands& operands = batch.operands;
@@ -335,7 +329,7 @@ template <class T> class Worker {
         return true;
     }
 
-    template <Form FORM> void iterate_group(long b, int size, bool* left) {
+    template <Form FORM> void iterate_group(Index b, int size, bool* left) {
         auto& o = group->workspace->problem;
         std::fill(left, left + size, false);
         iterate_lanes<FORM>(
@@ -348,7 +342,7 @@ template <class T> class Worker {
 
     // Put aside what the problem of a lane has come to, and what its derivative needs.
     template <Form FORM>
-    void keep_lane(long b, int lane, const Iterate<lanes::Team>& at, const Verdict<lanes::Team>& verdict,
+    void keep_lane(Index b, int lane, const Iterate<lanes::Team>& at, const Verdict<lanes::Team>& verdict,
                    int iterations) {
         using Team = lanes::Team;
         const auto& o = group->workspace->problem;
@@ -367,7 +361,7 @@ template <class T> class Worker {
                 vector({from[i]}, columns, to);
                 std::fill(to + columns, to + ld, T(0));
             }
-            std::fill(to, to + (long)(whole_tiles(height) - height) * ld, T(0));
+            std::fill(to, to + (Index)(whole_tiles(height) - height) * ld, T(0));
         };
         auto triangle = [&](Team::Matrix from, int size, T* to) {
             matrix(from, size, size, to);
@@ -379,24 +373,25 @@ template <class T> class Worker {
         rows(at.v, outcome.v.at(b));
         rows(at.s, outcome.s.at(b));
         put_verdict(b, verdict, iterations, [&](const auto& number) { return number[lane]; });
-        vector(o.D, o.n, batch.kept.D.at(b));
-        rows(o.E, batch.kept.E.at(b));
-        *batch.kept.form.at(b) = int(FORM);
-        *batch.kept.factor_ok.at(b) = true;
-        Kept<T> kept = batch.kept.at(b);
-        if (FORM == Form::dense_dual && kept.F && !prepared) {
-            triangle(o.F, o.n, kept.F);
-            matrix(o.V, o.n, o.linear, kept.V);
-            matrix(o.S, o.linear, o.linear, kept.S);
+        vector(o.D, o.n, batch.stored.scaling.at(b));
+        rows(o.E, batch.stored.scaling.at(b) + o.n);
+        *batch.stored.form.at(b) = int(FORM);
+        *batch.stored.factor_ok.at(b) = true;
+        StoredFactors<T> stored = batch.stored.at(b);
+        if (FORM == Form::dense_dual && stored.F && !prepared) {
+            triangle(o.F, o.n, stored.F);
+            matrix(o.V, o.n, o.linear, stored.V);
+            matrix(o.S, o.linear, o.linear, stored.S);
         }
-        if (FORM == Form::diagonal_dual && kept.diagonal && !prepared) {
-            vector(o.diagonal, o.n, kept.diagonal);
-            std::fill(kept.diagonal + o.n, kept.diagonal + whole_lines<T>(o.n), smallest_normal<T>);
+        if (FORM == Form::diagonal_dual && stored.diagonal && !prepared) {
+            vector(o.diagonal, o.n, stored.diagonal);
+            std::fill(stored.diagonal + o.n, stored.diagonal + whole_lines<T>(o.n), smallest_normal<T>);
         }
-        if (FORM != Form::dense_dual && kept.U) {
-            triangle(o.U, FORM == Form::primal ? o.n : o.linear, kept.U);
-            std::fill(kept.weights, kept.weights + this->o.rows, T(0));
-            each_block(this->o, [&](int row, int at, int count) { vector(o.weights + at, count, kept.weights + row); });
+        if (FORM != Form::dense_dual && stored.U) {
+            triangle(o.U, FORM == Form::primal ? o.n : o.linear, stored.U);
+            std::fill(stored.weights, stored.weights + this->o.rows, T(0));
+            each_block(this->o,
+                       [&](int row, int at, int count) { vector(o.weights + at, count, stored.weights + row); });
         }
     }
 };

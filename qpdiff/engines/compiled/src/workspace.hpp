@@ -19,12 +19,12 @@ struct Shape {
 class Arena {
   public:
     explicit Arena(char* memory) : memory(memory) {}
-    template <class T> T* take(long count) {
+    template <class T> T* take(Index count) {
         T* part = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
-        used += (count * (long)sizeof(T) + LINE - 1) / LINE * LINE;
+        used += (count * (Index)sizeof(T) + LINE - 1) / LINE * LINE;
         return part;
     }
-    long used = 0;
+    Index used = 0;
 
   private:
     char* memory;
@@ -61,23 +61,23 @@ template <class Team> class Workspace {
     }
 
     // Let a problem of one thread work in what it is to keep, or, where it has to take the primal form, in what is not.
-    void use(const Kept<typename Team::Real>& kept, Form form)
+    void use(const StoredFactors<typename Team::Real>& stored, Form form)
         requires(!Team::lanes)
     {
         auto& o = problem;
         int wide = Team::leading(o.n), high = Team::leading(o.linear);
         if (shape.form == Form::dense_dual) {
-            o.F = {kept.F, wide}, o.V = {kept.V, high}, o.S = {kept.S, high};
+            o.F = {stored.F, wide}, o.V = {stored.V, high}, o.S = {stored.S, high};
         }
-        o.diagonal = shape.form == Form::diagonal_dual ? typename Team::Vector{kept.diagonal} : o.diagonal;
+        o.diagonal = shape.form == Form::diagonal_dual ? typename Team::Vector{stored.diagonal} : o.diagonal;
         bool own = form != shape.form || form == Form::dense_dual;
-        o.weights = own ? own_weights : typename Team::Vector{kept.weights};
+        o.weights = own ? own_weights : typename Team::Vector{stored.weights};
         o.U = form != shape.form         ? o.square_matrix
               : form == Form::dense_dual ? own_U
-                                         : MatrixOf{kept.U, form == Form::primal ? wide : high};
+                                         : MatrixOf{stored.U, form == Form::primal ? wide : high};
     }
 
-    // Let the problem take the primal form in what is not kept.
+    // Let the problem take the primal form in memory of the workspace.
     void use_primal()
         requires(!Team::lanes)
     {
@@ -109,7 +109,7 @@ template <class Team> class Workspace {
         };
         auto matrix = [&](MatrixOf& M, int rows, int columns) {
             M.ld = Team::leading(columns);
-            M.data = arena.take<Stored>((long)Team::whole_rows(rows) * M.ld);
+            M.data = arena.take<Stored>((Index)Team::whole_rows(rows) * M.ld);
         };
         of_variables(o.q, o.lb, o.ub, o.exists, o.D, o.balanced_D, o.occupied, o.flat, o.unit_x, o.metric_x,
                      o.diagonal_Q, o.inverse, o.rho, o.dx, o.cx, o.e_x, o.t, o.columns, o.x_anchor, o.r_anchor);

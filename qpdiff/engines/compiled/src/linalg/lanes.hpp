@@ -249,7 +249,7 @@ template <class V> struct Algebra {
     // Where all entries are finite, and where those of a matrix differ from its transpose by a limit at most.
     static QP_NOINLINE Truth all_finite(Matrix<V> M, int rows, int columns) {
         Truth finite = ~Truth{};
-        for (long i = 0; i < (long)rows * columns; i++) {
+        for (Index i = 0; i < (Index)rows * columns; i++) {
             finite &= is_finite(M.data[i]);
         }
         return finite;

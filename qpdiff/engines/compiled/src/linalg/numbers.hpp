@@ -3,6 +3,7 @@
 // and for one number. Code that branches on nothing but `select` therefore is one source for all three.
 #pragma once
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 #if defined(__SSE2__)
@@ -13,6 +14,8 @@
 #define QP_NOINLINE __attribute__((noinline))
 
 namespace qpdiff {
+
+using Index = std::ptrdiff_t; // of memory and of problems in a batch: `long` has 32 bits on Windows
 
 constexpr double INFINITY_ = __builtin_inf();
 constexpr double NOT_A_NUMBER = __builtin_nan("");

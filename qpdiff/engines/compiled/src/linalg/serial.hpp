@@ -31,7 +31,7 @@ template <class T> constexpr int whole_lines(int n) {
 template <class T> struct Matrix {
     T* data = nullptr;
     int ld = 0;
-    QP_INLINE T* operator[](int i) const { return data + (long)i * ld; }
+    QP_INLINE T* operator[](int i) const { return data + (Index)i * ld; }
 };
 
 namespace serial {
@@ -398,7 +398,7 @@ template <class T> struct Tiles {
                 P y = load<P>(x + j);
 #pragma GCC unroll 8
                 for (int r = 0; r < 2 * ROWS; r++) {
-                    s[r] += load<P>(m + (long)r * M.ld + j) * y;
+                    s[r] += load<P>(m + (Index)r * M.ld + j) * y;
                 }
             }
             put(out, i, rows, Tiles<O>::sums(s[0], s[1], s[2], s[3]));
@@ -411,7 +411,7 @@ template <class T> struct Tiles {
                 P y = load<P>(x + j);
 #pragma GCC unroll 4
                 for (int r = 0; r < ROWS; r++) {
-                    s[r] += load<P>(m + (long)r * M.ld + j) * y;
+                    s[r] += load<P>(m + (Index)r * M.ld + j) * y;
                 }
             }
             put(out, i, rows, Tiles<O>::sums(s[0], s[1], s[2], s[3]));
@@ -495,7 +495,7 @@ template <class T> struct Tiles {
     // ---- other operations on matrices
 
     // Transpose a block of four rows and columns.
-    static QP_INLINE void transpose_block(const T* from, long ld, T* to, long to_ld) {
+    static QP_INLINE void transpose_block(const T* from, Index ld, T* to, Index to_ld) {
         Four a = load<Four>(from), b = load<Four>(from + ld), c = load<Four>(from + 2 * ld),
              d = load<Four>(from + 3 * ld);
         Four ab = __builtin_shufflevector(a, b, 0, 4, 2, 6), ab1 = __builtin_shufflevector(a, b, 1, 5, 3, 7);
@@ -699,7 +699,7 @@ template <class T> struct Tiles {
         // Half a pack where that is wide: rows seldom begin with a line of the cache, and fewer stores lie across two.
         using P = pack_of<T, std::min(VECTOR_BYTES, 32)>;
         constexpr int STEP = entries<P>;
-        const T* end = out + (long)rows * n;
+        const T* end = out + (Index)rows * n;
         int stop = (n + STEP - 1) / STEP * STEP, i = 0;
         auto value = [&](P of_u, P of_x, int j) {
             P first = rounded(of_u * load<P>(u + j)), second = rounded(of_x * load<P>(x + j));

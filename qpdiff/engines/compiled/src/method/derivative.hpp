@@ -95,7 +95,8 @@ QP_INLINE typename Team::Real eliminate_inactive(const Problem<Team>& o, Derivat
     return scaled_size(o, d, o.D, o.E, to.x, to.v);
 }
 
-// Solve for a right-hand side with the factor at hand, the inactive constraints eliminated by their own weights.
+// Solve for a right-hand side with the factor at hand, the inactive constraints eliminated by their own weights: in the
+// dual form by `eliminate_inactive`, to be called for it before.
 template <Form FORM, class Team>
 QP_NOINLINE void solve_approximately(Problem<Team>& o, Derivative<Team>& d, const RightHandSide<Team>& right,
                                      const KktSolution<Team>& out) {
@@ -109,7 +110,6 @@ QP_NOINLINE void solve_approximately(Problem<Team>& o, Derivative<Team>& d, cons
         constraints(o, out.x, out.Kx);
         Team::each(o.rows, [&](auto i) { out.v.set(i, weight(i) * (out.Kx[i] - right.v[i])); });
     } else {
-        eliminate_inactive(o, d, right);
         eliminate<FORM>(o, d.eliminated.x);
         solve<FORM>(o, d.eliminated.x, d.eliminated.v, out.x, out.v);
         constraints(o, out.x, out.Kx);
@@ -147,6 +147,9 @@ QP_NOINLINE Reached<Real> solve_nearby(Problem<Team>& o, Derivative<Team>& d, in
     Real left = ratio(scaled_size(o, d, o.D, o.E, d.left.x, d.left.v), asked), moved = 1, last = 1;
     for (int round = 0; round < rounds && !(left <= accuracy && moved <= Real(P.refined_moved) * accuracy); round++) {
         auto c = d.correction;
+        if constexpr (FORM != Form::primal) {
+            eliminate_inactive(o, d, d.left);
+        }
         solve_approximately<FORM>(o, d, d.left, c);
         Real now =
             ratio(scaled_size(o, d, d.per_D, d.per_E, c.x, c.v), scaled_size(o, d, d.per_D, d.per_E, d.u.x, d.u.v));

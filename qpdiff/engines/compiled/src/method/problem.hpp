@@ -1,4 +1,4 @@
-// One problem, or the problems of the lanes: what it is, what is computed on the way, what is kept of it.
+// One problem, or the problems of the lanes: what it is, what is computed on the way, what is stored of it.
 #pragma once
 #include "../linalg/lanes.hpp"
 #include "../linalg/serial.hpp"
@@ -71,30 +71,46 @@ template <class Team> struct Step {
     typename Team::Number mu; // after it
 };
 
-// Numbers that one problem keeps of its reduced KKT system for the derivative, array by array.
-template <class T> struct KeptSizes {
-    long F = 0, V = 0, S = 0, U = 0, weights = 0, diagonal = 0;
+// Numbers that one problem stores of its reduced KKT system for the derivative, by what they are of.
+template <class T> struct StoredSizes {
+    Index F = 0, V = 0, S = 0, diagonal = 0; // what does not change in an iteration
+    Index U = 0, weights = 0;                // what the last iteration leaves
 
-    KeptSizes(Form form, int n, int linear, int rows) {
-        auto matrix = [](int height, int columns) { return (long)whole_tiles(height) * whole_lines<T>(columns); };
+    StoredSizes() = default;
+    StoredSizes(Form form, int n, int linear, int rows) {
+        auto matrix = [](int height, int columns) { return (Index)whole_tiles(height) * whole_lines<T>(columns); };
         if (form == Form::dense_dual) {
             F = matrix(n, n), V = matrix(n, linear), S = matrix(linear, linear);
         } else {
             int size = form == Form::primal ? n : linear;
-            U = matrix(size, size), weights = rows;
+            U = matrix(size, size), weights = whole_lines<T>(rows);
             diagonal = form == Form::diagonal_dual ? whole_lines<T>(n) : 0;
         }
     }
+    Index constant() const { return F + V + S + diagonal; }
+    Index last() const { return U + weights; }
 };
 
-// Where one problem keeps it.
-template <class T> struct Kept {
+// Where one problem stores them; null for what it does not store.
+template <class T> struct StoredFactors {
     T* F = nullptr;        // Q = FᵀF
     T* V = nullptr;        // F⁻ᵀKᵀ
     T* S = nullptr;        // K Q⁻¹ Kᵀ
+    T* diagonal = nullptr; // of a diagonal Q, with the form's own regularisation
     T* U = nullptr;        // the last factor of the reduced matrix
     T* weights = nullptr;  // 1 / (θ + δ), of which it was made; rows as `Problem` has them
-    T* diagonal = nullptr; // of a diagonal Q, with the form's own regularisation
+
+    StoredFactors() = default;
+    StoredFactors(const StoredSizes<T>& sizes, T* constant, T* last) {
+        auto take = [](T*& from, Index size) {
+            T* taken = from && size ? from : nullptr;
+            from += from ? size : 0;
+            return taken;
+        };
+        F = take(constant, sizes.F), V = take(constant, sizes.V), S = take(constant, sizes.S);
+        diagonal = take(constant, sizes.diagonal);
+        U = take(last, sizes.U), weights = take(last, sizes.weights);
+    }
 };
 
 // Rows are in blocks: those of A and G, then of lower and of upper bounds, each padded with rows that are ABSENT.
@@ -149,7 +165,7 @@ template <class Team_> struct Problem {
     Vector added;           // what is added to the diagonal of the reduced matrix
     MatrixOf scaled;        // rows of A and G, scaled
     MatrixOf turned;        // Kᵀ
-    MatrixOf square_matrix; // n × n, for what is not kept
+    MatrixOf square_matrix; // n × n, for what is not stored
 
     // ---- a step
     Vector theta, rho, delta;

@@ -1,0 +1,324 @@
+"""Validation: which operands are refused, and in which words.
+
+Types, shapes and the presence of operands are checked where they are made into a `Problem`; the numbers in them are
+checked by `check_values`, or by the compiled engine on its way through them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .backend import Backend, Kind, choose_backend, floating_types, read_dtype
+from .problem import OPERANDS, Layout, Problem, core_sizes
+
+SIZED_BY = {"h": "G", "b": "A", "lb": "Q", "ub": "Q"}
+"""Operands that one number may stand for, and the matrix that has as many rows as they have entries."""
+Shape = tuple[int, ...]
+
+
+def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=None) -> Problem:
+    """Check the types and shapes of the caller's operands and bring them into the form of a `Problem`.
+
+    Parameters
+    ----------
+    operands : dict
+        The operands by name, None where absent.
+    backend, dtype
+        As in `qpdiff.solve_qp`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the operand, what it has and what was expected.
+    """
+    for name in ("Q", "q"):
+        if operands[name] is None:
+            raise TypeError(f"{name} is None; every problem needs Q and q (pass zeros for a linear program)")
+    for matrix, vector in (("G", "h"), ("A", "b")):
+        if (operands[matrix] is None) != (operands[vector] is None):
+            given, missing = (matrix, vector) if operands[vector] is None else (vector, matrix)
+            raise ValueError(f"{given} was given without {missing}; they come together")
+    present = {name: value for name, value in operands.items() if value is not None}
+    chosen, arrays = choose_backend(present, backend)
+    described = tuple(
+        [(name, tuple(value.shape), value.dtype, hasattr(present[name], "dtype")) for name, value in arrays.items()]
+    )
+    layout, changes = _plan(chosen, described, read_dtype(dtype))
+    xp = chosen.xp
+    with chosen.context():  # what overflows in the working type is refused as infinite
+        for name, value in arrays.items():
+            if value.dtype != layout.dtype:
+                value = xp.astype(value, layout.dtype)
+            if (change := changes.get(name)) is not None:
+                value = change(xp, value)
+            arrays[name] = chosen.for_products(value)
+    return Problem(layout, arrays)
+
+
+@lru_cache(maxsize=256)
+def _plan(backend: Backend, described, dtype: str | None) -> tuple[Layout, dict[str, Callable]]:
+    """Check types and shapes, once for the many calls that have the same.
+
+    Parameters
+    ----------
+    described : tuple
+        Name, shape, dtype and `Kind.typed` of each operand.
+
+    Returns
+    -------
+    layout
+    changes : dict
+        By the name of an operand, the function of the array namespace and the array that gives it one batch axis, where
+        it does not have one.
+    """
+    types = floating_types(backend, [Kind(name, kind, typed) for name, _, kind, typed in described], dtype)
+    dtypes = {name: kind for name, _, kind, _ in described}
+    given = {name: shape for name, shape, *_ in described}
+    whole = {name: _shape_of_number(name, given) or shape for name, shape in given.items()}
+    _check_core_shapes(whole)
+    batch_shape = _broadcast_batch(whole)
+    changes, flat = {}, {}
+    for name, shape in whole.items():
+        leading, core = shape[: -len(OPERANDS[name])], shape[-len(OPERANDS[name]) :]
+        if len(leading) == 1 and leading in (batch_shape, (1,)):
+            flat[name] = shape
+        elif math.prod(leading) == 1:
+            flat[name] = (1, *core)
+        else:
+            flat[name] = (math.prod(batch_shape), *core)
+        if flat[name] != given[name]:
+            broadcast = shape if math.prod(leading) == 1 else batch_shape + core
+            changes[name] = _change(given[name], broadcast, flat[name])
+    layout = Layout(
+        backend=backend,
+        dtype=types.working,
+        result=types.result,
+        rounding=max(rounding(backend.xp, kind) for kind in (dtypes["Q"], types.working)),
+        batch_shape=batch_shape,
+        shapes=tuple(given.items()),
+        **core_sizes(flat),
+    )
+    return layout, changes
+
+
+def _shape_of_number(name: str, shapes: dict[str, Shape]) -> Shape | None:
+    """The shape of a vector with the same number in every entry, for a number where that has a meaning."""
+    if shapes[name] or name not in SIZED_BY or len(shapes[SIZED_BY[name]]) < 2:
+        return None
+    return shapes[SIZED_BY[name]][-2:-1]
+
+
+def _change(given: Shape, broadcast: Shape, flat: Shape) -> Callable:
+    if flat == (1, *given):
+        return lambda xp, value: value[None, ...]
+    if broadcast == given:
+        return lambda xp, value: xp.reshape(value, flat)
+    return lambda xp, value: xp.reshape(xp.broadcast_to(value, broadcast), flat)
+
+
+@cache
+def rounding(xp, dtype) -> float:
+    """How large rounding may be in a matrix that was computed in this type, relative to its largest entry."""
+    eps = float(xp.finfo(dtype).eps) if xp.isdtype(dtype, "real floating") else 0.0
+    if eps > xp.finfo(xp.float32).eps:  # half precision
+        return 10 * eps
+    return 1e-4 if eps > xp.finfo(xp.float64).eps else 1e-8
+
+
+def symmetrized(problem: Problem) -> Problem:
+    """The problem without the asymmetry of Q that is rounding in the type that it came in.
+
+    In a finer type that would be data: the engines, of which some read one triangle where others read both, would solve
+    different problems. What is more than rounding stays, for `check_values`.
+    """
+    Q, xp, backend = problem.Q, problem.backend.xp, problem.backend
+    if problem.rounding <= rounding(xp, problem.dtype) or backend.known_all_false(Q.mT != Q):
+        return problem
+    difference = Q.mT - Q
+    small = xp.abs(difference) < problem.rounding * _largest(problem)
+    return problem.with_operands(Q=Q + xp.where(small, difference, xp.zeros_like(Q)) / 2)
+
+
+def _check_core_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        core = OPERANDS[name]
+        if len(shape) < len(core):
+            raise ValueError(
+                f"{name} has shape {shape}; expected (..., {', '.join(core)}), at least "
+                f"{'one axis' if len(core) == 1 else 'two axes'}"
+            )
+    n = shapes["Q"][-1]
+    if shapes["Q"][-2] != n:
+        raise ValueError(f"Q has shape {shapes['Q']}; expected (..., n, n), square")
+    if n == 0:
+        raise ValueError(f"Q has shape {shapes['Q']}; a problem needs at least one variable")
+    sizes = {"n": n}
+    for name, shape in shapes.items():
+        core = OPERANDS[name]
+        for size, letter in zip(shape[len(shape) - len(core) :], core, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                source = {"n": "Q", "m": "G", "p": "A"}[letter]
+                raise ValueError(
+                    f"{name} has shape {shape}; expected (..., {', '.join(core)}) with {letter} = {sizes[letter]} "
+                    f"from {source} of shape {shapes[source]}"
+                )
+
+
+def _broadcast_batch(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    batch_shape: tuple[int, ...] = ()
+    so_far: list[str] = []
+    for name, shape in shapes.items():
+        leading = shape[: len(shape) - len(OPERANDS[name])]
+        width = max(len(leading), len(batch_shape))
+        old, new = (1,) * (width - len(batch_shape)) + batch_shape, (1,) * (width - len(leading)) + leading
+        if any(a != b and 1 not in (a, b) for a, b in zip(old, new, strict=True)):
+            raise ValueError(
+                f"{name} has batch axes {leading}, which do not broadcast with the batch axes {batch_shape} of "
+                f"{', '.join(so_far)}"
+            )
+        batch_shape = tuple(b if a == 1 else a for a, b in zip(old, new, strict=True))
+        so_far.append(name)
+    return batch_shape
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of one shape broadcasts to another."""
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+
+
+# ---- the numbers
+
+
+class Rule(NamedTuple):
+    """Something that must hold for the numbers of some operands."""
+
+    operands: tuple[str, ...]
+    """The operands it looks at, the one to name first."""
+    complaint: str
+    broken: Callable[[Problem], Any]
+    """The entries that break it, True in an array (B, ...)."""
+    evidence: Callable[[Problem, tuple[int, ...]], str]
+    """What is wrong with an entry of one problem, in words."""
+
+
+def check_values(problem: Problem, convexity: bool = True) -> None:
+    """Look at the numbers: one transfer to the host for the whole batch, more only to describe an error.
+
+    Whether Q is positive semidefinite takes a factorisation; without `convexity` it is taken for granted.
+    """
+    xp = problem.backend.xp
+    rules = [rule for rule in _rules(problem) if convexity or rule.broken is not indefinite]
+
+    def look(chunk: slice):
+        piece, found = problem.select(chunk), []
+        for rule in rules:
+            # The first piece settles a rule over shared operands for the whole batch.
+            if chunk.start == 0 or _depends_on_batch(problem, rule):
+                broken = rule.broken(piece)
+                found.append((rule, chunk, piece, ~xp.any(xp.reshape(broken, (broken.shape[0], -1)), axis=-1)))
+        return found
+
+    parts = problem.backend.map(look, problem.chunks(), problem.workers)
+    verdicts = [verdict for part in parts for verdict in part]
+    if bool(xp.all(xp.stack([xp.all(good) for *_, good in verdicts]))):
+        return
+    rule, where, piece, good = next(verdict for verdict in verdicts if not bool(xp.all(verdict[-1])))
+    first = int(xp.argmin(xp.astype(good, xp.int8)))
+    one = piece.select(slice(first, first + 1))
+    index = ""
+    if problem.batch_shape and _depends_on_batch(problem, rule):
+        axes = [int(i) for i in np.unravel_index(where.start + first, problem.batch_shape)]
+        index = f" (problem {axes[0] if len(axes) == 1 else tuple(axes)} of the batch)"
+    entry = _first(xp, rule.broken(one)[0, ...])
+    raise ValueError(f"{rule.operands[0]} {rule.complaint}: {rule.evidence(one, entry)}{index}")
+
+
+def _depends_on_batch(problem: Problem, rule: Rule) -> bool:
+    return any(getattr(problem, name).shape[0] > 1 for name in rule.operands)
+
+
+def _rules(problem: Problem) -> list[Rule]:
+    """The rules for the operands of a problem, in the order in which they are to be reported."""
+    rules = []
+    # In float32 the infinite entry may have been finite where it came from.
+    single = " in float32" if problem.dtype == problem.backend.xp.float32 else ""
+    for name in problem.operands:
+        if name == "lb":
+            complaint = f"has NaN or +inf{single}; a lower bound is finite or -inf"
+        elif name in ("ub", "h"):
+            complaint = f"has NaN or -inf{single}; {name} is finite or +inf"
+        else:
+            complaint = f"has NaN or infinite entries{single}; all must be finite"
+        rules.append(Rule((name,), complaint, partial(_out_of_range, name), partial(_entry, name)))
+    complaint = "is not symmetric; pass (Q + Qᵀ)/2, which has the same objective"
+    rules.append(Rule(("Q",), complaint, _asymmetric, _two_sides))
+    complaint = "is not positive semidefinite, so the problem is not convex"
+    rules.append(Rule(("Q",), complaint, indefinite, _smallest_eigenvalue))
+    if problem.lb is not None and problem.ub is not None:
+        rules.append(Rule(("lb", "ub"), "is greater than ub for a variable", _crossed, _both_bounds))
+    return rules
+
+
+def _out_of_range(name: str, problem: Problem):
+    xp, value = problem.backend.xp, getattr(problem, name)
+    if name == "lb":
+        return ~(value < xp.inf)
+    if name in ("ub", "h"):
+        return ~(value > -xp.inf)
+    return ~xp.isfinite(value)
+
+
+def _largest(problem: Problem):
+    """The largest entry of Q, (B, 1, 1), or the smallest number to which rounding is relative."""
+    xp = problem.backend.xp
+    largest = xp.max(xp.abs(problem.Q), axis=(-2, -1), keepdims=True)
+    return problem.backend.clip(largest, float(xp.finfo(problem.dtype).smallest_normal))
+
+
+def _asymmetric(problem: Problem):
+    return problem.backend.xp.abs(problem.Q - problem.Q.mT) > problem.rounding * _largest(problem)
+
+
+def indefinite(problem: Problem):
+    """Whether Q has an eigenvalue that is negative beyond rounding, (B, 1): where the shifted Q has no factor."""
+    # Divided by its largest entry, because the shift would overflow with huge and vanish with denormal numbers.
+    shift = problem.rounding * problem.backend.eye(problem.n, problem.dtype)
+    _, positive = problem.backend.factor(problem.Q / _largest(problem) + shift)
+    return ~positive
+
+
+def _crossed(problem: Problem):
+    return problem.lb > problem.ub
+
+
+def _first(xp, entries) -> tuple[int, ...]:
+    """Position of the first True."""
+    flat = int(xp.argmax(xp.astype(xp.reshape(entries, (-1,)), xp.int8)))
+    return tuple(int(i) for i in np.unravel_index(flat, entries.shape))
+
+
+def _entry(name: str, problem: Problem, entry) -> str:
+    return f"{name}[{', '.join(map(str, entry))}] = {float(getattr(problem, name)[(0, *entry)])}"
+
+
+def _two_sides(problem: Problem, entry) -> str:
+    return f"{_entry('Q', problem, entry)}, {_entry('Q', problem, entry[::-1])}"
+
+
+def _both_bounds(problem: Problem, entry) -> str:
+    return f"{_entry('lb', problem, entry)}, {_entry('ub', problem, entry)}"
+
+
+def _smallest_eigenvalue(problem: Problem, entry) -> str:
+    xp, largest = problem.backend.xp, _largest(problem)
+    unit = float(xp.min(xp.linalg.eigvalsh(problem.Q / largest)))
+    smallest = unit * float(largest[0, 0, 0])
+    return (
+        f"its smallest eigenvalue is {smallest:.3g}, {unit:.2g} of its largest entry; if that is rounding, add "
+        f"{-smallest:.3g} to its diagonal or pass check=False"
+    )
