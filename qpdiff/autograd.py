@@ -83,14 +83,14 @@ def solve_qp(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved
 
 
 def _plain(value):
-    """The number or array inside autograd's boxes, however deep."""
+    """Return the number or array inside autograd's boxes, however deep."""
     while isbox(value):
         value = getval(value)
     return value
 
 
 def _one_batch_axis(problem: Problem, name: str, value):
-    """An operand as the problem has it, with one batch axis, by operations that autograd differentiates."""
+    """Return an operand as the problem has it, with one batch axis, by operations that autograd differentiates."""
     if getattr(value, "dtype", problem.dtype) != problem.dtype:
         value = value.astype(problem.dtype)
     shape = problem.shapes[name]
@@ -122,14 +122,14 @@ class _Layer(NamedTuple):
     unsolved: str
 
     def problem(self, *operands) -> Problem:
-        """The problem in autograd's operands and operations."""
+        """Return the problem in autograd's operands and operations."""
         named = dict(zip(self.names, operands, strict=True))
         return self.sol.linearization.problem.layout._replace(backend=Backend(_OPERATIONS)).problem(named)
 
 
 @primitive
 def _solution(layer, *operands):
-    """The variables and all rows' multipliers, (B, n + rows)."""
+    """Return the variables and all rows' multipliers, (B, n + rows)."""
     return np.concatenate([layer.sol.linearization.x, layer.sol.linearization.v], axis=-1)
 
 
@@ -167,7 +167,7 @@ def _kkt_solve_vjp(argnums, u, args, kwargs):
 
 
 def _halves(layer: _Layer, pair):
-    """The part of the variables and that of the rows."""
+    """Return the part of the variables and that of the rows."""
     n = layer.sol.linearization.problem.n
     return pair[:, :n], pair[:, n:]
 

@@ -169,7 +169,7 @@ def info() -> None:
 
 
 def to_numpy(value) -> np.ndarray:
-    """An array of any library on the host."""
+    """Return an array of any library on the host."""
     if hasattr(value, "get"):
         return value.get()
     return np.asarray(value.cpu() if hasattr(value, "cpu") else value)
@@ -195,9 +195,9 @@ def solve_in_blocks(operands: dict[str, np.ndarray], options: dict) -> dict[str,
 
 
 def direction(rng: np.random.Generator, name: str, operands, step: float) -> dict[str, np.ndarray]:
-    """A random tangent of an operand, along which the problem remains one of its kind, and of the bound that it moves.
+    """Draw a random tangent of an operand, and of the bound that it moves, along which the problem keeps its kind.
 
-    That of Q is symmetric, and positive semidefinite where Q is too near to singular for a step the other way. That of
+    That of Q is symmetric, and positive semidefinite where Q is too close to singular for a step the other way. That of
     a bound is 0 where it is infinite. A fixed variable stays fixed, and a bound does not pass the other one.
     """
     value = operands[name]
@@ -211,13 +211,13 @@ def direction(rng: np.random.Generator, name: str, operands, step: float) -> dic
     if name not in ("lb", "ub") or not {"lb", "ub"} <= set(operands):
         return {name: tangent}
     gap = operands["ub"] - operands["lb"]
-    room = np.where(gap > 0, gap / (2 * step), np.inf)
-    tangent = np.clip(tangent, -room, room)
+    limit = np.where(gap > 0, gap / (2 * step), np.inf)
+    tangent = np.clip(tangent, -limit, limit)
     return {name: tangent, "ub" if name == "lb" else "lb": np.where(gap > 0, 0.0, tangent)}
 
 
 def jumps(loss, here: float, q: np.ndarray, change: np.ndarray) -> bool:
-    """Whether a hundredth of a change of q changes a loss by as much as all of it, or leaves it without a value.
+    """Return whether a loss jumps: a hundredth of a change of q changes it as much as all of it, or leaves no value.
 
     So it is where x is not unique: the smallest change of q leaves few of the solutions, or none.
     """
@@ -226,7 +226,7 @@ def jumps(loss, here: float, q: np.ndarray, change: np.ndarray) -> bool:
 
 
 def slopes(loss, here: float, tangents, operands, x, step: float) -> tuple[float, float, float]:
-    """The slope of a loss along tangents of operands, to second or third order, and those to the right and the left.
+    """Estimate the slope of a loss along tangents, to second or third order, and those to the right and the left.
 
     The last two differ where there is a kink. A change of Q moves the solution as one of q by (change of Q) x does, to
     first order: that tells a kink where Q cannot move to the left.
@@ -248,7 +248,7 @@ def slopes(loss, here: float, tangents, operands, x, step: float) -> tuple[float
 
 
 def keeps_definite(Q: np.ndarray, change: np.ndarray) -> bool:
-    """Whether Q minus the change is positive definite, with as much left as the change takes."""
+    """Return whether Q minus the change is positive definite, with as much left as the change takes."""
     return bool(np.min(np.linalg.eigvalsh(Q)) > 2 * np.max(np.linalg.norm(change, 2, axis=(-2, -1))))
 
 
@@ -256,7 +256,7 @@ def keeps_definite(Q: np.ndarray, change: np.ndarray) -> bool:
 
 
 def problem_table(result: dict[str, np.ndarray]) -> Table:
-    """A row a problem."""
+    """Make a table with a row for each problem."""
     table = Table("problem", title="primal and dual residual, duality gap")
     for heading in ("status", "iterations", "objective", "primal", "dual", "gap"):
         table.add_column(heading, no_wrap=True)
@@ -274,7 +274,7 @@ def problem_table(result: dict[str, np.ndarray]) -> Table:
 
 
 def summary_table(result: dict[str, np.ndarray]) -> Table:
-    """A row a status, with the first few problems that have it where it is not SOLVED."""
+    """Make a table with a row for each status, and the first few problems that have it where it is not SOLVED."""
     table = Table(
         "status", "problems", "iterations (min, median, max)", "worst primal", "worst dual", "worst gap", "first"
     )
@@ -300,7 +300,7 @@ def summary_table(result: dict[str, np.ndarray]) -> Table:
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator:
-    """A bar on standard error where that is a terminal; the value is the function that moves it."""
+    """Show a progress bar on standard error where that is a terminal; the value is the function that moves it."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as progress:
         task = progress.add_task(what, total=total)
@@ -309,7 +309,7 @@ def progress_bar(what: str, total: int) -> Iterator:
 
 @contextmanager
 def bad_input_exits(file: Path) -> Iterator[None]:
-    """Turn an error in what the user gave into one line and exit code 2."""
+    """Report an error in the user's input as one line, with exit code 2."""
     try:
         yield
     except (OSError, ValueError, TypeError, ImportError) as error:
@@ -322,7 +322,7 @@ def bad_input_exits(file: Path) -> Iterator[None]:
 
 
 def in_double_precision(backend: str | None) -> None:
-    """Let JAX keep the float64 of a file, which it would not by itself."""
+    """Let JAX preserve the float64 of a file, which it would not by itself."""
     if backend == "jax" and importlib_has("jax"):
         import jax
 
@@ -330,7 +330,7 @@ def in_double_precision(backend: str | None) -> None:
 
 
 def importlib_has(package: str) -> bool:
-    """Whether a package can be imported."""
+    """Return whether a package can be imported."""
     try:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
@@ -338,7 +338,7 @@ def importlib_has(package: str) -> bool:
 
 
 def version(package: str) -> str:
-    """The version of an installed distribution; CuPy's has a name for each CUDA."""
+    """Return the version of an installed distribution; CuPy's has a name for each CUDA."""
     names = ("cupy-cuda13x", "cupy-cuda12x", "cupy") if package == "cupy" else (package,)
     for name in names:
         try:
@@ -349,7 +349,7 @@ def version(package: str) -> str:
 
 
 def runs(name: str, operands) -> str:
-    """Whether a small problem can be solved with this backend, and where."""
+    """Return whether a small problem can be solved with this backend, and where."""
     try:
         sol = qpdiff.solve_qp(**operands, backend=name)
         np.testing.assert_allclose(to_numpy(sol.x), 0.0, atol=1e-3)
@@ -363,13 +363,13 @@ def runs(name: str, operands) -> str:
 
 
 def engine() -> tuple[str, str]:
-    """Which engine solves NumPy arrays, and why."""
+    """Return which engine solves NumPy arrays, and why."""
     module, reason = compiled_engine()
     return "compiled" if module else "array", reason
 
 
 def blas_threads() -> str:
-    """The threads of the linear algebra libraries, where threadpoolctl can tell."""
+    """Return the threads of the linear algebra libraries, where threadpoolctl can tell."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:

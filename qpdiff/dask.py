@@ -30,7 +30,7 @@ except ImportError as error:
     raise ImportError("qpdiff.dask needs Dask: pip install 'qpdiff[dask]'") from error
 
 _CORE = {"x": 1, "y": 1, "z": 1, "z_lb": 1, "z_ub": 1, "status": 0}
-"""How many axes the parts of a solution that a warm start or a cotangent may have end with, after the batch's."""
+"""Core axes of the parts of a solution that a warm start or a cotangent may have."""
 
 
 def solve_qp(
@@ -115,23 +115,23 @@ def solve_qp(
     none = {k: backend.full((0, *_core(k, v.shape)) if v.ndim else (), 0, v.dtype) for k, v in arrays.items()}
     empty = solver.solve_qp(**none, **options)
     chunks = _batch_chunks(arrays, problem.batch_shape)
-    near = _warm_parts(warm_start, problem)
+    warm = _warm_parts(warm_start, problem)
     parts = [(name, value, len(_core(name, value.shape))) for name, value in arrays.items()]
-    parts += [(f"warm_start.{name}", value, _CORE[name]) for name, value in near.items()]
+    parts += [(f"warm_start.{name}", value, _CORE[name]) for name, value in warm.items()]
     axes = _batch_axes(len(chunks))
     where = (ArraySliceDep(chunks), axes) if chunks else ((), None)
     solutions = da.blockwise(
         _solve_block, axes, *where, *_block_arguments(parts, chunks),
-        names=tuple(arrays), near=tuple(near), unsolved=unsolved, options=options, adjust_chunks=dict.fromkeys(axes, 1),
+        names=tuple(arrays), warm=tuple(warm), unsolved=unsolved, options=options, adjust_chunks=dict.fromkeys(axes, 1),
         align_arrays=False, dtype=object, meta=np.empty((0,) * len(axes), object), token="qpdiff-solve",
     )  # fmt: skip
     return _fields(Blocks(solutions, problem.shapes, chunks, empty, unsolved))
 
 
 def persist(sol: Solution, **options) -> Solution:
-    """Begin to solve the blocks and keep each where it is solved, with what the derivative needs.
+    """Begin to solve the blocks and leave each where it is solved, with what the derivative needs.
 
-    ``dask.persist(sol)`` keeps the arrays of the solution only, so that a later `vjp` would solve again.
+    ``dask.persist(sol)`` holds the arrays of the solution only, so that a later `vjp` would solve again.
 
     Parameters
     ----------
@@ -277,9 +277,9 @@ def jvp(
 
 
 class Blocks:
-    """What the lazy solution keeps in place of a linearization.
+    """The lazy solution's stand-in for a linearization.
 
-    No data class and no tuple, which Dask would look into, to gather what the derivative needs with the solution.
+    No data class and no tuple, which Dask would traverse, to gather what the derivative needs with the solution.
 
     Parameters
     ----------
@@ -303,12 +303,12 @@ class Blocks:
 
     @property
     def problem(self):
-        """What `qpdiff.vjp` and `qpdiff.jvp` ask for first."""
+        """Read first by `qpdiff.vjp` and `qpdiff.jvp`."""
         raise TypeError("sol is a Solution of qpdiff.dask.solve_qp; qpdiff.dask.vjp and qpdiff.dask.jvp take it")
 
     @property
     def fill(self) -> str:
-        """What problems that are not SOLVED contribute to derivatives; those of "raise" do not get there."""
+        """The contribution to derivatives of problems that are not SOLVED; those of "raise" do not get there."""
         return "zero" if self.unsolved == "zero" else "nan"
 
     @property
@@ -316,7 +316,7 @@ class Blocks:
         return _batch_axes(len(self.chunks))
 
     def map(self, function, arrays: dict[str, Any], core: dict[str, int], options: dict[str, Any], token: str):
-        """The function's value for each block and its part of the arrays, like `solutions` no array."""
+        """Apply a function to each block and its part of the arrays; the result is no array, like `solutions`."""
         parts = [(name, value, core[name]) for name, value in arrays.items()]
         return da.blockwise(
             function, self.axes, self.solutions, self.axes, *_block_arguments(parts, self.chunks),
@@ -325,7 +325,7 @@ class Blocks:
         )  # fmt: skip
 
     def read(self, values, name: str, empty):
-        """An attribute of every block's value, as a dask array of what it is in a batch of no problems."""
+        """Read an attribute of every block's value, as a dask array of what it is in a batch of no problems."""
         core = empty.shape[1:]
         return da.blockwise(
             attrgetter(name), self.axes + _core_axes(name, core), values, self.axes,
@@ -349,7 +349,7 @@ def _blocks_of(sol) -> Blocks:
 
 
 def _gradient(blocks: Blocks, pulled, name: str, empty):
-    """The gradient of an operand: read from each block, and summed over the batch axes that the operand lacks."""
+    """Return the gradient of an operand: read from each block, summed over the batch axes that the operand lacks."""
     shape, axes = blocks.shapes[name], blocks.axes
     core = empty.shape[1:]
     leading = (1,) * (len(axes) + len(core) - len(shape)) + shape[: len(shape) - len(core)]
@@ -368,11 +368,11 @@ def _gradient(blocks: Blocks, pulled, name: str, empty):
 # ---- in a task
 
 
-def _solve_block(where, *values, names, near, unsolved: str, options) -> Solution:
+def _solve_block(where, *values, names, warm, unsolved: str, options) -> Solution:
     """Solve the block at the slices `where`; the values are those of the operands and of a warm start, by name."""
     parts = [_whole(value) for value in values]
-    if near:
-        start = dict.fromkeys(FIELDS) | dict(zip(near, parts[len(names) :], strict=True))
+    if warm:
+        start = dict.fromkeys(FIELDS) | dict(zip(warm, parts[len(names) :], strict=True))
         options = options | {"warm_start": Solution(**start)}
     try:
         with single_threaded():
@@ -403,7 +403,7 @@ def _read_gradient(gradients: Gradients, operand: str, dims: int):
 
 
 def _whole(value):
-    """The one block along the core axes, of which Dask makes a list for each."""
+    """Return the one block along the core axes, of which Dask makes a list for each."""
     while isinstance(value, list):
         (value,) = value
     return value
@@ -411,7 +411,7 @@ def _whole(value):
 
 @sizeof.register(Solution)
 def _size_of_solution(sol: Solution) -> int:
-    """What a block takes; its variables and multipliers are parts of its linearization, if of the same type."""
+    """Estimate the bytes of a block; its variables and multipliers are in its linearization, if of the same type."""
     lin = sol.linearization
     if lin is None:
         return sum(sizeof(getattr(sol, name)) for name in FIELDS)
@@ -428,7 +428,7 @@ def _size_of_problem(problem: Problem) -> int:
 
 
 def _with_shapes_of(arrays) -> Problem:
-    """The problem of these shapes, which it checks, with one number in place of the data."""
+    """Make the problem of these shapes, which it checks, with one number in place of the data."""
     for name, value in arrays.items():
         if any(size != size for size in value.shape):
             raise ValueError(
@@ -438,7 +438,7 @@ def _with_shapes_of(arrays) -> Problem:
 
 
 def _batch_chunks(arrays, batch_shape) -> tuple[tuple[int, ...], ...]:
-    """The blocks of the batch axes: those of the dask arrays that have them, unified."""
+    """Return the blocks of the batch axes: those of the dask arrays that have them, unified."""
     pairs = []
     for name, value in arrays.items():
         if isinstance(value, da.Array) and value.ndim:
@@ -470,7 +470,7 @@ def _index(name: str, value, core: int, batch: int):
 
 
 def _core(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of an operand without its batch axes; a number that stands for all entries has no axes at all."""
+    """Return the shape of an operand without its batch axes; a number that stands for all entries has no axes."""
     return shape[max(0, len(shape) - len(OPERANDS[name])) :]
 
 
@@ -483,7 +483,7 @@ def _core_axes(name: str, core) -> tuple[str, ...]:
 
 
 def _fitting(label: str, value, shape, blocks: Blocks):
-    """A tangent or cotangent, which must broadcast to the shape."""
+    """Return a tangent or cotangent, which must broadcast to the shape."""
     if not isinstance(value, da.Array) and not hasattr(value, "dtype"):
         value = from_host(label, value, blocks.empty.linearization.problem.backend)
     if not broadcasts(value.shape, shape):
@@ -492,7 +492,7 @@ def _fitting(label: str, value, shape, blocks: Blocks):
 
 
 def _warm_parts(sol, problem: Problem):
-    """What `solver.warm_point` looks at."""
+    """Return the fields that `solver.warm_point` reads."""
     if sol is None:
         return {}
     solver.check_warm_start(problem, sol)

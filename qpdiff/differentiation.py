@@ -183,7 +183,7 @@ def jvp(
 
 def _no_grad(sol: Solution):
     if sol.linearization is None:
-        raise ValueError("sol keeps nothing to differentiate with; pass a solution of qpdiff.solve_qp itself")
+        raise ValueError("sol has nothing to differentiate with; pass a solution of qpdiff.solve_qp itself")
     return sol.linearization.problem.backend.no_grad()
 
 
@@ -199,7 +199,7 @@ def _smoothed(sol: Solution, smoothing) -> Solution:
 
 
 FILL = {"nan": float("nan"), "zero": 0.0}
-"""What problems that are not SOLVED get."""
+"""The number that problems get that are not SOLVED."""
 
 
 def solve_kkt(lin: Linearization, r_x, r_v, *, unsolved: str = "nan"):
@@ -247,14 +247,14 @@ def _reduce(problem: Problem, name: str, gradient):
 
 
 def summed(xp, value, shape: tuple[int, ...]):
-    """An array summed over the axes along which one of this shape was broadcast."""
+    """Return an array summed over the axes along which one of this shape was broadcast."""
     extra = value.ndim - len(shape)
     axes = [*range(extra), *(extra + i for i, size in enumerate(shape) if size == 1 != value.shape[extra + i])]
     return xp.reshape(xp.sum(value, axis=tuple(axes)), shape) if axes else value
 
 
 def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
-    """A tangent or cotangent as an array with one batch axis, zeros where it is None."""
+    """Return a tangent or cotangent as an array with one batch axis, zeros where it is None."""
     xp, backend = problem.backend.xp, problem.backend
     if name in OPERANDS:
         if name not in problem.operands:
@@ -275,7 +275,7 @@ def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
 
 
 def as_tangent(problem: Problem, label: str, value, shape):
-    """A tangent or cotangent in the library and the floating point type of the problem, broadcast to a shape."""
+    """Return a tangent or cotangent in the library and the floating point type of the problem, broadcast to a shape."""
     xp, backend = problem.backend.xp, problem.backend
     if isinstance(value, np.ndarray) or not hasattr(value, "dtype"):
         value = from_host(label, value, backend)

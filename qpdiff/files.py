@@ -39,7 +39,7 @@ class FileProblem(NamedTuple):
     """The constant term of the objective."""
 
     def objective(self, minimum):
-        """The objective that the file states, of the `objective` of a solution."""
+        """Return the objective that the file states, of the `objective` of a solution."""
         return self.sense * minimum + self.offset
 
 
@@ -129,7 +129,7 @@ def read_problem(file) -> FileProblem:
 
 
 def _read_arrays(file: Path) -> FileProblem:
-    """The operands in a NumPy archive, other arrays ignored."""
+    """Return the operands in a NumPy archive, other arrays ignored."""
     with np.load(file, allow_pickle=False) as data:
         operands = {name: data[name] for name in OPERANDS if name in data.files}
     for name in ("Q", "q"):
@@ -181,7 +181,7 @@ def _read_model(file: Path, suffix: str, opened) -> FileProblem:
 
 
 def _model(highspy, file: Path, suffix: str, opened):
-    """What HiGHS reads in a file; its complaints become ours."""
+    """Let HiGHS read a file; its errors and warnings become ours."""
     highs, messages = _silent(highspy), []
     if tuple(int(number) for number in highs.version().split(".")[:2]) < OLDEST:
         raise ImportError(f"reading {file} needs HiGHS 1.14 or newer: pip install 'qpdiff[io]'")
@@ -207,7 +207,7 @@ def _model(highspy, file: Path, suffix: str, opened):
 
 
 def _silent(highspy):
-    """A HiGHS that prints nothing.
+    """Return a HiGHS that prints nothing.
 
     Its banner goes to standard output while it is made, with the callbacks, and by then it has to know.
     """
@@ -278,7 +278,7 @@ def _copy_lp(file: Path, source, copy) -> None:
 
 
 def _maximizes(what: str, sense: str) -> bool:
-    """Whether a word for the sense, in any case, is one for maximisation."""
+    """Return whether a word for the sense, in any case, is one for maximisation."""
     if sense.upper() not in MINIMIZE + MAXIMIZE:
         raise ValueError(f"{what} {sense!r}; expected one of {', '.join(MINIMIZE + MAXIMIZE)}")
     return sense.upper() in MAXIMIZE
@@ -296,7 +296,7 @@ def _check_concave(file: Path, operands: dict[str, np.ndarray]) -> None:
 
 
 def _hessian(highspy, hessian, n: int) -> np.ndarray:
-    """The matrix Q of ½ xᵀQx, of which HiGHS keeps the lower triangle."""
+    """Return the matrix Q of ½ xᵀQx, of which HiGHS keeps the lower triangle."""
     Q = np.zeros((n, n))
     if hessian.dim_:
         half = sp.csc_array((hessian.value_, hessian.index_, hessian.start_), (hessian.dim_, hessian.dim_)).toarray()

@@ -59,7 +59,7 @@ def solve_qp(
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients. Inside `jit` or `vmap`
         no status is known yet and nothing can raise: "raise" acts as "nan" there.
     dtype, tol, rtol, max_iterations, warm_start, check
-        As for `qpdiff.solve_qp`; `check` looks at numbers where there are any, outside `jit` and `vmap`. Without
+        As for `qpdiff.solve_qp`; `check` checks numbers where there are any, outside `jit` and `vmap`. Without
         ``jax.config.update("jax_enable_x64", True)`` all is float32, residuals too.
 
     Returns
@@ -91,18 +91,18 @@ def solve_qp(
     problem = make_problem({name: _joined(value) for name, value in operands.items()}, backend="jax", dtype=dtype)
     problem = symmetrized(problem)
     settings = solver.read_settings(problem, tol, rtol, max_iterations)
-    near = jax.lax.stop_gradient(solver.warm_point(problem, warm_start))
+    start = jax.lax.stop_gradient(solver.warm_point(problem, warm_start))
     numbers = jax.lax.stop_gradient(problem.operands)
     if check and problem.batch and not any(problem.backend.is_tracer(value) for value in numbers.values()):
         check_values(problem.with_operands(**numbers))
-    sol, outcome, *rest = _solve(problem.layout, settings, unsolved, problem.operands, near)
+    sol, outcome, *rest = _solve(problem.layout, settings, unsolved, problem.operands, start)
     if unsolved == "raise" and not problem.backend.is_tracer(outcome.status):
         raise_if_unsolved(np.asarray(outcome.status).reshape(problem.batch_shape))
     return replace(sol, linearization=_linearization(problem, outcome, *rest))
 
 
 def _joined(value):
-    """A list with arrays in it as one array."""
+    """Return a list with arrays in it as one array."""
     listed = isinstance(value, (list, tuple)) and any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
     return jnp.asarray(value) if listed else value
 
@@ -111,14 +111,14 @@ def _joined(value):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _solve(layout: Layout, settings: Settings, unsolved: str, operands, near):
-    outcome, factor, metric = _iterate(layout, settings, unsolved, operands, near)
+def _solve(layout: Layout, settings: Settings, unsolved: str, operands, start):
+    outcome, factor, metric = _iterate(layout, settings, unsolved, operands, start)
     return solver.make_solution(layout.problem(operands), outcome, None), outcome, factor, metric
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _iterate(layout: Layout, settings: Settings, unsolved: str, operands, near):
-    return solve_traced(layout.problem(operands), settings, near)
+def _iterate(layout: Layout, settings: Settings, unsolved: str, operands, start):
+    return solve_traced(layout.problem(operands), settings, start)
 
 
 @_iterate.defjvp
@@ -137,8 +137,8 @@ def _solve_kkt(problem: Problem, outcome: Outcome, rest, unsolved: str, r_x, r_v
     x, v, inequality = outcome.x, outcome.v, problem.inequality
     exists = problem.exists
     # s is known better than k − Kx, but it moves as that does.
-    room = problem.k - problem.constraints(x)
-    s = outcome.s + (room - jax.lax.stop_gradient(room))
+    slack = problem.k - problem.constraints(x)
+    s = outcome.s + (slack - jax.lax.stop_gradient(slack))
     theta = jnp.where(inequality, s / jnp.where(inequality, v, 1.0), 0.0)
 
     def split(u):

@@ -41,7 +41,7 @@ class Layout(NamedTuple):
     result: Any
     """The floating point type of the results."""
     rounding: float
-    """How large rounding may be in Q, relative to its largest entry: a matter of the type that Q came in."""
+    """Bound on the rounding error in Q, relative to its largest entry; it follows from the type that Q came in."""
     batch_shape: tuple[int, ...]
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     """The operands that were given, with the shape in which the caller gave each."""
@@ -72,7 +72,7 @@ def make_layout(backend: Backend, batch_shape, operands: dict[str, Any], **other
 
 
 def core_sizes(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The fields of a `Layout` that follow from the shapes of operands with one batch axis."""
+    """Return the fields of a `Layout` that follow from the shapes of operands with one batch axis."""
     return {
         "n": shapes["q"][-1],
         "m": shapes["h"][-1] if "h" in shapes else 0,
@@ -169,33 +169,33 @@ class Problem:
         return sum(math.prod(value.shape) for value in self.operands.values())
 
     def with_operands(self, **changed) -> Problem:
-        """The same problems but for some operands."""
+        """Return the same problems but for some operands."""
         return Problem(self.layout, self.operands | changed)
 
     def with_layout(self, **changed) -> Problem:
-        """The same problems but for some fields of the layout."""
+        """Return the same problems but for some fields of the layout."""
         return Problem(self.layout._replace(**changed), self.operands, self._row_data)
 
     def astype(self, dtype) -> Problem:
-        """The same problems in another floating point type."""
+        """Return the same problems in another floating point type."""
         if dtype == self.dtype:
             return self
         operands = {name: self.backend.xp.astype(value, dtype) for name, value in self.operands.items()}
         return Problem(self.layout._replace(dtype=dtype), operands)
 
     def returned(self, value):
-        """An array in the type of the results."""
+        """Return an array in the type of the results."""
         return value if value.dtype == self.result else self.backend.xp.astype(value, self.result)
 
     def reproducibly(self):
-        """The context of work whose results the number of threads must not change."""
+        """Return the context of work whose results the number of threads must not change."""
         longest = max(self.n, self.m + self.p)
         return self.backend.reproducibly(self.dtype, self.n * longest * max(self.batch, longest))
 
     # ---- a selection of the batch
 
     def select(self, index) -> Problem:
-        """The problems that a slice or an array of positions names.
+        """Select the problems that a slice or an array of positions names.
 
         Shared operands stay shared. Matrices at positions are copied when they are first asked for: dual-space steps do
         without them, and a batch is selected from several times.
@@ -225,7 +225,7 @@ class Problem:
 
     @property
     def workers(self) -> int:
-        """How many chunks to work on at a time; where arrays are small, threads only wait for the interpreter."""
+        """Chunks to work on at a time; where arrays are small, threads only wait for the interpreter."""
         return self.backend.workers if self.bytes_per_problem >= 2**18 else 1
 
     def chunks(self) -> list[slice]:
@@ -292,11 +292,11 @@ class Problem:
     # ---- products
 
     def hessian(self, x):
-        """Q x."""
+        """Compute Q x."""
         return product(self.Q, x)
 
     def constraints(self, x):
-        """K x: the left-hand side of every row at x (B, n)."""
+        """Compute K x, the left-hand side of every row, for x (B, n)."""
         parts = []
         if self.A is not None:
             parts.append(product(self.A, x))
@@ -311,7 +311,7 @@ class Problem:
         return parts[0] if len(parts) == 1 else self.backend.xp.concat(parts, axis=-1)
 
     def adjoint(self, v):
-        """Kᵀ v: the rows' multipliers (B, rows) mapped to the variables."""
+        """Compute Kᵀ v, (B, n), for multipliers of the rows, (B, rows)."""
         blocks = self.blocks
         out = None
         for M, name in ((self.A, "A"), (self.G, "G")):
@@ -422,7 +422,7 @@ class DeferredTake(NamedTuple):
     """Arrays of the problems at some positions of a larger batch, to be copied when they are asked for."""
 
     tree: Any
-    """Those of that batch, as for `take`."""
+    """The arrays of that batch, as for `take`."""
     positions: Any = None
     """None: all of it."""
 
@@ -434,7 +434,7 @@ class DeferredTake(NamedTuple):
 
 
 def take(xp, tree, index):
-    """The problems at `index`, positions or a slice, of every array in nested tuples; shared arrays stay."""
+    """Take the problems at `index`, positions or a slice, of every array in nested tuples; shared arrays stay."""
     if isinstance(tree, tuple):
         leaves = (take(xp, leaf, index) for leaf in tree)
         return type(tree)(*leaves) if hasattr(tree, "_fields") else tuple(leaves)
@@ -444,14 +444,14 @@ def take(xp, tree, index):
 
 
 def product(M, x):
-    """M x for matrices (B or 1, k, n) and vectors x (B, n)."""
+    """Compute M x for matrices (B or 1, k, n) and vectors x (B, n)."""
     if M.shape[0] == 1:
         return x @ M[0, :, :].T
     return (M @ x[:, :, None])[:, :, 0]
 
 
 def product_transposed(M, v):
-    """Mᵀ v for matrices (B or 1, k, n) and vectors v (B, k), without a transposed copy."""
+    """Compute Mᵀ v for matrices (B or 1, k, n) and vectors v (B, k), without a transposed copy."""
     if M.shape[0] == 1:
         return v @ M[0, :, :]
     return (v[:, None, :] @ M)[:, 0, :]

@@ -23,7 +23,7 @@ except ImportError as error:
     raise ImportError("qpdiff.show needs Matplotlib: pip install 'qpdiff[plot]'") from error
 
 CURVES, PLANES = 8, 4
-"""How many problems of a batch are drawn: as curves of convergence, and in the plane."""
+"""Problems of a batch that are drawn: as curves of convergence, and in the plane."""
 QUANTITIES = {"primal": "primal residual", "dual": "dual residual", "gap": "duality gap", "mu": "complementarity μ"}
 """The fields of a state that are drawn, and their names."""
 
@@ -80,7 +80,7 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
 
 
 def history(problem: Problem) -> list[State]:
-    """The states of one problem, from the starting point to the last; none is the same as the one before."""
+    """Return the states of one problem, from the starting point to the last; none is the same as the one before."""
     settings = make_settings(problem)
     with problem.backend.no_grad():
         ((form, _),) = forms(problem)
@@ -95,13 +95,13 @@ def history(problem: Problem) -> list[State]:
 
 
 def path(states: list[State]) -> np.ndarray:
-    """The iterates x (·, n), without the ray that takes the place of the last where the cost falls without end."""
+    """Return the iterates x (·, n), without the ray that is in place of the last where the cost is unbounded."""
     ends_in_ray = states[-1].status.item() == Status.DUAL_INFEASIBLE
     return np.concat([state.x for state in states])[: len(states) - ends_in_ray]
 
 
 def draw_plane(axes, problem: Problem, points: np.ndarray) -> None:
-    """The feasible set, lines of equal cost and the iterates (·, 2) of a problem in two variables."""
+    """Draw the feasible set, lines of equal cost and the iterates (·, 2) of a problem in two variables."""
     window = around(points)
     corners = feasible_polygon(problem, window)
     grid = np.stack(np.meshgrid(*(np.linspace(low, high, 100) for low, high in window.T)), axis=-1)
@@ -116,7 +116,7 @@ def draw_plane(axes, problem: Problem, points: np.ndarray) -> None:
 
 
 def around(points: np.ndarray) -> np.ndarray:
-    """The lower and upper corner, (2, 2), of a square with all points in its middle; around 0 where there are none."""
+    """Return the lower and upper corner, (2, 2), of a square with all points in its middle; around 0 without points."""
     if not len(points):
         return np.array([[-1.0, -1.0], [1.0, 1.0]])
     middle = (points.min(axis=0) + points.max(axis=0)) / 2
@@ -125,7 +125,7 @@ def around(points: np.ndarray) -> np.ndarray:
 
 
 def feasible_polygon(problem: Problem, window: np.ndarray) -> np.ndarray:
-    """The corners (·, 2) of what is feasible in a window, in order; none where nothing is.
+    """Return the corners (·, 2) of what is feasible in a window, in order; none where nothing is.
 
     The window is cut by one half-plane after the other (Sutherland & Hodgman, 1974), and by two for an equality, which
     leaves a polygon without area.
@@ -142,17 +142,17 @@ def feasible_polygon(problem: Problem, window: np.ndarray) -> np.ndarray:
 
 
 def cut(corners: np.ndarray, normal: np.ndarray, limit: float) -> np.ndarray:
-    """The part of a convex polygon with normalᵀx ≤ limit, to within rounding."""
+    """Cut a convex polygon to its part with normalᵀx ≤ limit, to within rounding."""
     if not len(corners):
         return corners
     excess = corners @ normal - limit
     inside = excess <= 1e-12 * (np.abs(corners) @ np.abs(normal) + np.abs(limit))
-    kept = []
+    corners_left = []
     for i in range(len(corners)):
         j = (i + 1) % len(corners)
         if inside[i]:
-            kept.append(corners[i])
+            corners_left.append(corners[i])
         if inside[i] != inside[j] and excess[i] != excess[j]:
             share = np.clip(excess[i] / (excess[i] - excess[j]), 0.0, 1.0)
-            kept.append(corners[i] + share * (corners[j] - corners[i]))
-    return np.array(kept).reshape(-1, 2)
+            corners_left.append(corners[i] + share * (corners[j] - corners[i]))
+    return np.array(corners_left).reshape(-1, 2)

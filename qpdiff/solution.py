@@ -1,4 +1,4 @@
-"""What solve_qp returns: the solution of every problem of the batch and how it ended."""
+"""The solution of every problem of a batch, and its status."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Status(enum.IntEnum):
-    """How a problem ended.
+    """The status of a problem at the end of a solve.
 
     >>> Status(0).name
     'SOLVED'
@@ -79,7 +79,7 @@ class Solution:
     dual_residual: Any
     duality_gap: Any
     linearization: Any = field(default=None, repr=False, compare=False)
-    """What the derivative needs: the problem and the last factorisation (not part of the public interface)."""
+    """The problem and the last factorisation, for the derivative (not part of the public interface)."""
 
 
 POINT = ("x", "y", "z", "z_lb", "z_ub", "s")
@@ -89,13 +89,13 @@ FIELDS = tuple(each.name for each in fields(Solution) if each.name != "lineariza
 
 
 def check_unsolved(unsolved: str) -> None:
-    """A ValueError for what an adapter does not know how to do about problems that are not SOLVED."""
+    """Raise a ValueError for an unknown treatment of problems that are not SOLVED."""
     if unsolved not in ("raise", "nan", "zero"):
         raise ValueError(f"unsolved is {unsolved!r}; expected 'raise', 'nan' or 'zero'")
 
 
 def raise_if_unsolved(status: np.ndarray) -> None:
-    """A RuntimeError that counts the problems that are not SOLVED and names the first."""
+    """Raise a RuntimeError that counts the problems that are not SOLVED and names the first, if there are any."""
     bad = np.argwhere(np.atleast_1d(status) != Status.SOLVED)
     if not len(bad):
         return

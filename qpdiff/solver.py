@@ -77,10 +77,10 @@ def solve_qp(
         Limit on the interior-point iterations.
     warm_start : Solution, optional
         Of neighbouring problems with the same constraints present, whose batch axes broadcast to those of these
-        problems. The iteration starts near it, the nearer the better it fits; where that does not end SOLVED, the
+        problems. The iteration starts close to it, the closer the better it fits; where that does not end SOLVED, the
         problem is solved again from the ordinary start, and `iterations` counts both.
     check : bool
-        Look at the numbers in the operands (not finite, asymmetric Q, negative curvature, lb > ub) before solving.
+        Check the numbers in the operands (not finite, asymmetric Q, negative curvature, lb > ub) before solving.
     verbose : bool
         Print a line per iteration with the worst residuals of the problems that are still running (array engine).
     engine : {"auto", "array", "compiled"}
@@ -156,8 +156,8 @@ def solve_problem(
     chosen = choose_engine(engine, problem, verbose)
     with problem.backend.no_grad(), problem.reproducibly():
         problem = symmetrized(problem)
-        near = warm_point(problem, warm_start)
-        solved = chosen.solve(problem, settings, near, check=check, verbose=verbose, progress=progress)
+        start = warm_point(problem, warm_start)
+        solved = chosen.solve(problem, settings, start, check=check, verbose=verbose, progress=progress)
         return make_solution(problem, *solved)
 
 
@@ -183,7 +183,7 @@ def read_settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
 
 
 def warm_point(problem: Problem, sol: Solution | None) -> StartingPoint | None:
-    """The solution to start from, flattened to the batch axis and the rows of `problem`."""
+    """Flatten the solution to start from to the batch axis and the rows of `problem`."""
     if sol is None:
         return None
     sizes = check_warm_start(problem, sol)

@@ -36,7 +36,7 @@ from torch.autograd import Function
 
 
 def _not_traced(function):
-    """The function, at which torch.compile breaks its graph instead of tracing the solver."""
+    """Mark a function at which torch.compile breaks its graph instead of tracing the solver."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -90,13 +90,13 @@ def solve_qp(
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     operands = {name: _stacked(value) for name, value in operands.items()}
     problem = make_problem(operands, backend="torch", dtype=options.pop("dtype", None))
-    near: list[Any] = []
+    warm: list[Any] = []
     if isinstance(warm_start, Solution):
-        near = [torch.as_tensor(getattr(warm_start, k), device=problem.backend.device).detach() for k in _WARM]
+        warm = [torch.as_tensor(getattr(warm_start, k), device=problem.backend.device).detach() for k in _WARM]
     elif warm_start is not None:
         options["warm_start"] = warm_start  # for the solver to refuse
     layer = _Layer(problem, unsolved, options)
-    x, v, *constants = _Solution.apply(layer, problem.batch_shape, *problem.operands.values(), *near)
+    x, v, *constants = _Solution.apply(layer, problem.batch_shape, *problem.operands.values(), *warm)
     parts = dict(zip(("x", "y", "z", "z_lb", "z_ub"), (x, *split_rows(problem, v, v)), strict=True))
     parts |= dict(zip(_CONSTANT, constants, strict=True))
     parts |= {name: problem.returned(parts[name]) for name in POINT}
@@ -104,7 +104,7 @@ def solve_qp(
 
 
 def _stacked(value):
-    """A list with tensors in it as one tensor."""
+    """Return a list with tensors in it as one tensor."""
     if not isinstance(value, (list, tuple)):
         return value
     parts = [_stacked(part) for part in value]
@@ -120,7 +120,7 @@ _CONSTANT = tuple(name for name in FIELDS if name not in _WARM[:-1])
 
 
 class _Layer:
-    """What both functions take beside tensors, and what the first leaves for the second."""
+    """The arguments of both functions beside tensors, and the linearization that the first leaves for the second."""
 
     def __init__(self, problem: Problem, unsolved: str, options: dict[str, Any]):
         self.backend: Any = problem.backend
@@ -129,12 +129,12 @@ class _Layer:
         self.unsolved, self.options = unsolved, options
         self.linearization: Any = None
 
-    def solve(self, batch_shape, operands, near):
+    def solve(self, batch_shape, operands, warm):
         host = _on_host(self.backend.device)
         arrays = {name: _unflattened(_array(a), batch_shape) for name, a in zip(self.names, operands, strict=True)}
         options = dict(self.options)
-        if near:
-            known = dict.fromkeys(_CONSTANT) | dict(zip(_WARM, map(_array, near), strict=True))
+        if warm:
+            known = dict.fromkeys(_CONSTANT) | dict(zip(_WARM, map(_array, warm), strict=True))
             options["warm_start"] = Solution(**known)
         problem = make_problem(dict.fromkeys(OPERANDS) | arrays, backend="numpy" if host else "torch")
         sol = solver.solve_problem(problem.with_layout(rounding=self.rounding), **options)
@@ -152,7 +152,7 @@ class _Layer:
             return tuple(map(_tensor, solve_kkt(self.linearization, _array(r_x), _array(r_v), unsolved=unsolved)))
 
     def problem(self, x, operands) -> Problem:
-        """The problem in torch's operands and operations."""
+        """Return the problem in torch's operands and operations."""
         named = dict(zip(self.names, operands, strict=True))
         return make_layout(self.backend, (x.shape[0],), named).problem(named)
 
@@ -162,7 +162,7 @@ def _on_host(device) -> bool:
 
 
 def _array(tensor):
-    """What the solver gets of a tensor: where it is on the CPU the NumPy array in the same memory."""
+    """Return what the solver takes for a tensor: the NumPy array in the same memory, if it is on the CPU."""
     try:
         tensor = tensor.detach()
     except RuntimeError as error:
@@ -178,7 +178,7 @@ def _tensor(array):
 
 
 def _unflattened(array, batch_shape):
-    """An operand (B or 1, core) with all batch axes, or none where it is shared."""
+    """Return an operand (B or 1, core) with all batch axes, or none where it is shared."""
     core = array.shape[1:]
     return array.reshape((*batch_shape, *core)) if array.shape[0] == math.prod(batch_shape) else array.reshape(core)
 
@@ -222,8 +222,8 @@ class _Solution(Function):
         operands = [_joined(*pair, size, batch) for pair in pairs[:count]]
         operands[1] = operands[1].expand(size * batch, -1)  # q, so that an operand has the mapped axis in any case
         cores = [name != "status" for name in _WARM]
-        near = [_padded(*pair, size, len(batch_shape) + core) for pair, core in zip(pairs[count:], cores, strict=False)]
-        output = _Solution.apply(layer, (size, *batch_shape), *operands, *near)
+        warm = [_padded(*pair, size, len(batch_shape) + core) for pair, core in zip(pairs[count:], cores, strict=False)]
+        output = _Solution.apply(layer, (size, *batch_shape), *operands, *warm)
         return tuple(_parted(part, size, batch) for part in output), (0,) * len(output)
 
 
@@ -272,7 +272,7 @@ class _KKTSolve(Function):
 
 
 def _save(ctx, *tensors) -> None:
-    """For derivatives in either mode."""
+    """Save tensors for derivatives in either mode."""
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
 
@@ -289,7 +289,7 @@ def _or_zeros(tangent, value):
 
 
 def _joined(tensor, dim: int | None, size: int, batch: int):
-    """A tensor (batch or 1, core) with `size` times the batch; of length 1 still where all problems share it."""
+    """Return a tensor (batch or 1, core) with `size` times the batch; of length 1 still where all problems share it."""
     if dim is None and tensor.shape[0] == 1:
         return tensor
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -298,12 +298,12 @@ def _joined(tensor, dim: int | None, size: int, batch: int):
 
 
 def _parted(tensor, size: int, batch: int):
-    """The two axes again."""
+    """Split the joined axis into the two again."""
     return tensor.reshape(size, batch, *tensor.shape[1:])
 
 
 def _padded(tensor, dim: int | None, size: int, axes: int):
-    """A tensor of up to `axes` axes with the mapped axis in front of so many."""
+    """Return a tensor of up to `axes` axes with the mapped axis in front of so many."""
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return tensor.reshape(size, *[1] * (axes + 1 - tensor.ndim), *tensor.shape[1:])
 
@@ -351,7 +351,7 @@ class OptNet(nn.Module):
     Notes
     -----
     The paper's layer [1]_, with the initial values of its code [2]_: L and A uniform in [0, 1], G in [−1, 1], z₀ = 0
-    (with x ≥ 0: 1), slack 1. There training may make the slack negative; softplus keeps it positive.
+    (with x ≥ 0: 1), slack 1. There training may make the slack negative; with softplus it stays positive.
 
     References
     ----------
@@ -410,7 +410,7 @@ class OptNet(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def operands(self) -> dict[str, torch.Tensor]:
-        """The operands of `solve_qp` but for q, by name, in float64."""
+        """Return the operands of `solve_qp` but for q, by name, in float64."""
         L, names = self.L.tril().double(), ("G", "A", "z0", "s0")
         given = {name: value.double() for name in names if (value := getattr(self, name)) is not None}
         out = {"Q": L @ L.mT + self.eps * torch.eye(len(L), dtype=L.dtype, device=L.device)}
@@ -425,7 +425,7 @@ class OptNet(nn.Module):
         return out
 
     def forward(self, q):
-        """The solutions x (..., n) for linear terms q (..., n), in the type of q."""
+        """Return the solutions x (..., n) for linear terms q (..., n), in the type of q."""
         return solve_qp(q=q, **self.operands(), dtype="float64", **self.options).x.to(q.dtype)
 
     def extra_repr(self) -> str:
@@ -445,7 +445,7 @@ class QPSolvers(enum.Enum):
 
 
 def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolvers.PDIPM_BATCHED, check_Q_spd=True):
-    """The ``QPFunction`` of qpth, so that its users change one import: ``from qpdiff.torch import QPFunction``.
+    """Stand in for qpth's ``QPFunction``: its users change one import, ``from qpdiff.torch import QPFunction``.
 
     The function that it returns takes ``(Q, p, G, h, A, b)`` and returns the variables (batch, n) that minimise
     ½ zᵀQz + pᵀz subject to Gz ≤ h, Az = b, for Q (n, n) or (batch, n, n), p (n) or (batch, n), and so on; an empty
@@ -463,7 +463,7 @@ def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolv
     notImprovedLim, maxIter, solver
         Without effect. qpth returns the best point so far when its iterations come to these limits.
     check_Q_spd : bool
-        Look at the numbers in the operands before solving. Q may also be semidefinite; only its symmetric part counts.
+        Check the numbers in the operands before solving. Q may also be semidefinite; only its symmetric part counts.
 
     Raises
     ------
@@ -504,7 +504,7 @@ def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolv
 
 
 def _tensors(operands: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The operands but for those that are None, as tensors on the device of those that are tensors."""
+    """Return the operands but for those that are None, as tensors on the device of those that are tensors."""
     device = next((value.device for value in operands.values() if isinstance(value, torch.Tensor)), None)
     given = {name: _stacked(value) for name, value in operands.items() if value is not None}
     return {
@@ -514,7 +514,7 @@ def _tensors(operands: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _batch(tensors: dict[str, torch.Tensor], axes: dict[str, int]) -> int:
-    """The length of the batch axis, with which an operand has so many axes."""
+    """Return the length of the batch axis, with which an operand has so many axes."""
     batch, first = 1, ""
     for name, value in tensors.items():
         few = axes[name] - 1

@@ -107,7 +107,7 @@ def _plan(backend: Backend, described, dtype: str | None) -> tuple[Layout, dict[
 
 
 def _shape_of_number(name: str, shapes: dict[str, Shape]) -> Shape | None:
-    """The shape of a vector with the same number in every entry, for a number where that has a meaning."""
+    """Return the shape of a vector with the same number in every entry, for a number where that has a meaning."""
     if shapes[name] or name not in SIZED_BY or len(shapes[SIZED_BY[name]]) < 2:
         return None
     return shapes[SIZED_BY[name]][-2:-1]
@@ -123,7 +123,7 @@ def _change(given: Shape, broadcast: Shape, flat: Shape) -> Callable:
 
 @cache
 def rounding(xp, dtype) -> float:
-    """How large rounding may be in a matrix that was computed in this type, relative to its largest entry."""
+    """Bound the rounding error in a matrix that was computed in this type, relative to its largest entry."""
     eps = float(xp.finfo(dtype).eps) if xp.isdtype(dtype, "real floating") else 0.0
     if eps > xp.finfo(xp.float32).eps:  # half precision
         return 10 * eps
@@ -131,7 +131,7 @@ def rounding(xp, dtype) -> float:
 
 
 def symmetrized(problem: Problem) -> Problem:
-    """The problem without the asymmetry of Q that is rounding in the type that it came in.
+    """Remove the asymmetry of Q that is rounding error in the type that it came in.
 
     In a finer type that would be data: the engines, of which some read one triangle where others read both, would solve
     different problems. What is more than rounding stays, for `check_values`.
@@ -187,7 +187,7 @@ def _broadcast_batch(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether an array of one shape broadcasts to another."""
+    """Return whether an array of one shape broadcasts to another."""
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
 
@@ -198,38 +198,38 @@ class Rule(NamedTuple):
     """Something that must hold for the numbers of some operands."""
 
     operands: tuple[str, ...]
-    """The operands it looks at, the one to name first."""
+    """The operands that it reads, the one to name first."""
     complaint: str
     broken: Callable[[Problem], Any]
     """The entries that break it, True in an array (B, ...)."""
     evidence: Callable[[Problem, tuple[int, ...]], str]
-    """What is wrong with an entry of one problem, in words."""
+    """Says what is wrong with an entry of one problem."""
 
 
 def check_values(problem: Problem, convexity: bool = True) -> None:
-    """Look at the numbers: one transfer to the host for the whole batch, more only to describe an error.
+    """Check the numbers: one transfer to the host for the whole batch, more only to describe an error.
 
-    Whether Q is positive semidefinite takes a factorisation; without `convexity` it is taken for granted.
+    To find whether Q is positive semidefinite takes a factorisation; without `convexity` it is taken for granted.
     """
     xp = problem.backend.xp
     rules = [rule for rule in _rules(problem) if convexity or rule.broken is not indefinite]
 
-    def look(chunk: slice):
-        piece, found = problem.select(chunk), []
+    def check(chunk: slice):
+        part, found = problem.select(chunk), []
         for rule in rules:
-            # The first piece settles a rule over shared operands for the whole batch.
+            # The first chunk decides a rule over shared operands for the whole batch.
             if chunk.start == 0 or _depends_on_batch(problem, rule):
-                broken = rule.broken(piece)
-                found.append((rule, chunk, piece, ~xp.any(xp.reshape(broken, (broken.shape[0], -1)), axis=-1)))
+                broken = rule.broken(part)
+                found.append((rule, chunk, part, ~xp.any(xp.reshape(broken, (broken.shape[0], -1)), axis=-1)))
         return found
 
-    parts = problem.backend.map(look, problem.chunks(), problem.workers)
-    verdicts = [verdict for part in parts for verdict in part]
+    results = problem.backend.map(check, problem.chunks(), problem.workers)
+    verdicts = [verdict for result in results for verdict in result]
     if bool(xp.all(xp.stack([xp.all(good) for *_, good in verdicts]))):
         return
-    rule, where, piece, good = next(verdict for verdict in verdicts if not bool(xp.all(verdict[-1])))
+    rule, where, part, good = next(verdict for verdict in verdicts if not bool(xp.all(verdict[-1])))
     first = int(xp.argmin(xp.astype(good, xp.int8)))
-    one = piece.select(slice(first, first + 1))
+    one = part.select(slice(first, first + 1))
     index = ""
     if problem.batch_shape and _depends_on_batch(problem, rule):
         axes = [int(i) for i in np.unravel_index(where.start + first, problem.batch_shape)]
@@ -243,7 +243,7 @@ def _depends_on_batch(problem: Problem, rule: Rule) -> bool:
 
 
 def _rules(problem: Problem) -> list[Rule]:
-    """The rules for the operands of a problem, in the order in which they are to be reported."""
+    """Return the rules for the operands of a problem, in the order in which they are to be reported."""
     rules = []
     # In float32 the infinite entry may have been finite where it came from.
     single = " in float32" if problem.dtype == problem.backend.xp.float32 else ""
@@ -274,7 +274,7 @@ def _out_of_range(name: str, problem: Problem):
 
 
 def _largest(problem: Problem):
-    """The largest entry of Q, (B, 1, 1), or the smallest number to which rounding is relative."""
+    """Return the largest entry of Q, (B, 1, 1), or the smallest number to which rounding is relative."""
     xp = problem.backend.xp
     largest = xp.max(xp.abs(problem.Q), axis=(-2, -1), keepdims=True)
     return problem.backend.clip(largest, float(xp.finfo(problem.dtype).smallest_normal))
@@ -285,7 +285,7 @@ def _asymmetric(problem: Problem):
 
 
 def indefinite(problem: Problem):
-    """Whether Q has an eigenvalue that is negative beyond rounding, (B, 1): where the shifted Q has no factor."""
+    """Return a mask (B, 1) of the Q with an eigenvalue negative beyond rounding: the shifted Q has no factor."""
     # Divided by its largest entry, because the shift would overflow with huge and vanish with denormal numbers.
     shift = problem.rounding * problem.backend.eye(problem.n, problem.dtype)
     _, positive = problem.backend.factor(problem.Q / _largest(problem) + shift)

@@ -1,7 +1,7 @@
 """The array library: chosen by the arrays or by name, and the few operations the array API standard lacks.
 
 A symmetric positive definite matrix M is factored as M = F Fᵀ. A *factor* is a tuple of arrays with the batch axis
-first; only the class that made it looks inside. Every matrix and every right-hand side carries one batch axis, of
+first; only the class that made it reads it. Every matrix and every right-hand side carries one batch axis, of
 length B or, where it is shared by the batch, of length 1.
 """
 

@@ -141,7 +141,7 @@ class Kind(NamedTuple):
 
 
 def kinds_of(arrays, operands) -> list[Kind]:
-    """The types of operands, from their arrays and what the caller gave."""
+    """Return the types of operands, from their arrays and what the caller gave."""
     return [Kind(name, value.dtype, hasattr(operands[name], "dtype")) for name, value in arrays.items()]
 
 
@@ -161,7 +161,7 @@ def read_dtype(dtype) -> str | None:
 
 
 def floating_types(backend, kinds: list[Kind], dtype: str | None = None) -> Types:
-    """What to compute in and to return: the caller's choice, else float64, and float32 if every floating array is."""
+    """Choose the types to compute in and return: the given one, else float64; float32 if every floating array is."""
     xp = backend.xp
     floating = set()
     for name, kind, typed in kinds:

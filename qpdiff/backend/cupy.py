@@ -36,7 +36,7 @@ class CuPyBackend(Backend):
         stack = ExitStack()
         # CuPy works on the current GPU wherever the arrays are, and array-api-compat ignores the device of new ones.
         stack.enter_context(self.xp.cuda.Device(self.device))
-        # The caller's setting may be to look at the flags of every factorisation on the host, and to raise.
+        # The caller's setting may be to read the flags of every factorisation on the host, and to raise.
         stack.enter_context(errstate(linalg="ignore"))
         return stack
 

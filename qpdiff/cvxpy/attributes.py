@@ -1,4 +1,4 @@
-"""What the attributes of a CVXPY parameter promise about its numbers, on which CVXPY's rules rely."""
+"""Checks of the attributes of a CVXPY parameter, on which CVXPY's rules rely."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_parameter(backend, parameter, value, tolerance: float) -> None:
 
 
 def _violations(backend, parameter, value, tolerance: float):
-    """What is wrong in words, and where: True in an array whose leading axes are those of the batch."""
+    """Return what is wrong in words, and a mask of where, whose leading axes are those of the batch."""
     xp, has = backend.xp, parameter.attributes
     yield "has NaN", xp.isnan(value)
     if has["nonneg"] or has["pos"]:

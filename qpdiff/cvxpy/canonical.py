@@ -1,4 +1,4 @@
-"""What CVXPY makes of a problem: a QP whose data are affine in the parameters, as maps between flat arrays."""
+"""A CVXPY problem as a QP whose data are affine in the parameters, as maps between flat arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .solver import CVXPYSolver
 
 
 def canonicalize(problem, parameters, variables) -> tuple[dict[str, AffineMap], list[SparseMatrix]]:
-    """The operands of `qpdiff.solve_qp` and the offset of the objective as functions of the parameters, by name; and
+    """Return the operands of `qpdiff.solve_qp` and the offset of the objective as functions of the parameters, and
     the matrices that take x to the values of the variables.
 
     Raises
@@ -30,7 +30,7 @@ def canonicalize(problem, parameters, variables) -> tuple[dict[str, AffineMap], 
     try:
         data, chain, _ = copy.get_problem_data(CVXPYSolver(), enforce_dpp=True)
     except SolverError as error:
-        raise ValueError(f"CVXPY does not turn the problem into a QP: {error}") from error
+        raise ValueError(f"CVXPY does not make a QP of the problem: {error}") from error
     program = data[cp.settings.PARAM_PROB]
     if program.is_mixed_integer():
         raise ValueError("the problem is not a QP: CVXPY turns it into one with integer variables")
@@ -88,7 +88,7 @@ def check_problem(problem) -> None:
 
 
 def _tensors(program):
-    """The shape of each operand, and the matrix from CVXPY's parameters, and 1, to it in row-major order.
+    """Return the shape of each operand, and the matrix from CVXPY's parameters, and 1, to it in row-major order.
 
     CVXPY has one matrix each for P, for [q; d] and for [F, g], in column-major order, where the objective is
     ½ xᵀPx + qᵀx + d, Fx + g = 0 in the first rows, and Fx + g ≥ 0 in the others.
@@ -118,7 +118,7 @@ def _tensors(program):
 
 
 def _columns(program, lowered_ids: dict, parameter):
-    """The columns of a parameter in the tensors, and the matrix that takes it in row-major order to what they multiply.
+    """Return the columns of a parameter in the tensors, and the matrix from its row-major order to what they multiply.
 
     That is the parameter in column-major order, or the upper triangle of a symmetric one, the diagonal of a diagonal
     one, and so on.
@@ -138,7 +138,7 @@ def _columns(program, lowered_ids: dict, parameter):
 
 
 def _fixed_value(parameter) -> np.ndarray:
-    """The value of a parameter that is not an argument, in row-major order."""
+    """Return the value of a parameter that is not an argument, in row-major order."""
     value = parameter.value if parameter.sparse_idx is None else parameter.value_sparse
     if value is None:
         raise ValueError(
@@ -148,7 +148,7 @@ def _fixed_value(parameter) -> np.ndarray:
 
 
 def _recovery(program, lowered_ids: dict, variable) -> SparseMatrix:
-    """The matrix that picks a variable, in row-major order, from all of the canonical program's."""
+    """Return the matrix that picks a variable, in row-major order, from all of the canonical program's."""
     (name,) = lowered_ids.get(variable.id, [variable.id])
     if name not in program.id_to_var:  # its constraints were empty: 0, as in CVXPY
         return SparseMatrix(sp.csr_array((variable.size, program.x.size)))

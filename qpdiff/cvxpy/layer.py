@@ -106,7 +106,7 @@ def from_cvxpy(problem, parameters, variables=None) -> Layer:
 
 
 def _checked(what: str, given, kind, known: list) -> tuple:
-    """The parameters or variables that the caller lists."""
+    """Return the parameters or variables that the caller lists."""
     if not isinstance(given, Sequence):
         raise TypeError(f"{what} is a {type(given).__name__}; expected a list")
     for position, leaf in enumerate(given):
@@ -187,7 +187,7 @@ class Layer:
         _ORIGINALS.update({(self._key, i): variable for i, variable in enumerate(variables)})
 
     def _position(self, key) -> int:
-        """The position in `variables` of a variable, also by its name, or of the one that it was before copying.
+        """Return the position in `variables` of a variable, also by its name, or of the one that it was before copying.
 
         Raises
         ------
@@ -215,7 +215,7 @@ class Layer:
         *parameters : array (..., *shape)
             A value for each parameter, in the order of `parameters`.
         backend, dtype, check, **options
-            As in `qpdiff.solve_qp`. `check` also looks whether the parameters are what their attributes say (nonneg,
+            As in `qpdiff.solve_qp`. `check` also checks that the parameters are what their attributes say (nonneg,
             symmetric, PSD, bounds, ...), because CVXPY has relied on it.
 
         Returns
@@ -309,17 +309,17 @@ class Layer:
     # ---- the linear maps before and after the QP
 
     def operands(self, *parameters, backend=None, dtype=None) -> dict[str, Any]:
-        """The operands of `qpdiff.solve_qp`, by name: affine functions of the parameters.
+        """Return the operands of `qpdiff.solve_qp`, by name: affine functions of the parameters.
 
         An operand has the batch axes of the parameters that it depends on. `backend` and `dtype` are those of
-        `qpdiff.solve_qp`. The numbers are not looked at.
+        `qpdiff.solve_qp`. The numbers are not checked.
         """
         backend, types, arrays = self._arrays(parameters, backend, dtype)
         data = self._data(backend, types.working, arrays)
         return {name: backend.xp.astype(data[name], types.result, copy=False) for name in OPERANDS if name in data}
 
     def operands_adjoint(self, gradients: Gradients, *parameters) -> tuple:
-        """The adjoint of the linear part of `operands`: gradients of the operands pulled back to the parameters.
+        """Return the adjoint of the linear part of `operands`: gradients of the operands pulled back to the parameters.
 
         Each gradient has the shape of its operand, None means zero; the parameters are those that `operands` was given,
         of which only the shapes matter.
@@ -340,7 +340,7 @@ class Layer:
         return tuple(out)
 
     def values(self, x) -> tuple:
-        """The values (*batch, *shape) of the variables at a solution x (*batch, n): linear functions of it."""
+        """Return the values (*batch, *shape) of the variables at a solution x (*batch, n): linear functions of it."""
         backend, given = choose_backend({"x": x})
         found = [recovery.product(backend, given["x"]) for recovery in self._recoveries]
         return tuple(
@@ -349,7 +349,7 @@ class Layer:
         )
 
     def values_adjoint(self, *cotangents):
-        """The adjoint of `values`: cotangents (*batch, *shape) of the variables pulled back to x.
+        """Return the adjoint of `values`: cotangents (*batch, *shape) of the variables pulled back to x.
 
         None means zero, and is what all None give.
         """
@@ -364,7 +364,7 @@ class Layer:
     # ---- arguments
 
     def _arrays(self, values, backend, dtype):
-        """The parameters as arrays of one library, their shapes checked, and the types to compute in and to return."""
+        """Check the parameters' shapes; return them in one library, with the types to compute in and return."""
         if len(values) != len(self.parameters):
             names = ", ".join(parameter.name() for parameter in self.parameters)
             raise TypeError(f"{len(values)} parameters were given; expected {len(self.parameters)}: {names}")
@@ -412,6 +412,6 @@ class Layer:
 
 
 def _flattened(xp, value, core: tuple[int, ...]):
-    """An array (..., *core) with its core axes made one, in row-major order."""
+    """Return an array (..., *core) with its core axes made one, in row-major order."""
     leading = value.shape[: value.ndim - len(core)]
     return xp.reshape(value, (*leading, int(np.prod(core))))

@@ -27,7 +27,7 @@ class SparseMatrix:
         return SparseMatrix(self.matrix.T)
 
     def product(self, backend, x):
-        """M x for vectors x (..., columns)."""
+        """Compute M x for vectors x (..., columns)."""
         xp, (blocks, place) = backend.xp, self._blocks
         zero = backend.full((*x.shape[:-1], 1), 0.0, x.dtype)
         padded, sums = xp.concat([x, zero], axis=-1), []
@@ -68,13 +68,13 @@ class AffineMap(NamedTuple):
     """By the position of the parameter."""
 
     def value(self, backend, dtype, parameters):
-        """The array (..., *shape) at parameters {position: (..., size)}; their leading axes broadcast."""
+        """Return the array (..., *shape) at parameters {position: (..., size)}; their leading axes broadcast."""
         constant = backend.asarray(self.constant.reshape(self.shape), dtype=dtype)
         linear = self.linear(backend, parameters)
         return constant if linear is None else constant + linear
 
     def linear(self, backend, parameters):
-        """What some of the parameters add to the constant; None if nothing."""
+        """Return what some of the parameters add to the constant; None if nothing."""
         parts = [matrix.product(backend, parameters[i]) for i, matrix in self.matrices.items() if i in parameters]
         if not parts:
             return None

@@ -99,7 +99,7 @@ class CVXPYSolver(QpSolver):
 
 
 def _nearly_solved(sol, data) -> bool:
-    """Whether the residuals are small relative to the data."""
+    """Return whether the residuals are small relative to the data."""
     bounds = [data[name] for name in (s.B, s.G, s.LOWER_BOUNDS, s.UPPER_BOUNDS) if data[name] is not None]
     finite = np.concat([np.abs(bound[np.isfinite(bound)]) for bound in bounds])
     return bool(

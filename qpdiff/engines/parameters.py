@@ -172,5 +172,5 @@ SINGLE = replace(
 
 
 def parameters(problem) -> Parameters:
-    """Those of the type that problems are computed in."""
+    """Return the parameters for the type that problems are computed in."""
     return SINGLE if problem.dtype == problem.backend.xp.float32 else DOUBLE

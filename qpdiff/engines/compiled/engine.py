@@ -1,4 +1,4 @@
-"""What a call of the compiled engine hands over: operands, where the results go, what is stored for the derivative.
+"""The arrays that a call hands to C++: operands, results, and what is stored for the derivative.
 
 All else is in C++ (src/): threads claim problems as long as there are any, small ones in groups.
 """
@@ -41,7 +41,7 @@ group takes as long as two to five problems one by one."""
 WORTH_A_THREAD = 1e6
 """Operations that take about as long as it takes to start a thread."""
 SOLVE, DIFFERENTIATE = 10, 1
-"""How often a call goes through a problem's matrices, in steps of the iteration."""
+"""Passes of a call through a problem's matrices, in steps of the iteration."""
 FEW = 2**10
 """Variables of a batch up to which memory that is used again is not worth looking for."""
 STORED_BYTES = 2**26, 2**29
@@ -54,13 +54,13 @@ _PARAMETERS = {np.dtype(np.float64): _core.Parameters(DOUBLE), np.dtype(np.float
 
 
 class Stored(NamedTuple):
-    """What a solve stores of every problem for the derivative; src/method/problem.hpp says how.
+    """Stored by a solve for the derivative, of every problem; src/method/problem.hpp says how.
 
     The first axis is the batch, of length 1 where one entry is for all problems and 0 where nothing is stored.
     """
 
     constant: Any
-    """Of the reduced KKT system what does not change in an iteration."""
+    """The part of the reduced KKT system that does not change in an iteration."""
     last: Any
     """The last factor, and the weights of the rows in it."""
     scaling: Any
@@ -72,7 +72,7 @@ class Stored(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What a solve leaves, to solve the KKT system at the solutions."""
+    """Factors that solve the KKT system at the solutions of a batch."""
 
     form: int
     """The reduced form chosen by the shapes."""
@@ -120,7 +120,7 @@ def solve(
 
 
 def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, progress, check: bool):
-    """The same, or None where an operand may break a rule."""
+    """Solve likewise; None where an operand may break a rule."""
     n, count, dtype = problem.n, problem.batch, np.dtype(problem.dtype)
     form = int(preferred_form(problem))
     plan = _plan(problem, form, dtype.itemsize)
@@ -155,14 +155,14 @@ def _set_blas() -> None:
 
 
 def workers_for(problem: Problem, count: int, passes: int) -> int:
-    """How many threads help with so many problems."""
+    """Return how many threads to take for so many problems."""
     if count <= 1:  # to count operations would take a good part of a small solve
         return 1
     return max(1, min(problem.backend.workers, count, int(count * passes * _operations(problem) / WORTH_A_THREAD)))
 
 
 def _operations(problem: Problem) -> float:
-    """About what a step takes for one problem."""
+    """Estimate the operations of a step of one problem."""
     n, linear = problem.n, problem.m + problem.p
     return min(n, linear or n) ** 3 / 3 + 8 * n * (n + linear) + 100 * (n + problem.rows)
 

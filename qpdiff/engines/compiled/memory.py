@@ -13,15 +13,15 @@ from contextlib import suppress
 import numpy as np
 
 SMALLEST, LARGEST = 2**16, 2**25
-"""Bytes of the arrays for which this is worth while, and which are not too large to be kept."""
-KEPT = 2**27
-"""Bytes that are kept at most."""
+"""Bytes of the arrays for which this is worth while, and which are not too large to be held."""
+HELD = 2**27
+"""Bytes of free memory that are held at most."""
 ALIGNMENT = 64
 """Bytes of a line of the cache: vectors that lie across two take twice as long to load."""
 
 
 class _Memory(np.ndarray):
-    """What is kept.
+    """Memory that is used again.
 
     The base of a view is what it is a view of, but to NumPy what that is a view of if it is an array like the first:
     it would pass over a block between an array and memory of the same kind.
@@ -29,7 +29,7 @@ class _Memory(np.ndarray):
 
 
 class _Block(np.ndarray):
-    """What an array and its views hold on to; when the last of them ends, the memory is free."""
+    """The owner of the memory of an array and its views; when the last of them ends, the memory is free."""
 
     memory: _Memory | None = None
     """Not there in views of a block, which are of this class too."""
@@ -38,7 +38,7 @@ class _Block(np.ndarray):
         if self.memory is not None:
             _free.append(self.memory)
             with suppress(IndexError):
-                while sum(memory.size for memory in list(_free)) > KEPT:
+                while sum(memory.size for memory in list(_free)) > HELD:
                     _free.popleft()
 
 
