@@ -1,7 +1,7 @@
 """A picture of a solve: how fast each problem converges and, in two variables, the way through the feasible set.
 
 The iterates are the states that the array engine's step takes a problem through: it is a function from state to state,
-so the history is had by keeping them.
+so the history is the list of them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .engines.array.loop import forms
-from .engines.array.start import begin
+from .engines.array.start import begin_closer
 from .engines.array.state import RUNNING, State, make_sub_batch
 from .engines.array.step import step
 from .engines.base import make_settings
@@ -23,7 +23,7 @@ except ImportError as error:
     raise ImportError("qpdiff.show needs Matplotlib: pip install 'qpdiff[plot]'") from error
 
 CURVES, PLANES = 8, 4
-"""Problems of a batch that are drawn: as curves of convergence, and in the plane."""
+"""Numbers of problems of a batch that are drawn: as curves of convergence, and in the plane."""
 QUANTITIES = {"primal": "primal residual", "dual": "dual residual", "gap": "duality gap", "mu": "complementarity μ"}
 """The fields of a state that are drawn, and their names."""
 
@@ -84,7 +84,7 @@ def history(problem: Problem) -> list[State]:
     settings = make_settings(problem)
     with problem.backend.no_grad():
         ((form, _),) = forms(problem)
-        sub, state, _ = begin(make_sub_batch(form, settings))
+        sub, state, _ = begin_closer(make_sub_batch(form, settings))
         states = [state]
         while state.status.item() == RUNNING:
             state, _ = step(sub, state, refine=state.refine.item(), may_revert=state.within_tolerance.item())
@@ -95,7 +95,7 @@ def history(problem: Problem) -> list[State]:
 
 
 def path(states: list[State]) -> np.ndarray:
-    """Return the iterates x (·, n), without the ray that is in place of the last where the cost is unbounded."""
+    """Return the iterates x (·, n), without the ray that takes the place of the last where the cost falls without end."""
     ends_in_ray = states[-1].status.item() == Status.DUAL_INFEASIBLE
     return np.concat([state.x for state in states])[: len(states) - ends_in_ray]
 
@@ -116,7 +116,7 @@ def draw_plane(axes, problem: Problem, points: np.ndarray) -> None:
 
 
 def around(points: np.ndarray) -> np.ndarray:
-    """Return the lower and upper corner, (2, 2), of a square with all points in its middle; around 0 without points."""
+    """Return the lower and upper corner, (2, 2), of a square with all points in its middle; around 0 where there are none."""
     if not len(points):
         return np.array([[-1.0, -1.0], [1.0, 1.0]])
     middle = (points.min(axis=0) + points.max(axis=0)) / 2
@@ -147,12 +147,12 @@ def cut(corners: np.ndarray, normal: np.ndarray, limit: float) -> np.ndarray:
         return corners
     excess = corners @ normal - limit
     inside = excess <= 1e-12 * (np.abs(corners) @ np.abs(normal) + np.abs(limit))
-    corners_left = []
+    kept = []
     for i in range(len(corners)):
         j = (i + 1) % len(corners)
         if inside[i]:
-            corners_left.append(corners[i])
+            kept.append(corners[i])
         if inside[i] != inside[j] and excess[i] != excess[j]:
             share = np.clip(excess[i] / (excess[i] - excess[j]), 0.0, 1.0)
-            corners_left.append(corners[i] + share * (corners[j] - corners[i]))
-    return np.array(corners_left).reshape(-1, 2)
+            kept.append(corners[i] + share * (corners[j] - corners[i]))
+    return np.array(kept).reshape(-1, 2)

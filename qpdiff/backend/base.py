@@ -32,7 +32,7 @@ class Backend:
     workers = 1
     """Chunks that are worked on at the same time."""
     traced = False
-    """True if operations may be traced and compiled, so that no number may decide what comes next."""
+    """True where operations on arrays may be traced and compiled, so that no number decides what comes next."""
 
     def __init__(self, xp, device=None):
         self.xp = xp

@@ -1,7 +1,7 @@
-"""What engines take and give.
+"""The contract of the engines: what they take and what they return.
 
-An engine is a module with two functions, `Engine`. It gives the outcome of every problem and an object that solves the
-KKT system at the solutions, `Factors`, which is all that the derivative asks of it.
+An engine is a module with two functions, `Engine`. It returns the outcome of every problem, and an object that
+solves the KKT system at the solutions, `Factors`, which is all that the derivative asks of it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class Settings(NamedTuple):
     tol: float
     rtol: float
     absolute: bool
-    """Whether residuals are measured in the caller's units, else in those of the scaled problem (`Units`)."""
+    """True: residuals are measured in the caller's units; False: in those of the scaled problem (`Units`)."""
     max_iterations: int
     rho: float
     delta: float
     smallest: float
     """Lower limit of ρ and δ."""
     certificate: float
-    """How large |kᵀv| must be against ‖Kᵀv‖∞ to prove infeasibility (likewise for unboundedness); 1% of it is enough
-    where the iteration ends without a solution."""
+    """The ratio of |kᵀv| to ‖Kᵀv‖∞ that proves infeasibility (likewise for unboundedness); 1% of it is enough where
+    the iteration ends without a solution."""
     tiny: float
 
 
@@ -54,7 +54,7 @@ def _settings(P: Parameters, tol, rtol, max_iterations: int) -> Settings:
 
 
 class StartingPoint(NamedTuple):
-    """Where to start: variables and multipliers of all rows, and which problems they are fit for; (B or 1, ·)."""
+    """A warm start: variables, multipliers of all constraints, and a mask of where they can be used; (B or 1, ·)."""
 
     x: Any
     v: Any
@@ -62,13 +62,13 @@ class StartingPoint(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How the problems of a batch have ended; residuals are in the caller's units, scalars have shape (B, 1)."""
+    """The results for the problems of a batch; residuals are in the caller's units, scalars have shape (B, 1)."""
 
     x: Any
     v: Any
-    """Multipliers of all rows."""
+    """Multipliers of all constraints."""
     s: Any
-    """Slack of all rows, 0 where the row is no inequality."""
+    """Slack of all constraints, 0 where the constraint is no inequality."""
     status: Any
     iterations: Any
     objective: Any
@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
 
 
 class Linearization(NamedTuple):
-    """What `qpdiff.differentiation` finds in a solution."""
+    """The problem, its solution and the factors there, of which `qpdiff.differentiation` makes the derivative."""
 
     problem: Problem
     factors: Factors
@@ -89,10 +89,10 @@ class Linearization(NamedTuple):
 
 
 class Factors(Protocol):
-    """What an engine keeps of a batch to solve the KKT system at its solutions; it can be pickled."""
+    """The factors that an engine saves of a batch to solve the KKT system at its solutions; they can be pickled."""
 
     def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool) -> tuple[Any, Any, dict[str, Any]]:
-        """Solve for right-hand sides (B, n) and (B, rows).
+        """Solve for right-hand sides (B, n) and (B, constraints).
 
         Problems that are not SOLVED get the number `fill`.
 

@@ -1,4 +1,4 @@
-"""Choose the engine: the compiled one where it can solve, else the array engine."""
+"""The choice of the engine: the compiled one where it can solve the problems, else the array engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 @cache
 def compiled_engine():
-    """Return the module of the compiled engine, or None, and why."""
+    """Return the module of the compiled engine, or None, and the reason."""
     try:
         compiled = importlib.import_module(".compiled", __package__)
     except ImportError as error:

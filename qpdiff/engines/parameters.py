@@ -30,7 +30,7 @@ class Parameters:
     smallest: float = 1e-10
     """Lower limit of both."""
     certificate: float = 1e8
-    """How large |kᵀv| must be against ‖Kᵀv‖∞ to prove infeasibility, likewise for unboundedness."""
+    """The ratio of |kᵀv| to ‖Kᵀv‖∞ that proves infeasibility, likewise for unboundedness."""
     tiny: float = 1e-200
     """Added to μ before it divides; lower limit of slacks and multipliers."""
 
@@ -43,9 +43,9 @@ class Parameters:
     """Limit on the squares of D and E against those that they begin with, for rows and columns of nothing but rounding.
     """
     row_rounding: float = 1e-13
-    """What rounding leaves of the rows of the scaled problem, relative to the largest variable there."""
+    """Rounding error of the constraints of the scaled problem, relative to the largest variable there."""
     uncertainty: float = 100.0
-    """How much further than the largest curvature says x may go where other curvatures are smaller."""
+    """Times further than the largest curvature says that x may go where other curvatures are smaller."""
     loose: float = 10.0
     """A right-hand side this many times as far away as x is likely to go is that of a bound which means none."""
 
@@ -65,11 +65,11 @@ class Parameters:
     smaller_cost: float = 1e-5
     """The fraction of the cost."""
     closer: float = 0.8
-    """How much smaller than that of the ordinary start its primal residual has to be."""
+    """It takes the place of the ordinary start where its primal residual is less than this share of that one's,"""
     less_multipliers: float = 0.1
-    """And its ratio of the multipliers."""
+    """and its ratio of multipliers to variables less than this share."""
     warm_centrality: float = 0.1
-    """μ of a start near another solution, against what that leaves of the residuals."""
+    """μ of a warm start against the residuals that the other solution leaves."""
 
     # ---- steps
     step_fraction: float = 0.995
@@ -87,13 +87,13 @@ class Parameters:
     delta_floor: float = 1e-4
     """then it falls to the ordinary limit times this."""
     fast_rate: float = 0.9
-    """How fast δ falls there, and ρ and δ where there is no inequality and so no complementarity."""
+    """Rate at which δ falls there, and ρ and δ where there is no inequality and so no complementarity."""
     failure_growth: float = 100.0
-    """What ρ and δ are multiplied by after a step that could not be computed."""
+    """Factor on ρ and δ after a step that could not be computed."""
 
     # ---- status
     solved_share: float = 0.1
-    """Share of the tolerance that the iteration goes on to, where it still gets somewhere."""
+    """Share of the tolerance that the iteration goes on to, while it makes progress."""
     worthwhile: float = 0.5
     """A step from a point within the tolerance is worth it where it leaves less than this share of the residuals."""
     improvement: float = 0.9
@@ -112,21 +112,21 @@ class Parameters:
     gap_rounding: float = 1e-4
     """Share of the rounding error of the duality gap that counts towards the gap."""
     product_rounding: float = 1e-13
-    """What products that are carried along in the dual space may be off by, relative to their terms."""
+    """Assumed error of products updated by recurrence in the dual space, relative to their terms."""
     certificate_rounding: float = 1e-8
     """A fall of the cost along a direction is rounding where it is so small against its terms."""
     late_certificate: float = 0.01
     """Share of `certificate` that is enough where the iteration ends without a solution."""
     ray_violation: float = 1e-4
-    """How far the constraints may be violated, against their right-hand sides, for a direction to prove that the cost
-    has no lower limit.
+    """Violation of the constraints, against their right-hand sides, up to which a direction may prove that the cost is
+    unbounded below.
     """
 
     # ---- the derivative: the KKT system at the solution, where θ = s/z tends to 0 or to infinity
     nearly_active: float = 1.0
     """Constraints whose θ is less in the scaled problem count as nearly active; others are eliminated by theirs."""
     derivative_rounds: int = 3
-    """Rounds of refinement with what the solve has kept: where more are needed, a factor of its own is better."""
+    """Rounds of refinement with the last factor of the solve: where more are needed, a new factor is better."""
     refined: float = EPS**0.625
     """Residual of a refined solution, against its right-hand side,"""
     refined_moved: float = 10.0
@@ -136,13 +136,13 @@ class Parameters:
     well_refined: float = 0.1
     """where it is this share of `refined`."""
     factor_residual: float = 0.1 * EPS**0.5
-    """The last factor has done where it leaves no more than this of the right-hand side,"""
+    """The last factor is accurate enough where it leaves no more than this of the right-hand side,"""
     factor_moved: float = EPS**0.5
     """and a next correction is no more than this of the solution."""
     inactive: float = 1e8
     """The dense dual form need not factor constraints whose θ is so many times their entry of K Q⁻¹ Kᵀ."""
     least_theta: float = 1e-10
-    """What their θ are raised to in the scaled problem, lest dependent constraints leave its matrix singular."""
+    """Lower limit on their θ in the scaled problem, lest dependent constraints leave its matrix singular."""
     derivative_accuracy: float = 1e-5
     """A correction of a solution by this share is the last; the next one would be as much smaller again."""
     afresh_smallest: float = 1e-6
@@ -155,7 +155,7 @@ class Parameters:
     afresh_rho: float = 1e-9
     """Primal regularisation of such a factor to begin with."""
     afresh_growth: float = 100.0
-    """What it is multiplied by where the matrix is not definite,"""
+    """Factor on it where the matrix is not definite,"""
     afresh_attempts: int = 4
     """with so many attempts."""
     afresh_rounds: int = 12
@@ -172,5 +172,5 @@ SINGLE = replace(
 
 
 def parameters(problem) -> Parameters:
-    """Return the parameters for the type that problems are computed in."""
+    """Return the numbers for the type that problems are computed in."""
     return SINGLE if problem.dtype == problem.backend.xp.float32 else DOUBLE

@@ -19,14 +19,14 @@ class Ended(NamedTuple):
 
 
 class SavedFactor(NamedTuple):
-    """What the derivative needs of problems that were solved by one form: all of them, or those that ended together."""
+    """Factor and scaling of problems that were solved by one form: of all of them, or of those that ended together."""
 
     index: Any
     """Their positions in the whole batch, or a slice of it."""
     form: type | None
     """The class of the reduced form that solved them; None where nothing of it is saved."""
     constants: Any
-    """Those of that form."""
+    """The constants of that form."""
     factor: Any
     """The last factor of the reduced KKT matrix, or None."""
     scaling: Scaling

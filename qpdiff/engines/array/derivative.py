@@ -131,7 +131,7 @@ def _replace_inaccurate(problem: Problem, at: Point, solution, accurate):
     )
 
 
-def nearly_active(problem: Problem, at: Point):
+def is_nearly_active(problem: Problem, at: Point):
     """Return which constraints are nearly active, (B, constraints): equalities, and inequalities with a small θ."""
     scaled = at.theta * at.scaling.E**2
     return problem.equality | (problem.inequality & (scaled < DOUBLE.nearly_active))
@@ -157,7 +157,7 @@ def solve_with_inexact_factor(form, factor, at: Point, rounds: int):
     """
     problem, xp = form.problem, form.problem.backend.xp
     diagonals = Diagonals(at.theta, xp.zeros_like(at.r_x), xp.zeros_like(at.theta))
-    weights, zero, active = 1.0 / (at.theta + diagonals.delta), xp.zeros_like(at.r_v), nearly_active(problem, at)
+    weights, zero, active = 1.0 / (at.theta + diagonals.delta), xp.zeros_like(at.r_v), is_nearly_active(problem, at)
     D, E, *_ = at.scaling
 
     def size(a_x, a_v, x_scale, v_scale):

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from ...problem import product, product_transposed, take
 from ..parameters import DOUBLE
+from . import status
 from .start import center_start, first_diagonals, make_origin, mean
 from .state import RUNNING, Residuals, State, SubBatch, choose, scaled_size
-from .status import accept_or_revert, allowed, assess, farkas_certificate, per_gap_unit, progress
+from .status import accept_or_revert, allowed, farkas_certificate, per_gap_unit, progress
 from .step import Step, corrector_rhs, negligible, take_step, update_regularization
 
 COPY_BYTES = 2**15
@@ -51,7 +52,7 @@ class ImplicitX(NamedTuple):
     expected: Any
     """r_v after a step whose linear solve is without error; NaN where there was none."""
     negligible: Any
-    """How far r_v may be from that without refinement."""
+    """Distance of r_v from that up to which no refinement is needed."""
 
 
 class DualSystem:
@@ -79,7 +80,7 @@ class DualSystem:
 
 
 def begin(sub: SubBatch):
-    """Start in the ordinary way as `start.begin` does, without a factor: the derivative makes another."""
+    """Start in the ordinary way as `start.begin_closer` does, without a factor: the derivative makes another."""
     problem, form, backend = sub.problem, sub.form, sub.problem.backend
     xp, origin = backend.xp, anchor(sub, make_origin(sub))
     known = origin.implicit_x
@@ -97,7 +98,7 @@ def begin(sub: SubBatch):
         qx=xp.where(computed, backend.dot(known.t, dv) - known.rr, 0.0),
     )  # fmt: skip
     state = origin._replace(v=v, s=s, mu=mu, Kx=Kx, r_v=problem.k - Kx - s, implicit_x=known)
-    return sub, assess_in_dual_space(sub, origin, state, computed, may_revert=False), None
+    return sub, assess(sub, origin, state, computed, may_revert=False), None
 
 
 def anchor(sub: SubBatch, state: State) -> State:
@@ -137,7 +138,7 @@ def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
         moved = choose(xp, computed, moved, state._replace(implicit_x=unknown))
     moved = moved._replace(iterations=state.iterations + 1, refine=~constraints_are_accurate(sub, moved))
     moved = update_regularization(sub, made, state, moved)
-    moved = assess_in_dual_space(sub, state, moved, computed, may_revert=may_revert)
+    moved = assess(sub, state, moved, computed, may_revert=may_revert)
     return choose(xp, state.status != RUNNING, state, moved) if may_revert else moved, None
 
 
@@ -161,7 +162,7 @@ def update(sub: SubBatch, made: Step, state: State, dv, Sdv):
     )
 
 
-def assess_in_dual_space(sub: SubBatch, before: State, state: State, computed, *, may_revert: bool) -> State:
+def assess(sub: SubBatch, before: State, state: State, computed, *, may_revert: bool) -> State:
     """Decide how problems stand: without x, and with x formed where that is not enough to go on."""
     running = before.status == RUNNING
     known, enough = assess_without_x(sub, before, state)
@@ -228,7 +229,7 @@ def assess_few_with_x(sub: SubBatch, before: State, state: State, wanted, count:
 
 def assess_with_x(sub: SubBatch, before: State, state: State, *, may_revert: bool) -> State:
     """Form x, compute all residuals, decide how problems stand, and begin the recurrences there."""
-    formed = assess(sub, state._replace(x=form_x(sub, state)), before)
+    formed = status.assess(sub, state._replace(x=form_x(sub, state)), before)
     formed = formed._replace(refine=~constraints_are_accurate(sub, formed))
     return anchor(sub, accept_or_revert(sub, before, formed) if may_revert else formed)
 

@@ -14,8 +14,8 @@ from .loop import forms, iterate
 from .state import make_sub_batch
 from .traced import solve_traced
 
-LARGE = 2**16
-"""Bytes in work from which on arrays may be so large that malloc asks the system for each of them."""
+MMAP_BYTES = 2**16
+"""Size of the working set from which on malloc may ask the system for each array."""
 
 
 def refusal(problem: Problem, verbose: bool) -> str | None:
@@ -30,7 +30,7 @@ def solve(
     xp, backend = problem.backend.xp, problem.backend
     # The dense dual form finds out by itself whether Q is definite; problems that it leaves to others are checked then.
     later = prefers_dense(problem) and not backend.traced
-    if problem.batch * problem.bytes_per_problem >= LARGE:
+    if problem.batch * problem.bytes_per_problem >= MMAP_BYTES:
         backend.reuse_freed_memory()
     if check and problem.batch:
         check_values(problem, convexity=not later)

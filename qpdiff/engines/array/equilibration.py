@@ -21,11 +21,11 @@ class Scaling(NamedTuple):
     E: Any
     """(B or 1, constraints)."""
     primal: Any
-    """What the scaled primal residual E(Kx + s − k) is measured in, (B or 1, 1)."""
+    """The unit of the scaled primal residual E(Kx + s − k), (B or 1, 1)."""
     dual: Any
-    """What the scaled dual residual D(Qx + q + Kᵀv) is measured in, (B or 1, 1)."""
+    """The unit of the scaled dual residual D(Qx + q + Kᵀv), (B or 1, 1)."""
     reach: Any
-    """How far x/D is likely to go at most, infinite where nothing is known of it, (B or 1, 1)."""
+    """The largest distance from 0 that x/D is likely to go, infinite where nothing is known of it, (B or 1, 1)."""
 
 
 def equilibrate(problem: Problem) -> Scaling:
@@ -54,10 +54,9 @@ def equilibrate(problem: Problem) -> Scaling:
         return E, k, q, measure_residual_units(problem, k, q, curvature, balanced.least_curvature)
 
     E, k, q, units = scaled(rows, D)
-    times = enlargement_of_flat(backend, balanced, q, curvature * units[0])
-    if not backend.known_all_false(times > 1.0):
-        D = xp.where(balanced.flat, times * D, D)
-        rows = [xp.where(touched, e / times, e) for e, touched in zip(rows, balanced.touched, strict=True)]
+    enlarged = enlarge_flat(backend, balanced, q, curvature * units[0])
+    if enlarged is not None:
+        D, rows = enlarged
         E, k, q, units = scaled(rows, D)
     primal, dual, reach = units
     if boxed:
@@ -78,16 +77,20 @@ def balance_cost(backend, scaling: Scaling, curvature, k, q) -> Scaling:
     return scale_cost(scaling, xp.where(flat, mean_size(backend, k) / xp.where(slope > 0, slope, 1.0), 1.0))
 
 
-def enlargement_of_flat(backend, balanced: Balance, q, curved):
-    """Find what to multiply the scales of variables without curvature by, (B or 1, 1), where others have some.
+def enlarge_flat(backend, balanced: Balance, q, curved):
+    """Enlarge the scales of variables without curvature, where others have some; return D, and E of A and of G.
 
     The matrices leave open how large these variables and their linear cost are against the others: the cost should not
-    be small against curvature times the size of x.
+    be small against curvature times the size of x, which is `curved`. None: that is so.
     """
     xp = backend.xp
     slope = backend.norm(xp.where(balanced.flat, q, 0.0))
     small = (slope > 0) & (curved > slope)
-    return xp.where(small, xp.sqrt(xp.where(small, curved, 1.0) / xp.where(small, slope, 1.0)), 1.0)
+    times = xp.where(small, xp.sqrt(xp.where(small, curved, 1.0) / xp.where(small, slope, 1.0)), 1.0)
+    if backend.known_all_false(times > 1.0):
+        return None
+    E = [xp.where(touched, e / times, e) for e, touched in zip(balanced.E, balanced.touched, strict=True)]
+    return xp.where(balanced.flat, times * balanced.D, balanced.D), E
 
 
 def mean_size(backend, k):
@@ -146,15 +149,15 @@ class Balance(NamedTuple):
     D: Any
     """(B or 1, n)."""
     E: list
-    """Those of the rows of A, and of G, where they are given."""
+    """E of the rows of A, and of G, where they are given."""
     filled: list
-    """Which of these rows have an entry that is not 0."""
+    """Masks of the rows that have an entry that is not 0."""
     touched: list
-    """Which have one at a variable without curvature."""
+    """Masks of the rows that have one at a variable without curvature."""
     flat: Any
-    """Which variables have none, (B or 1, n)."""
+    """Mask of the variables without curvature, (B or 1, n)."""
     occupied: Any
-    """Which variables are in Q or in a row of A and G, (B or 1, n)."""
+    """Mask of the variables that are in Q or in a row of A and G, (B or 1, n)."""
     curvature: Any
     """The largest length of a row of DQD, (B or 1, 1)."""
     least_curvature: Any

@@ -7,7 +7,7 @@ from ..base import StartingPoint
 from . import dual_space
 from .batch import Ended, SavedFactor, in_batch, outcome_of, save_factor, take_all
 from .reduced_forms import PrimalForm, choose_form
-from .start import begin, begin_again, begin_warm
+from .start import begin_again, begin_closer, begin_warm
 from .state import RUNNING, State, SubBatch, choose
 from .step import step
 
@@ -58,7 +58,7 @@ def iterate(
     sub, index = sub_batches.pop()
     xp, backend = sub.problem.backend.xp, sub.problem.backend
     point = None if warm is None else take(xp, warm, index)
-    start, advance = (dual_space.begin, dual_space.step) if in_dual_space(sub) else (begin, step)
+    start, advance = (dual_space.begin, dual_space.step) if in_dual_space(sub) else (begin_closer, step)
     sub, state, factor = start(sub)
     ordinary = None
     if point is not None:

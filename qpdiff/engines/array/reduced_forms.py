@@ -23,7 +23,7 @@ class PrimalForm:
     """The primal reduced KKT system: n × n, for any Q and any constraints."""
 
     skips_rho = False
-    """Whether Q alone is safely positive definite, so that the system has no ρ."""
+    """True where Q alone is safely positive definite, so that the system has no ρ."""
 
     def __init__(self, problem: Problem, constants=None):
         self.problem = problem

@@ -11,8 +11,8 @@ from .state import RUNNING, Residuals, State, SubBatch, choose
 from .status import assess
 
 
-def begin(sub: SubBatch):
-    """Start in the ordinary way, for a fraction of the cost where that is closer to feasible.
+def begin_closer(sub: SubBatch):
+    """Start in the ordinary way, or for a fraction of the cost where that is closer to feasible.
 
     Where the multipliers of equalities are large because of the cost, as in optimal control of an unstable plant, the
     ordinary starting point is far from feasible; one for a fraction of the cost takes its place if it is closer.
@@ -26,7 +26,7 @@ def begin(sub: SubBatch):
     factor
         The factor that it was made with.
     """
-    state, factor = starting_point(sub)
+    state, factor = begin(sub)
     problem, backend = sub.problem, sub.problem.backend
     xp = backend.xp
     # In float32 the regularisation, which a smaller cost makes larger against it, would outweigh it.
@@ -37,7 +37,7 @@ def begin(sub: SubBatch):
     if backend.known_all_false(large):
         return sub, state, factor
     other = sub._replace(scaling=scale_cost(sub.scaling, xp.where(large, DOUBLE.smaller_cost, one)))
-    smaller, factor = starting_point(other)
+    smaller, factor = begin(other)
     closer = large & (smaller.primal < DOUBLE.closer * state.primal)
     closer = closer & (multiplier_ratio(other, smaller) < DOUBLE.less_multipliers * ratio)
     sub = sub._replace(scaling=scale_cost(sub.scaling, xp.where(closer, DOUBLE.smaller_cost, one)))
@@ -52,18 +52,24 @@ def multiplier_ratio(sub: SubBatch, state: State):
     return v / backend.xp.where(x > 0, x, 1.0)
 
 
-def starting_point(sub: SubBatch):
+def begin(sub: SubBatch):
+    """Start in the ordinary way; return the state and the factor that the starting point was made with."""
+    origin = make_origin(sub)
+    state, factor = starting_point(sub, origin)
+    return assess(sub, state, origin), factor
+
+
+def starting_point(sub: SubBatch, origin: State):
     """Solve with θ = 1 in the scaled constraints and center the solution (PIQP); return the state and the factor."""
     backend = sub.problem.backend
-    xp, origin = backend.xp, make_origin(sub)
+    xp = backend.xp
     diagonals = first_diagonals(sub, origin)
     factor, factor_ok = sub.form.factor(diagonals)
     right = origin.r_x, sub.form.eliminate(factor, origin.r_x), origin.r_v
     x, v = solve_refined(sub.form, diagonals, factor, right, origin.refine)
     computed = factor_ok & backend.all_finite(x) & backend.all_finite(v)
     v, s, mu = center_start(sub, diagonals.theta, xp.where(computed, v, origin.v))
-    state = origin._replace(x=xp.where(computed, x, origin.x), v=v, s=s, mu=mu)
-    return assess(sub, state, origin), factor
+    return origin._replace(x=xp.where(computed, x, origin.x), v=v, s=s, mu=mu), factor
 
 
 def make_origin(sub: SubBatch) -> State:

@@ -39,13 +39,13 @@ class State(NamedTuple):
     dual: Any
     gap: Any
     within_tolerance: Any
-    """Whether the iterate passes the stopping test."""
+    """Mask of the problems whose iterate passes the stopping test."""
     worst: Any
     """Largest of the three residuals."""
     best: Residuals
     """The smallest of each so far."""
     refine: Any
-    """Whether the last linear solve was so inaccurate that the next one gets a round of refinement."""
+    """Mask of the problems whose last linear solve was so inaccurate that the next one gets a round of refinement."""
     certificate: Any
     """The largest ratio of the iterates so far that may prove infeasibility or unboundedness."""
     without_progress: Any
@@ -86,7 +86,7 @@ class Sizes(NamedTuple):
     """Numbers of each problem's data, (B or 1, 1)."""
 
     inequalities: Any
-    """How many there are, at least 1."""
+    """The number of inequalities, at least 1."""
     q: Any
     """The largest |q| in the units of the tolerance."""
     scaled_k: Any
@@ -94,7 +94,7 @@ class Sizes(NamedTuple):
     scaled_q: Any
     """The largest |q| in the scaled problem, at least what the dual residual is measured in."""
     least_rate: Any
-    """How fast ρ and δ shrink at least: by themselves where there is no inequality and so no complementarity."""
+    """The least rate at which ρ and δ shrink: by themselves where there is no inequality and so no complementarity."""
 
 
 class SubBatch(NamedTuple):
@@ -116,7 +116,7 @@ class SubBatch(NamedTuple):
 
     @property
     def launch_bound(self) -> bool:
-        """Whether so little is in work that the number of calls decides the time."""
+        """Return whether so little is in work that the number of calls decides the time."""
         return self.problem.batch * self.problem.bytes_per_problem < self.problem.backend.launch_bound_bytes
 
     def select(self, index) -> SubBatch:

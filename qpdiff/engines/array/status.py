@@ -1,4 +1,4 @@
-"""How problems stand: residuals, the stopping test, certificates, progress, and whether the last step is accepted."""
+"""The status of problems: residuals, the stopping test, certificates, progress, acceptance of the last step."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ class Direction(NamedTuple):
     """The fall against what the direction leaves; 0 where it proves nothing."""
     direction: Any
     fall: Any
-    """How far the linear cost falls along it."""
+    """The fall of the linear cost along it."""
 
 
 def descent_direction(sub: SubBatch, x, products: Products, previous: State, dual) -> Direction:

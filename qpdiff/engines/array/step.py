@@ -67,7 +67,7 @@ class Step(NamedTuple):
     alpha_z: Any
     """Step length for v."""
     computed: Any
-    """Whether it could be computed."""
+    """Mask of the problems for which it could be computed."""
     by_delta: Any
     """The share of the residual of the constraints that δ leaves: α_s δ dv in the caller's units."""
 

@@ -9,7 +9,7 @@ from ..base import Settings, StartingPoint
 from .batch import outcome_of, saves_factor
 from .equilibration import equilibrate
 from .reduced_forms import PrimalForm, choose_traced_form
-from .start import begin, begin_again, begin_warm
+from .start import begin_again, begin_closer, begin_warm
 from .state import RUNNING, choose, make_sub_batch
 from .step import step
 
@@ -30,7 +30,7 @@ def _run_traced(operands, warm: StartingPoint | None, layout: Layout, settings: 
     _ = problem.k  # cached by the problem, so it has to be made here, where all branches and loops may use it
 
     def run(form):
-        sub, state, factor = begin(make_sub_batch(form, settings))
+        sub, state, factor = begin_closer(make_sub_batch(form, settings))
         ordinary = None
         if warm is not None:
             ordinary, (state, usable) = state, begin_warm(sub, warm, state)
