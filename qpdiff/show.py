@@ -95,7 +95,7 @@ def history(problem: Problem) -> list[State]:
 
 
 def path(states: list[State]) -> np.ndarray:
-    """Return the iterates x (·, n), without the ray that takes the place of the last where the cost falls without end."""
+    """Return the iterates x (·, n), without the ray that is in place of the last where the cost is unbounded."""
     ends_in_ray = states[-1].status.item() == Status.DUAL_INFEASIBLE
     return np.concat([state.x for state in states])[: len(states) - ends_in_ray]
 
@@ -116,7 +116,7 @@ def draw_plane(axes, problem: Problem, points: np.ndarray) -> None:
 
 
 def around(points: np.ndarray) -> np.ndarray:
-    """Return the lower and upper corner, (2, 2), of a square with all points in its middle; around 0 where there are none."""
+    """Return the lower and upper corner, (2, 2), of a square with all points in its middle; around 0 without points."""
     if not len(points):
         return np.array([[-1.0, -1.0], [1.0, 1.0]])
     middle = (points.min(axis=0) + points.max(axis=0)) / 2
@@ -147,12 +147,12 @@ def cut(corners: np.ndarray, normal: np.ndarray, limit: float) -> np.ndarray:
         return corners
     excess = corners @ normal - limit
     inside = excess <= 1e-12 * (np.abs(corners) @ np.abs(normal) + np.abs(limit))
-    kept = []
+    corners_left = []
     for i in range(len(corners)):
         j = (i + 1) % len(corners)
         if inside[i]:
-            kept.append(corners[i])
+            corners_left.append(corners[i])
         if inside[i] != inside[j] and excess[i] != excess[j]:
             share = np.clip(excess[i] / (excess[i] - excess[j]), 0.0, 1.0)
-            kept.append(corners[i] + share * (corners[j] - corners[i]))
-    return np.array(kept).reshape(-1, 2)
+            corners_left.append(corners[i] + share * (corners[j] - corners[i]))
+    return np.array(corners_left).reshape(-1, 2)

@@ -137,33 +137,35 @@ def assess(sub: SubBatch, state: State, previous: State) -> State:
     unbounded = descent_direction(sub, x, products, previous, found.dual)
     certificate = xp.maximum(infeasible.ratio, unbounded.ratio)
     without_progress, best = progress(sub, state, found, certificate)
-    status = decide_status(sub, state, without_progress, within, worst, infeasible, unbounded, violation)
+    state = state._replace(
+        Qx=products.Qx, Kx=products.Kx, objective=0.5 * terms.xQx + terms.qx, absolute=absolute, primal=found.primal,
+        dual=found.dual, gap=found.gap, within_tolerance=within, worst=worst, best=best,
+        certificate=xp.maximum(certificate, state.certificate), without_progress=without_progress,
+    )  # fmt: skip
+    status = decide_status(sub, state, infeasible.ratio, unbounded.ratio, violation)
     if status is None:
         status = backend.full(tuple(worst.shape), RUNNING, xp.int32)
     else:
         x = xp.where(status == int(Status.DUAL_INFEASIBLE), unbounded.direction / unbounded.fall, x)
         v = xp.where(status == int(Status.PRIMAL_INFEASIBLE), infeasible.direction / infeasible.fall, v)
     x, v, r_x, r_v = (cast(xp, a, sub.problem.dtype) for a in (x, v, products.r_x, products.r_v))
-    return state._replace(
-        x=x, v=v, r_x=r_x, r_v=r_v, Qx=products.Qx, Kx=products.Kx, objective=0.5 * terms.xQx + terms.qx,
-        absolute=absolute, primal=found.primal, dual=found.dual, gap=found.gap, within_tolerance=within, worst=worst,
-        best=best, certificate=xp.maximum(certificate, state.certificate), without_progress=without_progress,
-        status=status,
-    )  # fmt: skip
+    return state._replace(x=x, v=v, r_x=r_x, r_v=r_v, status=status)
 
 
-def decide_status(
-    sub: SubBatch, state: State, without_progress, within, worst, infeasible: Direction, unbounded: Direction, violation
-):
-    """Return the status of each problem; None where all are known to go on."""
+def decide_status(sub: SubBatch, state: State, infeasible, unbounded, violation):
+    """Return the status of each problem; None where all are known to go on.
+
+    `infeasible` and `unbounded` are the ratios of the directions that may prove so, `violation` is that of the
+    constraints.
+    """
     backend, settings = sub.problem.backend, sub.settings
     xp = backend.xp
-    limit, patient = state.iterations >= state.limit, without_progress < DOUBLE.stalled_after
-    last = limit | ~patient
-    solved = within & ((worst <= DOUBLE.solved_share * settings.tol) | last)
+    limit, progressing = state.iterations >= state.limit, state.without_progress < DOUBLE.stalled_after
+    last = limit | ~progressing
+    solved = state.within_tolerance & ((state.worst <= DOUBLE.solved_share * settings.tol) | last)
     falls, contradicts = (
         (r > settings.certificate) | (last & (r > DOUBLE.late_certificate * settings.certificate))
-        for r in (unbounded.ratio, infeasible.ratio)
+        for r in (unbounded, infeasible)
     )
     if not backend.known_all_false(falls):
         feasible = backend.largest(sub.scaling.E * violation) <= DOUBLE.ray_violation * sub.sizes.scaled_k
@@ -172,7 +174,7 @@ def decide_status(
         return None
     status = backend.full(tuple(limit.shape), RUNNING, xp.int32)
     status = xp.where(limit, int(Status.MAX_ITERATIONS), status)
-    status = xp.where(patient, status, int(Status.STALLED))
+    status = xp.where(progressing, status, int(Status.STALLED))
     status = xp.where(falls, int(Status.DUAL_INFEASIBLE), status)
     status = xp.where(contradicts, int(Status.PRIMAL_INFEASIBLE), status)
     return xp.where(solved, int(Status.SOLVED), status)
