@@ -27,6 +27,7 @@ METHOD = {
 def pytest_addoption(parser):
     parser.addoption("--engine", choices=["auto", "array"], default="auto", help="array: as if it were all")
     parser.addoption("--require-gpu", action="store_true", help="fail without a GPU, where its tests would be skipped")
+    parser.addoption("--hard", metavar="DIR", help="a folder of hard problems, *.npz with an array for each operand")
 
 
 def pytest_report_header(config):

@@ -1,4 +1,4 @@
-"""The linear algebra of the compiled engine against plain loops: tests/engine/linalg_test.cpp, compiled here."""
+"""The linear algebra of the compiled engine against plain loops: linalg_test.cpp, compiled here."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import pytest
 from qpdiff.engines.choice import compiled_engine
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parent / "qpdiff" / "engines" / "compiled" / "src"
+SOURCES = HERE.parents[1] / "qpdiff" / "engines" / "compiled" / "src"
 COMPILER = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++"])), None)
 OPTIONS = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno", "-freciprocal-math"]
 """Those of CMakeLists.txt."""
@@ -30,7 +30,7 @@ def test_linear_algebra(level, tmp_path):
         pytest.skip("not for this processor")
     program = tmp_path / "linalg_test"
     machine = [f"-march=x86-64-v{level}"] if level else []
-    source = HERE / "engine" / "linalg_test.cpp"
+    source = HERE / "linalg_test.cpp"
     command = [COMPILER, "-std=c++20", "-O2", *OPTIONS, "-Wno-psabi", *machine, f"-I{SOURCES}", source, "-o", program]
     subprocess.run(command, check=True, timeout=300)
     done = subprocess.run([program], capture_output=True, text=True, timeout=300)

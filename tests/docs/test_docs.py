@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 name = attrgetter("name")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 RUN_ELSEWHERE = {"custom-autodiff.md", "scaling.md"}
 """Pages whose code has a test of its own, or needs a cluster."""

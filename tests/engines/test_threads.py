@@ -13,16 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from problems import optnet
 
 import qpdiff
 from qpdiff.backend import single_threaded_blas
 from qpdiff.backend.threads import THREADS
 from qpdiff.engines.choice import compiled_engine
 
-from .problems import optnet
-
 HERE = Path(__file__).parent
-SOURCES = HERE.parent / "qpdiff" / "engines" / "compiled" / "src"
+SOURCES = HERE.parents[1] / "qpdiff" / "engines" / "compiled" / "src"
 PYTHON_H = Path(sysconfig.get_path("include")) / "Python.h"
 COMPILER = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++"])), None)
 
@@ -269,6 +268,6 @@ def test_a_call_ends_with_fewer_threads_where_memory_is_short(tmp_path):
     # -Bsymbolic: its own operator new
     options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wl,-Bsymbolic"]
     folders = [f"-I{SOURCES}", f"-I{PYTHON_H.parent}"]
-    source = HERE / "engine" / "queue_test.cpp"
+    source = HERE / "queue_test.cpp"
     subprocess.run([COMPILER, *options, *folders, source, "-o", library], check=True, timeout=300)
     subprocess.run([sys.executable, "-P", "-c", QUEUE, library], check=True, timeout=100)

@@ -4,10 +4,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from problems import optnet
 
 import qpdiff
-
-from .problems import optnet
 
 
 def peak_over_data(operands):

@@ -22,7 +22,7 @@ from qpdiff import Status
 from qpdiff.problem import OPERANDS
 from qpdiff.validation import make_problem
 
-TABLE = Path(__file__).parents[1] / "docs" / "input.md"
+TABLE = Path(__file__).parents[2] / "docs" / "input.md"
 ROWS = dict(re.findall(r"^\| `([\w-]+)` \| .* \| (.*) \|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE))
 ERRORS = {"ValueError": ValueError, "TypeError": TypeError, "ImportError": ImportError}
 

@@ -4,10 +4,9 @@ import threading
 
 import numpy as np
 import pytest
+from problems import optnet
 
 import qpdiff
-
-from .problems import optnet
 
 memory = pytest.importorskip("qpdiff.engines.compiled.memory", exc_type=ImportError)
 

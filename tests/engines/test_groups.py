@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
+from problems import equality_beyond_bounds, infeasible, optnet, random_problem
 
 import qpdiff
-
-from .problems import equality_beyond_bounds, infeasible, optnet, random_problem
 
 engine = pytest.importorskip("qpdiff.engines.compiled.engine", exc_type=ImportError)
 ORDERS = np.arange(24), np.arange(24)[::-1]

@@ -12,7 +12,7 @@ from problems import apply
 
 import qpdiff
 
-PAGE = (Path(__file__).parent.parent / "docs" / "custom-autodiff.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "custom-autodiff.md").read_text(encoding="utf-8")
 TIGHT = {"tol": 1e-12, "rtol": 1e-13}
 STEP = 1e-5
 

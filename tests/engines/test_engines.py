@@ -10,13 +10,7 @@ import time
 
 import numpy as np
 import pytest
-
-import qpdiff
-from qpdiff.backend import NumPyBackend
-from qpdiff.backend.threads import THREADS
-from qpdiff.engines.choice import compiled_engine
-
-from .problems import (
+from problems import (
     documented_test,
     duplicated_variables,
     equality_beyond_bounds,
@@ -31,9 +25,13 @@ from .problems import (
     weakly_active,
 )
 
+import qpdiff
+from qpdiff.backend import NumPyBackend
+from qpdiff.backend.threads import THREADS
+from qpdiff.engines.choice import compiled_engine
+
 pytestmark = pytest.mark.skipif(compiled_engine()[0] is None, reason="the compiled engine was not built")
 VECTORS = ("x", "y", "z", "z_lb", "z_ub", "s")
-HARD = pathlib.Path(__file__).parents[2] / "shared" / "data" / "qp"
 
 
 def rng():
@@ -189,10 +187,13 @@ def test_warm_start(case):
     assert np.mean(compiled.iterations) < np.mean(starts[1].iterations)
 
 
-@pytest.mark.skipif(not HARD.exists(), reason="needs a folder of hard problems")
-def test_hard_problems():
+def test_hard_problems(request):
     """Each engine ends where the other does, but for problems that rounding decides."""
-    paths = sorted(HARD.glob("*.npz"))
+    folder = request.config.getoption("--hard")
+    if folder is None:
+        pytest.skip("needs a folder of hard problems: --hard DIR")
+    paths = sorted(pathlib.Path(folder).glob("*.npz"))
+    assert paths
     differ = []
     for path in paths:
         with np.load(path) as data:

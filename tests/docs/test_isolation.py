@@ -19,7 +19,7 @@ OPTIONAL = [
     "threadpoolctl", "torch", "typer",
 ]  # fmt: skip
 ADAPTERS = ["autograd", "torch", "jax", "dask", "cvxpy"]
-PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def run(code, **given):

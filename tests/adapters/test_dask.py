@@ -13,12 +13,11 @@ import dask
 import dask.array as da
 from dask.array.utils import assert_eq
 from dask.sizeof import sizeof
+from problems import kkt_residuals, random_problem
 
 import qpdiff
 import qpdiff.dask
 from qpdiff.backend.threads import THREADS
-
-from .problems import kkt_residuals, random_problem
 
 FIELDS = [field.name for field in dataclasses.fields(qpdiff.Solution) if field.name != "linearization"]
 PARTS = ["", "A", "G", "A G", "lb", "ub", "lb ub", "G lb", "A G lb ub"]
