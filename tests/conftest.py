@@ -1,4 +1,4 @@
-"""The `xp` fixture: one test, every array library that is installed. Hypothesis profiles."""
+"""Fixtures `xp` and `each_engine`, every array library and each engine for one test; Hypothesis profiles."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from qpdiff.engines.choice import compiled_engine
+
 # How many examples test_fuzz.py draws in all; HYPOTHESIS_PROFILE=more looks for rarer failures.
 settings.register_profile("ci", max_examples=5000, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("more", max_examples=200_000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+
 # XLA takes a third of the time to compile this way, and nearly all of the time of JAX's tests is that.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
-METHOD = {
-    "test_solver.py", "test_differentiation.py", "test_degenerate.py", "test_fuzz.py", "test_certificates.py",
-    "test_warm_start.py", "test_smoothing.py", "test_memory.py", "test_backends.py", "test_units.py",
-}  # fmt: skip
-"""What both engines must pass on NumPy."""
+LIBRARIES = ["numpy", "array-api-strict", "jax", "torch", "cupy", "torch-cuda"]
+ENGINES = ["compiled", "array"]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--engine", choices=["auto", "array"], default="auto", help="array: as if it were all")
     parser.addoption("--require-gpu", action="store_true", help="fail without a GPU, where its tests would be skipped")
     parser.addoption("--hard", metavar="DIR", help="a folder of hard problems, *.npz with an array for each operand")
 
@@ -42,24 +41,33 @@ def pytest_report_header(config):
         pytest.exit(f"--require-gpu: CuPy finds no GPU: {type(error).__name__}: {error}", returncode=1)
 
 
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("--engine") == "array":
-        chosen = [item for item in items if item.path.name in METHOD]
-        libraries = [i.callspec.params.get("xp", "numpy") if hasattr(i, "callspec") else "numpy" for i in chosen]
-        # The other libraries always use it.
-        items[:] = [item for item, library in zip(chosen, libraries, strict=True) if library == "numpy"]
+def pytest_generate_tests(metafunc):
+    """Run what takes `xp` with each array library and what takes `each_engine` with each engine.
+
+    Only NumPy's arrays have two engines: other libraries always use the array engine.
+    """
+    chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    wanted = [name for name in ("xp", "each_engine") if name in metafunc.fixturenames and name not in chosen]
+    if wanted == ["xp", "each_engine"]:
+        pairs = [("numpy", engine) for engine in ENGINES] + [(library, "array") for library in LIBRARIES[1:]]
+        ids = ["-".join(pair) if pair[0] == "numpy" else pair[0] for pair in pairs]
+        metafunc.parametrize(wanted, pairs, indirect=True, ids=ids)
+    elif wanted:
+        metafunc.parametrize(wanted[0], LIBRARIES if wanted == ["xp"] else ENGINES, indirect=True)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def engine(request):
-    """The engine that engine="auto" takes for NumPy arrays."""
-    if request.config.getoption("--engine") == "array":
+@pytest.fixture
+def each_engine(request):
+    """The engine that engine="auto" takes for NumPy arrays: the compiled one where it can, or always the array one."""
+    if request.param == "compiled":
+        if compiled_engine()[0] is None:
+            pytest.skip("the compiled engine was not built")
+        yield
+    else:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("qpdiff.engines.choice.compiled_engine", lambda: (None, "this is a test"))
             patch.setattr("qpdiff.backend.NumPyBackend.launch_bound_bytes", 0)  # as with large batches
             yield
-    else:
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,7 +176,7 @@ def transfers(strict, monkeypatch):
     return seen
 
 
-@pytest.fixture(params=["numpy", "array-api-strict", "jax", "torch", "cupy", "torch-cuda"])
+@pytest.fixture
 def xp(request):
     """An array library with `asarray` (from NumPy, onto its device) and `to_numpy`."""
     if request.param == "numpy":

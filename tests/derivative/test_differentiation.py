@@ -5,6 +5,8 @@ import pytest
 
 import qpdiff
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
 PARTS = [
     "Q q",

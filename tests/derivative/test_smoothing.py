@@ -5,6 +5,8 @@ import pytest
 
 import qpdiff
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 KINDS = ["", "A", "G", "lb", "ub", "A G", "A lb", "lb ub", "A G lb ub"]
 
 

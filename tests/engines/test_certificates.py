@@ -9,6 +9,8 @@ from problems import INFEASIBLE, apply, complete, infeasible, random_problem, un
 import qpdiff
 from qpdiff import Status
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 COSTS = ["pd", "psd", "lp", "diagonal"]
 SHAPES = [(1, 2, 1), (2, 4, 1), (3, 3, 1), (6, 5, 2), (10, 25, 3), (20, 10, 5)]  # n, m, p
 UNBOUNDED_PARTS = ["", "A", "G", "lb", "lb ub", "A G", "A G lb ub"]

@@ -34,6 +34,8 @@ from problems import (
 import qpdiff
 from qpdiff import Status
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
 TIGHT = {"tol": 1e-12, "rtol": 1e-12}
 SIZES = [2, 4, 7]

@@ -5,6 +5,7 @@ examples all tests of this file draw together.
 """
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import (
@@ -23,6 +24,8 @@ from problems import (
 
 import qpdiff
 from qpdiff import Status
+
+pytestmark = pytest.mark.usefixtures("each_engine")
 
 OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
 PARTS = ["", "A", "G", "lb", "ub", "lb ub", "A G", "A lb", "G ub", "A lb ub", "A G lb", "G lb ub", "A G lb ub"]

@@ -8,6 +8,8 @@ from problems import optnet
 
 import qpdiff
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 
 def peak_over_data(operands):
     # What is imported or compiled on first use does not count.

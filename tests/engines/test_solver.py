@@ -12,6 +12,8 @@ from problems import apply, complete, gap_rounding, kkt_residuals, optnet, rando
 import qpdiff
 from qpdiff import Status
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 PARTS = ["", "A", "G", "lb", "ub", "lb ub", "A G", "A lb", "G ub", "A G lb", "A G lb ub"]
 OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
 STRICT = {"tol": 1e-8, "rtol": 0.0}

@@ -9,6 +9,8 @@ from problems import optnet, random_problem
 import qpdiff
 from qpdiff import Status
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 quadprog = pytest.importorskip("quadprog")
 KINDS = {"cost": ("Q", "q"), "size": ("q", "h", "b", "lb", "ub"), "rows": ("G", "h", "A", "b")}
 """What is multiplied by a number in other units; in those of the size, x is too."""

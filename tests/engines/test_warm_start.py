@@ -7,6 +7,8 @@ from problems import INFEASIBLE, infeasible, kkt_residuals, random_problem, unbo
 import qpdiff
 from qpdiff import Status
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
 
 

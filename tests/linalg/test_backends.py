@@ -17,6 +17,7 @@ from qpdiff.problem import OPERANDS
 from qpdiff.validation import make_problem
 
 
+@pytest.mark.usefixtures("each_engine")
 def test_vjp_on_another_library(xp):
     operands = random_problem(np.random.default_rng(1), "A G lb ub")
     expected = qpdiff.vjp(qpdiff.solve_qp(**operands), x=np.ones((4, 6)))
@@ -136,6 +137,7 @@ def test_numbers_that_are_not_finite_stay_in_their_problem(number, where):
     np.testing.assert_allclose(y[others], np.linalg.solve(L, r[others, :, None])[:, :, 0], rtol=1e-9)
 
 
+@pytest.mark.usefixtures("each_engine")
 def test_the_backend_flag_moves_the_data(strict):
     operands = random_problem(np.random.default_rng(2), "A G")
     moved = qpdiff.solve_qp(**{name: strict.asarray(value) for name, value in operands.items()}, backend="numpy")
@@ -160,6 +162,7 @@ class TensorOnAGPU:
         return self.value
 
 
+@pytest.mark.usefixtures("each_engine")
 def test_the_backend_flag_moves_data_from_a_gpu():
     operands = random_problem(np.random.default_rng(2), "A G")
     moved = qpdiff.solve_qp(**{name: TensorOnAGPU(value) for name, value in operands.items()}, backend="numpy")
@@ -230,6 +233,7 @@ def test_any_thread_holds_blas_to_one_thread(blas_threads):
     assert {count for counts in seen for count in counts} == {1}
 
 
+@pytest.mark.usefixtures("each_engine")
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("seed", range(3))
 def test_float32_is_the_same_from_any_thread_with_any_number_for_blas(blas_threads, batch, seed):
