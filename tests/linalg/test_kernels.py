@@ -1,4 +1,4 @@
-"""The linear algebra of the compiled engine against plain loops: linalg_test.cpp, compiled here."""
+"""The linear algebra of the compiled engine, of each team: linalg_test.cpp, compiled here."""
 
 import os
 import platform
