@@ -1,9 +1,14 @@
-"""Fixtures `xp` and `each_engine`, every array library and each engine for one test; Hypothesis profiles."""
+"""Fixtures `xp` and `each_engine`, every array library and each engine for one test; Hypothesis profiles; XLA."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -17,8 +22,23 @@ settings.register_profile("more", max_examples=200_000, deadline=None, print_blo
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-# XLA takes a third of the time to compile this way, and nearly all of the time of JAX's tests is that.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+def compile_quickly():
+    """Let XLA compile with little effort, and each program once for all processes of a run.
+
+    Nearly all of the time of JAX's tests is compiling. What a run has compiled is kept in a folder of its own, as
+    workers of pytest-xdist have some programs in common, and `bounded_memory` forgets them.
+    """
+    flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    if version("jaxlib").startswith("0.10."):  # four times faster; a version that does not know a flag ends the process
+        flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="qpdiff-tests-jax-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+if find_spec("jaxlib") and "XLA_FLAGS" not in os.environ:  # a worker has what the first process has set
+    compile_quickly()
 
 LIBRARIES = ["numpy", "array-api-strict", "jax", "torch", "cupy", "torch-cuda"]
 ENGINES = ["compiled", "array"]
