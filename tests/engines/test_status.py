@@ -1,0 +1,62 @@
+"""When a problem counts as SOLVED, and when one step more is accepted."""
+
+import numpy as np
+import pytest
+from problems import optnet, random_problem, weakly_active
+
+import qpdiff
+from qpdiff import Status
+
+pytestmark = pytest.mark.usefixtures("each_engine")
+
+FAMILIES = {
+    "inequalities": lambda rng: random_problem(rng, "G", batch=(200,)),
+    "everything": lambda rng: random_problem(rng, "A G lb ub", batch=(200,), cost="psd"),
+    "linear programs": lambda rng: random_problem(rng, "A G lb ub", batch=(200,), cost="lp"),
+    "in the dual space": lambda rng: optnet(rng, (100,), 30, 20, 0),
+    "weakly active": lambda rng: weakly_active(rng, (200,), 6).operands,
+}
+
+
+def with_large_vectors(operands, factor):
+    """The problem whose solution is so many times as large."""
+    return operands | {name: factor * operands[name] for name in ("q", "h", "b", "lb", "ub") if name in operands}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gap_that_is_rounding_is_not_below_the_tolerance(family):
+    """Terms of 1e12 and more sum to 0 only up to 1e-4, though what is computed may be 0 by chance."""
+    operands = with_large_vectors(FAMILIES[family](np.random.default_rng(1)), 1e7)
+    sol = qpdiff.solve_qp(**operands, tol=1e-8, rtol=0.0)
+    assert not np.any(sol.status == Status.SOLVED)
+    assert np.all(qpdiff.solve_qp(**operands, tol=1e-8, rtol=1e-8).status == Status.SOLVED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_from_within_the_tolerance_is_accepted_if_it_halves_the_residuals(family):
+    """Else the point before it is the solution, as rounding is all that is left to gain."""
+    operands = with_large_vectors(FAMILIES[family](np.random.default_rng(1)), 1e4)
+    before = accepted = reverted = 0
+    for k in range(30):
+        sol = qpdiff.solve_qp(**operands, tol=1e-10, rtol=1e-4, max_iterations=k)
+        worst = np.maximum(np.maximum(sol.primal_residual, sol.dual_residual), sol.duality_gap)
+        solved = sol.status == Status.SOLVED
+        if k:
+            within, same, halved = before[1], worst == before[0], worst <= 0.5 * before[0]
+            assert np.all((same | halved)[within])
+            accepted += np.sum(within & halved)
+            reverted += np.sum(within & same)
+        before = worst, solved
+    assert np.all(solved)
+    assert min(accepted, reverted) >= 50
+
+
+@pytest.mark.parametrize("parts", ["A lb ub", "A lb", "A G ub"])
+def test_variables_with_neither_curvature_nor_bounds(parts):
+    """A diagonal Q with zeros, for whose variables the reduced system of the constraints has no inverse."""
+    operands = random_problem(np.random.default_rng(1), parts, cost="lp", batch=(100,), n=12, m=2, p=3, infinite=0.3)
+    for curvature in (0.0, 1e-14):
+        Q = np.diag(np.where(np.arange(12) % 2, 1.0, curvature))
+        sol = qpdiff.solve_qp(**operands | {"Q": np.tile(Q, (100, 1, 1))}, tol=1e-8)
+        assert np.all(sol.status == Status.SOLVED)
+        assert np.max(sol.iterations) <= 12
