@@ -30,10 +30,11 @@ run() {  # sanitizers, library to load first, tests
 
 export ASAN_OPTIONS=detect_leaks=0  # Python keeps memory to its end
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-small="not jax and not torch and not strict and not fork and not many_threads"
-run address,undefined libasan.so -k "$small" tests/test_engines.py tests/test_groups.py \
-    tests/test_certificates.py tests/test_warm_start.py tests/test_degenerate.py tests/test_threads.py \
-    tests/test_interrupt.py 'tests/test_kernels.py::test_linear_algebra[3]'
+small="not jax and not torch and not strict and not [array and not numpy-array and not fork and not many_threads"
+run address,undefined libasan.so -k "$small" tests/engines/test_engines.py tests/engines/test_groups.py \
+    tests/engines/test_certificates.py tests/engines/test_warm_start.py tests/engines/test_degenerate.py \
+    tests/engines/test_threads.py tests/engines/test_interrupt.py \
+    'tests/linalg/test_kernels.py::test_linear_algebra[3]'
 
 # What is not ours is not instrumented: only reports that name the engine count. The first kind may match one library.
 cat > "$folder/suppressions" << 'END'
@@ -45,4 +46,4 @@ race:_multiarray
 END
 export TSAN_OPTIONS="suppressions=$folder/suppressions halt_on_error=1 exitcode=66"
 run thread libtsan.so -k "(threads or progress or sums_over or lanes) and not fork and not memory" \
-    tests/test_engines.py tests/test_groups.py tests/test_threads.py
+    tests/engines/test_engines.py tests/engines/test_groups.py tests/engines/test_threads.py
