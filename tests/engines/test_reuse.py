@@ -62,7 +62,7 @@ def test_a_view_holds_on(view):
 def test_little_is_kept():
     arrays = [memory.empty((memory.LARGEST // 8,), np.float64) for _ in range(10)]
     del arrays
-    assert 0 < kept() <= memory.KEPT
+    assert 0 < kept() <= memory.HELD
     huge = memory.empty((memory.LARGEST // 8 + 1,), np.float64)
     before = kept()
     del huge
