@@ -214,11 +214,11 @@ def test_tensorflow_static_shapes(tf, page):
     assert x.dtype == tf.float32
 
 
-@pytest.mark.parametrize("kept", [16, 0])
+@pytest.mark.parametrize("stored", [16, 0])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_tensorflow_several_solves_before_the_backward_pass(tf, page, compiled, kept):
+def test_tensorflow_several_solves_before_the_backward_pass(tf, page, compiled, stored):
     """As in a loop, and where the solutions have gone by then."""
-    page.KEPT = kept
+    page.LAST = stored
     page.recent.clear()
     rng, operands, cotangent = draw("A b G h", ("G",), 5)
 
@@ -236,7 +236,7 @@ def test_tensorflow_several_solves_before_the_backward_pass(tf, page, compiled, 
     plus, minus = (pull(tf.constant(operands["G"] + sign * STEP * tangent))[0].numpy() for sign in (1, -1))
     gradient = pull(tf.constant(operands["G"]))[1].numpy()
     np.testing.assert_allclose(np.sum(gradient * tangent), (plus - minus) / (2 * STEP), rtol=1e-4, atol=1e-5)
-    assert len(page.recent) <= kept
+    assert len(page.recent) <= stored
 
 
 @pytest.mark.parametrize("compiled", [False, True])
