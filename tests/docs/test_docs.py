@@ -1,5 +1,7 @@
 """The documentation's code runs as it stands, and its links lead somewhere."""
 
+import ast
+import functools
 import re
 import subprocess
 import sys
@@ -7,6 +9,8 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+
+import qpdiff
 
 name = attrgetter("name")
 ROOT = Path(__file__).parents[2]
@@ -71,3 +75,86 @@ def test_the_page_of_the_command_line_has_every_command_and_option():
     text = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
     sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     assert {name: set(re.findall(r"`(--?[\w-]+)`", section)) for name, section in sections.items()} == commands
+
+
+SOURCES = [*(ROOT / "qpdiff").rglob("*.py"), *(ROOT / "qpdiff").rglob("src/**/*.[ch]*")]
+FILES = [
+    *SOURCES,
+    *(path for folder in ("benchmarks", "docs", "examples", "tests") for path in (ROOT / folder).rglob("*")),
+]
+WHOLLY_OURS = {"method.md", "internals.md"}
+"""Pages on which every name in backticks is one of ours, also without parentheses."""
+CPP_FUNCTION = r"^\s*(?:template <.*>\s*)?(?:(?!return\b|else\b|throw\b|new\b)[\w:<>,*&]+\s+)+[*&]?(\w+)\("
+CPP_TYPE = r"\b(?:class|struct|enum|enum class|namespace|using) (\w+)"
+
+
+def defined_names(tree):
+    """Yield what a module or a class defines: a name and the names in it, which only classes have."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            members = {name for name, _ in defined_names(node)}
+            made = (n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+            yield node.name, members | set(made)
+        elif isinstance(node, ast.FunctionDef):
+            yield node.name, set()
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((alias.asname or alias.name, set()) for alias in node.names)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from ((n.id, set()) for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+        elif isinstance(node, (ast.If, ast.Try)):
+            yield from defined_names(node)
+
+
+@functools.cache
+def names_of_ours():
+    """Return what the package defines: the modules, the members of every class, and all names, of C++ too."""
+    modules, classes, names = {}, {}, set()
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".py":
+            names |= {found for rule in (CPP_FUNCTION, CPP_TYPE) for found in re.findall(rule, text, re.MULTILINE)}
+            continue
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        defined = dict(defined_names(ast.parse(text)))
+        modules[module] = set(defined)
+        for name, members in defined.items():
+            classes.setdefault(name, set()).update(members)
+            names |= {name, *members}
+    modules["qpdiff"] |= set(dir(qpdiff))  # with what is imported when it is asked for
+    return modules, classes, names
+
+
+def is_ours(token, wholly):
+    """Return whether what a page puts in backticks exists; None where it is no name of ours."""
+    modules, classes, names = names_of_ours()
+    if re.fullmatch(r"[\w./-]+\.(py|[ch]pp|[ch]|cu)", token):
+        return any(path.as_posix().endswith("/" + token) for path in FILES)
+    called = re.fullmatch(r"([A-Za-z_][\w.]*)\(.*\)", token)
+    dotted = called[1] if called else token
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", dotted):
+        return None
+    first, *rest = dotted.split(".")
+    if first == "qpdiff":
+        module = max((m for m in modules if f"{dotted}.".startswith(f"{m}.")), key=len)
+        rest = dotted[len(module) :].strip(".").split(".") if dotted != module else []
+        return not rest or (rest[0] in modules[module] and set(rest[1:]) <= classes.get(rest[0], set()))
+    if rest and classes.get(first):
+        return set(rest) <= classes[first]
+    if rest or (called is None and not wholly):
+        return None
+    return first in names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_names_of_ours_exist(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    tokens = set(re.findall(r"`([^`\n]+)`", text))
+    assert not {token for token in tokens if is_ours(token, page.name in WHOLLY_OURS) is False}
+
+
+@pytest.mark.parametrize(
+    "token", ["solve_q()", "qpdiff.vjp_(sol)", "qpdiff.torch.Optnet", "qpdiff/solvers.py", "Problem.k_"]
+)
+def test_wrong_names_are_found(token):
+    assert is_ours(token, wholly=False) is False
