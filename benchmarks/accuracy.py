@@ -1,4 +1,4 @@
-"""How good an answer is, from the definitions, whatever the solver says of it."""
+"""Compute how accurate an answer is from the definitions, whatever the solver says of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ASKED = 1e-8
 
 
 def residual(operands, answer) -> float:
-    """The largest primal residual, dual residual or duality gap of the batch."""
+    """Return the largest primal residual, dual residual or duality gap of the batch."""
     x = answer["x"]
     none, no_bounds = np.zeros((len(x), 0)), np.zeros_like(x)
     multipliers = answer.get("y", none), answer.get("z", none), answer.get("z_lb", no_bounds), no_bounds
@@ -24,7 +24,7 @@ def residual(operands, answer) -> float:
 
 
 def gradient_difference(operands, reference, answer) -> float:
-    """The largest difference of a gradient, relative to the largest entry of the reference."""
+    """Return the largest difference of a gradient, relative to the largest entry of the reference."""
     return max(_difference(name, reference[f"grad_{name}"], answer[f"grad_{name}"]) for name in operands)
 
 

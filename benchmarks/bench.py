@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", choices=[s.name for s in ON_CPU], help="solvers beside qpdiff, else all")
     parser.add_argument("--repeats", type=int, default=7, help="rounds of the rows (default: 7)")
     parser.add_argument("--growth", action=argparse.BooleanOptionalAction, default=True, help="the curves")
-    parser.add_argument("--quick", action="store_true", help="small rows and two rounds, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="small rows and two rounds, to test that it runs")
     parser.add_argument("--time-limit", type=float, default=20, help="seconds for a pass, and for all passes in a row")
     parser.add_argument("--first-limit", type=float, default=120, help="seconds for a first pass, which may compile")
     parser.add_argument("--environments", type=Path, default=ROOT / ".tox" / "bench-environments")
@@ -93,13 +93,13 @@ def main() -> int:
 
 
 def run_all(options, team: list[Remote], folder: Path, progress: Progress, gpu: Gpu | None) -> Run:
-    """Everything that is asked for."""
+    """Run everything that is asked for."""
     where = f"{machine()}; {gpu.name}" if gpu else machine()
     limits = Limits(options.first_limit, options.time_limit)
     curves = growths(options.quick) if options.growth else []
     points = sum(len(growth.rows) for growth in curves)
-    turns = len(team) * (len(options.rows) * (1 + options.repeats) + points * (1 + GROWTH_REPEATS))
-    task = progress.add_task("", total=turns)
+    passes = len(team) * (len(options.rows) * (1 + options.repeats) + points * (1 + GROWTH_REPEATS))
+    task = progress.add_task("", total=passes)
 
     def step(what: str) -> None:
         progress.update(task, advance=1, description=what)
@@ -107,7 +107,7 @@ def run_all(options, team: list[Remote], folder: Path, progress: Progress, gpu: 
     solvers = [remote.solver for remote in team]
     versions = {}
     for remote in team:
-        with contextlib.suppress(Failed):  # why is told where it is measured
+        with contextlib.suppress(Failed):  # the reason is recorded where it is measured
             versions |= remote.ask("about", *remote.solver.packages, limit=limits.first)
     where += "\n\n" + ", ".join(f"{package} {version}" for package, version in sorted(versions.items()))
     peak = team[0].ask("peak", limit=limits.first)
@@ -123,7 +123,7 @@ def run_all(options, team: list[Remote], folder: Path, progress: Progress, gpu: 
 
 
 def grow(growth: Growth, team: list[Remote], folder: Path, limits: Limits, step: Callable[[str], None]) -> Table:
-    """The rows of a curve; who fails at one is not tried at the larger ones."""
+    """Measure the rows of a curve; a solver that fails at one is not tried at the larger ones."""
     table: dict[Row, dict[str, Result]] = {}
     reasons: dict[str, dict[str, str]] = {}
     for row in growth.rows:

@@ -35,7 +35,7 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
 
 
 def interpreter(name: str | None, folder: Path) -> Path:
-    """The Python of an environment, which is made if it is not there; without a name, the one that runs this."""
+    """Return the Python of an environment, made if it is not there; without a name, the one that runs this."""
     if name is None:
         return Path(sys.executable)
     home = folder / name

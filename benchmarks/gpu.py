@@ -1,4 +1,4 @@
-"""Whether there is a GPU, from its driver alone, so that nothing is installed for one that is not there."""
+"""Find the GPU by its driver alone, so that nothing is installed for one that is not there."""
 
 from __future__ import annotations
 

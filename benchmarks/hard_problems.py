@@ -80,7 +80,7 @@ SOLVERS: dict[str, Callable] = {"qpdiff": with_qpdiff} | one_by_one.SOLVERS
 
 
 def convex_problems(folder: Path, skipped: list[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Name and operands of each problem; the names of those that are not convex are added to `skipped`."""
+    """Yield name and operands of each problem; the names of those that are not convex are added to `skipped`."""
     manifest = folder / "manifest.csv"
     listed = list(csv.DictReader(manifest.read_text().splitlines())) if manifest.exists() else []
     cost = {row["name"]: row["cost"] for row in listed}
@@ -94,7 +94,7 @@ def convex_problems(folder: Path, skipped: list[str]) -> Iterator[tuple[str, dic
 
 
 def refused(d) -> bool:
-    """Whether qpdiff finds Q indefinite."""
+    """Return whether qpdiff finds Q indefinite."""
     try:
         qpdiff.solve_qp(**d, max_iterations=0)
     except ValueError as error:
@@ -103,7 +103,7 @@ def refused(d) -> bool:
 
 
 def attempt(problem: str, d, tol: float, solver: str) -> Trial:
-    """Solve once and judge the answer."""
+    """Solve once and check the answer."""
     run, read = SOLVERS[solver](d, tol)
     start = time.perf_counter()
     try:
@@ -121,7 +121,7 @@ def attempt(problem: str, d, tol: float, solver: str) -> Trial:
 
 
 def summary(trials: list[Trial], solvers: list[str], tolerances: list[float]) -> str:
-    """A row a tolerance and solver."""
+    """Return a row for each tolerance and solver."""
     lines = []
     for tol in tolerances:
         by_solver = {s: {t.problem: t for t in trials if t.tol == tol and t.solver == s} for s in solvers}
@@ -185,7 +185,7 @@ def main() -> None:
 
 
 def line(trial: Trial) -> str:
-    """One solve, and how far it came."""
+    """Describe one solve and the accuracy that it reached."""
     verdict = "solved" if trial.solved else "FALSE CLAIM" if trial.false_claim else "missed" if trial.claimed else "-"
     residuals = " ".join(f"{r:.1e}" for r in trial.residuals)
     start = f"{trial.problem:16s} {trial.tol:.0e} {trial.solver:9s} {1000 * trial.seconds:9.1f} ms  {verdict:11s}"

@@ -1,4 +1,4 @@
-"""Measuring one row: every solver prepared and judged, then all of them timed in turn."""
+"""Measure one row: prepare every solver and check its answer, then time all of them, one after the other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Limits:
 
     first: float
     """For a first pass, with all that a solver compiles or analyses in it, and for a conversion."""
-    turn: float
+    later: float
     """For a later pass, and for all passes of one solver and measure in a row together."""
 
 
@@ -48,7 +48,7 @@ class Result:
         return self.residual <= ASKED
 
     def seconds(self, measure: str) -> float | None:
-        """The fastest pass."""
+        """Return the seconds of the fastest pass."""
         return min(self.times[measure]) if self.times.get(measure) else None
 
 
@@ -61,9 +61,9 @@ def measure(
     reasons: dict[str, dict[str, str]],
     step: Callable[[str], None],
 ) -> dict[str, Result]:
-    """The results of a row by the solver's name.
+    """Measure a row; return results by the name of the solver.
 
-    `reasons` tells by solver and measure why it need not be tried; `step` is called after each turn of a solver.
+    `reasons` says by solver and measure why it need not be tried; `step` is called after each pass of a solver.
     """
     operands = row.operands()
     file = folder / "operands.npz"
@@ -79,18 +79,18 @@ def measure(
         step(f"{row.title}: {remote.solver.name}")
     for _ in range(repeats):
         for remote in team:
-            _take_turn(remote, results[remote.solver.name], limits)
+            _time_once(remote, results[remote.solver.name], limits)
             step(f"{row.title}: {remote.solver.name}")
     return results
 
 
 def measures(remote: Remote) -> list[str]:
-    """What is measured of a solver."""
+    """Return what is measured of a solver."""
     return [FORWARD, *([BOTH] if remote.solver.differentiable else []), *([BACKWARD] if remote.solver.own else [])]
 
 
 def _prepare(remote: Remote, result: Result, operands, file: Path, limits: Limits) -> dict[str, np.ndarray]:
-    """Choose the solver's tolerance and take each first pass; the last answer."""
+    """Choose the solver's tolerance and time each first pass; return the last answer."""
     answer = {}
     try:
         if FORWARD not in result.reasons:
@@ -103,7 +103,7 @@ def _prepare(remote: Remote, result: Result, operands, file: Path, limits: Limit
 
 
 def _differentiate(remote: Remote, result: Result, file: Path, limits: Limits) -> dict[str, np.ndarray]:
-    """The first pass with gradients; where it fails, the solution can still be timed."""
+    """Time the first pass with gradients; where it fails, the solution can still be timed."""
     try:
         result.first[BOTH] = remote.ask(BOTH, True, limit=limits.first)
         return _answer(remote, file, limits)
@@ -114,12 +114,12 @@ def _differentiate(remote: Remote, result: Result, file: Path, limits: Limits) -
 
 
 def _choose_tolerance(remote: Remote, result: Result, operands, file: Path, limits: Limits):
-    """The loosest tolerance at which the answer is as accurate as asked, else the one with the best answer."""
+    """Choose the loosest tolerance at which the answer is accurate enough, else the one with the best answer."""
     best = {}
     for tolerance in TOLERANCES:
         try:
             remote.ask("prepare", str(file), tolerance, limit=limits.first)
-            seconds = remote.ask(FORWARD, True, limit=limits.turn if result.first else limits.first)
+            seconds = remote.ask(FORWARD, True, limit=limits.later if result.first else limits.first)
             answer = _answer(remote, file, limits)
         except Failed:
             if not best:
@@ -153,14 +153,14 @@ def _answer(remote: Remote, file: Path, limits: Limits) -> dict[str, np.ndarray]
         return dict(arrays)
 
 
-def _take_turn(remote: Remote, result: Result, limits: Limits) -> None:
-    """A pass of each measure that has not failed and has time left."""
+def _time_once(remote: Remote, result: Result, limits: Limits) -> None:
+    """Time a pass of each measure that has not failed and has time left."""
     for name in measures(remote):
         taken = result.times.setdefault(name, [])
-        if name in result.reasons or sum(taken) > limits.turn:
+        if name in result.reasons or sum(taken) > limits.later:
             continue
         time.sleep(PAUSE)
         try:
-            taken.append(remote.ask(name, limit=limits.turn))
+            taken.append(remote.ask(name, limit=limits.later))
         except Failed as failure:
             result.reasons |= dict.fromkeys(measures(remote), str(failure))

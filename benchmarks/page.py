@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: all that was measured, in tables."""
+"""Write docs/benchmarks.md: all that was measured, in tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from operations import operations
 from report import table
 from rows import Growth
 from solvers import Solver
-from verdicts import Table, judge
+from verdicts import Table, check_targets
 
 
 @dataclass
@@ -29,12 +29,12 @@ class Run:
     """Floating point operations a second of a large matrix product."""
     repeats: int
     targets: bool
-    """Whether the targets, which are those of the CPU, are judged."""
+    """Whether the targets, which are those of the CPU, are checked."""
 
 
 INTRODUCTION = f"""\
 qpdiff next to other solvers, in float64. All run side by side in one run, each in a process and an environment of its
-own: one turn each, round after round, so that what disturbs the machine disturbs all. A row is a batch: B problems of n
+own: one pass each, round after round, so that what disturbs the machine disturbs all. A row is a batch: B problems of n
 variables, m inequalities and p equalities; every problem has its own operands, but in the row *shared* (Q, G and A are
 the same for all) and in *sudoku* (an OptNet layer on mini-Sudoku: all but q is the same for all, x ≥ 0). Solvers
 without bounds get them as rows of G.
@@ -52,12 +52,12 @@ without bounds get them as rows of G.
   of a shared operand over the batch; the sum is compared. QPLayer uses half the processors, by its own rule.
 * Where a constraint is weakly active, as in one problem of the row 1000, 10, 20, 0, no two solvers need agree in the
   gradient.
-* **vjp's share of the solve** is the time of a vjp alone, of a solution that was kept, over f.
+* **vjp's share of the solve** is the time of a vjp alone, of a stored solution, over f.
 """
 
 
 def write(run: Run) -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     rows = list(run.rows)
     names = [solver.name for solver in run.solvers]
     differentiable = [solver.name for solver in run.solvers if solver.differentiable]
@@ -86,7 +86,7 @@ def write(run: Run) -> str:
 
 
 def _grid(run: Run, names: list[str], cell) -> str:
-    """A line a solver, a column a row of the benchmark."""
+    """Return a table with a line for each solver and a column for each row of the benchmark."""
     lines = [[name, *(cell(results[name]) for results in run.rows.values())] for name in names]
     return table(["B, n, m, p", *(row.title for row in run.rows)], lines)
 
@@ -120,12 +120,12 @@ def _mark(result) -> str:
 
 
 def _verdicts(run: Run) -> list[str]:
-    verdicts = judge(run.rows, run.solvers)
-    judged = [verdict for verdict in verdicts if not verdict.outcome.startswith("not judged")]
-    met = sum(verdict.outcome == "PASS" for verdict in judged)
+    verdicts = check_targets(run.rows, run.solvers)
+    checked = [verdict for verdict in verdicts if not verdict.outcome.startswith("not checked")]
+    met = sum(verdict.outcome == "PASS" for verdict in checked)
     lines = [[v.target, v.row.title, v.against, v.measured, v.asked, v.outcome] for v in verdicts]
     headings = ["target", "B, n, m, p", "than", "measured", "asked", ""]
-    return [f"{met} of {len(judged)} met.", table(headings, lines)] if lines else ["None applies to these rows."]
+    return [f"{met} of {len(checked)} met.", table(headings, lines)] if lines else ["None applies to these rows."]
 
 
 def _peak(run: Run) -> list[str]:
@@ -139,7 +139,7 @@ def _peak(run: Run) -> list[str]:
         rate = count / seconds
         cells = [form, f"{own.iterations / row.batch:.1f}", f"{count / 1e9:.3g}", f"{1000 * seconds:.3g}"]
         lines.append([row.title, *cells, f"{rate / 1e9:.3g}", f"{100 * rate / run.peak:.1f} %"])
-    headings = ["B, n, m, p", "reduced to", "iterations", "GFLOP", "f [ms]", "GFLOP/s", "of the peak"]
+    headings = ["B, n, m, p", "reduced system", "iterations", "GFLOP", "f [ms]", "GFLOP/s", "of the peak"]
     text = (
         f"The peak is that of a product of two 2000 × 2000 matrices with all threads, {run.peak / 1e9:.3g} GFLOP/s "
         "before or after the run. What qpdiff computes is counted by the formula in `benchmarks/operations.py`."
@@ -148,7 +148,7 @@ def _peak(run: Run) -> list[str]:
 
 
 def _reasons(run: Run) -> list[str]:
-    """Who did not finish and why, with the rows."""
+    """List which solvers did not finish and why, with the rows."""
     found: dict[str, list[str]] = {}
     for results_of in [run.rows, *(points for _, points, _ in run.growths)]:
         for row, results in results_of.items():

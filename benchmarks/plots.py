@@ -1,4 +1,4 @@
-"""The pictures: time against the batch and against the variables, a line a solver."""
+"""Draw time against the batch and against the variables, a line for each solver."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLOURS = plt.get_cmap("tab10").colors
 
 
 def plot(growth: Growth, table: Table, solvers: list[Solver], path: Path) -> None:
-    """Solve at the left, solve and gradients at the right; a line ends where its solver ran out of time."""
+    """Draw the solve at the left, solve and gradients at the right; a line ends where its solver ran out of time."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     handles = {}
     for axis, measure, title in zip(axes, (FORWARD, BOTH), ("solve", "solve and gradients"), strict=True):
@@ -39,7 +39,7 @@ def plot(growth: Growth, table: Table, solvers: list[Solver], path: Path) -> Non
 
 
 def style(number: int) -> dict:
-    """Of a solver's line; the first is qpdiff's."""
+    """Return the style of a solver's line; the first is qpdiff's."""
     if number == 0:
         return {"color": "black", "linewidth": 2.5, "marker": "o"}
     colour = COLOURS[(number - 1) % len(COLOURS)]

@@ -1,4 +1,4 @@
-"""A worker as the benchmark sees it: asked a thing, it answers within a time, or it is stopped and begun anew."""
+"""Ask workers from the benchmark: one that does not answer within a time is stopped and started again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from solvers import Solver
 
 
 class Failed(Exception):
-    """Why there is no answer."""
+    """The reason why there is no answer."""
 
 
 class Remote:
@@ -25,7 +25,7 @@ class Remote:
         self.process = None
 
     def ask(self, command: str, *arguments, limit: float):
-        """The answer of the worker, or `Failed` with what it says instead."""
+        """Return the answer of the worker, or raise `Failed` with what it says instead."""
         if self.process is None:
             self._start()
         try:

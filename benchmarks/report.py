@@ -1,4 +1,4 @@
-"""What every benchmark prints: the machine it ran on, and a table."""
+"""Describe the machine that a benchmark ran on, and make a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import qpdiff
 
 
 def machine(*packages: str) -> str:
-    """The processor, how busy it is, the limits on threads, and the versions of the packages that are installed."""
+    """Describe the processor, its load, the limits on threads, and the versions of installed packages."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -30,7 +30,7 @@ def machine(*packages: str) -> str:
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, its columns aligned so that it reads well on a terminal too; all but the first to the right."""
+    """Make a Markdown table, its columns aligned to read well on a terminal too; all but the first to the right."""
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
     aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (headings, *rows)]

@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As `--rows` takes it."""
+        """Return the name by which `--rows` takes it."""
         return self.kind if self.kind != "distinct" else f"{self.batch},{self.n},{self.m},{self.p}"
 
     @property
@@ -32,7 +32,7 @@ class Row(NamedTuple):
         return size if self.kind == "distinct" else f"{self.kind} {size}"
 
     def operands(self) -> dict[str, np.ndarray]:
-        """NumPy arrays by the names of `qpdiff.solve_qp`, the same in every run."""
+        """Draw NumPy arrays by the names of `qpdiff.solve_qp`, the same in every run."""
         rng = np.random.default_rng(0)
         if self.kind == "shared":
             return _shared(rng, self.batch, self.n, self.m, self.p)
@@ -51,13 +51,13 @@ class Growth(NamedTuple):
 
 
 def parse(text: str) -> Row:
-    """A row by its name, or a batch of distinct problems B,N,M,P."""
+    """Return a row by its name, or a batch of distinct problems B,N,M,P."""
     named = {row.name: row for row in ROWS}
     return named[text] if text in named else Row(*map(int, text.split(",")))
 
 
 def _shared(rng, batch, n, m, p):
-    """Q, G and A are the same for the whole batch, q, h and b are not."""
+    """Draw problems with the same Q, G and A for the whole batch, but not the same q, h and b."""
     operands = optnet(rng, (), n, m, p)
     points = rng.normal(size=(batch, n))
     own = {"q": rng.normal(size=(batch, n)), "h": points @ operands["G"].T + 1, "b": points @ operands["A"].T}
@@ -65,7 +65,7 @@ def _shared(rng, batch, n, m, p):
 
 
 def _sudoku(rng, batch):
-    """The layer of the mini-Sudoku before its first step; puzzles are one-hot, a blank cell is all zeros."""
+    """Make the mini-Sudoku layer before its first step; puzzles are one-hot, a blank cell is all zeros."""
     n, p = 64, 40
     A = rng.uniform(size=(p, n))
     cells = np.eye(4)[rng.integers(0, 4, size=(batch, 16))] * (rng.uniform(size=(batch, 16, 1)) < 0.5)
@@ -89,7 +89,7 @@ BATCHES, SIZES = [1, 3, 10, 30, 100, 300, 1000, 3000, 10_000], [5, 10, 20, 50, 1
 
 
 def growths(quick: bool) -> list[Growth]:
-    """How time grows with the batch and with the variables, with as many inequalities as variables."""
+    """Return the rows of the curves: time against the batch, and against n = m."""
     batches, sizes = ([1, 4], [5, 10]) if quick else (BATCHES, SIZES)
     return [
         Growth("batch", "B, at n = m = 10", [Row(batch, 10, 10, 0) for batch in batches]),

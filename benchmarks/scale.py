@@ -21,7 +21,7 @@ import qpdiff
 
 
 def operands(batch: int, n: int, m: int, seed: int) -> dict[str, np.ndarray]:
-    """The problems, made piece by piece, lest making them take more memory than solving them."""
+    """Make the problems piece by piece, so that this takes no more memory than to solve them."""
     rng = np.random.default_rng(seed)
     core = {"Q": (n, n), "q": (n,), "G": (m, n), "h": (m,)}
     out = {name: np.empty((batch, *shape)) for name, shape in core.items()}
@@ -36,7 +36,7 @@ def operands(batch: int, n: int, m: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the bytes of this process in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 

@@ -51,7 +51,7 @@ ON_CPU = [
 
 
 def on_gpu(library: str, cuda: int) -> list[Solver]:
-    """Qpdiff on arrays of CuPy or torch, and qpth on the same GPU, for a version of CUDA."""
+    """Return qpdiff on arrays of CuPy or torch, and qpth on the same GPU, for a version of CUDA."""
     environment = f"cupy-{cuda}" if library == "cupy" else library
     packages = ("qpdiff", f"cupy-cuda{cuda}x") if library == "cupy" else ("qpdiff", "torch")
     return [

@@ -1,4 +1,4 @@
-"""What qpdiff is meant to reach next to the others, and whether it did."""
+"""Compare what was measured with the targets: how much faster than the others qpdiff is meant to be."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Verdict(NamedTuple):
     measured: str
     asked: str
     outcome: str
-    """PASS, "short of", or why it is not judged."""
+    """PASS, "short of", or why it is not checked."""
 
 
-def judge(table: Table, solvers: list[Solver]) -> list[Verdict]:
-    """All targets in all rows they are for."""
+def check_targets(table: Table, solvers: list[Solver]) -> list[Verdict]:
+    """Check all targets in all rows that they are for."""
     differentiable = [solver.name for solver in solvers if solver.differentiable and not solver.own]
     others = [solver.name for solver in solvers if not solver.own]
     verdicts = []
@@ -58,15 +58,15 @@ def judge(table: Table, solvers: list[Solver]) -> list[Verdict]:
 
 
 def _faster(target, row, results, measure, ratio, names, own) -> Verdict:
-    """How many times the fastest rival's time is that of qpdiff, among rivals that are as accurate as asked."""
+    """Divide the fastest rival's time by that of qpdiff, among rivals that are accurate enough."""
     ours = results[own]
     times = {name: results[name].seconds(measure) for name in names if name in results and results[name].accurate}
     times = {name: seconds for name, seconds in times.items() if seconds is not None}
     asked = f"{ratio:g} ×"
     if ours.seconds(measure) is None or not ours.accurate:
-        return Verdict(target, row, "", "", asked, f"not judged: {own} has no answer within {ASKED:.0e}")
+        return Verdict(target, row, "", "", asked, f"not checked: {own} has no answer within {ASKED:.0e}")
     if not times:
-        return Verdict(target, row, "", "", asked, f"not judged: no other has an answer within {ASKED:.0e}")
+        return Verdict(target, row, "", "", asked, f"not checked: no other has an answer within {ASKED:.0e}")
     rival = min(times, key=times.__getitem__)
     measured = times[rival] / ours.seconds(measure)
     return Verdict(target, row, rival, f"{measured:.3g} ×", asked, _outcome(measured >= ratio))
@@ -75,7 +75,7 @@ def _faster(target, row, results, measure, ratio, names, own) -> Verdict:
 def _share_of_vjp(row, ours) -> Verdict:
     target, asked = "vjp's share of the solve", "≤ 15 %"
     if not ours.times.get(BACKWARD) or not ours.times.get(FORWARD):
-        return Verdict(target, row, "", "", asked, "not judged: not measured")
+        return Verdict(target, row, "", "", asked, "not checked: not measured")
     share = ours.seconds(BACKWARD) / ours.seconds(FORWARD)
     return Verdict(target, row, "solve", f"{100 * share:.0f} %", asked, _outcome(share <= 0.15))
 
@@ -83,7 +83,7 @@ def _share_of_vjp(row, ours) -> Verdict:
 def _sharing(row, shared, distinct) -> Verdict:
     target, asked = "f+b, shared operands", "2 ×"
     if not shared.times.get(BOTH) or not distinct.times.get(BOTH):
-        return Verdict(target, row, "", "", asked, "not judged: not measured")
+        return Verdict(target, row, "", "", asked, "not checked: not measured")
     ratio = distinct.seconds(BOTH) / shared.seconds(BOTH)
     return Verdict(target, row, "distinct", f"{ratio:.3g} ×", asked, _outcome(ratio >= 2))
 

@@ -7,7 +7,7 @@ forward, backward, forward_backward
 answer FILE                  write what the last pass gave to the file
 peak                         operations a second of a large matrix product
 
-Between the lines the process sleeps, so that it takes nothing from the solver whose turn it is.
+Between the lines the process sleeps, so that it takes nothing from the solver that is being timed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Worker:
 
 
 def fastest(run, once: bool, before=lambda: None) -> float:
-    """Seconds of the fastest pass; `before` each one comes what is not timed."""
+    """Return the seconds of the fastest pass; `before` each one comes what is not timed."""
     times = []
     while not times or (sum(times) < LEAST and not once):
         before()

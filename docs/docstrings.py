@@ -1,4 +1,4 @@
-"""griffe: what docstrings have of reStructuredText and of numpydoc, as mkdocstrings takes it."""
+"""Bring the reStructuredText and numpydoc of docstrings into the form that mkdocstrings takes, for griffe."""
 
 import re
 

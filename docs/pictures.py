@@ -1,4 +1,4 @@
-"""The documentation's pictures, written next to this file: python docs/pictures.py (extras cpu and plot; a minute)."""
+"""Draw the documentation's pictures next to this file: python docs/pictures.py (extra plot; a minute)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def save(figure: Figure, name: str) -> None:
 
 
 def random_problems(rng, batch: int, n: int, m: int) -> dict[str, np.ndarray]:
-    """Problems with matrices of their own and a feasible point."""
+    """Draw problems with matrices of their own and a feasible point."""
     L, G = rng.normal(size=(batch, n, n)), rng.normal(size=(batch, m, n))
     inside = rng.normal(size=(batch, n, 1))
     h = (G @ inside)[..., 0] + rng.uniform(size=(batch, m))
@@ -34,7 +34,7 @@ def random_problems(rng, batch: int, n: int, m: int) -> dict[str, np.ndarray]:
 
 
 def convergence() -> None:
-    """The largest of the three residuals of each problem of a batch, against the iteration."""
+    """Draw the largest of the three residuals of each problem of a batch, against the iteration."""
     problems = random_problems(np.random.default_rng(0), 64, 20, 30)
     whole = make_problem({name: problems.get(name) for name in OPERANDS})
     figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -56,7 +56,7 @@ POLYGON = {
 
 
 def central_path() -> None:
-    """At the left the central path of one problem, at the right the gradients of projections onto the same set."""
+    """Draw the central path of one problem, and the gradients of projections onto the same set."""
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     window = np.array([[-2.6, -2.3], [2.6, 2.3]])
@@ -88,7 +88,7 @@ def central_path() -> None:
 
 
 def cost() -> None:
-    """Time a problem against n: the fastest of twenty passes over a batch, in one process."""
+    """Measure and draw the time of a problem against n: the fastest of twenty passes over a batch."""
     rng, sizes = np.random.default_rng(0), [5, 10, 20, 40, 80, 160]
     seconds: dict[str, list[float]] = {"solve": [], "vjp": []}
     for n in sizes:
@@ -118,7 +118,7 @@ def cost() -> None:
 
 
 def shown() -> None:
-    """What `qpdiff show` writes for the file of docs/reference/cli.md."""
+    """Draw what `qpdiff show` writes for the file of docs/reference/cli.md."""
     rng = np.random.default_rng(0)
     problem = {"Q": np.eye(2), "q": rng.normal(size=(3, 2)), "G": rng.normal(size=(4, 2)), "h": np.ones(4)}
     save(show.draw(problem), "show.png")

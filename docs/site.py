@@ -1,4 +1,4 @@
-"""mkdocs: pages of the repository's root, and of source files that pages link to, so that links work as on GitHub."""
+"""Add pages for files of the root and for linked source files to the site, so that links work as on GitHub."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Turn links to files of the repository into links to their pages."""
+    """Replace links to files of the repository by links to their pages."""
     if page.file.generated_by and page.file.abs_src_path is None:
         return markdown
     here = Path(page.file.abs_src_path)
@@ -41,13 +41,13 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def target(page: Path, link: str) -> Path | None:
-    """The file of the repository that a link on a page leads to."""
+    """Return the file of the repository that a link on a page leads to; None where it leads elsewhere."""
     path = (page.parent / link).resolve()
     return path if path.is_file() and path.is_relative_to(ROOT) else None
 
 
 def uri(path: Path) -> str:
-    """Where the site has a file of the repository."""
+    """Return the place of a file of the repository on the site."""
     if path.is_relative_to(DOCS) and path.suffix != ".py":
         return path.relative_to(DOCS).as_posix()
     name = path.relative_to(ROOT).as_posix()
@@ -55,6 +55,6 @@ def uri(path: Path) -> str:
 
 
 def source_page(path: Path) -> str:
-    """A page that shows a file."""
+    """Return a page that shows a file."""
     language = {".py": "python"}.get(path.suffix, "text")
     return f"# {path.relative_to(ROOT)}\n\n````{language}\n{path.read_text(encoding='utf-8')}\n````\n"

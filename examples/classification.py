@@ -38,7 +38,7 @@ class Images(NamedTuple):
 
 
 def make_data(seed: int) -> tuple[Images, Images]:
-    """Training and test images."""
+    """Load training and test images."""
     data = load_digits()
     order = np.random.default_rng(seed).permutation(len(data.target))
     pixels, digits = torch.tensor(data.data[order] / 16, dtype=torch.float32), torch.tensor(data.target[order])
@@ -46,7 +46,7 @@ def make_data(seed: int) -> tuple[Images, Images]:
 
 
 def last_layers(name: str) -> list[nn.Module]:
-    """What comes between the features and the softmax."""
+    """Make the layers between the features and the softmax."""
     if name == "OptNet":
         # The features are the linear term of the QP, whose other operands are learned. A problem that is not solved
         # is left out of the gradient.
@@ -76,7 +76,7 @@ class History(NamedTuple):
 
 
 def train(network: nn.Module, train_images: Images, test_images: Images, *, epochs: int, batch: int, step) -> History:
-    """Adam on the cross entropy, its learning rate falling to zero along half a cosine."""
+    """Train by Adam on the cross entropy, its learning rate falling to zero along half a cosine."""
     count = len(train_images.digits)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (count // batch))
@@ -96,7 +96,7 @@ def train(network: nn.Module, train_images: Images, test_images: Images, *, epoc
 
 
 def plot(histories: dict[str, list[History]], path: str) -> None:
-    """Errors by epoch; a thin line a seed, a thick one for their mean."""
+    """Draw errors by epoch; a thin line a seed, a thick one for their mean."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for model, (name, runs) in enumerate(histories.items()):
         for axis, kind in zip(axes, ("train", "test"), strict=True):
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--output", default="classification.png", help="the plot")
-    parser.add_argument("--quick", action="store_true", help="one seed and three epochs, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="one seed and three epochs, to test that it runs")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.epochs = options.seeds[:1], 3

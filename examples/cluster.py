@@ -1,9 +1,9 @@
 """Solve a million quadratic programs on the worker processes of a Dask cluster, and kill one of them on the way.
 
-Each problem has matrices of its own. The workers make them block by block from a seed, solve them, and keep of a block
-no more than a line of figures, so that the memory in use does not grow with the number of problems. What the killed
-worker held, Dask computes again on another. At the end every problem must be SOLVED, and a sample of blocks must
-satisfy the KKT conditions and be equal to what this process computes on its own.
+Each problem has matrices of its own. The workers make them block by block from a seed, solve them, and return
+no more than a line of figures for each block, so that the memory in use does not grow with the number of problems.
+What the killed worker held, Dask computes again on another. At the end every problem must be SOLVED, and a sample of
+blocks must satisfy the KKT conditions and be equal to what this process computes on its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FIGURES = ("solved", "worst residual", "sum of objectives", "iterations")
 
 
 def make_problems(batch: int, block: int, n: int, m: int, seed: int) -> dict[str, da.Array]:
-    """Feasible problems of the family of OptNet's timing experiment, lazily."""
+    """Make feasible problems like those of OptNet's timing experiment, lazily."""
     rng = da.random.default_rng(seed)
     L = da.tril(rng.uniform(size=(batch, n, n), chunks=(block, n, n))) + np.eye(n)
     G = rng.normal(size=(batch, m, n), chunks=(block, m, n))
@@ -42,7 +42,7 @@ def make_problems(batch: int, block: int, n: int, m: int, seed: int) -> dict[str
 
 
 def figures(status, objective, primal, dual, gap, iterations):
-    """A line of `FIGURES` on a block."""
+    """Return a line of `FIGURES` on a block."""
     solved = np.sum(status == qpdiff.Status.SOLVED)
     worst = max(np.max(residual) for residual in (primal, dual, gap))
     return np.array([[solved, worst, np.sum(objective), np.sum(iterations)]])
@@ -55,7 +55,7 @@ def summary(sol: qpdiff.Solution) -> da.Array:
 
 
 def kkt_residual(Q, q, G, h, x, z) -> float:
-    """The largest violation of a condition of optimality, from their definition."""
+    """Return the largest violation of a condition of optimality, from their definition."""
     Qx, Gx = np.einsum("bij,bj->bi", Q, x), np.einsum("bij,bj->bi", G, x)
     gap = np.sum(x * Qx + q * x, axis=1) + np.sum(h * z, axis=1)
     parts = np.maximum(Gx - h, 0), np.maximum(-z, 0), Qx + q + np.einsum("bij,bi->bj", G, z), gap
@@ -63,7 +63,7 @@ def kkt_residual(Q, q, G, h, x, z) -> float:
 
 
 def kill_a_worker(client: Client) -> tuple[int, set]:
-    """End the process of the worker that holds most results, without a warning to anyone; its id and the results."""
+    """End the process of the worker that holds most results, without a warning; return its id and the results."""
     victim, results = max(client.has_what().items(), key=lambda item: len(item[1]))
     pid = client.run(os.getpid, workers=[victim])[victim]
     os.kill(pid, signal.SIGKILL)
@@ -71,13 +71,13 @@ def kill_a_worker(client: Client) -> tuple[int, set]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has had in memory."""
+    """Return the most bytes that this process has had in memory."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def run(client: Client, lines: da.Array) -> tuple[np.ndarray, list[int]]:
-    """Compute all blocks' lines, killing a worker when a third of them is done; also which it had done."""
+    """Compute all blocks' lines, killing a worker when a third of them is done; also return what it had done."""
     lines = lines.persist()
     futures = sorted(futures_of(lines), key=lambda future: future.key)
     lost: list[int] = []
@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--block", type=int, default=5000, help="problems solved by one task")
     parser.add_argument("--workers", type=int, default=max(2, os.cpu_count() or 1))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a small run, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a small run, to test that it works")
     options = parser.parse_args()
     if options.quick:
         options.problems, options.block, options.workers = 40_000, 500, 2

@@ -1,7 +1,7 @@
 """solve_qp and vjp in an autodiff framework of one's own: a reverse-mode tape, a layer, and a loss.
 
-All that a framework needs is in `solve_qp`: the forward solve, and a function that turns the cotangent of the solution
-into the gradients of the operands.
+All that a framework needs is in `solve_qp`: the forward solve, and a function from the cotangent of the solution to
+the gradients of the operands.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class Variable:
 
 
 def affine(W, x, c):
-    """X Wᵀ + c for a batch of rows X."""
+    """Compute X Wᵀ + c for a batch of rows X."""
     return Variable(x.value @ W.value.T + c.value, (W, x, c), lambda g: (g.T @ x.value, g @ W.value, g.sum(axis=0)))
 
 
 def squared_distance(x, target):
-    """Σ (x − target)² for a constant target."""
+    """Compute Σ (x − target)² for a constant target."""
     return Variable(np.sum((x.value - target) ** 2), (x,), lambda g: (2 * g * (x.value - target),))
 
 
-# ---- the plug
+# ---- qpdiff in the framework
 
 
 def solve_qp(**operands):
-    """The solution x of a quadratic program; any operand may be a Variable."""
+    """Return the solution x of a quadratic program; any operand may be a Variable."""
     sol = qpdiff.solve_qp(**{name: getattr(value, "value", value) for name, value in operands.items()})
     variables = {name: value for name, value in operands.items() if isinstance(value, Variable)}
 

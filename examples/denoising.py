@@ -98,13 +98,13 @@ class FullyConnected(nn.Sequential):
 
 
 def differences() -> torch.Tensor:
-    """The operator of total variation, rows e_i − e_(i+1)."""
+    """Return the operator of total variation, rows e_i − e_(i+1)."""
     eye = torch.eye(LENGTH, dtype=torch.float64)
     return eye[:-1] - eye[1:]
 
 
 def make_models(penalty: float, width: int) -> dict[str, nn.Module]:
-    """What is compared, untrained."""
+    """Make the models that are compared, untrained."""
     random = 0.3 * torch.randn(LENGTH - 1, LENGTH, dtype=torch.float64)
     return {
         "fully connected": FullyConnected(width),
@@ -121,7 +121,7 @@ def mean_squared_error(model: nn.Module, signals: Signals) -> float:
 
 
 def best_penalty(signals: Signals, penalties) -> float:
-    """The λ with which plain total variation has the least error."""
+    """Find the λ with which plain total variation has the least error."""
     return min(penalties, key=lambda penalty: mean_squared_error(TotalVariation(differences(), penalty), signals))
 
 
@@ -136,14 +136,14 @@ class History(NamedTuple):
 
 
 def train(model, signals: Signals, test: Signals, *, epochs: int, batch: int, rate: float, step) -> History:
-    """Adam on the mean squared error, its learning rate falling to zero along half a cosine.
+    """Train by Adam on the mean squared error, its learning rate falling to zero along half a cosine.
 
-    As many training signals are judged as there are test signals.
+    The training error is that of as many signals as there are test signals.
     """
-    count, judged = len(signals.noisy), signals.select(slice(len(test.noisy)))
+    count, measured = len(signals.noisy), signals.select(slice(len(test.noisy)))
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (count // batch))
-    history = History([mean_squared_error(model, judged)], [mean_squared_error(model, test)])
+    history = History([mean_squared_error(model, measured)], [mean_squared_error(model, test)])
     for _ in range(epochs):
         for part in torch.randperm(count)[: count // batch * batch].split(batch):
             noisy, clean = signals.select(part)
@@ -152,7 +152,7 @@ def train(model, signals: Signals, test: Signals, *, epochs: int, batch: int, ra
             optimizer.step()
             schedule.step()
             step()
-        history.train.append(mean_squared_error(model, judged))
+        history.train.append(mean_squared_error(model, measured))
         history.test.append(mean_squared_error(model, test))
     return history
 
@@ -161,7 +161,7 @@ def train(model, signals: Signals, test: Signals, *, epochs: int, batch: int, ra
 
 
 def plot(histories: dict[str, History], models: dict[str, nn.Module], test: Signals, path: str) -> None:
-    """Test errors while training, and what total variation and the best of the learned layers make of three signals."""
+    """Draw test errors while training, and three signals denoised by total variation and the best learned layer."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for name, history in histories.items():
         if len(history.test) == 1:
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=150)
     parser.add_argument("--width", type=int, default=500, help="hidden units of the network")
     parser.add_argument("--output", default="denoising.png", help="the plot")
-    parser.add_argument("--quick", action="store_true", help="two epochs on few signals, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="two epochs on few signals, to test that it runs")
     options = parser.parse_args(arguments)
     if options.quick:
         options.train, options.test, options.epochs, options.batch = 300, 50, 2, 50

@@ -3,9 +3,9 @@
 An inverted pendulum, linearised about the upright position, is balanced by a motor of limited torque. The controller
 plans ahead by a quadratic program, applies the first torque of the plan, and plans again. Its dynamics and limits are
 known: they are the equalities and the bounds of the program. Its cost, a weight for each state and for the torque, is
-not. The expert is such a controller with other weights, and only what it sees and does is given, the latter with noise:
-the learner changes its weights until its own torques are the expert's. A network that imitates the same demonstrations
-is trained beside it.
+not. The expert is such a controller with other weights, and only its inputs and outputs are given, the latter with
+noise: the learner changes its weights until its own torques are the expert's. A network that imitates the same
+demonstrations is trained beside it.
 
 B. Amos, I. Jimenez, J. Sacks, B. Boots, J. Z. Kolter, "Differentiable MPC for end-to-end planning and control", NeurIPS
 2018.
@@ -105,14 +105,14 @@ class Network(nn.Module):
 
 
 class Demonstrations(NamedTuple):
-    """What the expert saw (count, STATES) and the torques (count) that it applied."""
+    """States (count, STATES) that the expert was in, and the torques (count) that it applied."""
 
     states: torch.Tensor
     torques: torch.Tensor
 
 
 def starts(rng: np.random.Generator, count: int, spread: float) -> torch.Tensor:
-    """States from which the limited torque can still bring the pendulum up, up to `spread` of the way to where not.
+    """Draw states from which the limited torque can bring the pendulum up, up to `spread` of the way to where not.
 
     Along the unstable direction of the dynamics, a torque of LIMIT holds a state of at most this size.
     """
@@ -126,7 +126,7 @@ def starts(rng: np.random.Generator, count: int, spread: float) -> torch.Tensor:
 
 
 def closed_loop(controller, state, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The states (steps + 1, batch, STATES) and the torques (steps, batch) from these states on."""
+    """Return the states (steps + 1, batch, STATES) and the torques (steps, batch) from these states on."""
     states, torques = [state], []
     with torch.no_grad():
         for _ in range(steps):
@@ -147,12 +147,12 @@ def demonstrate(seed: int, runs: int, steps: int, spread: float, noise: float = 
 
 
 def imitation_loss(learner, demonstrations: Demonstrations):
-    """Mean squared error of the torques, in (N m)²."""
+    """Return the mean squared error of the torques, in (N m)²."""
     return torch.mean((learner(demonstrations.states) - demonstrations.torques) ** 2)
 
 
 def imitate(learner, demonstrations: Demonstrations, epochs: int, batch: int, seed: int, watch) -> None:
-    """Adam on the imitation loss, its learning rate falling to 0 along half a cosine; `watch` is called every epoch."""
+    """Train by Adam, its learning rate falling to 0 along half a cosine; `watch` is called every epoch."""
     generator = torch.Generator().manual_seed(seed)
     count = len(demonstrations.states)
     adam = torch.optim.Adam(learner.parameters(), lr=learner.rate)
@@ -204,7 +204,7 @@ def learn(learner, demonstrations, test, far, options, seed: int, step) -> Outco
 
 
 def plot(outcomes: dict[str, list[Outcome]], expert: tuple[np.ndarray, np.ndarray], path: str) -> None:
-    """Loss and recovered weights by epoch, a thin line a seed; closed loop from far starts, of the first seed."""
+    """Draw loss and recovered weights by epoch, a thin line a seed; closed loops of the first seed from far starts."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for color, (name, runs) in zip(COLORS, outcomes.items(), strict=True):
         for i, run in enumerate(runs):
@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=16, help=f"demonstrations, of {DEMONSTRATED} steps each")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--output", default="mpc.png", help="the plot")
-    parser.add_argument("--quick", action="store_true", help="one seed and few epochs, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="one seed and few epochs, to test that it runs")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.epochs = options.seeds[:1], 5

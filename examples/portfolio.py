@@ -79,24 +79,24 @@ def make_market(seed: int, degree: int, train: int, test: int) -> Market:
 
 
 class Investor(NamedTuple):
-    """What a portfolio is judged by: covariance and risk aversion."""
+    """The utility of a portfolio: covariance and risk aversion."""
 
     covariance: torch.Tensor
     risk_aversion: float
 
     def portfolios(self, predictions, ridge: float = 0.0):
-        """The shares (periods, ASSETS) that are best if returns are as predicted."""
+        """Return the shares (periods, ASSETS) that are best if returns are as predicted."""
         Q = self.risk_aversion * self.covariance + ridge * torch.eye(ASSETS, dtype=torch.float64)
         every, none = torch.ones(1, ASSETS, dtype=torch.float64), torch.zeros(ASSETS, dtype=torch.float64)
         return qpdiff.torch.solve_qp(Q, -predictions, A=every, b=every[0, :1], lb=none).x
 
     def utility(self, shares, returns):
-        """Return less the price of risk, mean over the periods, in percent."""
+        """Compute return less the price of risk, mean over the periods, in percent."""
         risk = torch.sum(shares @ self.covariance * shares, 1)
         return torch.mean(torch.sum(shares * returns, 1) - self.risk_aversion / 2 * risk)
 
     def regret(self, W, periods: Periods) -> float:
-        """Utility lost, in expectation, against knowing the expected returns; in percent a period."""
+        """Compute the expected loss of utility against knowing the expected returns; in percent a period."""
         with torch.no_grad():
             chosen, best = self.portfolios(periods.features @ W), self.portfolios(periods.expected)
             return float(self.utility(best, periods.expected) - self.utility(chosen, periods.expected))
@@ -110,25 +110,25 @@ def squared_error(W, periods: Periods) -> float:
 
 
 def train_on_error(market: Market):
-    """Least squares."""
+    """Fit by least squares."""
     return torch.linalg.lstsq(market.train.features, market.train.returns).solution
 
 
 def train_on_regret(W, market: Market, investor: Investor, ridge: float, epochs: int, seed: int, step):
-    """Adam from W on, on the utility of the portfolios under the actual returns; the best epoch by validation."""
+    """Train W by Adam on the utility under the actual returns; return the best epoch by validation."""
     generator = torch.Generator().manual_seed(seed)
     W = W.clone().requires_grad_()
     adam = torch.optim.Adam([W], lr=0.005)
     train, validation = market.train, market.validation
-    best, kept = -np.inf, W
+    best, weights = -np.inf, W
     for epoch in range(epochs + 1):
         with torch.no_grad():
             shares = investor.portfolios(validation.features @ W)
             value = float(investor.utility(shares, validation.returns))
         if value > best:
-            best, kept = value, W.detach().clone()
+            best, weights = value, W.detach().clone()
         if epoch == epochs:
-            return kept
+            return weights
         for part in torch.randperm(len(train.features), generator=generator).split(BATCH):
             shares = investor.portfolios(train.features[part] @ W, ridge)
             adam.zero_grad()
@@ -144,7 +144,7 @@ WAYS = ("squared error", "regret", f"regret, with ρ = {RIDGE:g}")
 
 
 def experiment(options, step) -> np.ndarray:
-    """Regret and squared error on test periods: (2, risk aversions, degrees, seeds, ways)."""
+    """Return regret and squared error on test periods: (2, risk aversions, degrees, seeds, ways)."""
     shape = (2, len(RISK_AVERSIONS), len(options.degrees), len(options.seeds), len(WAYS))
     out = np.empty(shape)
     for g, d, s in np.ndindex(shape[1:4]):
@@ -159,7 +159,7 @@ def experiment(options, step) -> np.ndarray:
 
 
 def plot(results: np.ndarray, degrees, path: str) -> None:
-    """Regret and squared error by degree: lines are means over the seeds, dots the seeds."""
+    """Draw regret and squared error by degree: lines are means over the seeds, dots the seeds."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     relative = results[1, 0] / results[1, 0, ..., :1]
     titles = [f"Regret, γ = {value:g} per percent" for value in RISK_AVERSIONS]
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=1000, help="training periods")
     parser.add_argument("--test", type=int, default=2000, help="test periods")
     parser.add_argument("--output", default="portfolio.png", help="the plot")
-    parser.add_argument("--quick", action="store_true", help="one seed, two degrees, few epochs, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="one seed, two degrees, few epochs, to test that it runs")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.degrees, options.epochs, options.test = options.seeds[:1], (1, 16), 3, 500

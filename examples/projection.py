@@ -1,7 +1,7 @@
 """A network whose output stays in a polytope: projected in the loop, projected afterwards, or held by a penalty.
 
 The network learns to dispatch generators as an operator does, from the loads and from signals that move the operator's
-costs in a way nobody wrote down. The grid is known: generation equals load, generators have capacities, and lines carry
+costs in an unknown way. The grid is known: generation equals load, generators have capacities, and lines carry
 no more than their rating, all linear in the generation. What the network answers should obey all of that. Compared are
 
 * unconstrained: squared error only;
@@ -53,7 +53,7 @@ class Grid(NamedTuple):
     rating: torch.Tensor
 
     def constraints(self, load) -> dict[str, torch.Tensor]:
-        """Of the generation, as operands of `solve_qp`."""
+        """Return the constraints on the generation, as operands of `solve_qp`."""
         flow, through = self.factors @ self.places, load @ self.factors.mT
         return {
             "A": torch.ones(1, GENERATORS, dtype=torch.float64),
@@ -65,7 +65,7 @@ class Grid(NamedTuple):
         }
 
     def violations(self, generation, load):
-        """By how much each constraint is violated, in MW: (batch, constraints)."""
+        """Compute by how much each constraint is violated, in MW: (batch, constraints)."""
         of = self.constraints(load)
         parts = (
             torch.abs(generation @ of["A"].mT - of["b"]),
@@ -76,11 +76,11 @@ class Grid(NamedTuple):
         return torch.relu(torch.cat(parts, dim=-1))
 
     def balance(self, generation, load):
-        """The nearest generation that equals the load."""
+        """Return the nearest generation that equals the load."""
         return generation + (load.sum(-1, keepdim=True) - generation.sum(-1, keepdim=True)) / GENERATORS
 
     def project(self, generation, load):
-        """The nearest generation that the grid allows."""
+        """Return the nearest generation that the grid allows."""
         eye = torch.eye(GENERATORS, dtype=torch.float64)
         return qpdiff.torch.solve_qp(eye, -generation, **self.constraints(load)).x
 
@@ -94,7 +94,7 @@ class Cases(NamedTuple):
 
 
 def make_grid(rng: np.random.Generator) -> Grid:
-    """A ring of buses with random chords; power divides among lines by their reactances (DC power flow)."""
+    """Make a ring of buses with random chords; power divides among lines by their reactances (DC power flow)."""
     ring = [(bus, (bus + 1) % BUSES) for bus in range(BUSES)]
     apart = [(a, b) for a in range(BUSES) for b in range(a + 2, BUSES) if (a, b) != (0, BUSES - 1)]
     chords = [apart[i] for i in rng.permutation(len(apart))[: LINES - BUSES]]
@@ -112,7 +112,7 @@ def make_grid(rng: np.random.Generator) -> Grid:
 
 
 class Operator:
-    """Dispatches at least cost ½ gᵀ diag(a) g + cᵀg, where c depends on the signals through a hidden network."""
+    """Dispatch at least cost ½ gᵀ diag(a) g + cᵀg, where c depends on the signals through a hidden network."""
 
     def __init__(self, rng: np.random.Generator, grid: Grid):
         self.grid = grid
@@ -170,7 +170,7 @@ class Quality(NamedTuple):
     violation: float
 
 
-def judge(network, way: Way, grid: Grid, cases: Cases) -> Quality:
+def assess(network, way: Way, grid: Grid, cases: Cases) -> Quality:
     with torch.no_grad():
         answer = way.layer(grid, network(cases.load, cases.signals), cases.load)
         projected = grid.project(answer, cases.load)
@@ -179,7 +179,7 @@ def judge(network, way: Way, grid: Grid, cases: Cases) -> Quality:
 
 
 def train(way: Way, grid: Grid, cases: Cases, test: Cases, epochs: int, seed: int, step) -> list[Quality]:
-    """Adam, its learning rate falling to 0 along half a cosine; the quality after each epoch."""
+    """Train by Adam, its learning rate falling to 0 along half a cosine; return the quality after each epoch."""
     torch.manual_seed(seed)
     network, out = Network(), []
     adam = torch.optim.Adam(network.parameters(), lr=3e-3)
@@ -195,7 +195,7 @@ def train(way: Way, grid: Grid, cases: Cases, test: Cases, epochs: int, seed: in
             loss.backward()
             adam.step()
         schedule.step()
-        out.append(judge(network, way, grid, test))
+        out.append(assess(network, way, grid, test))
         step()
     return out
 
@@ -204,7 +204,7 @@ def train(way: Way, grid: Grid, cases: Cases, test: Cases, epochs: int, seed: in
 
 
 def plot(results: dict[str, list[list[Quality]]], path: str) -> None:
-    """Error against violation, arrows to what projecting afterwards makes of it; error by epoch. A mark a seed."""
+    """Draw error against violation, with arrows to the projected answers, and error by epoch. A mark a seed."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for k, (name, runs) in enumerate(results.items()):
         for i, run in enumerate(runs):
@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=1000, help="training cases")
     parser.add_argument("--test", type=int, default=500, help="test cases")
     parser.add_argument("--output", default="projection.png", help="the plot")
-    parser.add_argument("--quick", action="store_true", help="one seed and few epochs, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="one seed and few epochs, to test that it runs")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.epochs, options.train, options.test = options.seeds[:1], 5, 300, 200

@@ -45,16 +45,16 @@ class Sudoku:
         self.peers = [np.flatnonzero(alike[alike[:, cell]].any(0)) for cell in range(self.cells)]
 
     def digits_of(self, boards: np.ndarray) -> np.ndarray:
-        """What one-hot boards, or answers that may not be, say: (boards, cells)."""
+        """Return the digits of one-hot boards, or of answers that are only nearly so: (boards, cells)."""
         return boards.reshape(-1, self.cells, self.digits).argmax(-1)
 
     def rules(self) -> np.ndarray:
-        """Of one-hot boards, R x = 1: every digit once in a unit, then one digit in every cell."""
+        """Return R of the rules R x = 1 of one-hot boards: every digit once in a unit, then one digit in every cell."""
         eye = np.eye(self.variables).reshape(self.cells, self.digits, self.variables)
         return np.concatenate([eye[self.units].sum(1).reshape(-1, self.variables), eye.sum(1)])
 
     def completions(self, board, rng: np.random.Generator | None = None) -> Iterator[np.ndarray]:
-        """All solutions, by trying what digits a cell has left, in order or shuffled, where the fewest are left."""
+        """Yield all solutions, by trying the digits that are left, in order or shuffled, where the fewest are left."""
         board = np.array(board)
         left = np.ones((self.cells, self.digits), dtype=bool)
         for cell in np.flatnonzero(board >= 0):
@@ -83,7 +83,7 @@ class Boards(NamedTuple):
 
 
 def make_boards(rng: np.random.Generator, game: Sudoku, grids: np.ndarray, blanks: range, count: int) -> Boards:
-    """Distinct puzzles with exactly one solution: cells of a grid are blanked in random order while it stays one."""
+    """Make distinct puzzles with one solution: cells of a grid are blanked in random order while it stays one."""
     puzzles = {}
     while len(puzzles) < count:
         grid = grids[rng.integers(len(grids))]
@@ -98,7 +98,7 @@ def make_boards(rng: np.random.Generator, game: Sudoku, grids: np.ndarray, blank
 
 
 def make_data(seed: int, game: Sudoku, train: int, test: int) -> tuple[Boards, Boards]:
-    """Training and test boards from disjoint sets of solved grids: of all there are, or of one for each board.
+    """Make training and test boards from disjoint sets of solved grids: of all there are, or one for each board.
 
     The 9 × 9 boards to learn from have few blanks: each teaches more of the rules, of which there are many.
     """
@@ -119,7 +119,7 @@ def make_data(seed: int, game: Sudoku, train: int, test: int) -> tuple[Boards, B
 
 
 def fixed_operands(game: Sudoku) -> dict[str, np.ndarray]:
-    """What the program has beside a puzzle and equalities."""
+    """Return the operands of the program beside a puzzle and equalities."""
     return {"Q": 0.1 * np.eye(game.variables), "lb": np.zeros(game.variables)}
 
 
@@ -137,7 +137,7 @@ class OptNet:
         self.fixed = fixed_operands(game)
 
     def constraints(self) -> tuple[np.ndarray, np.ndarray]:
-        """A and b."""
+        """Return A and b."""
         A, w = self.parameters
         return A, A @ np.exp(w)
 
@@ -157,7 +157,7 @@ class OptNet:
         return anp.mean((x - boards.solutions) ** 2)
 
     def _by_hand(self, boards: Boards):
-        """The same where autograd cannot go: solve_qp and vjp on the other library's arrays, then the chain rule."""
+        """Do the same without autograd: solve_qp and vjp on the other library's arrays, then the chain rule."""
         A, w = self.parameters
         _, b = self.constraints()
         sol = qpdiff.solve_qp(**self.fixed, q=-boards.puzzles, A=A, b=b, backend=self.backend)
@@ -194,7 +194,7 @@ class FullyConnected:
 
 
 def to_numpy(value) -> np.ndarray:
-    """An array of any library on the host."""
+    """Move an array of any library to the host."""
     return value.get() if hasattr(value, "get") else np.asarray(value)
 
 
@@ -233,15 +233,15 @@ class History(NamedTuple):
 def train(
     model, game: Sudoku, train_boards: Boards, test_boards: Boards, *, epochs: int, batch: int, seed: int, step
 ) -> History:
-    """Adam on the mean squared error, its learning rate falling to zero along half a cosine.
+    """Train by Adam on the mean squared error, its learning rate falling to zero along half a cosine.
 
-    Training boards are judged by the first hundred of them.
+    The training error is that of the first hundred training boards.
     """
     rng = np.random.default_rng(seed)
     adam = Adam(model.parameters)
     history = History([], [], [], [])
     norms = []
-    judged = Boards(*(array[:100] for array in train_boards))
+    measured = Boards(*(array[:100] for array in train_boards))
     count = len(train_boards.puzzles)
     total = epochs * (count // batch)
     for epoch in range(epochs + 1):
@@ -257,7 +257,7 @@ def train(
                 model.parameters = adam.update(model.parameters, gradients, rate)
                 step()
         for boards, losses, wrong in (
-            (judged, history.train_loss, history.train_wrong),
+            (measured, history.train_loss, history.train_wrong),
             (test_boards, history.test_loss, history.test_wrong),
         ):
             answers = model.answers(boards.puzzles)
@@ -270,12 +270,12 @@ def train(
 
 
 def wrong_cells(game: Sudoku, answers: np.ndarray, boards: Boards) -> np.ndarray:
-    """Which cells are not answered rightly, (boards, cells)."""
+    """Return which cells are answered wrongly, (boards, cells)."""
     return game.digits_of(answers) != game.digits_of(boards.solutions)
 
 
 def share_wrong(game: Sudoku, answers: np.ndarray, boards: Boards) -> float:
-    """Share of boards with at least one wrong cell."""
+    """Return the share of boards with at least one wrong cell."""
     return float(np.mean(wrong_cells(game, answers, boards).any(-1)))
 
 
@@ -296,7 +296,7 @@ def compare(game: Sudoku, A: np.ndarray, b: np.ndarray) -> Rules:
 
 
 def solve_by_rules(game: Sudoku, boards: Boards) -> float:
-    """Share of boards that are solved wrongly by the same program with the true rules."""
+    """Return the share of boards that are solved wrongly by the same program with the true rules."""
     R = game.rules()
     sol = qpdiff.solve_qp(**fixed_operands(game), q=-boards.puzzles, A=R, b=np.ones(len(R)))
     return share_wrong(game, sol.x, boards)
@@ -306,7 +306,7 @@ def solve_by_rules(game: Sudoku, boards: Boards) -> float:
 
 
 def plot(histories: dict[str, list[History]], rules: list[tuple[Rules, Rules]], path: str) -> None:
-    """Loss, share of wrongly solved boards, and how far the true rules are from the learned ones; a line a seed."""
+    """Draw loss, wrongly solved boards, and the distance of the true rules from the learned ones; a line a seed."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for model, (name, runs) in enumerate(histories.items()):
         for run, history in enumerate(runs):
@@ -327,7 +327,7 @@ def plot(histories: dict[str, list[History]], rules: list[tuple[Rules, Rules]], 
 
 
 def make_parser(description: str, output: str) -> argparse.ArgumentParser:
-    """The options of a training, and where its plot goes."""
+    """Make the options of a training, and where its plot goes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=30)
@@ -335,7 +335,7 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     parser.add_argument("--test", type=int, default=300, help="test boards")
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--output", default=output, help="the plot")
-    parser.add_argument("--quick", action="store_true", help="two epochs on few boards, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="two epochs on few boards, to test that it runs")
     return parser
 
 

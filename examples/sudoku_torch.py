@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 
 
 def make_layer(game: Sudoku, seed: int) -> qpdiff.torch.OptNet:
-    """From a puzzle, negated, to the board: x ≥ 0 and as many learned equalities as the true rules have."""
+    """Make the layer from a negated puzzle to the board: x ≥ 0, and as many learned equalities as true rules."""
     torch.manual_seed(seed)
     equalities = int(np.linalg.matrix_rank(game.rules()))
     layer = qpdiff.torch.OptNet(
@@ -34,7 +34,7 @@ def make_layer(game: Sudoku, seed: int) -> qpdiff.torch.OptNet:
 
 
 def train(layer, game: Sudoku, boards: Boards, test: Boards, epochs: int, batch: int, step) -> list[float]:
-    """Adam, its learning rate falling to 0 along half a cosine; the share of wrong test boards after each epoch."""
+    """Train by Adam, its learning rate falling to 0 along half a cosine; return wrong test boards by epoch."""
     puzzles, solutions = map(torch.from_numpy, boards)
     learned = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     adam = torch.optim.Adam(learned, lr=0.1)

@@ -53,7 +53,7 @@ def make_problems(n: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def measure(mode: Mode, problems: dict[str, np.ndarray]) -> tuple[Seconds, np.ndarray, np.ndarray]:
-    """The time, and for comparison the solutions and the gradients of their sum with respect to q."""
+    """Return the time, and for comparison the solutions and the gradients of their sum with respect to q."""
     ones = np.ones_like(problems["q"])
     parts = [slice(None)] if mode.batched else range(BATCH)
     given = [{name: value[part] for name, value in problems.items()} for part in parts]
@@ -67,7 +67,7 @@ def measure(mode: Mode, problems: dict[str, np.ndarray]) -> tuple[Seconds, np.nd
 
 
 def experiment(sizes, rounds: int, step) -> dict[Mode, list[Seconds]]:
-    """The fastest of the rounds, by size; all modes take turns, so that what disturbs the machine disturbs all."""
+    """Return the fastest of the rounds by size; modes alternate, so that what disturbs the machine disturbs all."""
     for mode in MODES:
         measure(mode, make_problems(sizes[0], 0))  # compiles
     out: dict[Mode, list[Seconds]] = {mode: [] for mode in MODES}
@@ -90,7 +90,7 @@ def experiment(sizes, rounds: int, step) -> dict[Mode, list[Seconds]]:
 
 
 def plot(times: dict[Mode, list[Seconds]], sizes, path: str) -> None:
-    """Time of a batch by size, forward and backward beside each other."""
+    """Draw the time of a batch by size, forward and backward beside each other."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
     for axis, part in zip(axes, Seconds._fields, strict=True):
         for mode, seconds in times.items():
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 20, 30, 50, 70, 100])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", default="timing.png", help="the plot")
-    parser.add_argument("--quick", action="store_true", help="two small sizes, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="two small sizes, to test that it runs")
     options = parser.parse_args(arguments)
     if options.quick:
         options.sizes, options.rounds = [5, 10], 1

@@ -1,4 +1,4 @@
-"""Moving NumPy arrays to the library and the device a solver works on, and back."""
+"""Move NumPy arrays to the library and the device that a solver works on, and back."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Arrays(NamedTuple):
     put: Callable[[np.ndarray], Any]
     get: Callable[[Any], np.ndarray]
     synchronize: Callable[[], None]
-    """Wait until the device has done all it was told."""
+    """Wait until the device has done all its work."""
 
 
 def arrays_of(library: str) -> Arrays:
-    """The arrays of "numpy", "cupy", "torch" (on the CPU) or "torch-cuda"."""
+    """Return the arrays of "numpy", "cupy", "torch" (on the CPU) or "torch-cuda"."""
     if library == "numpy":
         return Arrays(np.asarray, np.asarray, lambda: None)
     if library == "cupy":

@@ -9,7 +9,7 @@ EMPTY = np.empty(0)
 
 
 def bounds_as_rows(operands: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The operands with the rows −x ≤ −lb below those of G."""
+    """Return the operands with the rows −x ≤ −lb below those of G."""
     if "lb" not in operands:
         return operands
     n = operands["q"].shape[-1]
@@ -19,7 +19,7 @@ def bounds_as_rows(operands: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def bounds_from_rows(operands: dict[str, np.ndarray], answer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The answer in terms of the operands, given the answer in terms of `bounds_as_rows` of them."""
+    """Return the answer in terms of the operands, given the answer in terms of `bounds_as_rows` of them."""
     if "lb" not in operands:
         return answer
     m = operands["h"].shape[-1] if "h" in operands else 0

@@ -18,7 +18,7 @@ from problems import complete
 
 
 class Answer(NamedTuple):
-    """What a solver says of a problem."""
+    """A solution and its multipliers, as a solver returns them."""
 
     claimed: bool
     """Whether it says that it solved the problem."""
@@ -107,7 +107,7 @@ def with_quadprog(d, tol):
 
 
 def rows(d):
-    """All finite constraints as K x ≤ k, of which the first p are equalities, and where they stand among all."""
+    """Return all finite constraints as K x ≤ k, the first p of them equalities, and their positions among all."""
     eye = np.eye(len(d["q"]))
     K, k = np.concatenate([d["A"], d["G"], -eye, eye]), np.concatenate([d["b"], d["h"], -d["lb"], d["ub"]])
     finite = np.isfinite(k)
@@ -115,7 +115,7 @@ def rows(d):
 
 
 def split(d, finite, multipliers):
-    """y, z, z_lb and z_ub from the multipliers of `rows`."""
+    """Return y, z, z_lb and z_ub from the multipliers of `rows`."""
     v = np.zeros(len(finite))
     v[finite] = multipliers
     return np.split(v, np.cumsum([len(d["b"]), len(d["h"]), len(d["q"])]))

@@ -26,7 +26,7 @@ class Qpdiff:
         self.arrays.synchronize()
 
     def backward(self):
-        """The gradients of the last solution."""
+        """Return the gradients of the last solution."""
         self.gradients = qpdiff.vjp(self.solution, x=self.cotangent)
         self.arrays.synchronize()
 
@@ -43,7 +43,7 @@ class Qpdiff:
 
     @staticmethod
     def peak(library="numpy", size=2000, repeats=5, **options) -> float:
-        """Floating point operations a second of a large matrix product, with all threads: the fastest of a few."""
+        """Measure the floating point operations a second of a large matrix product, with all threads."""
         arrays = arrays_of(library)
         M = arrays.put(np.random.default_rng(0).normal(size=(size, size)))
         times = []

@@ -21,7 +21,7 @@ class Qpth:
             name: self.arrays.put(value).requires_grad_() for name, value in bounds_as_rows(operands).items()
         }
         self.arguments = [self.tensors.get(name, self.arrays.put(EMPTY)) for name in "QqGhAb"]
-        # verbose=-1 silences the warning about inexact answers; the benchmark judges them.
+        # verbose=-1 silences the warning about inexact answers; the benchmark checks them.
         self.solve = QPFunction(eps=tolerance, verbose=-1)
 
     def forward(self):
