@@ -94,7 +94,7 @@ def test_on_every_library(xp, kind):
     expected = Status.PRIMAL_INFEASIBLE if kind == "infeasible" else Status.DUAL_INFEASIBLE
     status = xp.to_numpy(solve(d, xp).status)
     assert np.all((status == expected) | (status == Status.STALLED))
-    assert np.sum(status == expected) >= 24  # rounding leaves one in 300 without its certificate, docs/method.md
+    assert np.sum(status == expected) >= 24  # rounding leaves one in 300 without its certificate, docs/limits.md
 
 
 @pytest.mark.parametrize("short", [1e-12, 1e-16])
