@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -89,14 +90,14 @@ template <class Team> struct Test {
 
     void release() {
         for (void* block : blocks) {
-            std::free(block);
+            ::operator delete(block, std::align_val_t(LINE));
         }
         blocks.clear();
     }
 
     Stored* zeros(size_t count) {
         size_t bytes = (count * sizeof(Stored) + 2 * LINE - 1) / LINE * LINE;
-        void* block = std::aligned_alloc(LINE, bytes);
+        void* block = ::operator new(bytes, std::align_val_t(LINE));
         std::memset(block, 0, bytes);
         blocks.push_back(block);
         return static_cast<Stored*>(block);
