@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from problems import optnet, random_problem, weakly_active
+from problems import apply, optnet, random_problem, weakly_active
 
 import qpdiff
 from qpdiff import Status
+from qpdiff.backend import NumPyBackend
 
 pytestmark = pytest.mark.usefixtures("each_engine")
 
@@ -60,3 +61,17 @@ def test_variables_with_neither_curvature_nor_bounds(parts):
         sol = qpdiff.solve_qp(**operands | {"Q": np.tile(Q, (100, 1, 1))}, tol=1e-8)
         assert np.all(sol.status == Status.SOLVED)
         assert np.max(sol.iterations) <= 12
+
+
+def test_residuals_of_float32_are_in_float64_to_the_end(monkeypatch):
+    """Also of problems that the array engine iterates on after it has dropped others."""
+    monkeypatch.setattr(NumPyBackend, "launch_bound_bytes", 0)
+    operands = random_problem(np.random.default_rng(1), "A G", batch=(200,), cost="psd")
+    sol = qpdiff.solve_qp(**operands, dtype="float32")
+    assert len(set(sol.iterations.tolist())) >= 4
+    Q, q, G, h, A, b = (np.float64(np.float32(operands[name])) for name in ("Q", "q", "G", "h", "A", "b"))
+    x, y, z = (np.float64(part) for part in (sol.x, sol.y, sol.z))
+    primal = [np.maximum(apply(G, x) - h, 0.0), np.abs(apply(A, x) - b)]
+    np.testing.assert_allclose(sol.primal_residual, np.max(np.concatenate(primal, axis=-1), axis=-1), atol=1e-13)
+    dual = np.max(np.abs(apply(Q, x) + q + apply(G.mT, z) + apply(A.mT, y)), axis=-1)
+    np.testing.assert_allclose(sol.dual_residual, dual, atol=1e-12)
