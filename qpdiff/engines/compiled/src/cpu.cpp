@@ -1,4 +1,4 @@
-// The Python module: arrays in, results into arrays that Python has made.
+// The Python module: functions that read arrays and fill arrays made in Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
 
@@ -10,7 +10,7 @@ using namespace qpdiff;
 
 namespace {
 
-// An array of Python's, held while it is worked on.
+// A Python array, with its buffer locked.
 class Array {
   public:
     explicit Array(nb::handle object, bool writable = false) {
@@ -27,7 +27,7 @@ class Array {
     }
     Array(Array&& other) : view(other.view) { other.view.obj = nullptr; }
 
-    // As an operand with a batch axis.
+    // Return it as an operand with a batch axis.
     Operand operand() const {
         if (!view.obj) {
             return {};
@@ -37,7 +37,7 @@ class Array {
         return {static_cast<const char*>(view.buf), batch, row, view.strides[view.ndim - 1]};
     }
 
-    // As rows of numbers that lie side by side.
+    // Return it as rows of contiguous numbers.
     template <class T> Rows<T> rows() const {
         if (!view.obj || view.shape[0] == 0) {
             return {};
@@ -70,7 +70,7 @@ class Arrays {
     std::vector<Array> arrays;
 };
 
-// The operands in the order of qpdiff.problem.OPERANDS: Q, q, G, h, A, b, lb, ub.
+// Read the operands in the order of qpdiff.problem.OPERANDS: Q, q, G, h, A, b, lb, ub.
 Operands read_operands(const Arrays& arrays, Index count) {
     Operands operands;
     Operand* all[] = {&operands.Q, &operands.q, &operands.G,  &operands.h,
@@ -87,59 +87,64 @@ Shape read_shape(const Operands& operands, int form) {
     return {Form(form), operands.n, operands.p, operands.linear(), operands.lb.given(), operands.ub.given()};
 }
 
-// qpdiff.engines.base.Settings.
+// Read qpdiff.engines.base.Settings.
 Settings read_settings(nb::tuple s) {
     return {nb::cast<double>(s[0]), nb::cast<double>(s[1]), nb::cast<bool>(s[2]),
             nb::cast<int>(s[3]),    nb::cast<double>(s[4]), nb::cast<double>(s[5]),
             nb::cast<double>(s[6]), nb::cast<double>(s[7]), nb::cast<double>(s[8])};
 }
 
+// Read qpdiff.engines.base.Outcome.
 template <class T> Outcome<T> read_outcome(const Arrays& a) {
     return {a[0].rows<T>(),      a[1].rows<T>(),      a[2].rows<T>(),      a[3].rows<int>(),   a[4].rows<int>(),
             a[5].rows<double>(), a[6].rows<double>(), a[7].rows<double>(), a[8].rows<double>()};
 }
 
-// qpdiff.engines.compiled.engine.Stored.
+// Read qpdiff.engines.compiled.engine.Stored.
 template <class T> StoredBatch<T> read_stored(const Arrays& a, const Shape& shape) {
     return {stored_sizes<T>(shape), a[0].rows<T>(),   a[1].rows<T>(),
             a[2].rows<T>(),         a[3].rows<int>(), a[4].rows<bool>()};
 }
 
-template <class T> Near<T> read_near(const Arrays& a) {
+// Read qpdiff.engines.base.StartingPoint.
+template <class T> StartingPoint<T> read_start(const Arrays& a) {
     return {a[0].rows<const T>(), a[1].rows<const T>(), a[2].rows<const bool>()};
 }
 
-// What the arrays and numbers of a call say, for one floating point type.
+// Solve a batch in one floating point type.
 template <class T>
-bool solve_as(const Operands& operands, const Arrays& outcome, const Arrays& stored, const Arrays& near,
+bool solve_as(const Operands& operands, const Arrays& outcome, const Arrays& stored, const Arrays& start,
               const Settings& settings, const Parameters& parameters, int form, bool check, double rounding, bool lanes,
               int workers, nb::object progress) {
     Batch<T> batch{operands, read_shape(operands, form), settings, &parameters, check, rounding, lanes, {}, {}, {}};
-    batch.near = read_near<T>(near);
+    batch.start = read_start<T>(start);
     batch.outcome = read_outcome<T>(outcome);
     batch.stored = read_stored<T>(stored, batch.shape);
-    bool good = solve_batch(batch, workers, progress.ptr());
+    bool valid = solve_batch(batch, workers, progress.ptr());
     if (PyErr_Occurred()) {
         throw nb::python_error();
     }
-    return good;
+    return valid;
 }
 
-bool solve_problems(nb::tuple operands, nb::tuple outcome, nb::tuple stored, nb::tuple near, nb::tuple settings,
+// Solve a batch: fill `outcome` and `stored`; return false where an operand breaks a rule.
+bool solve_problems(nb::tuple operands, nb::tuple outcome, nb::tuple stored, nb::tuple start, nb::tuple settings,
                     const Parameters& parameters, int form, bool check, double rounding, bool lanes, int workers,
                     nb::object progress) {
-    Arrays given(operands, false), out(outcome, true), factors(stored, true), start(near, false);
+    Arrays given(operands, false), out(outcome, true), factors(stored, true), warm_start(start, false);
     auto run = out[0].itemsize() == sizeof(double) ? solve_as<double> : solve_as<float>;
-    return run(read_operands(given, out[0].size(0)), out, factors, start, read_settings(settings), parameters, form,
-               check, rounding, lanes, workers, progress);
+    return run(read_operands(given, out[0].size(0)), out, factors, warm_start, read_settings(settings), parameters,
+               form, check, rounding, lanes, workers, progress);
 }
 
-// The gradients of Q, G and A of each problem's own, or those that are sums over the batch.
+// Read the gradients of Q, G and A that each problem has its own of, or with `summed` those that are sums over the
+// batch.
 template <class T> MatrixGradients<T> read_gradients(const Arrays& a, Index count, bool summed) {
     auto rows = [&](const Array& array) { return (array.size(0) != count) == summed ? array.rows<T>() : Rows<T>{}; };
     return {rows(a[2]), rows(a[3]), rows(a[4])};
 }
 
+// Solve the KKT system in one floating point type.
 template <class T>
 void differentiate_as(const Operands& operands, const Arrays& stored, const Arrays& given, const Arrays& out,
                       const Parameters& parameters, int form, double fill, int workers) {
@@ -161,7 +166,7 @@ void differentiate_as(const Operands& operands, const Arrays& stored, const Arra
     }
 }
 
-// Solve the KKT system at the solutions: `given` are x, v, s, the right-hand sides r_x, r_v and the statuses; `out`
+// Solve the KKT system at the solutions. `given` has x, v, s, the right-hand sides r_x, r_v and the statuses; `out` has
 // u_x, u_v and the gradients of Q, G and A, with an entry for each problem or one for their sum.
 void differentiate_problems(nb::tuple operands, nb::tuple stored, nb::tuple given, nb::tuple out,
                             const Parameters& parameters, int form, double fill, int workers) {
@@ -170,7 +175,7 @@ void differentiate_problems(nb::tuple operands, nb::tuple stored, nb::tuple give
     run(read_operands(of_batch, results[0].size(0)), factors, in, results, parameters, form, fill, workers);
 }
 
-// Numbers that one problem stores: those that do not change in an iteration, and those that the last one leaves.
+// Return how many numbers one problem stores: constants of the reduced system, and of its last factor.
 std::tuple<Index, Index> stored_numbers(int form, int n, int linear, bool lower, bool upper, int itemsize) {
     auto sizes = [&]<class T>(T) {
         auto s = stored_sizes<T>(Shape{Form(form), n, 0, linear, lower, upper});
@@ -202,7 +207,7 @@ void set_blas(nb::dict capsules) {
 #endif
 
 NB_MODULE(QP_MODULE, m) {
-    nb::set_leak_warnings(false); // Python modules keep `Parameters` until the process ends
+    nb::set_leak_warnings(false); // Python modules refer to `Parameters` until the process ends
     nb::class_<Parameters>(m, "Parameters").def("__init__", [](Parameters* self, nb::object numbers) {
         new (self) Parameters();
 #define X(name) self->name = nb::cast<double>(numbers.attr(#name));

@@ -1,12 +1,12 @@
 // Differentiating a batch: the KKT system at the solutions, problem by problem, and the gradients of the matrices,
-// −½ (u_x xᵀ + x u_xᵀ) for Q and −(v u_xᵀ + u_v xᵀ) for A and G; summed over the batch where the problems share them.
+// −½ (u_x xᵀ + x u_xᵀ) for Q and −(v u_xᵀ + u_v xᵀ) for A and G, summed over the batch where a matrix is shared.
 #pragma once
 #include "method/derivative.hpp"
 #include "solve.hpp"
 
 namespace qpdiff {
 
-// The gradients of the matrices: of each problem's own, or sums over the batch; without data where they are not wanted.
+// Gradients of the matrices; without data where they are not wanted.
 template <class T> struct MatrixGradients {
     Rows<T> Q, G, A;
 };
@@ -19,15 +19,16 @@ template <class T> struct DerivativeBatch {
     Operand x, v, s, r_x, r_v; // the solutions and the right-hand sides
     Rows<const int> status;
     Rows<T> u_x, u_v;
-    T fill;                       // for problems that are not solved
-    MatrixGradients<T> own, sums; // the sum of Q is the half that with its transpose is the gradient
+    T fill;                       // the solution for problems that are not SOLVED
+    MatrixGradients<T> own, sums; // of each problem's own matrices, and of shared ones; of a shared Q, the gradient is
+                                  // the sum and its transpose
 
     int m() const { return operands.m; }
     int rows() const { return shape.linear + (shape.lower ? shape.n : 0) + (shape.upper ? shape.n : 0); }
 };
 
-// Ask for numbers that lie side by side: software prefetch. The arithmetic on one problem waits more for itself than
-// for memory, and the processor has room for a few lines under way.
+// Prefetch contiguous numbers into the L2 cache. The arithmetic on one problem is bound by the latency of its
+// operations, and the processor can load a few cache lines meanwhile.
 template <class T> QP_INLINE void prefetch(const T* numbers, Index count) {
     const char* base = reinterpret_cast<const char*>(numbers);
     for (Index at = 0; at < count * (Index)sizeof(T); at += LINE) {
@@ -35,14 +36,14 @@ template <class T> QP_INLINE void prefetch(const T* numbers, Index count) {
     }
 }
 
-// What a thread does problem by problem.
+// Solves the KKT system for the problems that one thread claims, and computes the gradients of their own matrices.
 template <class T> class DerivativeWorker {
   public:
     DerivativeWorker(const DerivativeBatch<T>& batch, Queue& queue, bool calling)
         : batch(batch), queue(queue), calling(calling), workspace(batch.shape, calling), o(workspace->problem),
           memory([this](Arena& arena) { lay_out(arena); }) {
         o.parameters = batch.parameters;
-        // What is scaled by them in the padding is 0.
+        // In the padding these scale zeros, so that any finite number will do.
         std::fill(o.D.data, o.D.data + o.np, T(1));
         std::fill(o.E.data, o.E.data + o.rows, T(1));
     }
@@ -51,17 +52,17 @@ template <class T> class DerivativeWorker {
         Index first, last;
         while (queue.claim(first, last)) {
             for (Index k = first; k < last && !queue.interrupted(calling); k++) {
-                // Backwards: what the solve has left in the cache is what it came to last.
+                // Backwards: the cache still holds the problems that were solved last.
                 Index b = batch.operands.count - 1 - k;
-                differentiate(b, o.n >= FETCHED ? b - 1 : -1);
+                differentiate(b, o.n >= PREFETCH_FROM ? b - 1 : -1);
             }
         }
     }
 
   private:
     using Team = serial::Team<T>;
-    static constexpr int FETCHED = 32; // variables from which on the processor does not fetch in time by itself
-    static constexpr int STRIP = 8;    // rows of a gradient between two requests
+    static constexpr int PREFETCH_FROM = 32; // variables from which on the hardware prefetcher does not keep up
+    static constexpr int PREFETCH_ROWS = 8;  // rows of a gradient between two prefetches
 
     const DerivativeBatch<T>& batch;
     Queue& queue;
@@ -81,32 +82,34 @@ template <class T> class DerivativeWorker {
         d.numbers = arena.take<int>(o.lp + 1);
     }
 
-    // Solve for problem b and compute the gradients of its own matrices; fetch meanwhile what is stored of problem
-    // `next`, if there is one.
+    // Solve for problem b and compute the gradients of its own matrices; meanwhile prefetch the vectors and the stored
+    // factors of problem `next`, unless that is negative.
     void differentiate(Index b, Index next) {
-        bool fetch = next >= 0 && batch.stored.sizes.F && batch.stored.constant.stride;
-        StoredFactors<T> ahead = fetch ? batch.stored.at(next) : StoredFactors<T>{};
+        bool own_factors = next >= 0 && batch.stored.sizes.F && batch.stored.constant.stride;
+        StoredFactors<T> next_factors = own_factors ? batch.stored.at(next) : StoredFactors<T>{};
         prefetch_vectors(next);
         read(batch.x.at(b), batch.x.column, o.n, d.x.data);
         read_rows(batch.v, b, d.v);
         if (*batch.status.at(b) == SOLVED) {
-            solve_kkt(b, ahead, next);
+            solve_kkt(b, next_factors, next);
         } else {
             std::fill(d.u.x.data, d.u.x.data + o.n, batch.fill);
             std::fill(d.u.v.data, d.u.v.data + o.rows, batch.fill);
         }
         std::copy(d.u.x.data, d.u.x.data + o.n, batch.u_x.at(b));
         gather_rows(o, d.u.v, batch.u_v.at(b));
-        put_gradients(b, ahead);
+        put_gradients(b, next_factors);
     }
 
+    // Read entries of all constraints of problem b.
     void read_rows(const Operand& from, Index b, typename Team::Vector to) {
         each_block(o, [&](int row, int at, int count) {
             read(from.at(b) + at * from.column, from.column, count, to.data + row);
         });
     }
 
-    void solve_kkt(Index b, const StoredFactors<T>& ahead, Index next) {
+    // Solve the KKT system at the solution of problem b; meanwhile prefetch factors of the next one.
+    void solve_kkt(Index b, const StoredFactors<T>& next_factors, Index next) {
         Form form = Form(*batch.stored.form.at(b));
         StoredFactors<T> stored = batch.stored.at(b);
         bool usable = *batch.stored.factor_ok.at(b) && form == batch.shape.form;
@@ -123,45 +126,47 @@ template <class T> class DerivativeWorker {
         }
         if (usable && form == Form::dense_dual && stored.F) {
             if (solve_dense_dual(
-                    o, d, [&](int part, int parts) { prefetch_F(ahead, part, parts); },
-                    [&](int part, int parts) { prefetch_S(ahead, next, part, parts); })) {
+                    o, d, [&](int i, int count) { prefetch_F(next_factors, i, count); },
+                    [&](int i, int count) { prefetch_S(next_factors, next, i, count); })) {
                 return;
             }
             set_point(o, d);
         }
         matrices.load(o, batch.operands, b);
-        if (usable && form != Form::dense_dual && stored.U && solve_nearby(form)) {
+        if (usable && form != Form::dense_dual && stored.U && solve_with_inexact_factor(form)) {
             return;
         }
         workspace->use_primal();
         solve_afresh(o, d);
     }
 
-    // Solve with the last factor; return whether that is accurate.
-    bool solve_nearby(Form form) {
+    // Solve with the last factor of the iteration; return whether the solution is accurate.
+    bool solve_with_inexact_factor(Form form) {
         const Parameters& P = *o.parameters;
-        Reached<T> reached;
+        Accuracy<T> accuracy;
         if (form == Form::primal) {
-            if (!pivots_count(o)) {
+            if (!pivots_are_significant(o)) {
                 return false;
             }
-            reached = qpdiff::solve_nearby<Form::primal>(o, d, int(P.derivative_rounds));
+            accuracy = qpdiff::solve_with_inexact_factor<Form::primal>(o, d, int(P.derivative_rounds));
         } else {
             Team::take_diagonal(o.Q, o.n, o.diagonal_Q);
             invert_diagonal(o);
-            reached = qpdiff::solve_nearby<Form::diagonal_dual>(o, d, int(P.derivative_rounds));
+            accuracy = qpdiff::solve_with_inexact_factor<Form::diagonal_dual>(o, d, int(P.derivative_rounds));
         }
-        return reached.left <= T(P.factor_residual) && reached.moved <= T(P.factor_moved);
+        return accuracy.left <= T(P.factor_residual) && accuracy.moved <= T(P.factor_moved);
     }
 
-    void put_gradients(Index b, const StoredFactors<T>& ahead) {
+    // Compute the gradients of the matrices of problem b; meanwhile prefetch V of the next one.
+    void put_gradients(Index b, const StoredFactors<T>& next_factors) {
         const T *u_x = d.u.x.data, *u_v = d.u.v.data, *x = d.x.data, *v = d.v.data;
         Index n = o.n;
         if (T* out = batch.own.Q.at(b)) {
-            for (int i = 0; i < n; i += STRIP) {
-                int rows = std::min<int>(STRIP, n - i);
-                if (ahead.V) {
-                    prefetch(ahead.V + (Index)i * Team::leading(o.linear), (Index)rows * Team::leading(o.linear));
+            for (int i = 0; i < n; i += PREFETCH_ROWS) {
+                int rows = std::min<int>(PREFETCH_ROWS, n - i);
+                if (next_factors.V) {
+                    prefetch(next_factors.V + (Index)i * Team::leading(o.linear),
+                             (Index)rows * Team::leading(o.linear));
                 }
                 Team::outer(T(-0.5), x + i, u_x, u_x + i, x, rows, n, out + i * n);
             }
@@ -174,24 +179,25 @@ template <class T> class DerivativeWorker {
         }
     }
 
-    // Ask for a part of the rows of the triangle F.
-    void prefetch_F(const StoredFactors<T>& ahead, int part, int parts) const {
-        for (int i = ahead.F ? o.n * part / parts : o.n; i < o.n * (part + 1) / parts; i++) {
-            prefetch(ahead.F + (Index)i * Team::leading(o.n) + i, o.n - i);
+    // Prefetch one of `count` equal shares of the rows of the triangle F.
+    void prefetch_F(const StoredFactors<T>& next_factors, int share, int count) const {
+        for (int i = next_factors.F ? o.n * share / count : o.n; i < o.n * (share + 1) / count; i++) {
+            prefetch(next_factors.F + (Index)i * Team::leading(o.n) + i, o.n - i);
         }
     }
 
-    // Ask for those rows of S among a part that belong to active constraints.
-    void prefetch_S(const StoredFactors<T>& ahead, Index next, int part, int parts) const {
-        int last = o.linear * (part + 1) / parts;
-        for (int i = ahead.S ? o.linear * part / parts : last; i < last; i++) {
+    // Prefetch, of one of `count` equal shares of the rows of S, those of nearly active constraints.
+    void prefetch_S(const StoredFactors<T>& next_factors, Index next, int share, int count) const {
+        int last = o.linear * (share + 1) / count;
+        for (int i = next_factors.S ? o.linear * share / count : last; i < last; i++) {
             T s = entry<T>(batch.s.at(next), batch.s.column, i), v = entry<T>(batch.v.at(next), batch.v.column, i);
             if (s < std::fabs(v)) {
-                prefetch(ahead.S + (Index)i * Team::leading(o.linear), o.linear);
+                prefetch(next_factors.S + (Index)i * Team::leading(o.linear), o.linear);
             }
         }
     }
 
+    // Prefetch the solution, the right-hand sides and E of a problem.
     void prefetch_vectors(Index next) const {
         if (next >= 0) {
             for (const Operand* from : {&batch.x, &batch.r_x}) {
@@ -205,27 +211,26 @@ template <class T> class DerivativeWorker {
     }
 };
 
-// What a thread does strip by strip, once all problems are solved: sums over the batch in its order, whichever thread
-// takes them.
+// Sums the gradients of shared matrices over the batch, once all problems are solved. A work item is a few rows of a
+// gradient; problems are summed in the order of the batch, so that the sums do not depend on the number of threads.
 template <class T> class SumWorker {
   public:
-    static constexpr int STRIP = 16;   // rows of a gradient
-    static constexpr int PORTION = 64; // problems whose vectors are brought together
+    static constexpr int ITEM = 16;  // rows of a gradient in a work item
+    static constexpr int CHUNK = 64; // problems whose vectors are gathered for one product
 
     explicit SumWorker(const DerivativeBatch<T>& batch)
         : batch(batch), n(batch.shape.n), memory([this](Arena& arena) { lay_out(arena); }) {}
 
-    // How many strips a batch has.
-    static int strips(const DerivativeBatch<T>& batch) {
-        return strips(batch.sums.Q, batch.shape.n) + strips(batch.sums.A, batch.shape.p) +
-               strips(batch.sums.G, batch.m());
+    // Return the number of work items of a batch.
+    static int items(const DerivativeBatch<T>& batch) {
+        return items(batch.sums.Q, batch.shape.n) + items(batch.sums.A, batch.shape.p) + items(batch.sums.G, batch.m());
     }
 
     void run(Queue& queue, bool calling) {
         Index first, last;
         while (queue.claim(first, last)) {
             for (Index k = first; k < last && !queue.interrupted(calling); k++) {
-                add_strip(int(k));
+                sum_item(int(k));
             }
         }
     }
@@ -234,24 +239,25 @@ template <class T> class SumWorker {
     using Team = serial::Team<T>;
     const DerivativeBatch<T>& batch;
     const int n;
-    Matrix<T> sums, of_rows, of_variables; // STRIP × n, PORTION × STRIP, PORTION × n
-    int first = 0, height = 0;             // rows of the strip
+    Matrix<T> sums, of_rows, of_variables; // ITEM × n, CHUNK × ITEM, CHUNK × n
+    int first = 0, height = 0;             // first row of the work item, and the number of its rows
     Memory memory;
 
-    static int strips(const Rows<T>& sums, int rows) { return sums.data ? (rows + STRIP - 1) / STRIP : 0; }
+    static int items(const Rows<T>& sums, int rows) { return sums.data ? (rows + ITEM - 1) / ITEM : 0; }
 
     void lay_out(Arena& arena) {
         auto matrix = [&](Matrix<T>& M, int rows, int columns) {
             M.ld = Team::leading(columns);
             M.data = arena.take<T>((Index)rows * M.ld);
         };
-        matrix(sums, STRIP, n);
-        matrix(of_rows, PORTION, STRIP);
-        matrix(of_variables, PORTION, n);
+        matrix(sums, ITEM, n);
+        matrix(of_rows, CHUNK, ITEM);
+        matrix(of_variables, CHUNK, n);
     }
 
-    void add_strip(int number) {
-        int of_Q = strips(batch.sums.Q, n), of_A = strips(batch.sums.A, batch.shape.p);
+    // Compute the sums of a work item.
+    void sum_item(int number) {
+        int of_Q = items(batch.sums.Q, n), of_A = items(batch.sums.A, batch.shape.p);
         if (number < of_Q) {
             begin(number, n);
             add_products(T(-0.5), batch.u_x, 0, batch.x);
@@ -263,7 +269,7 @@ template <class T> class SumWorker {
         }
     }
 
-    // The multipliers of A and G are those from `at` on.
+    // Compute the sums of a work item of A or G, whose multipliers are those from `at` on.
     void add_rows(int number, int rows, int at, const Rows<T>& out) {
         begin(number, rows);
         add_products(T(-1), batch.v, at, batch.u_x);
@@ -271,23 +277,24 @@ template <class T> class SumWorker {
         put(out);
     }
 
+    // Set the sums of a work item, one of those of a matrix with so many rows, to 0.
     void begin(int number, int rows) {
-        first = number * STRIP;
-        height = std::min(STRIP, rows - first);
-        std::fill(sums.data, sums[STRIP], T(0));
+        first = number * ITEM;
+        height = std::min(ITEM, rows - first);
+        std::fill(sums.data, sums[ITEM], T(0));
     }
 
-    // Add factor a bᵀ of all problems, with the entries of a, counted from `at`, that belong to the strip.
+    // Add factor·a bᵀ of all problems, with the entries of a, counted from `at`, that belong to the work item.
     template <class A, class B> void add_products(T factor, const A& a, int at, const B& b) {
         Index count = batch.operands.count;
-        for (Index from = 0; from < count; from += PORTION) {
-            int portion = int(std::min<Index>(PORTION, count - from));
-            for (int i = 0; i < portion; i++) {
+        for (Index from = 0; from < count; from += CHUNK) {
+            int size = int(std::min<Index>(CHUNK, count - from));
+            for (int i = 0; i < size; i++) {
                 copy_entries(a, from + i, at + first, height, of_rows[i]);
                 std::for_each(of_rows[i], of_rows[i] + height, [&](T& entry) { entry *= factor; });
                 copy_entries(b, from + i, 0, n, of_variables[i]);
             }
-            Team::add_product_matrix(of_rows, of_variables, portion, sums, height, n);
+            Team::add_product_matrix(of_rows, of_variables, size, sums, height, n);
         }
     }
 
@@ -298,6 +305,7 @@ template <class T> class SumWorker {
         std::copy(from.at(b) + at, from.at(b) + at + count, to);
     }
 
+    // Copy the sums of the work item to a gradient.
     void put(const Rows<T>& out) {
         for (int i = 0; i < height; i++) {
             std::copy(sums[i], sums[i] + n, out.data + (Index)(first + i) * n);
@@ -305,15 +313,15 @@ template <class T> class SumWorker {
     }
 };
 
-// Differentiate a batch; false with a Python error set, where the call was interrupted.
+// Differentiate a batch; return false, with a Python error set, where the call was interrupted.
 template <class T> bool differentiate_batch(const DerivativeBatch<T>& batch, int workers) {
     Queue problems(batch.operands.count, 1, workers, Py_None);
     if (!problems.run([&](bool calling) { DerivativeWorker<T>(batch, problems, calling).run(); })) {
         return false;
     }
-    int strips = SumWorker<T>::strips(batch);
-    Queue sums(strips, 1, std::min(workers, strips), Py_None);
-    return strips == 0 || sums.run([&](bool calling) { SumWorker<T>(batch).run(sums, calling); });
+    int items = SumWorker<T>::items(batch);
+    Queue sums(items, 1, std::min(workers, items), Py_None);
+    return items == 0 || sums.run([&](bool calling) { SumWorker<T>(batch).run(sums, calling); });
 }
 
 } // namespace qpdiff

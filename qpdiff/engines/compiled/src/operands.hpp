@@ -1,5 +1,4 @@
-// The operands of a batch as they lie in the caller's memory: reading them into a problem, and checking them on the
-// way.
+// The operands of a batch in the caller's memory: reading them into a problem, and checking them.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -8,11 +7,11 @@
 
 namespace qpdiff {
 
-// One operand: its first axis is the batch, with a stride of 0 where it is shared.
+// An operand; its first axis is the batch, with a stride of 0 where it is shared.
 struct Operand {
     const char* data = nullptr;
     Index batch = 0;           // bytes from one problem to the next
-    Index row = 0, column = 0; // bytes from a row of a matrix to the next, and from an entry to the next
+    Index row = 0, column = 0; // bytes from a row to the next, and from an entry to the next
     bool given() const { return data != nullptr; }
     bool shared() const { return batch == 0; }
     const char* at(Index b, int i = 0) const { return data + b * batch + i * row; }
@@ -26,12 +25,14 @@ struct Operands {
     bool matrices_shared() const { return Q.shared() && A.shared() && G.shared() && lb.shared() && ub.shared(); }
 };
 
+// Return entry j, for a stride in bytes.
 template <class T> QP_INLINE T entry(const char* p, Index stride, int j) {
     T value;
     std::memcpy(&value, p + j * stride, sizeof(T));
     return value;
 }
 
+// Copy `count` entries, for a stride in bytes.
 template <class T> QP_INLINE void read(const char* p, Index stride, int count, T* out) {
     if (stride == sizeof(T)) {
         std::memcpy(out, p, count * sizeof(T));
@@ -42,9 +43,9 @@ template <class T> QP_INLINE void read(const char* p, Index stride, int count, T
     }
 }
 
-// ---- rows of a problem and the caller's, which have no padding
+// ---- the constraints of a problem, and the caller's, which have no padding
 
-// Call f(row of the problem, row of the caller, count) for each block of rows.
+// Call f(first of the problem's, first of the caller's, count) for each block of constraints.
 template <class Team, class F> QP_INLINE void each_block(const Problem<Team>& o, F f) {
     f(0, 0, o.linear);
     if (o.lower) {
@@ -55,17 +56,19 @@ template <class Team, class F> QP_INLINE void each_block(const Problem<Team>& o,
     }
 }
 
+// Copy entries of all constraints to an array of the caller's.
 template <class Team, class T> void gather_rows(const Problem<Team>& o, typename Team::Vector from, T* to) {
     each_block(o, [&](int row, int at, int count) { std::copy(from.data + row, from.data + row + count, to + at); });
 }
 
+// Copy entries of all constraints from an array of the caller's.
 template <class Team, class T> void scatter_rows(const Problem<Team>& o, const T* from, typename Team::Vector to) {
     each_block(o, [&](int row, int at, int count) { std::copy(from + at, from + at + count, to.data + row); });
 }
 
 // ---- reading
 
-// Put a number into a lane, or in the place of the only one.
+// Set the number of one problem: that in a lane, or the only one.
 template <class Team> QP_INLINE void put(typename Team::Stored& to, int lane, typename Team::Real value) {
     if constexpr (Team::lanes) {
         reinterpret_cast<typename Team::Real*>(&to)[lane] = value;
@@ -74,6 +77,7 @@ template <class Team> QP_INLINE void put(typename Team::Stored& to, int lane, ty
     }
 }
 
+// Return the number of one problem.
 template <class Team> QP_INLINE typename Team::Real take(const typename Team::Stored& from, int lane) {
     if constexpr (Team::lanes) {
         return reinterpret_cast<const typename Team::Real*>(&from)[lane];
@@ -82,11 +86,12 @@ template <class Team> QP_INLINE typename Team::Real take(const typename Team::St
     }
 }
 
-// Read the vectors of problem b and the kinds of its rows into a lane; whether the kinds are those of the first lane.
-// What is infinite on the wrong side, if it came unchecked, is a row that no point satisfies: not one that is absent.
+// Read the vectors of problem b and the kinds of its constraints into a lane; return whether the kinds are those of the
+// first lane. A limit that is infinite on the wrong side, where operands are not checked, becomes a constraint that no
+// point satisfies, not one that is absent.
 template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operands, Index b, int lane = 0) {
     using T = typename Team::Real;
-    bool alike = true;
+    bool same_kinds = true;
     auto set_row = [&](int i, T k, Kind kind) {
         put<Team>(o.k.data[i], lane, k);
         decltype(+o.kind.is_equality[0]) is_equality = kind == EQUALITY ? -1 : 0,
@@ -94,7 +99,7 @@ template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operan
         if (lane == 0) {
             o.kind.is_equality[i] = is_equality, o.kind.is_inequality[i] = is_inequality;
         }
-        alike &= o.kind.is_equality[i] == is_equality && o.kind.is_inequality[i] == is_inequality;
+        same_kinds &= o.kind.is_equality[i] == is_equality && o.kind.is_inequality[i] == is_inequality;
     };
     auto set_limit = [&](int i, T limit) {
         if (limit >= T(INFINITE)) {
@@ -130,15 +135,17 @@ template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operan
             set_limit(o.at_upper() + j, high);
         }
     }
-    return alike;
+    return same_kinds;
 }
 
-// Read the matrices of one problem.
+// Read the matrix Q of problem b.
 template <class Team> void load_Q(Problem<Team>& o, const Operands& operands, Index b) {
     for (int i = 0; i < o.n; i++) {
         read(operands.Q.at(b, i), operands.Q.column, o.n, o.Q[i]);
     }
 }
+
+// Read the matrices A and G of problem b.
 template <class Team> void load_K(Problem<Team>& o, const Operands& operands, Index b) {
     for (int i = 0; i < o.p; i++) {
         read(operands.A.at(b, i), operands.A.column, o.n, o.K[i]);
@@ -148,14 +155,14 @@ template <class Team> void load_K(Problem<Team>& o, const Operands& operands, In
     }
 }
 
-// Reads the matrices of one problem after the other: those that all share only once.
+// Reads the matrices of one problem after the other; those that all share are read once.
 class MatrixReader {
   public:
     struct Read {
         bool Q, K;
     };
 
-    // Read those of problem b that it does not share with the one before; return which these are.
+    // Read the matrices of problem b that it does not share with the one before; return which these are.
     template <class Team> Read load(Problem<Team>& o, const Operands& operands, Index b) {
         Read read{first || !operands.Q.shared(), first || !operands.A.shared() || !operands.G.shared()};
         if (read.Q) {
@@ -172,7 +179,7 @@ class MatrixReader {
     bool first = true;
 };
 
-// Read the matrices of `size` problems from b on into the lanes; lanes that are left over get the last one.
+// Read the matrices of `size` problems from b on into the lanes; the other lanes get the last one again.
 inline void load_lanes(Problem<lanes::Team>& o, const Operands& operands, Index b, int size) {
     constexpr int W = lanes::Team::PROBLEMS;
     auto load_rows = [&](const Operand& from, int count, Matrix<lanes::Team::Number> to, int first) {
@@ -196,9 +203,10 @@ inline void load_lanes(Problem<lanes::Team>& o, const Operands& operands, Index 
     load_rows(operands.G, o.linear - o.p, o.K, o.p);
 }
 
-// ---- checking: what is refused here, qpdiff.problem.check_values looks at again and words the error
+// ---- validation: operands that are refused here are checked again by qpdiff.validation.check_values, which raises the
+// error
 
-// Whether the vectors of problem b pass the rules; `with_shared` says whether to check those that are shared, too.
+// Return whether the vectors of problem b are valid; with `with_shared`, those that are shared are checked, too.
 template <class T> bool plausible_vectors(const Operands& operands, Index b, bool with_shared) {
     constexpr T infinity = T(INFINITY_);
     auto checked = [&](const Operand& v) { return v.given() && (with_shared || !v.shared()); };
@@ -212,20 +220,20 @@ template <class T> bool plausible_vectors(const Operands& operands, Index b, boo
     auto finite = [&](T value) { return std::fabs(value) < infinity; };
     auto not_above = [&](T value) { return value < infinity; };
     auto not_below = [&](T value) { return value > -infinity; };
-    bool good = holds(operands.q, operands.n, finite) & holds(operands.b, operands.p, finite) &
-                holds(operands.h, operands.m, not_below) & holds(operands.lb, operands.n, not_above) &
-                holds(operands.ub, operands.n, not_below);
+    bool valid = holds(operands.q, operands.n, finite) & holds(operands.b, operands.p, finite) &
+                 holds(operands.h, operands.m, not_below) & holds(operands.lb, operands.n, not_above) &
+                 holds(operands.ub, operands.n, not_below);
     if (operands.lb.given() && operands.ub.given() && (checked(operands.lb) || checked(operands.ub))) {
         for (int j = 0; j < operands.n; j++) {
             T low = entry<T>(operands.lb.at(b), operands.lb.column, j),
               high = entry<T>(operands.ub.at(b), operands.ub.column, j);
-            good &= low <= high;
+            valid &= low <= high;
         }
     }
-    return good;
+    return valid;
 }
 
-// The largest entry of a Q that is positive semidefinite, which is on its diagonal.
+// Return the largest entry of a positive semidefinite Q, which is on its diagonal.
 template <class Team> QP_INLINE typename Team::Number largest_of_Q(Problem<Team>& o) {
     typename Team::Entry largest{};
     Team::take_diagonal(o.Q, o.n, o.diagonal_Q);
@@ -233,14 +241,14 @@ template <class Team> QP_INLINE typename Team::Number largest_of_Q(Problem<Team>
     return larger(Team::largest(largest), as<typename Team::Number>(smallest_normal<typename Team::Real>));
 }
 
-// Where Q is symmetric and of numbers but for rounding, which may be so large.
+// Return whether Q is finite, and symmetric but for a rounding error relative to its largest entry.
 template <class Team> QP_NOINLINE typename Team::Truth plausible_Q(Problem<Team>& o, typename Team::Real rounding) {
     typename Team::Number limit = rounding * largest_of_Q(o);
     return is_finite(limit) & Team::symmetric(o.Q, o.n, limit);
 }
 
-// Where Q is positive semidefinite but for rounding. Divided by its largest entry, because the shift would overflow
-// with huge and vanish with denormal numbers.
+// Return whether Q is positive semidefinite but for such a rounding error. It is divided by its largest entry, because
+// else the shift would overflow with huge numbers and vanish with denormal ones.
 template <class Team> QP_NOINLINE typename Team::Truth convex(Problem<Team>& o, typename Team::Real rounding) {
     using S = typename Team::Number;
     using Real = typename Team::Real;

@@ -1,4 +1,4 @@
-// Solving a batch on the CPU: small problems in lanes, all others one by one.
+// Solving a batch on the CPU: small problems in lane groups, all others one by one.
 #pragma once
 #include <memory>
 
@@ -9,27 +9,27 @@
 
 namespace qpdiff {
 
-// Arrays whose first axis is the batch, with a stride of 0 where one entry is for all problems; or none.
+// An array whose first axis is the batch, with a stride of 0 where one entry is for all problems; without data, none.
 template <class T> struct Rows {
     T* data = nullptr;
     Index stride = 0;
     T* at(Index b) const { return data ? data + b * stride : nullptr; }
 };
 
-// Where the outcome goes: qpdiff.engines.base.Outcome.
+// The arrays of qpdiff.engines.base.Outcome, to be filled.
 template <class T> struct Outcome {
     Rows<T> x, v, s;
     Rows<int> status, iterations;
     Rows<double> objective, primal, dual, gap;
 };
 
-// What is stored of the problems for the derivative: qpdiff.engines.compiled.engine.Stored.
+// The arrays of qpdiff.engines.compiled.engine.Stored: factors and scaling for the derivative.
 template <class T> struct StoredBatch {
     StoredSizes<T> sizes;
-    Rows<T> constant, last; // `StoredFactors`, without data where nothing is stored
-    Rows<T> scaling;        // D, then E in rows as the caller has them
+    Rows<T> constant, last; // `StoredFactors`, without data where they are not stored
+    Rows<T> scaling;        // D, then E without padding
     Rows<int> form;         // the form that each problem has been solved with
-    Rows<bool> factor_ok;   // the last factor is of use
+    Rows<bool> factor_ok;   // whether the last factor can be used
     StoredFactors<T> at(Index b) const { return {sizes, constant.at(b), last.at(b)}; }
 };
 
@@ -39,8 +39,8 @@ template <class T> StoredSizes<T> stored_sizes(const Shape& shape) {
     return {shape.form, shape.n, shape.linear, Team::padded(shape.linear) + bounds * Team::padded(shape.n)};
 }
 
-// Another problem's solution to start from, of rows as the caller has them.
-template <class T> struct Near {
+// A warm start: qpdiff.engines.base.StartingPoint; multipliers are without padding.
+template <class T> struct StartingPoint {
     Rows<const T> x, v;
     Rows<const bool> usable;
 };
@@ -51,19 +51,20 @@ template <class T> struct Batch {
     Settings settings;
     const Parameters* parameters;
     bool check;
-    double rounding; // how large rounding may be in Q
-    bool lanes;      // whether to take problems several at a time
-    Near<T> near;
+    double rounding; // rounding error to allow in Q, relative to its largest entry
+    bool lanes;      // whether to solve in lane groups
+    StartingPoint<T> start;
     Outcome<T> outcome;
     StoredBatch<T> stored;
 };
 
-// Workspaces of a thread: the calling thread keeps them for the next call where they are small.
+// Return the workspace of this thread that is not in use, or null.
 template <class Team> std::unique_ptr<Workspace<Team>>& idle_workspace() {
     static thread_local std::unique_ptr<Workspace<Team>> workspace;
     return workspace;
 }
 
+// The workspace of a thread during a call. The calling thread reuses small ones in the next call.
 template <class Team> class Borrowed {
   public:
     static constexpr Index LARGEST = 1 << 20; // entries of the matrices
@@ -87,7 +88,7 @@ template <class Team> class Borrowed {
     std::unique_ptr<Workspace<Team>> workspace;
 };
 
-// What a thread does. Problems whose matrices are shared have them prepared once, by the calling thread.
+// Solves the problems that one thread claims. Where all matrices are shared, they are prepared once for all threads.
 template <class T> class Worker {
   public:
     Worker(const Batch<T>& batch, Queue& queue, bool calling)
@@ -97,7 +98,7 @@ template <class T> class Worker {
         o.settings = &batch.settings;
     }
 
-    // Prepare matrices that all problems share, and say in which form to solve them; false where Q is not convex.
+    // Prepare matrices that all problems share and find the form to solve them in; return false where Q is not convex.
     bool prepare_shared(Form& form) {
         load_matrices(0);
         form = prepare_form(0);
@@ -129,7 +130,7 @@ template <class T> class Worker {
     const Form* prepared = nullptr;
     MatrixReader matrices;
     bool refused = false;
-    T *own_constant = nullptr, *own_last = nullptr; // for one problem in place of what is not stored
+    T *own_constant = nullptr, *own_last = nullptr; // workspace for one problem, for factors that are not stored
     Memory memory;
 
     void lay_out(Arena& arena) {
@@ -138,14 +139,14 @@ template <class T> class Worker {
         own_last = stored.last.data ? nullptr : arena.take<T>(stored.sizes.last());
     }
 
-    // The memory for what the engine stores of problem b, be it used again for the next one.
+    // Return where the factors of problem b go: the caller's arrays, or else workspace that every problem uses again.
     StoredFactors<T> factors_of(Index b) const {
         const StoredBatch<T>& stored = batch.stored;
         T *constant = stored.constant.at(b), *last = stored.last.at(b);
         return {stored.sizes, constant ? constant : own_constant, last ? last : own_last};
     }
 
-    // Read what problem b does not share with the one before, and what follows from the matrices alone.
+    // Read the matrices that problem b does not share with the one before, check and balance them.
     void load_matrices(Index b) {
         auto read = matrices.load(o, batch.operands, b);
         if (batch.check && !prepared) {
@@ -156,11 +157,12 @@ template <class T> class Worker {
             balance(o);
         }
         if (read.K && batch.shape.form == Form::diagonal_dual) {
-            Serial::transpose(o.K, o.linear, o.n, o.turned);
+            Serial::transpose(o.K, o.linear, o.n, o.K_transposed);
         }
     }
 
-    // Compute what does not change of the reduced matrix, in the form that suits; and check that Q is convex.
+    // Compute the constants of the reduced matrix in the preferred form, or take the primal form where that is not
+    // safe; also check that Q is convex. Return the form.
     Form prepare_form(Index b) {
         workspace->use(factors_of(b), batch.shape.form);
         Form form = batch.shape.form;
@@ -174,9 +176,9 @@ template <class T> class Worker {
         return form;
     }
 
-    // End the call unless what an operand has to be holds.
-    void refuse_unless(bool good) {
-        if (!good) {
+    // End the call unless the operands are valid.
+    void refuse_unless(bool valid) {
+        if (!valid) {
             refused = true;
             queue.refuse();
         }
@@ -203,71 +205,72 @@ template <class T> class Worker {
     }
 
     template <Form FORM> Ended<Serial> solve_in(Index b) {
-        auto load_near = [&](Iterate<Serial>& at) {
-            if (!batch.near.x.data || !*batch.near.usable.at(b)) {
+        auto load_warm_start = [&](Iterate<Serial>& at) {
+            if (!batch.start.x.data || !*batch.start.usable.at(b)) {
                 return false;
             }
-            std::copy(batch.near.x.at(b), batch.near.x.at(b) + o.n, at.x.data);
-            scatter_rows(o, batch.near.v.at(b), at.v);
+            std::copy(batch.start.x.at(b), batch.start.x.at(b) + o.n, at.x.data);
+            scatter_rows(o, batch.start.v.at(b), at.v);
             return true;
         };
-        return iterate<FORM>(o, load_near, [&] { return queue.interrupted(calling); });
+        return iterate<FORM>(o, load_warm_start, [&] { return queue.interrupted(calling); });
     }
 
+    // Put the outcome of problem b, its scaling and its form into the arrays.
     void finish(Index b, Form form, const Ended<Serial>& ended) {
         if (ended.interrupted) {
             return;
         }
         const Outcome<T>& outcome = batch.outcome;
-        const Verdict<Serial>& verdict = ended.verdict;
         std::copy(ended.at->x.data, ended.at->x.data + o.n, outcome.x.at(b));
         gather_rows(o, ended.at->v, outcome.v.at(b));
         gather_rows(o, ended.at->s, outcome.s.at(b));
-        put_verdict(b, verdict, ended.iterations, [](double number) { return number; });
+        put_state(b, ended.state, ended.iterations, [](double number) { return number; });
         std::copy(o.D.data, o.D.data + o.n, batch.stored.scaling.at(b));
         gather_rows(o, o.E, batch.stored.scaling.at(b) + o.n);
         *batch.stored.form.at(b) = int(form);
         *batch.stored.factor_ok.at(b) = ended.factor_ok && form == batch.shape.form;
     }
 
-    // Put how problem b stands into the outcome; `number_of` takes its own from the numbers of a team.
+    // Put the state of problem b into the outcome; `number_of` returns its number of those of a team.
     template <class Team, class NumberOf>
-    void put_verdict(Index b, const Verdict<Team>& verdict, int iterations, NumberOf number_of) {
+    void put_state(Index b, const State<Team>& state, int iterations, NumberOf number_of) {
         const Outcome<T>& outcome = batch.outcome;
-        *outcome.status.at(b) = int(number_of(verdict.status));
+        *outcome.status.at(b) = int(number_of(state.status));
         *outcome.iterations.at(b) = iterations;
-        *outcome.objective.at(b) = number_of(verdict.objective);
-        *outcome.primal.at(b) = number_of(verdict.found_primal);
-        *outcome.dual.at(b) = number_of(verdict.found_dual);
-        *outcome.gap.at(b) = number_of(verdict.found_gap);
+        *outcome.objective.at(b) = number_of(state.objective);
+        *outcome.primal.at(b) = number_of(state.absolute.primal);
+        *outcome.dual.at(b) = number_of(state.absolute.dual);
+        *outcome.gap.at(b) = number_of(state.absolute.gap);
     }
 
-    // ---- lanes; those who do not take the ordinary course are solved one by one
+    // ---- lane groups; problems that `iterate_lanes` defers are solved one by one
 
-    struct Lanes {
+    struct LaneGroup {
         Borrowed<lanes::Team> workspace;
-        bool ready = false, safe = false;
-        explicit Lanes(const Shape& shape, bool calling) : workspace(shape, calling) {}
+        bool ready = false; // whether its matrices are prepared
+        bool safe = false;  // whether the preferred form is safe for all of its problems
+        explicit LaneGroup(const Shape& shape, bool calling) : workspace(shape, calling) {}
     };
-    std::unique_ptr<Lanes> group;
+    std::unique_ptr<LaneGroup> group;
 
     void solve_in_lanes(Index first, Index last) {
         if constexpr (sizeof(T) == 8) {
             constexpr int W = lanes::Team::PROBLEMS;
             if (!group) {
-                group = std::make_unique<Lanes>(batch.shape, calling);
+                group = std::make_unique<LaneGroup>(batch.shape, calling);
                 group->workspace->problem.parameters = batch.parameters;
                 group->workspace->problem.settings = &batch.settings;
             }
             for (Index b = first; b < last && !queue.interrupted(calling); b += W) {
                 int size = int(std::min<Index>(W, last - b));
-                bool left[W];
-                std::fill(left, left + W, true);
-                if (!solve_group(b, size, left)) {
+                bool unsolved[W];
+                std::fill(unsolved, unsolved + W, true);
+                if (!solve_group(b, size, unsolved)) {
                     return;
                 }
                 for (int lane = 0; lane < size; lane++) {
-                    if (left[lane] && !queue.interrupted(calling)) {
+                    if (unsolved[lane] && !queue.interrupted(calling)) {
                         solve_one(b + lane);
                     }
                 }
@@ -276,17 +279,18 @@ template <class T> class Worker {
         }
     }
 
-    // Solve the problems of a group but for those that are left; false where an operand breaks a rule.
-    bool solve_group(Index b, int size, bool* left) {
+    // Solve the problems of a lane group but for those that stay `unsolved`; return false where an operand breaks a
+    // rule.
+    bool solve_group(Index b, int size, bool* unsolved) {
         using Team = lanes::Team;
         auto& o = group->workspace->problem;
         const Operands& operands = batch.operands;
-        bool alike = true;
+        bool same_kinds = true;
         for (int lane = 0; lane < size; lane++) {
             refuse_unless(!batch.check || plausible_vectors<double>(operands, b + lane, b + lane == 0));
         }
         for (int lane = 0; lane < Team::PROBLEMS; lane++) {
-            alike &= load_vectors(o, operands, b + std::min(lane, size - 1), lane);
+            same_kinds &= load_vectors(o, operands, b + std::min(lane, size - 1), lane);
         }
         if (!group->ready || !operands.matrices_shared()) {
             load_lanes(o, operands, b, size);
@@ -302,48 +306,49 @@ template <class T> class Worker {
             return false;
         }
         auto slope = equilibrate(o);
-        // How large the linear cost of variables without curvature is to be is found one by one.
+        // The scales of variables with a linear cost and no curvature are found one by one (`enlarge_flat`).
         bool curved = every((o.any_flat == Team::Number{}) | no(slope > Team::Number{}));
-        if (!alike || !group->safe || !curved) {
+        if (!same_kinds || !group->safe || !curved) {
             return true;
         }
         count_inequalities(o);
         if (batch.shape.form == Form::primal) {
-            iterate_group<Form::primal>(b, size, left);
+            iterate_group<Form::primal>(b, size, unsolved);
         } else if (batch.shape.form == Form::dense_dual) {
-            iterate_group<Form::dense_dual>(b, size, left);
+            iterate_group<Form::dense_dual>(b, size, unsolved);
         } else {
-            iterate_group<Form::diagonal_dual>(b, size, left);
+            iterate_group<Form::diagonal_dual>(b, size, unsolved);
         }
         return true;
     }
 
+    // Prepare the preferred form; return whether it is safe for all problems.
     bool prepare_group(Problem<lanes::Team>& o) {
         if (batch.shape.form == Form::dense_dual) {
             return every(prepare<Form::dense_dual>(o));
         }
         if (batch.shape.form == Form::diagonal_dual) {
-            lanes::Team::transpose(o.K, o.linear, o.n, o.turned);
+            lanes::Team::transpose(o.K, o.linear, o.n, o.K_transposed);
             return every(prepare<Form::diagonal_dual>(o));
         }
         return true;
     }
 
-    template <Form FORM> void iterate_group(Index b, int size, bool* left) {
+    template <Form FORM> void iterate_group(Index b, int size, bool* unsolved) {
         auto& o = group->workspace->problem;
-        std::fill(left, left + size, false);
+        std::fill(unsolved, unsolved + size, false);
         iterate_lanes<FORM>(
             o, size,
-            [&](int lane, const Iterate<lanes::Team>& at, const Verdict<lanes::Team>& verdict, int iterations) {
-                keep_lane<FORM>(b + lane, lane, at, verdict, iterations);
+            [&](int lane, const Iterate<lanes::Team>& at, const State<lanes::Team>& state, int iterations) {
+                finish_lane<FORM>(b + lane, lane, at, state, iterations);
             },
-            [&](int lane) { left[lane] = true; }, [&] { return queue.interrupted(calling); });
+            [&](int lane) { unsolved[lane] = true; }, [&] { return queue.interrupted(calling); });
     }
 
-    // Put aside what the problem of a lane has come to, and what its derivative needs.
+    // Put the outcome of problem b, which is in a lane, its scaling and its factors into the arrays.
     template <Form FORM>
-    void keep_lane(Index b, int lane, const Iterate<lanes::Team>& at, const Verdict<lanes::Team>& verdict,
-                   int iterations) {
+    void finish_lane(Index b, int lane, const Iterate<lanes::Team>& at, const State<lanes::Team>& state,
+                     int iterations) {
         using Team = lanes::Team;
         const auto& o = group->workspace->problem;
         const Outcome<T>& outcome = batch.outcome;
@@ -372,7 +377,7 @@ template <class T> class Worker {
         vector(at.x, o.n, outcome.x.at(b));
         rows(at.v, outcome.v.at(b));
         rows(at.s, outcome.s.at(b));
-        put_verdict(b, verdict, iterations, [&](const auto& number) { return number[lane]; });
+        put_state(b, state, iterations, [&](const auto& number) { return number[lane]; });
         vector(o.D, o.n, batch.stored.scaling.at(b));
         rows(o.E, batch.stored.scaling.at(b) + o.n);
         *batch.stored.form.at(b) = int(FORM);
@@ -396,23 +401,23 @@ template <class T> class Worker {
     }
 };
 
-// Solve a batch; false where an operand breaks a rule or, with a Python error set, where the call was interrupted.
+// Solve a batch; return false where an operand breaks a rule or, with a Python error set, where it was interrupted.
 template <class T> bool solve_batch(const Batch<T>& batch, int workers, PyObject* progress) {
     Queue queue(batch.operands.count, batch.lanes ? lanes::Team::PROBLEMS : 1, workers, progress);
     bool shared = batch.operands.matrices_shared();
     Form form = batch.shape.form;
     std::mutex preparing;
-    bool ready = false, good = true;
+    bool ready = false, valid = true;
     return queue.run([&](bool calling) {
         Worker<T> worker(batch, queue, calling);
         if (shared) {
             std::lock_guard<std::mutex> lock(preparing);
             if (!ready) {
-                good = worker.prepare_shared(form);
+                valid = worker.prepare_shared(form);
                 ready = true;
             }
         }
-        if (good) {
+        if (valid) {
             worker.run(shared ? &form : nullptr);
         }
     });

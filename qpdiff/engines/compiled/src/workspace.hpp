@@ -1,4 +1,4 @@
-// The memory that a thread works in: allocated once, used for many problems.
+// The workspace of a thread: allocated once, used for many problems.
 #pragma once
 #include <cstring>
 #include <new>
@@ -7,7 +7,7 @@
 
 namespace qpdiff {
 
-// What decides how much memory problems take.
+// The sizes of a problem, which decide how much workspace it takes.
 struct Shape {
     Form form;
     int n, p, linear;
@@ -15,14 +15,14 @@ struct Shape {
     bool operator==(const Shape&) const = default;
 };
 
-// Hands out parts of a block of memory, each from the beginning of a line of the cache; without memory it only counts.
+// Divides a block of memory into arrays, each aligned to a cache line; without memory it only counts the bytes.
 class Arena {
   public:
     explicit Arena(char* memory) : memory(memory) {}
     template <class T> T* take(Index count) {
-        T* part = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
+        T* array = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
         used += (count * (Index)sizeof(T) + LINE - 1) / LINE * LINE;
-        return part;
+        return array;
     }
     Index used = 0;
 
@@ -30,7 +30,7 @@ class Arena {
     char* memory;
 };
 
-// Memory in parts, which `lay_out` takes from an arena, called once to count and once to take; all zero.
+// A block of memory, all zero. `lay_out` takes arrays from an arena; it is called twice, to count and to take.
 class Memory {
   public:
     template <class F> explicit Memory(F lay_out) {
@@ -49,6 +49,7 @@ class Memory {
     char* memory;
 };
 
+// A problem with memory for its operands and work vectors.
 template <class Team> class Workspace {
   public:
     Shape shape;
@@ -60,7 +61,8 @@ template <class Team> class Workspace {
         }
     }
 
-    // Let a problem of one thread work in what it is to keep, or, where it has to take the primal form, in what is not.
+    // Let a single problem compute its factors where they are stored or, where it has to take the primal form instead
+    // of the preferred one, in the workspace.
     void use(const StoredFactors<typename Team::Real>& stored, Form form)
         requires(!Team::lanes)
     {
@@ -77,7 +79,7 @@ template <class Team> class Workspace {
                                          : MatrixOf{stored.U, form == Form::primal ? wide : high};
     }
 
-    // Let the problem take the primal form in memory of the workspace.
+    // Let a single problem compute the factor of the primal form in the workspace.
     void use_primal()
         requires(!Team::lanes)
     {
@@ -92,7 +94,7 @@ template <class Team> class Workspace {
     using ExactStored = typename Team::ExactStored;
     typename Team::Vector own_weights;
     MatrixOf own_U;
-    Memory memory; // zero, as the padding of matrices and vectors has to be; after what it is laid out for
+    Memory memory; // zero, as the padding of matrices and vectors has to be; initialised last, as it fills the others
 
     void lay_out(Arena& arena) {
         auto& o = problem;
@@ -111,10 +113,10 @@ template <class Team> class Workspace {
             M.ld = Team::leading(columns);
             M.data = arena.take<Stored>((Index)Team::whole_rows(rows) * M.ld);
         };
-        of_variables(o.q, o.lb, o.ub, o.exists, o.D, o.balanced_D, o.occupied, o.flat, o.unit_x, o.metric_x,
-                     o.diagonal_Q, o.inverse, o.rho, o.dx, o.cx, o.e_x, o.t, o.columns, o.x_anchor, o.r_anchor);
-        of_rows(o.k, o.E, o.balanced_E, o.filled, o.unit_v, o.metric_v, own_weights, o.theta, o.delta, o.per_s, o.per_z,
-                o.right_v, o.excess, o.dv, o.ds, o.cv, o.e_v, o.Vt, o.lengths, o.v_anchor, o.u, o.Sdv);
+        of_variables(o.q, o.lb, o.ub, o.exists, o.D, o.balanced_D, o.occupied, o.flat, o.unit_x, o.per_D2, o.diagonal_Q,
+                     o.inverse, o.rho, o.dx, o.cx, o.e_x, o.forward, o.columns, o.x_anchor, o.r_anchor);
+        of_rows(o.k, o.E, o.balanced_E, o.filled, o.unit_v, o.per_E2, own_weights, o.theta, o.delta, o.per_s, o.per_z,
+                o.right_v, o.complementarity, o.dv, o.ds, o.cv, o.e_v, o.t, o.lengths, o.v_anchor, o.u, o.Sdv);
         for (Iterate<Team>* at : {&o.first, &o.second}) {
             of_variables(at->x, at->r_x);
             of_rows(at->v, at->s, at->r_v);
@@ -131,7 +133,7 @@ template <class Team> class Workspace {
         matrix(o.scaled, linear, n);
         matrix(o.square_matrix, n, n);
         if (form == Form::diagonal_dual) {
-            matrix(o.turned, n, linear);
+            matrix(o.K_transposed, n, linear);
             matrix(o.V, n, linear);
         }
         if (form == Form::dense_dual || Team::lanes) {

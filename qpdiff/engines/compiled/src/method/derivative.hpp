@@ -1,10 +1,10 @@
-// The KKT system at the solution of a problem, solved with what is kept of its last iteration (qpdiff.differentiation,
-// where the mathematics is explained):
+// The KKT system at the solution of a problem, solved with the factors that are stored of its last iteration, or with a
+// factor made for the purpose (engines/array/derivative.py, where the mathematics is explained):
 //
 //     [ Q   Kᵀ ] [u_x]   [r_x]
 //     [ K  −θ  ] [u_v] = [r_v],    θ = s/v at the inequalities, 0 at the equalities, ∞ where there is no constraint.
 //
-// For one problem, not for lanes.
+// For one problem, not for lane groups.
 #pragma once
 #include <limits>
 #include <utility>
@@ -13,44 +13,46 @@
 
 namespace qpdiff {
 
-// A right-hand side of the KKT system: of the variables and of the rows.
+// A right-hand side of the KKT system, or a residual of it: of the variables and of the constraints.
 template <class Team> struct RightHandSide {
     typename Team::Vector x, v;
 };
 
-// A solution of it, with the product Kx.
+// A solution of the KKT system, with the product Kx.
 template <class Team> struct KktSolution {
     typename Team::Vector x, v, Kx;
 };
 
-// How far a solve with the factor of another system got, in the scaled problem.
-template <class Real> struct Reached {
+// The accuracy of a solve with the factor of another system, in the scaled problem.
+template <class Real> struct Accuracy {
     Real left;  // the residual against the right-hand side
-    Real moved; // what a next correction is likely to be against the solution
+    Real moved; // the likely size of a next correction against the solution
 };
 
 template <class Team> struct Derivative {
     using Vector = typename Team::Vector;
-    RightHandSide<Team> right; // what is given
-    KktSolution<Team> u;       // what is found
-    Vector x, v, s;            // the solution of the problem
-    Vector theta, weights;     // θ and 1/θ there
-    Vector nearly_active;      // 1 for the equalities and the inequalities whose θ is small, else 0
-    Vector per_D, per_E;
-    RightHandSide<Team> eliminated; // after the elimination of the inactive constraints
-    RightHandSide<Team> left, left_after;
+    RightHandSide<Team> right;
+    KktSolution<Team> u;            // the solution of the KKT system
+    Vector x, v, s;                 // the solution of the problem
+    Vector theta, weights;          // θ and 1/θ there
+    Vector nearly_active;           // 1 for equalities and for inequalities with a small θ, else 0
+    Vector per_D, per_E;            // 1/D, 1/E
+    RightHandSide<Team> eliminated; // the right-hand side after the elimination of the inactive constraints
+    RightHandSide<Team> left;       // the residual of `u`
+    RightHandSide<Team> left_after; // the residual after the next correction
     KktSolution<Team> correction;
-    Vector of_inactive;     // the part of a solution in the inactive constraints
-    int* numbers = nullptr; // of the nearly active constraints
+    Vector of_inactive;     // the entries of a solution at the inactive constraints, else 0
+    int* numbers = nullptr; // the indices of the nearly active constraints
 };
 
 // ---- with the factor of another system
 
+// Return whether a constraint is nearly active.
 template <class Team, class I> QP_INLINE auto is_nearly_active(const Derivative<Team>& d, I i) {
     return d.nearly_active[i] > typename Team::Entry{};
 }
 
-// Fill θ at the solution, and which constraints are nearly active there.
+// Fill θ and 1/θ at the solution, and find the constraints that are nearly active there.
 template <class Team> QP_INLINE void set_point(const Problem<Team>& o, Derivative<Team>& d) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
@@ -64,16 +66,16 @@ template <class Team> QP_INLINE void set_point(const Problem<Team>& o, Derivativ
     });
 }
 
-// Return the largest entry of a vector that is scaled entry by entry, inactive constraints left out.
+// Return the largest entry of a vector, scaled entry by entry, without the inactive constraints.
 template <class Team, class Vector = typename Team::Vector>
 QP_INLINE auto scaled_size(const Problem<Team>& o, const Derivative<Team>& d, Vector scale_x, Vector scale_v, Vector x,
                            Vector v) {
     using N = typename Team::Entry;
-    N most{};
-    Team::each(o.np, [&](auto j) { most = larger(absolute(x[j] * scale_x[j]), most); });
+    N size{};
+    Team::each(o.np, [&](auto j) { size = larger(absolute(x[j] * scale_x[j]), size); });
     Team::each(o.rows,
-               [&](auto i) { most = larger(select(is_nearly_active(d, i), absolute(v[i] * scale_v[i]), N{}), most); });
-    return Team::largest(most);
+               [&](auto i) { size = larger(select(is_nearly_active(d, i), absolute(v[i] * scale_v[i]), N{}), size); });
+    return Team::largest(size);
 }
 
 // Return a / b, or a where b is 0.
@@ -81,8 +83,7 @@ template <class Real> QP_INLINE Real ratio(Real a, Real b) {
     return a / (b > 0 ? b : Real(1));
 }
 
-// Eliminate the inactive constraints from a right-hand side by their own weights; return the size of what is left to
-// solve.
+// Eliminate the inactive constraints from a right-hand side with their own weights 1/θ; return the size of the rest.
 template <class Team>
 QP_INLINE typename Team::Real eliminate_inactive(const Problem<Team>& o, Derivative<Team>& d,
                                                  const RightHandSide<Team>& right) {
@@ -95,8 +96,8 @@ QP_INLINE typename Team::Real eliminate_inactive(const Problem<Team>& o, Derivat
     return scaled_size(o, d, o.D, o.E, to.x, to.v);
 }
 
-// Solve for a right-hand side with the factor at hand, the inactive constraints eliminated by their own weights: in the
-// dual form by `eliminate_inactive`, to be called for it before.
+// Solve for a right-hand side with the factor of another system, the inactive constraints eliminated with the weights
+// 1/θ of this one. In the dual form `eliminate_inactive` has to be called for it before.
 template <Form FORM, class Team>
 QP_NOINLINE void solve_approximately(Problem<Team>& o, Derivative<Team>& d, const RightHandSide<Team>& right,
                                      const KktSolution<Team>& out) {
@@ -120,7 +121,7 @@ QP_NOINLINE void solve_approximately(Problem<Team>& o, Derivative<Team>& d, cons
     }
 }
 
-// Fill `out` with what a solution leaves of the right-hand side that is given.
+// Fill `out` with the residual that a solution leaves of `right`.
 template <Form FORM, class Team>
 QP_NOINLINE void residual(const Problem<Team>& o, const Derivative<Team>& d, const KktSolution<Team>& solution,
                           const RightHandSide<Team>& out) {
@@ -134,9 +135,10 @@ QP_NOINLINE void residual(const Problem<Team>& o, const Derivative<Team>& d, con
     });
 }
 
-// Solve with the factor of another system and so many rounds of refinement: `kkt.solve_nearby`.
+// Solve the system with the factor of another one, by so many rounds of refinement; the solution is left in `u`.
+// engines/array/derivative.py explains why it contracts.
 template <Form FORM, class Team, class Real = typename Team::Real>
-QP_NOINLINE Reached<Real> solve_nearby(Problem<Team>& o, Derivative<Team>& d, int rounds) {
+QP_NOINLINE Accuracy<Real> solve_with_inexact_factor(Problem<Team>& o, Derivative<Team>& d, int rounds) {
     const Parameters& P = *o.parameters;
     Real accuracy = Real(P.refined);
     Team::each(o.np, [&](auto j) { d.per_D.set(j, Real(1) / o.D[j]); });
@@ -153,7 +155,7 @@ QP_NOINLINE Reached<Real> solve_nearby(Problem<Team>& o, Derivative<Team>& d, in
         solve_approximately<FORM>(o, d, d.left, c);
         Real now =
             ratio(scaled_size(o, d, d.per_D, d.per_E, c.x, c.v), scaled_size(o, d, d.per_D, d.per_E, d.u.x, d.u.v));
-        // What is left is the difference of the two systems times the solution, and so shrinks as the corrections do.
+        // The residual is the difference of the two systems times the solution, and so shrinks as the corrections do.
         Real after = left * ratio(now, last);
         moved = ratio(now * now, last);
         last = now;
@@ -162,19 +164,20 @@ QP_NOINLINE Reached<Real> solve_nearby(Problem<Team>& o, Derivative<Team>& d, in
             c.v.set(i, c.v[i] + d.u.v[i]);
             c.Kx.set(i, c.Kx[i] + d.u.Kx[i]);
         });
-        // Sure enough without the products that it takes to know.
-        bool sure = left <= Real(P.nearly_refined) && after <= Real(P.well_refined) * accuracy && moved <= accuracy;
-        if (!sure) {
+        // Where that predicts an accurate solution, the products that confirm it are not computed.
+        bool predicted =
+            left <= Real(P.nearly_refined) && after <= Real(P.well_refined) * accuracy && moved <= accuracy;
+        if (!predicted) {
             residual<FORM>(o, d, c, d.left_after);
             after = ratio(scaled_size(o, d, o.D, o.E, d.left_after.x, d.left_after.v), asked);
         }
-        // A factor too far off makes it worse from round to round; the best is kept.
-        if (sure || after < left) {
+        // A factor too far off makes it worse from round to round; the best is returned.
+        if (predicted || after < left) {
             std::swap(d.u, d.correction);
             std::swap(d.left, d.left_after);
             left = after;
         }
-        if (sure) {
+        if (predicted) {
             break;
         }
     }
@@ -183,30 +186,31 @@ QP_NOINLINE Reached<Real> solve_nearby(Problem<Team>& o, Derivative<Team>& d, in
 
 // ---- in the dense dual form, with a factor of the nearly active constraints
 
-// Solve (S + θ) u_v = `eliminated`; return whether that is accurate.
+// Solve (S + diag(θ)) u_v = `eliminated`; return whether the solution is accurate.
 //
-// A constraint is inactive here where its θ is so many times its entry of S: it hardly moves the others, and inactive
-// constraints each other not at all, so that theirs of S are not read. The matrix of the nearly active constraints is
-// factored, with the smallest θ raised lest dependent constraints leave it singular; refinement brings in what was left
-// out. `while_factoring` and `while_refining` are called with (part, parts) beside the passes over the matrix.
+// A constraint is inactive here where its θ is `inactive` times its entry of S: it hardly changes the solution of the
+// others, and inactive constraints that of each other still less, so that their rows of S are not read. The matrix of
+// the nearly active constraints is factored, with the smallest θ raised lest dependent constraints make it singular;
+// refinement corrects for both. `while_factoring` and `while_refining` are called with (i, count) for each of `count`
+// rows in the passes over the matrix, for software prefetch.
 template <class Team, class Factoring, class Refining, class Real = typename Team::Real>
 QP_NOINLINE bool solve_nearly_active(Problem<Team>& o, Derivative<Team>& d, Real inactive, Factoring while_factoring,
                                      Refining while_refining) {
     using N = typename Team::Entry;
     const Parameters& P = *o.parameters;
-    auto right = d.eliminated.v, u = d.u.v, left = d.left.v, packed = d.correction.v, row_diagonal = o.lengths;
-    Team::take_diagonal(o.S, o.linear, row_diagonal);
+    auto right = d.eliminated.v, u = d.u.v, left = d.left.v, packed = d.correction.v, diagonal = o.lengths;
+    Team::take_diagonal(o.S, o.linear, diagonal);
     Team::each(o.lp, [&](auto i) {
-        auto absent = o.kind.absent(i), apart = absent | (d.theta[i] > inactive * row_diagonal[i]);
+        auto absent = o.kind.absent(i), eliminated = absent | (d.theta[i] > inactive * diagonal[i]);
         N alone = select(absent, N{}, right[i] / d.theta[i]);
         u.set(i, alone);
-        d.of_inactive.set(i, select(apart, alone, N{}));
-        d.nearly_active.set(i, select(apart, N{}, as<N>(Real(1))));
-        row_diagonal.set(i, larger(d.theta[i], Real(P.least_theta) / square(o.E[i])));
+        d.of_inactive.set(i, select(eliminated, alone, N{}));
+        d.nearly_active.set(i, select(eliminated, N{}, as<N>(Real(1))));
+        diagonal.set(i, larger(d.theta[i], Real(P.least_theta) / square(o.E[i])));
     });
     int count = Team::list(d.nearly_active, o.linear, d.numbers);
     Team::gather_square(o.S, d.numbers, count, o.U, while_factoring);
-    Team::gather(row_diagonal, d.numbers, count, o.added);
+    Team::gather(diagonal, d.numbers, count, o.added);
     Team::gather(right, d.numbers, count, packed);
     if (count > 0 && !Team::cholesky(o.U, o.added, o.U, count)) {
         return false;
@@ -237,14 +241,14 @@ QP_NOINLINE bool solve_nearly_active(Problem<Team>& o, Derivative<Team>& d, Real
     return false;
 }
 
-// Solve with the dense dual form; return whether that is accurate.
+// Solve the system with the dense dual form, whose matrix is factored anew; return whether the solution is accurate.
 template <class Team, class Factoring, class Refining>
 QP_NOINLINE bool solve_dense_dual(Problem<Team>& o, Derivative<Team>& d, Factoring while_factoring,
                                   Refining while_refining) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
     eliminate<Form::dense_dual>(o, d.right.x);
-    Team::each(o.lp, [&](auto i) { d.eliminated.v.set(i, select(o.kind.absent(i), N{}, o.Vt[i] - d.right.v[i])); });
+    Team::each(o.lp, [&](auto i) { d.eliminated.v.set(i, select(o.kind.absent(i), N{}, o.t[i] - d.right.v[i])); });
     bool accurate = solve_nearly_active(o, d, Real(o.parameters->inactive), while_factoring, while_refining) ||
                     solve_nearly_active(o, d, Real(INFINITY_), while_factoring, while_refining);
     solve_variables(o, Real(1), d.u.v, d.u.x);
@@ -253,9 +257,9 @@ QP_NOINLINE bool solve_dense_dual(Problem<Team>& o, Derivative<Team>& d, Factori
 
 // ---- with a factor made for the purpose
 
-// Return whether the pivots of a factor of the primal form are more than rounding: where x is not unique, weights of
-// the last iteration may drown ρ.
-template <class Team> QP_NOINLINE bool pivots_count(const Problem<Team>& o) {
+// Return whether the pivots of a factor of the primal form are above the rounding error: where x is not unique, ρ may
+// be lost to rounding beside the weights of the last iteration.
+template <class Team> QP_NOINLINE bool pivots_are_significant(const Problem<Team>& o) {
     using Real = typename Team::Real;
     auto squares = o.columns;
     set_zero<Team>(squares, o.np);
@@ -264,7 +268,7 @@ template <class Team> QP_NOINLINE bool pivots_count(const Problem<Team>& o) {
         if (!(pivot > std::numeric_limits<Real>::epsilon() * (squares.data[i] + pivot))) {
             return false;
         }
-        // What is added for the columns up to i, nobody asks for any more.
+        // The entries for the columns up to i, which are added to as well, are not used any more.
         typename Team::Vector row{o.U[i]};
         int first = Team::padded(i + 1) - Team::padded(1);
         Team::each(o.np - first, [&](auto j) { squares.set(j + first, squares[j + first] + square(row[j + first])); });
@@ -272,13 +276,14 @@ template <class Team> QP_NOINLINE bool pivots_count(const Problem<Team>& o) {
     return true;
 }
 
-// Solve with a factor of the primal form made for the purpose: `engines.array.derivative._solve_afresh`.
+// Solve with a new factor of the primal form, whose θ is raised at nearly active constraints
+// (engines/array/derivative.py explains how).
 template <class Team> QP_NOINLINE void solve_afresh(Problem<Team>& o, Derivative<Team>& d) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
     const Parameters& P = *o.parameters;
-    N least = as<N>(Real(P.afresh_smallest)), most = as<N>(Real(P.afresh_largest)), top_{};
-    auto raised = [&](auto i, N scaled) { return o.kind.inequality(i) & (scaled < most); };
+    N smallest = as<N>(Real(P.afresh_smallest)), largest = as<N>(Real(P.afresh_largest)), top_{};
+    auto raised = [&](auto i, N scaled) { return o.kind.inequality(i) & (scaled < largest); };
     Team::each(o.rows, [&](auto i) {
         N scaled = d.theta[i] * square(o.E[i]);
         top_ = larger(select(raised(i, scaled), scaled, N{}), top_);
@@ -286,19 +291,19 @@ template <class Team> QP_NOINLINE void solve_afresh(Problem<Team>& o, Derivative
     Real top = Team::largest(top_), lift = Real(P.afresh_largest) / (top > 0 ? top : Real(1));
     Team::each(o.rows, [&](auto i) {
         N E2 = square(o.E[i]), scaled = d.theta[i] * E2;
-        N level = select(raised(i, scaled), smaller(larger(scaled * lift, least), most), scaled);
+        N level = select(raised(i, scaled), smaller(larger(scaled * lift, smallest), largest), scaled);
         o.theta.set(i, select(o.kind.equality(i), Real(P.afresh_equality), level) / E2);
         o.delta.set(i, N{});
     });
     Real rho = Real(P.afresh_rho);
     for (int attempt = 0; attempt < int(P.afresh_attempts); attempt++) {
         Team::each(o.np, [&](auto j) { o.rho.set(j, rho / square(o.D[j])); });
-        if (factor<Form::primal>(o) && pivots_count(o)) {
+        if (factor<Form::primal>(o) && pivots_are_significant(o)) {
             break;
         }
         rho *= Real(P.afresh_growth);
     }
-    solve_nearby<Form::primal>(o, d, int(P.afresh_rounds));
+    solve_with_inexact_factor<Form::primal>(o, d, int(P.afresh_rounds));
 }
 
 } // namespace qpdiff

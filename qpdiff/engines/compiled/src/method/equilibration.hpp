@@ -1,17 +1,17 @@
-// Equilibration: scales of the variables and the rows, and what residuals are measured in (qpdiff.kkt, where the
-// mathematics is explained).
+// Equilibration: scales of the variables and the constraints, and the sizes that residuals are measured in
+// (engines/array/equilibration.py, where the mathematics is explained).
 #pragma once
 #include "problem.hpp"
 
 namespace qpdiff {
 
-// 1 / length, or 1 for what has none.
+// Return 1 / length, or 1 where the length is 0 or not finite.
 template <class N> QP_INLINE N reciprocal(N length) {
     auto usable = (length > N{}) & is_finite(length);
     return scalar_of<N>(1) / select(usable, length, as<N>(1));
 }
 
-// A scale after a pass of equilibration, for the squared length of its row or column.
+// Return a squared scale after a pass of equilibration, for the squared length of its row or column.
 template <class N> QP_INLINE N rescaled(const Parameters& P, N scale, N length2) {
     using Real = scalar_of<N>;
     auto usable = is_finite(length2) & (length2 > N{});
@@ -20,7 +20,8 @@ template <class N> QP_INLINE N rescaled(const Parameters& P, N scale, N length2)
                   Real(1));
 }
 
-// Fill the scales that the matrices alone call for, and the curvature.
+// Find `balanced_D` and `balanced_E`, such that the rows of [[DQD, DKᵀE], [EKD, 0]] are of about unit length (Ruiz,
+// 2001, in the 2-norm), and the masks and the curvature that depend on the matrices alone.
 template <class Team> QP_NOINLINE void balance(Problem<Team>& o) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
@@ -85,7 +86,7 @@ template <class Team> QP_NOINLINE void balance(Problem<Team>& o) {
     o.least_curvature = root(Team::smallest(flattest));
 }
 
-// The scale of a row of bounds is that of its variable.
+// Fill E at the bounds: the scale of a bound is that of its variable.
 template <class Team> QP_INLINE void scale_bounds(Problem<Team>& o) {
     using Real = typename Team::Real;
     Team::each(o.np, [&](auto j) {
@@ -99,9 +100,9 @@ template <class Team> QP_INLINE void scale_bounds(Problem<Team>& o) {
     });
 }
 
-// Call f(row, counts) for all rows with a mask of those that say something of x: rows that have an entry, and bounds
-// of variables that are in Q or in a row, as others take the scale of their bounds.
-template <class Team, class F> QP_INLINE void each_row_that_counts(Problem<Team>& o, F f) {
+// Call f(i, counts) for all constraints, with a mask of those that the units are computed from: rows that have an
+// entry, and bounds of variables that have an entry in Q, A or G, as others take the scale of their bounds.
+template <class Team, class F> QP_INLINE void each_constraint(Problem<Team>& o, F f) {
     using N = typename Team::Entry;
     Team::each(o.lp, [&](auto i) { f(i, o.filled[i] > N{}); });
     auto of_bounds = [&](int at) {
@@ -116,7 +117,7 @@ template <class Team, class F> QP_INLINE void each_row_that_counts(Problem<Team>
     }
 }
 
-// Find what residuals are measured in and how far x is likely to go, for D and E; return the largest |Dq|.
+// Find the units of residuals and how far x is likely to go at most, for D and E; return the largest |Dq|.
 template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(Problem<Team>& o) {
     using N = typename Team::Entry;
     using S = typename Team::Number;
@@ -124,7 +125,7 @@ template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(P
     const Parameters& P = *o.parameters;
     S zero{}, one = as<S>(Real(1)), infinite = as<S>(Real(INFINITY_));
     N needed_{}, nearest_{}, slope_{};
-    each_row_that_counts(o, [&](auto i, auto counts) {
+    each_constraint(o, [&](auto i, auto counts) {
         N k = select(counts & no(o.kind.absent(i)), o.E[i] * o.k[i], Real(0)), length = absolute(k);
         needed_ = larger(select(o.kind.equality(i), length, positive(-k)), needed_);
         nearest_ = larger(select(length == N{}, Real(0), Real(1) / select(length == N{}, Real(1), length)), nearest_);
@@ -152,8 +153,8 @@ template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(P
     return slope;
 }
 
-// Where some variables have curvature and others a linear cost alone, make the scales of these so much larger that
-// their cost is not small against curvature times the size of x; return whether that changed any. For one problem.
+// Enlarge the scales of variables without curvature where others have some, so that their linear cost is not small
+// against curvature times the size of x; return whether that changed any. For one problem.
 template <class Team> QP_NOINLINE bool enlarge_flat(Problem<Team>& o) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
@@ -171,7 +172,7 @@ template <class Team> QP_NOINLINE bool enlarge_flat(Problem<Team>& o) {
     return true;
 }
 
-// Fill D and E after `balance`, and what residuals are measured in; return the largest |Dq|.
+// Fill D and E after `balance`, and the units of residuals; return the largest |Dq|.
 template <class Team> QP_NOINLINE typename Team::Number equilibrate(Problem<Team>& o) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
@@ -209,8 +210,8 @@ template <class Team> QP_NOINLINE void scale_cost(Problem<Team>& o, typename Tea
     o.reach = o.reach / factor;
 }
 
-// Without curvature, make the cost about as large as the right-hand sides: their geometric mean, which no single one
-// decides. For one problem.
+// Without curvature, scale the cost to the size of the right-hand sides: their geometric mean, which no single one
+// decides. For one problem; `slope` is the largest |Dq|.
 template <class Team> QP_NOINLINE void balance_cost(Problem<Team>& o, typename Team::Number slope) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
@@ -219,11 +220,11 @@ template <class Team> QP_NOINLINE void balance_cost(Problem<Team>& o, typename T
     }
     auto sizes = o.lengths;
     N count{};
-    each_row_that_counts(o, [&](auto i, auto counts) {
+    each_constraint(o, [&](auto i, auto counts) {
         N k = absolute(o.E[i] * o.k[i]);
-        auto there = counts & no(o.kind.absent(i)) & (k > N{});
-        sizes.set(i, select(there, k, Real(1)));
-        count += select(there, N{} + Real(1), Real(0));
+        auto nonzero = counts & no(o.kind.absent(i)) & (k > N{});
+        sizes.set(i, select(nonzero, k, Real(1)));
+        count += select(nonzero, N{} + Real(1), Real(0));
     });
     Real mean = std::exp(Team::sum_of_logarithms(sizes, o.rows) / larger(Team::sum(count), Real(1)));
     scale_cost(o, mean / slope);

@@ -1,4 +1,5 @@
-// One problem, or the problems of the lanes: what it is, what is computed on the way, what is stored of it.
+// One problem, or the problems of a lane group: operands, work vectors, and the factors that are stored for the
+// derivative.
 #pragma once
 #include "../linalg/lanes.hpp"
 #include "../linalg/serial.hpp"
@@ -6,15 +7,15 @@
 namespace qpdiff {
 
 enum Kind { ABSENT, EQUALITY, INEQUALITY };
-// qpdiff.Status, as numbers that lanes can hold.
+// The values of qpdiff.Status, as numbers that lanes can hold.
 constexpr double RUNNING = -1, SOLVED = 0, MAX_ITERATIONS = 1, PRIMAL_INFEASIBLE = 2, DUAL_INFEASIBLE = 3, STALLED = 4;
 
-// The reduced KKT systems: in the variables; in the rows of A and G for a dense Q, or for a diagonal one and bounds.
+// The reduced KKT systems (reduced_forms.hpp), by the numbers of qpdiff.engines.reduction.Form.
 enum class Form { primal, dense_dual, diagonal_dual };
 
-constexpr double INFINITE = 1e20; // a bound this far out is none
+constexpr double INFINITE = 1e20; // bounds from this magnitude on count as infinite
 
-// Every number of the method, by the names of engines/parameters.py, which says why each is what it is.
+// Every number of the method, by the names of engines/parameters.py, which gives the reasons.
 // clang-format off
 #define QP_PARAMETERS(X) \
     X(equilibration_passes) X(smallest_curvature) X(largest_ratio) X(row_rounding) X(uncertainty) X(loose) \
@@ -35,7 +36,7 @@ struct Parameters {
 #undef X
 };
 
-// What a call decides: qpdiff.engines.base.Settings.
+// The settings of a call: qpdiff.engines.base.Settings.
 struct Settings {
     double tol, rtol;
     bool absolute;
@@ -43,6 +44,7 @@ struct Settings {
     double rho, delta, smallest, certificate, tiny;
 };
 
+// A point of the iteration, with its products and residuals.
 template <class Team> struct Iterate {
     typename Team::Vector x, v, s;
     typename Team::Vector r_x; // −(Qx + q + Kᵀv)
@@ -50,31 +52,10 @@ template <class Team> struct Iterate {
     typename Team::ExactVector Qx, Kx;
 };
 
-// How a problem stands at an iterate.
-template <class Team> struct Verdict {
-    using Exact = typename Team::Exact;
-    Exact status, objective;
-    Exact found_primal, found_dual, found_gap; // residuals in the caller's units
-    Exact primal, dual, gap;                   // residuals in the units of the tolerance
-    typename Team::Truth near;                 // within the tolerance
-    Exact worst;                               // largest of the three residuals
-    Exact best_primal, best_dual, best_gap;    // smallest of each so far
-    Exact certificate;                         // how near the iterates have come to one
-    Exact waiting;                             // iterations without progress
-};
-
-// What a step has come to.
-template <class Team> struct Step {
-    typename Team::Truth sound;     // whether it could be computed
-    typename Team::Truth factor_ok; // whether the matrix could be factored
-    typename Team::Number alpha_s, alpha_z;
-    typename Team::Number mu; // after it
-};
-
-// Numbers that one problem stores of its reduced KKT system for the derivative, by what they are of.
+// The count of numbers in each array of `StoredFactors`.
 template <class T> struct StoredSizes {
-    Index F = 0, V = 0, S = 0, diagonal = 0; // what does not change in an iteration
-    Index U = 0, weights = 0;                // what the last iteration leaves
+    Index F = 0, V = 0, S = 0, diagonal = 0; // constant during the iteration
+    Index U = 0, weights = 0;                // of the last iteration
 
     StoredSizes() = default;
     StoredSizes(Form form, int n, int linear, int rows) {
@@ -91,14 +72,14 @@ template <class T> struct StoredSizes {
     Index last() const { return U + weights; }
 };
 
-// Where one problem stores them; null for what it does not store.
+// The factors of a reduced KKT system that one problem stores for the derivative; null where it does not.
 template <class T> struct StoredFactors {
     T* F = nullptr;        // Q = FᵀF
     T* V = nullptr;        // F⁻ᵀKᵀ
     T* S = nullptr;        // K Q⁻¹ Kᵀ
     T* diagonal = nullptr; // of a diagonal Q, with the form's own regularisation
     T* U = nullptr;        // the last factor of the reduced matrix
-    T* weights = nullptr;  // 1 / (θ + δ), of which it was made; rows as `Problem` has them
+    T* weights = nullptr;  // 1 / (θ + δ) in that matrix; constraints in the order and padding of `Problem`
 
     StoredFactors() = default;
     StoredFactors(const StoredSizes<T>& sizes, T* constant, T* last) {
@@ -113,7 +94,8 @@ template <class T> struct StoredFactors {
     }
 };
 
-// Rows are in blocks: those of A and G, then of lower and of upper bounds, each padded with rows that are ABSENT.
+// A problem with its work vectors. Constraints ("rows") are in blocks: those of A and G, then lower and upper bounds,
+// each block padded with constraints of kind ABSENT.
 template <class Team_> struct Problem {
     using Team = Team_;
     using Real = typename Team::Real;
@@ -130,7 +112,7 @@ template <class Team_> struct Problem {
     // ---- sizes
     int n = 0, p = 0, linear = 0; // variables, rows of A, rows of A and G
     bool lower = false, upper = false;
-    int np = 0, lp = 0, rows = 0; // padded: variables, rows of A and G, all rows
+    int np = 0, lp = 0, rows = 0; // padded: variables, rows of A and G, all constraints
 
     QP_INLINE int at_lower() const { return lp; }
     QP_INLINE int at_upper() const { return lp + (lower ? np : 0); }
@@ -140,47 +122,103 @@ template <class Team_> struct Problem {
     Vector q, k, lb, ub;
     Vector exists; // 1 for the variables, 0 for their padding
     typename Team::Kinds kind;
-    Number inequalities; // how many, at least 1
+    Number inequalities; // their number, at least 1
     bool any_inequality = false;
 
     // ---- equilibration
     Vector D, E;                   // the scaled problem has variables x/D, slacks E s, multipliers v/E
-    Vector balanced_D, balanced_E; // those of the matrices alone
-    Vector occupied;               // 1 for the variables that are in Q or in a row, else 0
-    Vector flat;                   // 1 for the variables without curvature
-    Number any_flat;               // the largest of them
-    Vector filled;                 // 1 for the rows of A and G with an entry that is not 0, else 0
-    Vector unit_x, unit_v;         // what residuals are multiplied by before they are compared with the tolerance
-    Vector metric_x, metric_v;     // 1/D², 1/E²
+    Vector balanced_D, balanced_E; // D and E as computed from the matrices alone
+    Vector occupied;               // 1 for variables with an entry in Q, A or G, else 0
+    Vector flat;                   // 1 for variables without curvature, else 0
+    Number any_flat;               // the largest entry of `flat`
+    Vector filled;                 // 1 for rows of A and G with an entry that is not 0, else 0
+    Vector unit_x, unit_v;         // factors on residuals before they are compared with the tolerance
+    Vector per_D2, per_E2;         // 1/D², 1/E²
     Number primal_unit, dual_unit, gap_unit;
-    Number reach; // how far x/D is likely to go at most
-    Number curvature, least_curvature;
+    Number reach;                      // upper estimate of |x/D|
+    Number curvature, least_curvature; // the largest and the smallest length of a row of DQD
 
     // ---- the reduced KKT system
-    MatrixOf F, V, S, U;
-    Vector weights;
-    Vector diagonal_Q;      // of a diagonal Q
-    Vector diagonal;        // the same with the form's own regularisation
-    Vector inverse;         // 1 / (diagonal + what bounds add)
-    Vector added;           // what is added to the diagonal of the reduced matrix
-    MatrixOf scaled;        // rows of A and G, scaled
-    MatrixOf turned;        // Kᵀ
-    MatrixOf square_matrix; // n × n, for what is not stored
+    MatrixOf F, V, S, U;    // as in `StoredFactors`
+    Vector weights;         // 1 / (θ + δ)
+    Vector diagonal_Q;      // the diagonal of Q
+    Vector diagonal;        // the same with the diagonal dual form's own regularisation
+    Vector inverse;         // 1 / (diagonal + the weights of the bounds)
+    Vector added;           // added to the diagonal of the reduced matrix
+    MatrixOf scaled;        // K, scaled
+    MatrixOf K_transposed;  // Kᵀ
+    MatrixOf square_matrix; // n × n workspace
 
     // ---- a step
     Vector theta, rho, delta;
-    Vector per_s, per_z; // 1/s, 1/z
-    Vector right_v;      // right-hand side of the rows
-    Vector excess;       // what s ∘ z is to be diminished by
-    Vector dx, dv, ds, cx, cv, e_x, e_v;
-    Vector t, Vt;                // F⁻ᵀ r_x, and K Q⁻¹ r_x
-    Vector columns, lengths;     // scratch of the variables, of the rows
-    ExactVector Kv, ray, farkas; // Kᵀv, and directions that may prove that there is no solution
+    Vector per_s, per_z;     // 1/s, 1/z
+    Vector right_v;          // right-hand side of the constraints
+    Vector complementarity;  // right-hand side of the complementarity: the amount to take off s ∘ z
+    Vector dx, dv, ds;       // the direction
+    Vector cx, cv, e_x, e_v; // a correction of it, and the residual that it leaves
+    Vector forward;          // F⁻ᵀ r_x; in the diagonal dual form, the eliminated right-hand side over the diagonal
+    Vector t;                // K Q⁻¹ r_x
+    Vector columns, lengths; // workspace of the variables, of the constraints
+    ExactVector Kv;          // Kᵀv
+    ExactVector ray, farkas; // directions that may prove that there is no solution
     Iterate<Team> first, second;
 
-    // ---- a step in the dual space: what is known of x, which is not formed
+    // ---- steps in the dual space (`dual_space::ImplicitX`)
     Vector x_anchor, r_anchor, v_anchor;
     Vector u, Sdv;
 };
+
+// ---- products
+
+// Compute out = Qx; in the diagonal dual form, with the diagonal of Q alone.
+template <Form FORM, class Team, class X, class O> QP_INLINE void hessian(const Problem<Team>& o, X x, O out) {
+    if constexpr (FORM == Form::diagonal_dual) {
+        Team::each_of(out, o.np, [&](auto j) { out.set(j, o.diagonal_Q[j] * x[j]); });
+    } else {
+        Team::product(o.Q, o.n, o.n, x, out);
+    }
+}
+
+// Compute out = Kx, for all constraints.
+template <class Team, class X, class O> QP_INLINE void constraints(const Problem<Team>& o, X x, O out) {
+    Team::product(o.K, o.linear, o.n, x, out);
+    if (o.lower) {
+        Team::each_of(out, o.np, [&](auto j) { out.set(j + o.at_lower(), -x[j]); });
+    }
+    if (o.upper) {
+        Team::each_of(out, o.np, [&](auto j) { out.set(j + o.at_upper(), x[j]); });
+    }
+}
+
+// Compute out = Kᵀv, for multipliers of all constraints.
+template <class Team, class X, class O> QP_INLINE void adjoint(const Problem<Team>& o, X v, O out) {
+    Team::each_of(out, o.np, [&](auto j) {
+        decltype(v[j]) sum{};
+        if (o.lower) {
+            sum -= v[j + o.at_lower()];
+        }
+        if (o.upper) {
+            sum += v[j + o.at_upper()];
+        }
+        out.set(j, sum);
+    });
+    Team::add_product_transposed(o.K, o.linear, o.n, v, out);
+}
+
+// ---- operations on vectors
+
+template <class Team> QP_INLINE void set_zero(typename Team::Vector a, int count) {
+    Team::each(count, [&](auto i) { a.set(i, typename Team::Real(0)); });
+}
+
+template <class Team, class A> QP_INLINE void copy(A a, A out, int count) {
+    Team::each(count, [&](auto i) { out.set(i, a[i]); });
+}
+
+template <class Team, class A> QP_INLINE typename Team::Truth all_finite(A a, int count) {
+    auto finite = truth<mask_of<typename Team::Entry>>(true);
+    Team::each(count, [&](auto i) { finite &= is_finite(a[i]); });
+    return Team::all(finite);
+}
 
 } // namespace qpdiff
