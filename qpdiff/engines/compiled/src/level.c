@@ -1,10 +1,10 @@
-/* Which of the engine's modules this processor can run; compiled for any processor. */
+/* A module that finds out which of the engine's modules this processor can run; it is compiled for any processor. */
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
 
 #include "level.h"
 
-/* The highest level of x86-64 that the processor and the system support; 0 on other processors. */
+/* Return the highest level of x86-64 that the processor and the system support; 0 on other processors. */
 static PyObject* highest(PyObject* module, PyObject* arguments) {
     (void)module, (void)arguments;
     return PyLong_FromLong(highest_level());

@@ -1,5 +1,6 @@
-// One call from Python: its problems are work items that threads claim as long as there are any. The calling thread is
-// one of them; it also reports progress and looks for Ctrl-C. The interpreter's lock is free but for these two.
+// The queue of a call from Python: threads claim work items, ranges of problems, as long as there are any. The calling
+// thread is one of them; it also reports progress and checks for Ctrl-C. The interpreter's lock is held only for these
+// two.
 #pragma once
 #include <Python.h>
 
@@ -18,12 +19,12 @@ namespace qpdiff {
 
 class Queue {
   public:
-    // `unit`: what threads claim is a multiple of so many problems, as long as there are so many.
+    // `unit`: the number of problems that the size of a work item is a multiple of, but for the last one.
     Queue(Index count, Index unit, int workers, PyObject* progress)
         : count(count), unit(unit), workers(workers), progress(progress == Py_None ? nullptr : progress) {}
 
-    // Claim problems that no thread has taken; false where there are none. Neighbours share lines of the cache, so an
-    // item is large, but the last ones are small: no thread waits for another.
+    // Claim the next work item; return false where there is none. Neighbouring problems share cache lines, so an item
+    // is large, but the last ones are small, so that no thread waits for another.
     bool claim(Index& first, Index& last) {
         first = next.load(std::memory_order_relaxed);
         do {
@@ -33,22 +34,24 @@ class Queue {
         return first < count && !stop.load(std::memory_order_relaxed);
     }
 
-    // Whether to give up; asked in every iteration of a problem.
+    // Return whether to give up; called in every iteration of a problem.
     bool interrupted(bool calling) {
-        // Once stopped there may be a Python error, with which no more of Python must be called.
+        // Once stopped a Python error may be set, with which nothing else of Python must be called.
         if (calling && !stop.load(std::memory_order_relaxed) && due(POLL, polled)) {
             attend();
         }
         return stop.load(std::memory_order_relaxed);
     }
 
+    // Count problems that are solved, for `progress`.
     void finish(Index problems) { done.fetch_add(problems, std::memory_order_relaxed); }
 
     // End the call, as an operand breaks a rule.
     void refuse() { stop = true; }
 
-    // Call work(whether this is the calling thread) on all threads, without the interpreter's lock; whether nothing was
-    // refused. False with a Python error set, if `progress` or a signal raised one; throws what a thread has thrown.
+    // Call work(whether this is the calling thread) on all threads, without the interpreter's lock; return whether
+    // nothing was refused. Return false with a Python error set, if `progress` or a signal handler raised one; throw an
+    // exception that a thread has thrown.
     template <class Work> bool run(Work work) {
         std::vector<std::thread> threads;
         threads.reserve(std::max(workers, 1) - 1); // here, where it may throw: without the lock nothing must
@@ -74,7 +77,7 @@ class Queue {
                 });
                 running++;
             }
-        } catch (const std::exception&) { // no more threads, or no memory for one: fewer do as well
+        } catch (const std::exception&) { // no more threads, or no memory for one: solve with fewer
         }
         guarded(true);
         for (std::unique_lock<std::mutex> lock(mutex); running > 0;) {
@@ -113,7 +116,7 @@ class Queue {
     std::condition_variable ended;
     std::exception_ptr failure;
 
-    // Whether so much time has passed.
+    // Return whether an interval has passed since `last`, which then becomes the present.
     static bool due(std::chrono::milliseconds interval, Clock::time_point& last) {
         auto now = Clock::now();
         if (now - last < interval) {
@@ -123,7 +126,7 @@ class Queue {
         return true;
     }
 
-    // Look for Ctrl-C, and report progress where there is some; on the calling thread.
+    // Check for Ctrl-C, and report progress where there is some; on the calling thread.
     void attend() {
         PyGILState_STATE state = PyGILState_Ensure();
         Index so_far = done;

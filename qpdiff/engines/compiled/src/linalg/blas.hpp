@@ -1,7 +1,7 @@
-// SciPy's BLAS, for the greater part of the work on large matrices. Python hands over the pointers when they are wanted
-// first; without them everything works, only slower.
+// SciPy's BLAS, for most of the work on large matrices. Python passes the function pointers with the first large
+// problem; without them everything works, only slower.
 //
-// BLAS takes matrices that lie column by column, so to it every matrix here is its transpose.
+// BLAS takes matrices by columns, so that every matrix here is its transpose to BLAS.
 #pragma once
 
 namespace qpdiff::blas {
@@ -21,14 +21,14 @@ template <class T> bool available() {
     return Functions<T>::gemm != nullptr;
 }
 
-// C ← C + α AᵀB with `rows` rows of A and B.
+// Compute C ← C + α AᵀB with `rows` rows of A and B.
 template <class T>
 void add_product(T alpha, const T* A, int lda, int of_A, const T* B, int ldb, int of_B, int rows, T* C, int ldc) {
     const T one = 1;
     Functions<T>::gemm("N", "T", &of_B, &of_A, &rows, &alpha, B, &ldb, A, &lda, &one, C, &ldc);
 }
 
-// C ← C + AᵀA with `rows` rows of A, in the upper triangle.
+// Compute C ← C + AᵀA with `rows` rows of A, in the upper triangle.
 template <class T> void add_gram(const T* A, int lda, int rows, T* C, int ldc, int n) {
     const T one = 1;
     Functions<T>::syrk("L", "N", &n, &rows, &one, A, &lda, &one, C, &ldc);

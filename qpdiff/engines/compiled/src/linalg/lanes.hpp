@@ -1,6 +1,6 @@
-// Several small problems on one thread, one in each lane of a register: numbers, vectors and matrices of lanes, and the
-// linear algebra of `serial`, which needs no shuffles here and no padding. A few sums at a time keep the processor from
-// waiting for the one before.
+// Lane groups: several small problems on one thread, one in each lane of a register. Vectors and matrices of lanes, and
+// the linear algebra of `serial`, which needs neither shuffles nor padding here. Loops run several sums at a time,
+// which hides the latency of each addition.
 #pragma once
 #include "numbers.hpp"
 #include "serial.hpp"
@@ -14,7 +14,7 @@ template <class V> struct Vector {
     QP_INLINE Vector operator+(int offset) const { return {data + offset}; }
 };
 
-// What each row is, which is the same in all lanes.
+// The kind of each constraint, which is the same in all lanes.
 template <class V> struct Kinds {
     using Mask = mask_of<V>;
     integer_of<scalar_of<V>>* is_inequality = nullptr;
@@ -28,7 +28,7 @@ template <class V> struct Algebra {
     using Truth = mask_of<V>;
     using T = scalar_of<V>;
 
-    // Row i of X = U⁻ᵀM in the columns from j to `stop`, where the rows above it are there already.
+    // Compute row i of X = U⁻ᵀM in the columns from j to `stop`, once the rows above it are computed.
     static QP_INLINE void solve_row(Matrix<V> U, Matrix<V> X, Matrix<V> M, int i, int j, int stop, V inverse) {
         const V* m = M[i];
         V* x = X[i];
@@ -53,7 +53,7 @@ template <class V> struct Algebra {
         }
     }
 
-    // Factor S + diagonal = UᵀU; where it was positive definite.
+    // Factor S + diagonal = UᵀU; return where it was positive definite.
     static QP_NOINLINE Truth cholesky(Matrix<V> S, const V* diagonal, Matrix<V> U, int n) {
         Truth factor_ok = ~Truth{};
         for (int i = 0; i < n; i++) {
@@ -82,7 +82,7 @@ template <class V> struct Algebra {
         }
     }
 
-    // C ← M + AᵀA with so many rows of A, in the upper triangle; without data M is 0.
+    // Compute C ← M + AᵀA with so many rows of A, in the upper triangle; without data M is 0.
     static QP_NOINLINE void gram(Matrix<V> M, Matrix<V> A, int rows, Matrix<V> C, int n) {
         auto start = [&](int i, int j) { return M.data ? M[i][j] : V{}; };
         int i = 0;
@@ -133,7 +133,7 @@ template <class V> struct Algebra {
         }
     }
 
-    // out = M x.
+    // Compute out = M x.
     static QP_NOINLINE void product(Matrix<V> M, int rows, int columns, Vector<V> x, Vector<V> out) {
         int i = 0;
         for (; i + 4 <= rows; i += 4) {
@@ -160,7 +160,7 @@ template <class V> struct Algebra {
         }
     }
 
-    // out += Mᵀx.
+    // Compute out += Mᵀx.
     static QP_NOINLINE void add_product_transposed(Matrix<V> M, int rows, int columns, Vector<V> x, Vector<V> out) {
         int j = 0;
         for (; j + 4 <= columns; j += 4) {
@@ -184,6 +184,7 @@ template <class V> struct Algebra {
         }
     }
 
+    // Copy the upper triangle of n rows and columns to the lower one.
     static QP_NOINLINE void mirror(Matrix<V> S, int n) {
         for (int i = 0; i < n; i++) {
             for (int j = 0; j < i; j++) {
@@ -192,6 +193,7 @@ template <class V> struct Algebra {
         }
     }
 
+    // Compute out = Mᵀ.
     static QP_NOINLINE void transpose(Matrix<V> M, int rows, int columns, Matrix<V> out) {
         for (int i = 0; i < rows; i++) {
             for (int j = 0; j < columns; j++) {
@@ -200,6 +202,7 @@ template <class V> struct Algebra {
         }
     }
 
+    // Compute out_ij = scale_i M_ij.
     static QP_NOINLINE void scale_rows(Matrix<V> M, int rows, int columns, Vector<V> scale, Matrix<V> out) {
         for (int i = 0; i < rows; i++) {
             V factor = scale[i];
@@ -209,7 +212,7 @@ template <class V> struct Algebra {
         }
     }
 
-    // out_ij = (M_ij of_rows_i of_columns_j)².
+    // Compute out_ij = (M_ij of_rows_i of_columns_j)².
     static QP_NOINLINE void scaled_squares(Matrix<V> M, int rows, int columns, Vector<V> of_rows, Vector<V> of_columns,
                                            Matrix<V> out) {
         for (int i = 0; i < rows; i++) {
@@ -220,7 +223,7 @@ template <class V> struct Algebra {
         }
     }
 
-    // weighted_i = max_j |M_ij| weights_j, unweighted_i = max_j |M_ij|.
+    // Compute weighted_i = max_j |M_ij| weights_j and unweighted_i = max_j |M_ij|.
     static QP_NOINLINE void largest_of_rows(Matrix<V> M, int rows, int columns, Vector<V> weights, Vector<V> weighted,
                                             Vector<V> unweighted) {
         for (int i = 0; i < rows; i++) {
@@ -235,7 +238,7 @@ template <class V> struct Algebra {
         }
     }
 
-    // out_j = max_i |M_ij| weights_i.
+    // Compute out_j = max_i |M_ij| weights_i.
     static QP_NOINLINE void largest_of_columns(Matrix<V> M, int rows, int columns, Vector<V> weights, Vector<V> out) {
         for (int j = 0; j < columns; j++) {
             V most{};
@@ -246,7 +249,7 @@ template <class V> struct Algebra {
         }
     }
 
-    // Where all entries are finite, and where those of a matrix differ from its transpose by a limit at most.
+    // Return for which problems all entries are finite.
     static QP_NOINLINE Truth all_finite(Matrix<V> M, int rows, int columns) {
         Truth finite = ~Truth{};
         for (Index i = 0; i < (Index)rows * columns; i++) {
@@ -254,6 +257,7 @@ template <class V> struct Algebra {
         }
         return finite;
     }
+    // Return for which problems a matrix differs from its transpose by a limit at most.
     static QP_NOINLINE Truth symmetric(Matrix<V> M, int n, V limit) {
         Truth within = ~Truth{};
         for (int i = 0; i < n; i++) {
@@ -264,17 +268,19 @@ template <class V> struct Algebra {
         return within;
     }
 
+    // Copy the diagonal.
     static QP_INLINE void take_diagonal(Matrix<V> M, int n, Vector<V> out) {
         for (int j = 0; j < n; j++) {
             out.set(j, M[j][j]);
         }
     }
 
+    // There is no padding to fill.
     static QP_INLINE void complete_diagonal(Matrix<V>, int) {}
     static QP_INLINE void clear_padding(Matrix<V>, int) {}
 };
 
-// One thread, as many problems as a register of doubles has lanes.
+// The team of one thread and as many problems as a register of doubles has lanes.
 struct Team : Algebra<pack_of<double>> {
     using Real = double;
     using Number = pack_of<double>;

@@ -1,6 +1,6 @@
-// The numbers that the method is written in. A *pack* holds neighbouring entries of one problem's vector, *lanes* hold
-// the same entry of several problems: to the processor both are a vector, and the functions here are the same for both
-// and for one number. Code that branches on nothing but `select` therefore is one source for all three.
+// The types of numbers that the method is written in. A *pack* holds consecutive entries of one problem's vector,
+// *lanes* hold the same entry of several problems: both are SIMD vectors, and the functions here are the same for both
+// and for one number. Code whose only branches on numbers are `select` is therefore one source for all three.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -15,18 +15,18 @@
 
 namespace qpdiff {
 
-using Index = std::ptrdiff_t; // of memory and of problems in a batch: `long` has 32 bits on Windows
+using Index = std::ptrdiff_t; // positions in memory and in a batch: `long` has 32 bits on Windows
 
 constexpr double INFINITY_ = __builtin_inf();
 constexpr double NOT_A_NUMBER = __builtin_nan("");
 constexpr double EPS = 2.220446049250313e-16;
 
-// Largest number whose square is finite, and the smallest that has all its digits.
+// The largest number whose square is finite, and the smallest normal one.
 template <class T> constexpr T largest_root = sizeof(T) == 8 ? T(1.3407807929942596e154) : T(1.8446742974197924e19);
 template <class T>
 constexpr T smallest_normal = sizeof(T) == 8 ? T(2.2250738585072014e-308) : T(1.1754943508222875e-38);
 
-// Bytes of a vector register: g++ must not be given wider vectors than the machine's, which it would keep in memory.
+// Bytes of a vector register. g++ must not be given wider vectors than the machine's, as it would hold them in memory.
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64;
 #elif defined(__AVX__)
@@ -75,7 +75,7 @@ template <class N, class A> QP_INLINE N as(A a) {
     }
 }
 
-// Read neighbouring numbers, which may be of another precision.
+// Load consecutive numbers, which may be of another precision.
 template <class N, class T> QP_INLINE N load(const T* p) {
     using Stored = typename VectorOf<T, entries<N>* int(sizeof(T))>::unaligned;
     if constexpr (std::is_same_v<T, scalar_of<N>>) {
@@ -85,6 +85,7 @@ template <class N, class T> QP_INLINE N load(const T* p) {
     }
 }
 
+// Store consecutive numbers, likewise.
 template <class N, class T> QP_INLINE void store(T* p, N value) {
     using Stored = typename VectorOf<T, entries<N>* int(sizeof(T))>::unaligned;
     if constexpr (std::is_same_v<T, scalar_of<N>>) {
@@ -94,7 +95,7 @@ template <class N, class T> QP_INLINE void store(T* p, N value) {
     }
 }
 
-// Add the entries of a pack.
+// Return the sum of the entries of a pack.
 template <class N> QP_INLINE scalar_of<N> total(N v) {
     if constexpr (entries<N> == 16) {
         return total(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
@@ -108,7 +109,8 @@ template <class N> QP_INLINE scalar_of<N> total(N v) {
     }
 }
 
-// ---- masks: bool for one number, a vector of integers with all bits set or none for packs and lanes
+// ---- masks: bool for one number, for packs and lanes a vector of integers with all bits set or none; whether some,
+// every or no entry of one is true, `no` entry by entry
 
 QP_INLINE bool some(bool m) {
     return m;
@@ -146,7 +148,7 @@ template <class M> QP_INLINE bool every(const M& m) {
     return !some(~m);
 }
 
-// Repeat a truth for all problems of a mask.
+// Return a mask with the same value for all problems.
 template <class M> QP_INLINE M truth(bool value) {
     if constexpr (is_vector<M>) {
         return value ? ~M{} : M{};
@@ -155,7 +157,7 @@ template <class M> QP_INLINE M truth(bool value) {
     }
 }
 
-// Number by number, a where the mask holds and b elsewhere; scalars are repeated.
+// Return a where the mask is true and b elsewhere, number by number; scalars are repeated.
 template <class M, class A, class B> QP_INLINE auto select(M m, A a, B b) {
     if constexpr (is_vector<A>) {
         return m ? a : as<A>(b);
@@ -173,8 +175,7 @@ template <class M, class A, class B> QP_INLINE auto select(M m, A a, B b) {
 
 // ---- functions of a number
 
-// Return a product as it is when it is rounded by itself, and not in one with a sum (clang fuses within a statement
-// only).
+// Return a product rounded by itself, not fused with a sum (clang fuses within a statement only).
 template <class N> QP_INLINE N rounded(N product) {
 #if defined(__clang__)
     return product;
@@ -193,7 +194,7 @@ template <class N> QP_INLINE N absolute(N a) {
     }
 }
 
-// NaN if one of them is.
+// Return the larger number, or the smaller one; NaN if one of them is.
 template <class N> QP_INLINE N larger(N a, N b) {
     return select((a >= b) | (a != a), a, b);
 }
@@ -201,7 +202,7 @@ template <class N> QP_INLINE N smaller(N a, N b) {
     return select((a <= b) | (a != a), a, b);
 }
 
-// The largest entry of a pack; NaN if there is one.
+// Return the largest entry of a pack; NaN if there is one.
 template <class N> QP_INLINE scalar_of<N> largest_entry(N v) {
     if constexpr (entries<N> == 16) {
         return largest_entry(larger(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
@@ -216,12 +217,12 @@ template <class N> QP_INLINE scalar_of<N> largest_entry(N v) {
     }
 }
 
-// The smaller one; NaN in the first does not count.
+// Return the smaller number; if a is NaN, b.
 template <class N> QP_INLINE N least_of(N a, N b) {
     return select(a < b, a, b);
 }
 
-// The positive part; NaN stays.
+// Return the positive part; NaN of NaN.
 template <class N> QP_INLINE N positive(N a) {
     return select(a < N{}, N{}, a);
 }

@@ -1,9 +1,9 @@
-// One problem on one thread: vectors that loops take a pack at a time, and linear algebra in tiles of registers.
+// One problem on one thread: vectors that loops process a pack at a time, and linear algebra in tiles of registers.
 //
-// Matrices lie row by row; their rows are padded to whole lines of the cache and their number to whole tiles, with
-// zeros where this file does not say otherwise. Of symmetric matrices the upper triangle counts. A triangular factor is
-// upper, with the inverses of its diagonal on it and those of its blocks of four rows, transposed, below: a block is
-// solved for by products, which do not wait for each other.
+// Matrices are stored by rows. Rows are padded to whole cache lines and their number to whole tiles, with zeros where
+// this file does not say otherwise. Of symmetric matrices the upper triangle is used. A triangular factor is upper. It
+// stores the inverses of its diagonal on the diagonal, and those of its diagonal blocks of four rows, transposed, below
+// it: substitution in a block is then a product, whose operations do not depend on each other.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -14,8 +14,9 @@
 namespace qpdiff {
 
 constexpr int ROWS = 4;  // rows of a tile
-constexpr int LINE = 64; // bytes of a line of the cache
+constexpr int LINE = 64; // bytes of a cache line
 
+// Round up to whole tiles, packs or cache lines.
 constexpr int whole_tiles(int n) {
     return (n + ROWS - 1) / ROWS * ROWS;
 }
@@ -36,7 +37,7 @@ template <class T> struct Matrix {
 
 namespace serial {
 
-// An index of a loop over packs: it says what is read there, so that one vector may be read in two precisions.
+// An index of a loop over packs, with the type to be loaded there, so that one vector can be read in two precisions.
 template <class N> struct At {
     int i;
     QP_INLINE At operator+(int offset) const { return {i + offset}; }
@@ -49,7 +50,7 @@ template <class T> struct Vector {
     QP_INLINE Vector operator+(int offset) const { return {data + offset}; }
 };
 
-// What each row is, as masks.
+// The kind of each constraint, as masks.
 template <class T> struct Kinds {
     integer_of<T>* is_inequality = nullptr;
     integer_of<T>* is_equality = nullptr;
@@ -67,8 +68,8 @@ template <class T> struct Tiles {
     static constexpr int W = width<T>;
     using Four = pack_of<T, 4 * sizeof(T)>;
 
-    // C ← M ± AᵀB in ROWS rows of C from i on and COUNT packs of columns from j on, with the rows of A and B from
-    // `first` to `last`; with SOLVE then solve with the triangle of A at (i, i), transposed. Without data M is 0.
+    // Compute C ← M ± AᵀB in ROWS rows of C from i on and COUNT packs of columns from j on, with the rows of A and B
+    // from `first` to `last`; with SOLVE, then solve with the triangle of A at (i, i), transposed. Without data M is 0.
     template <int COUNT, bool ADD, bool SOLVE>
     static QP_INLINE void tile(Matrix<T> A, Matrix<T> B, Matrix<T> M, Matrix<T> C, int i, int first, int last, int j) {
         V c[ROWS][COUNT];
@@ -118,7 +119,7 @@ template <class T> struct Tiles {
         }
     }
 
-    // The same in the columns from `start` to `stop`, whole packs.
+    // Compute the same in the columns from `start` to `stop`, whole packs.
     template <bool ADD, bool SOLVE>
     static QP_INLINE void tiles(Matrix<T> A, Matrix<T> B, Matrix<T> M, Matrix<T> C, int i, int first, int last,
                                 int start, int stop) {
@@ -139,7 +140,8 @@ template <class T> struct Tiles {
         T d0, a01, a02, a03, d1, a12, a13, d2, a23, d3;
     };
 
-    // Factor the block of M at (i, i). Only a division stands between a pivot and the next; roots are taken beside it.
+    // Factor the block of M at (i, i). Only a division lies between a pivot and the next: the roots, which other
+    // operations do not depend on, are taken in parallel.
     static QP_INLINE Corner factor_corner(Matrix<T> M, int i) {
         const T* r0 = M[i] + i;
         const T* r1 = M[i + 1] + i;
@@ -158,7 +160,7 @@ template <class T> struct Tiles {
         return {d0, d0 * a01, d0 * a02, d0 * a03, d1, d1 * a12, d1 * a13, d2, d2 * a23, d3};
     }
 
-    // Put a factored block at (i, i).
+    // Store a factored block at (i, i).
     static QP_INLINE void put_corner(Matrix<T> U, int i, const Corner& c) {
         T* r0 = U[i] + i;
         T* r1 = U[i + 1] + i;
@@ -169,7 +171,7 @@ template <class T> struct Tiles {
         U[i + 3][i + 3] = c.d3;
     }
 
-    // Put the inverse of a factored block below its diagonal, transposed.
+    // Store the inverse of a factored block below its diagonal, transposed.
     static QP_INLINE void put_inverse(Matrix<T> U, int i, const Corner& c) {
         T w01 = -c.d0 * c.a01 * c.d1, w12 = -c.d1 * c.a12 * c.d2, w23 = -c.d2 * c.a23 * c.d3;
         T w02 = -c.d0 * (c.a01 * w12 + c.a02 * c.d2), w13 = -c.d1 * (c.a12 * w23 + c.a13 * c.d3);
@@ -179,7 +181,7 @@ template <class T> struct Tiles {
         U[i + 3][i] = w03, U[i + 3][i + 1] = w13, U[i + 3][i + 2] = w23;
     }
 
-    // Put below the diagonal of a factor from elsewhere what `cholesky` leaves there.
+    // Compute the inverses of blocks that `cholesky` stores, for a factor that was not computed by it.
     static void invert_blocks(Matrix<T> U, int n) {
         for (int i = 0; i < n; i += ROWS) {
             const T* a = U[i] + i;
@@ -189,11 +191,13 @@ template <class T> struct Tiles {
         }
     }
 
-    // Factor the rows from `first` to `last` of S + diagonal, once what is above them has been taken off.
+    // Factor the rows from `first` to `last` of S + diagonal, once the products of the rows above `first` have been
+    // subtracted.
     static QP_INLINE void factor_rows(Matrix<T> S, const T* diagonal, Matrix<T> U, int first, int last, int stop) {
         constexpr int UNIT = W > ROWS ? W : ROWS;
         for (int i = first; i < last; i += ROWS) {
-            // The first columns have the block on the diagonal among them; a tile's width, so that no sum waits long.
+            // The first tile contains the block on the diagonal; it has full width, which hides the latency of the
+            // sums.
             int start = i - i % UNIT;
             int edge = std::min(start + 3 * W, stop);
             tiles<false, false>(U, U, S, U, i, first, i, start, edge);
@@ -211,7 +215,8 @@ template <class T> struct Tiles {
         }
     }
 
-    // Factor S + diagonal = UᵀU; whether it was positive definite. The padding of S has a diagonal, or gets one.
+    // Factor S + diagonal = UᵀU; return whether it was positive definite. The padding of S or of `diagonal` must be
+    // positive on the diagonal.
     static QP_NOINLINE bool cholesky(Matrix<T> S, const T* diagonal, Matrix<T> U, int n) {
         int rows = whole_tiles(n), stop = whole_packs<T>(n);
         int block = blas::available<T>() ? blas::BLOCK : rows;
@@ -230,7 +235,7 @@ template <class T> struct Tiles {
             }
             factor_rows(M, diagonal, U, first, last, stop);
         }
-        // A pivot that is not positive leaves NaN in all rows of the blocks below it, and so does NaN.
+        // A pivot that is not positive, or NaN, causes NaN in all rows of the blocks below it.
         bool factor_ok = true;
         for (int i = std::max(0, rows - ROWS); i < rows; i++) {
             factor_ok &= U[i][i] > 0 && U[i][i] < T(INFINITY_);
@@ -243,7 +248,7 @@ template <class T> struct Tiles {
 
     // Solve UᵀX = B in place for a factor U of n rows.
     static QP_NOINLINE void solve_transposed(Matrix<T> U, int n, Matrix<T> B, int columns) {
-        constexpr int PANEL = 12 * W; // columns whose entries stay in the cache
+        constexpr int PANEL = 12 * W; // columns whose entries fit in the cache
         int stop = whole_packs<T>(columns), block = blas::available<T>() ? blas::BLOCK : whole_tiles(n);
         for (int first = 0; first < n; first += block) {
             int last = std::min(first + block, n);
@@ -258,9 +263,10 @@ template <class T> struct Tiles {
         }
     }
 
-    // C ← M + AᵀA with so many rows of A, in the upper triangle; without data M is 0. The padding of C becomes 0.
+    // Compute C ← M + AᵀA with so many rows of A, in the upper triangle; without data M is 0. The padding of C becomes
+    // 0.
     static QP_NOINLINE void gram(Matrix<T> M, Matrix<T> A, int rows, Matrix<T> C, int n) {
-        constexpr int PANEL = 128; // rows whose entries stay in the cache
+        constexpr int PANEL = 128; // rows whose entries fit in the cache
         clear_padding(C, n);
         if (n > blas::BLOCK && blas::available<T>()) {
             if (M.data) {
@@ -281,7 +287,7 @@ template <class T> struct Tiles {
         } while (k < rows);
     }
 
-    // The sums of the entries of four packs.
+    // Return the sums of the entries of four packs.
     static QP_INLINE Four sums(V a, V b, V c, V d) {
         if constexpr (W == 2) {
             return Four{a[0] + a[1], b[0] + b[1], c[0] + c[1], d[0] + d[1]};
@@ -297,7 +303,7 @@ template <class T> struct Tiles {
         }
     }
 
-    // Four sums of entries of a pack that is wider.
+    // Return four sums of entries of a wider pack.
     static QP_INLINE Four folded(V v) {
         if constexpr (W == 16) {
             auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
@@ -323,7 +329,8 @@ template <class T> struct Tiles {
             T x2 = u2[0] * a0 + u2[1] * a1 + u2[2] * a2;
             T x3 = (u3[0] * a0 + u3[1] * a1) + (u3[2] * a2 + u3[3] * a3);
             V y0 = as<V>(x0), y1 = as<V>(x1), y2 = as<V>(x2), y3 = as<V>(x3);
-            // From the pack on that has the next entry; what this does to those before it is put right below.
+            // From the pack on that contains the next entry; the entries before it, which this overwrites, are
+            // restored.
             int start = (i + ROWS) / W * W - i;
             T before[W];
             if (W > 2 * ROWS && start < 0) {
@@ -355,7 +362,7 @@ template <class T> struct Tiles {
             V s0{}, s1{}, s2{}, s3{};
             int start = i + ROWS;
             if (start % W != 0 && start < stop) {
-                // Of the pack that the next entry is in, those before it are not to count.
+                // In the pack that contains the next entry, mask the entries before it.
                 mask_of<V> counts{};
                 for (int k = start % W; k < W; k++) {
                     counts[k] = -1;
@@ -368,7 +375,7 @@ template <class T> struct Tiles {
                 s3 += load<V>(u3 + start) * y;
                 start += W;
             }
-            for (int j = stop - W; j >= start; j -= W) { // what was computed last comes last
+            for (int j = stop - W; j >= start; j -= W) { // the entries that were computed last come last
                 V y = load<V>(r + j);
                 s0 += load<V>(u0 + j) * y;
                 s1 += load<V>(u1 + j) * y;
@@ -383,9 +390,9 @@ template <class T> struct Tiles {
     }
     static QP_INLINE void backward(Matrix<T> U, int n, Vector<T> r) { backward(U, n, r.data); }
 
-    // ---- products; in the precision of the result, whatever that of the matrix and the vector is
+    // ---- products, in the precision of the result, whatever that of the matrix and the vector is
 
-    // out = M x, and zeros in the padding.
+    // Compute out = M x, and zeros in the padding.
     template <class X, class O>
     static QP_NOINLINE void product(Matrix<T> M, int rows, int columns, const X* x, O* out) {
         using P = pack_of<O>;
@@ -423,7 +430,7 @@ template <class T> struct Tiles {
         std::fill(out.data + rows, out.data + whole_lines<T>(rows), O(0));
     }
 
-    // Store four entries, of which those beyond `rows` are not there.
+    // Store four entries, but for those beyond `rows`.
     template <class O> static QP_INLINE void put(O* out, int i, int rows, pack_of<O, 4 * sizeof(O)> four) {
         if (i + ROWS <= rows) {
             store(out + i, four);
@@ -434,7 +441,7 @@ template <class T> struct Tiles {
         }
     }
 
-    // out += Mᵀx.
+    // Compute out += Mᵀx.
     template <class X, class O>
     static QP_NOINLINE void add_product_transposed(Matrix<T> M, int rows, int columns, const X* x, O* out) {
         constexpr int STEP = width<O>;
@@ -455,7 +462,8 @@ template <class T> struct Tiles {
         add_product_transposed(M, rows, columns, x.data, out.data);
     }
 
-    // The same for COUNT packs of columns, with sums over every AT_ONCE-th row, so that none waits for the one before.
+    // Compute the same for COUNT packs of columns, with separate sums over every AT_ONCE-th row, which hides the
+    // latency of each addition.
     template <int COUNT, int AT_ONCE, class X, class O>
     static QP_INLINE void add_columns(Matrix<T> M, int rows, int j, const X* x, O* out) {
         using P = pack_of<O>;
@@ -520,7 +528,7 @@ template <class T> struct Tiles {
         }
     }
 
-    // Put Mᵀ in `out`, and zeros into the padding, as there are in that of M.
+    // Compute out = Mᵀ, with zeros in the padding, for an M with zeros in its own.
     static QP_NOINLINE void transpose(Matrix<T> M, int rows, int columns, Matrix<T> out) {
         for (int i = 0; i < rows; i += ROWS) {
             for (int j = 0; j < columns; j += ROWS) {
@@ -532,7 +540,7 @@ template <class T> struct Tiles {
         }
     }
 
-    // Whether all entries are finite, and whether those of a matrix differ from its transpose by a limit at most.
+    // Return whether all entries are finite.
     static QP_NOINLINE bool all_finite(Matrix<T> M, int rows, int columns) {
         mask_of<V> finite = ~mask_of<V>{};
         for (int i = 0; i < rows; i++) {
@@ -542,22 +550,23 @@ template <class T> struct Tiles {
         }
         return every(finite);
     }
+    // Return whether a matrix differs from its transpose by a limit at most.
     static QP_NOINLINE bool symmetric(Matrix<T> M, int n, T limit) {
         using Mask = mask_of<Four>;
         Mask within = ~Mask{};
-        T turned[ROWS * ROWS];
+        T transposed[ROWS * ROWS];
         for (int i = 0; i < n; i += ROWS) {
             for (int j = 0; j <= i; j += ROWS) {
-                transpose_block(M[j] + i, M.ld, turned, ROWS);
+                transpose_block(M[j] + i, M.ld, transposed, ROWS);
                 for (int r = 0; r < ROWS; r++) {
-                    within &= absolute(load<Four>(M[i + r] + j) - load<Four>(turned + r * ROWS)) <= as<Four>(limit);
+                    within &= absolute(load<Four>(M[i + r] + j) - load<Four>(transposed + r * ROWS)) <= as<Four>(limit);
                 }
             }
         }
         return every(within);
     }
 
-    // out_ij = scale_i M_ij.
+    // Compute out_ij = scale_i M_ij.
     static QP_NOINLINE void scale_rows(Matrix<T> M, int rows, int columns, Vector<T> scale, Matrix<T> out) {
         for (int i = 0; i < rows; i++) {
             V factor = as<V>(scale.data[i]);
@@ -567,7 +576,7 @@ template <class T> struct Tiles {
         }
     }
 
-    // out_ij = (M_ij of_rows_i of_columns_j)².
+    // Compute out_ij = (M_ij of_rows_i of_columns_j)².
     static QP_NOINLINE void scaled_squares(Matrix<T> M, int rows, int columns, Vector<T> of_rows, Vector<T> of_columns,
                                            Matrix<T> out) {
         for (int i = 0; i < rows; i++) {
@@ -578,7 +587,7 @@ template <class T> struct Tiles {
         }
     }
 
-    // weighted_i = max_j |M_ij| weights_j, unweighted_i = max_j |M_ij|.
+    // Compute weighted_i = max_j |M_ij| weights_j and unweighted_i = max_j |M_ij|.
     static QP_NOINLINE void largest_of_rows(Matrix<T> M, int rows, int columns, Vector<T> weights, Vector<T> weighted,
                                             Vector<T> unweighted) {
         for (int i = 0; i < rows; i++) {
@@ -593,7 +602,7 @@ template <class T> struct Tiles {
         }
     }
 
-    // out_j = max_i |M_ij| weights_i.
+    // Compute out_j = max_i |M_ij| weights_i.
     static QP_NOINLINE void largest_of_columns(Matrix<T> M, int rows, int columns, Vector<T> weights, Vector<T> out) {
         for (int j = 0; j < whole_packs<T>(columns); j += W) {
             V most{};
@@ -604,27 +613,28 @@ template <class T> struct Tiles {
         }
     }
 
-    // Put zeros into the rows of the padding: a factor that failed has left NaN there.
+    // Set the rows of the padding to 0: a factorisation that failed leaves NaN there.
     static QP_INLINE void clear_padding(Matrix<T> M, int n) {
         std::memset(M[n], 0, sizeof(T) * (whole_tiles(n) - n) * M.ld);
     }
 
+    // Copy the diagonal.
     static QP_INLINE void take_diagonal(Matrix<T> M, int n, Vector<T> out) {
         for (int j = 0; j < n; j++) {
             out.data[j] = M[j][j];
         }
     }
 
-    // Put ones on the diagonal of the rows of the padding, so that the matrix has a factor.
+    // Set the diagonal of the padding to 1, so that the matrix has a factor.
     static QP_INLINE void complete_diagonal(Matrix<T> M, int n) {
         for (int j = n; j < whole_tiles(n); j++) {
             M[j][j] = 1;
         }
     }
 
-    // ---- parts of vectors and matrices, by the numbers of their rows
+    // ---- some rows of vectors and matrices, given by their indices: `numbers`
 
-    // Fill `numbers` with those of the entries that are not 0; return how many there are.
+    // Fill `numbers` with the indices of the entries that are not 0; return how many there are.
     static QP_INLINE int list(Vector<T> chosen, int rows, int* numbers) {
         int count = 0;
         for (int i = 0; i < rows; i++) {
@@ -634,7 +644,7 @@ template <class T> struct Tiles {
         return count;
     }
 
-    // out_a = v_i for the a-th number i, and zeros in the padding.
+    // Compute out_a = v_i for the a-th index i, and zeros in the padding.
     static QP_INLINE void gather(Vector<T> v, const int* numbers, int count, Vector<T> out) {
         for (int a = 0; a < count; a++) {
             out.data[a] = v.data[numbers[a]];
@@ -642,15 +652,15 @@ template <class T> struct Tiles {
         std::fill(out.data + count, out.data + std::max(whole_packs<T>(count), whole_tiles(count)), T(0));
     }
 
-    // out_i = v_a for the a-th number i.
+    // Compute out_i = v_a for the a-th index i.
     static QP_INLINE void scatter(Vector<T> v, const int* numbers, int count, Vector<T> out) {
         for (int a = 0; a < count; a++) {
             out.data[numbers[a]] = v.data[a];
         }
     }
 
-    // Fill the upper triangle of `out` with the rows and columns of S that have these numbers, and the padding so that
-    // it has a factor. `meanwhile` is called with (part, parts) for each row.
+    // Fill the upper triangle of `out` with these rows and columns of S, and the padding such that it has a factor.
+    // meanwhile(a, count) is called before the a-th row of `count` is read, for software prefetch.
     template <class F>
     static QP_NOINLINE void gather_square(Matrix<T> S, const int* numbers, int count, Matrix<T> out, F meanwhile) {
         int stop = whole_packs<T>(count);
@@ -669,8 +679,8 @@ template <class T> struct Tiles {
         }
     }
 
-    // With the rows of a symmetric matrix that have these numbers: take what they contribute to S x, as columns, off
-    // `out`; and put in `packed` what is then left of `out` there less the product of these rows with `others`.
+    // Subtract the product of these columns of a symmetric S with the entries of x there from `out`; then, in `packed`,
+    // the product of these rows with `others` from the entries of `out` there. `meanwhile` is as in `gather_square`.
     template <class F>
     static QP_NOINLINE void subtract_product(Matrix<T> S, int rows, const int* numbers, int count, Vector<T> x,
                                              Vector<T> others, Vector<T> out, Vector<T> packed, F meanwhile) {
@@ -693,10 +703,10 @@ template <class T> struct Tiles {
 
     // ---- products of vectors
 
-    // Fill so many rows of n numbers, without padding, with factor (a uᵀ + b xᵀ); u and x are padded. Exactly symmetric
-    // where a is x and b is u.
+    // Compute factor·(a uᵀ + b xᵀ) in so many rows of n numbers without padding; u and x are padded. The result is
+    // exactly symmetric where a is x and b is u.
     static QP_NOINLINE void outer(T factor, const T* a, const T* u, const T* b, const T* x, int rows, int n, T* out) {
-        // Half a pack where that is wide: rows seldom begin with a line of the cache, and fewer stores lie across two.
+        // At most 32 bytes: rows seldom begin at a cache line, and fewer of these stores cross two lines.
         using P = pack_of<T, std::min(VECTOR_BYTES, 32)>;
         constexpr int STEP = entries<P>;
         const T* end = out + (Index)rows * n;
@@ -705,14 +715,14 @@ template <class T> struct Tiles {
             P first = rounded(of_u * load<P>(u + j)), second = rounded(of_x * load<P>(x + j));
             return first + second;
         };
-        // What is put beyond a row is written over by later ones,
+        // The stores beyond the end of a row are overwritten by those of later rows,
         for (; i < rows && out + stop <= end; i++, out += n) {
             P of_u = as<P>(factor * a[i]), of_x = as<P>(factor * b[i]);
             for (int j = 0; j < stop; j += STEP) {
                 store(out + j, value(of_u, of_x, j));
             }
         }
-        // but for the last ones.
+        // but for the last rows.
         for (; i < rows; i++, out += n) {
             P of_u = as<P>(factor * a[i]), of_x = as<P>(factor * b[i]);
             for (int j = 0; j < n; j += STEP) {
@@ -722,7 +732,7 @@ template <class T> struct Tiles {
         }
     }
 
-    // C ← C + AᵀB for so many rows of A and B, all padded.
+    // Compute C ← C + AᵀB with so many rows of A and B, all padded.
     static QP_NOINLINE void add_product_matrix(Matrix<T> A, Matrix<T> B, int rows, Matrix<T> C, int of_A, int of_B) {
         for (int i = 0; i < of_A; i += ROWS) {
             tiles<true, false>(A, B, C, C, i, 0, rows, 0, whole_packs<T>(of_B));
@@ -732,19 +742,19 @@ template <class T> struct Tiles {
 
 // ---- the team
 
-// One thread, one problem, in T; residuals are computed in double.
+// The team of one thread and one problem, in T; residuals are computed in double.
 template <class T> struct Team : Tiles<T> {
     using Real = T;           // floating point type
-    using Number = T;         // a number of the problem
-    using Exact = double;     // the same, of its residuals
-    using Truth = bool;       // a truth about the problem
-    using Entry = pack_of<T>; // what a loop over entries takes at a time
+    using Number = T;         // a number of each problem
+    using Exact = double;     // the same in the precision of residuals
+    using Truth = bool;       // a mask of the problems
+    using Entry = pack_of<T>; // entries of a vector that a loop processes at a time
     using ExactEntry = pack_of<double>;
     using Vector = serial::Vector<T>;
     using ExactVector = serial::Vector<double>;
     using Matrix = qpdiff::Matrix<T>;
     using Kinds = serial::Kinds<T>;
-    using Stored = T; // what memory holds
+    using Stored = T; // an element of a vector in memory
     using ExactStored = double;
     static constexpr bool lanes = false;
     static constexpr int PROBLEMS = 1;
@@ -759,7 +769,7 @@ template <class T> struct Team : Tiles<T> {
             f(At<Entry>{i});
         }
     }
-    // The same in the precision of a vector, and in that of residuals.
+    // Do the same in the precision of a vector, and in that of residuals.
     template <class X, class F> static QP_INLINE void each_of(serial::Vector<X>, int count, F f) {
         for (int i = 0; i < count; i += width<X>) {
             f(At<pack_of<X>>{i});
@@ -767,13 +777,13 @@ template <class T> struct Team : Tiles<T> {
     }
     template <class F> static QP_INLINE void each_exactly(int count, F f) { each_of(ExactVector{}, count, f); }
 
-    // What the loop has collected, of all entries.
+    // Reduce the entries that a loop has accumulated.
     template <class N> static QP_INLINE scalar_of<N> sum(N a) { return total(a); }
     template <class N> static QP_INLINE scalar_of<N> largest(N a) { return largest_entry(a); }
     template <class N> static QP_INLINE scalar_of<N> smallest(N a) { return -largest_entry(-a); }
     template <class M> static QP_INLINE bool all(M m) { return every(m); }
 
-    // Sum of the logarithms of positive numbers.
+    // Return the sum of the logarithms of positive numbers.
     static QP_NOINLINE T sum_of_logarithms(Vector a, int count) {
         T sum = 0;
         for (int i = 0; i < count; i++) {
