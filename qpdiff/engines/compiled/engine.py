@@ -1,6 +1,6 @@
-"""The arrays that a call hands to C++: operands, results, and what is stored for the derivative.
+"""The arrays that a call passes to C++: operands, results, and factors that are stored for the derivative.
 
-All else is in C++ (src/): threads claim problems as long as there are any, small ones in groups.
+The method is in C++ (src/): threads claim work items as long as there are any, and solve small problems in lane groups.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .memory import SMALLEST, empty
 
 def _load_core():
     """Import the extension module for the widest vectors that the processor has, and name its instruction set."""
-    # It says which this processor can run; there is one module for processors that are no x86.
+    # `_level` finds out which this processor can run; on processors that are no x86 there is only one module.
     _level = importlib.import_module("._level", __package__)
     for level in range(_level.highest(), 1, -1):
         with suppress(ModuleNotFoundError):
@@ -36,39 +36,39 @@ def _load_core():
 _core: Any
 _core, INSTRUCTIONS = _load_core()
 SMALL, ENOUGH = 32, 6
-"""Up to so many variables and rows of A and G, problems are solved in groups; and from so many for each thread, as a
-group takes as long as two to five problems one by one."""
-WORTH_A_THREAD = 1e6
+"""Number of variables and of rows of A and G up to which problems are solved in lane groups; and number of problems for
+each thread from which on they are, as a lane group takes as long as two to five problems one by one."""
+THREAD_OPERATIONS = 1e6
 """Operations that take about as long as it takes to start a thread."""
-SOLVE, DIFFERENTIATE = 10, 1
-"""Passes of a call through a problem's matrices, in steps of the iteration."""
+SOLVE_COST, DERIVATIVE_COST = 10, 1
+"""Rough cost of a call for each problem, in steps of the iteration."""
 FEW = 2**10
-"""Variables of a batch up to which memory that is used again is not worth looking for."""
+"""Number of entries of x in a batch up to which recycling of memory takes longer than it saves."""
 STORED_BYTES = 2**26, 2**29
-"""Bytes of factors that are stored for the derivative in any case, and at most."""
+"""Bytes of factors that are stored for the derivative in any case, and at most (`_plan`)."""
 _SCALARS = (np.int32, np.int32, np.float64, np.float64, np.float64, np.float64)
 """The types of `Outcome` from the status on."""
 _DECIDING = frozenset({"Q", "G", "A", "lb", "ub"})
-"""Operands that the equilibration of the matrices and the reduced form are made of."""
+"""Operands that the balanced scaling of the matrices and the reduced form depend on."""
 _PARAMETERS = {np.dtype(np.float64): _core.Parameters(DOUBLE), np.dtype(np.float32): _core.Parameters(SINGLE)}
 
 
 class Stored(NamedTuple):
-    """Stored by a solve for the derivative, of every problem; src/method/problem.hpp says how.
+    """Factors and scaling of every problem, stored for the derivative; src/method/problem.hpp has their layout.
 
     The first axis is the batch, of length 1 where one entry is for all problems and 0 where nothing is stored.
     """
 
     constant: Any
-    """The part of the reduced KKT system that does not change in an iteration."""
+    """The constants of the reduced KKT system."""
     last: Any
-    """The last factor, and the weights of the rows in it."""
+    """Its last factor, and the weights of the constraints in it."""
     scaling: Any
     """D and E."""
     form: Any
     """The reduced form that each problem has been solved with."""
     factor_ok: Any
-    """Mask of the problems whose last factor is of use."""
+    """Mask of the problems whose last factor can be used."""
 
 
 class Factors(NamedTuple):
@@ -92,7 +92,7 @@ class Factors(NamedTuple):
             tuple(map(problem.operands.get, OPERANDS)), self.stored,
             (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
             (u_x, u_v, *[gradients.get(name) for name in MATRICES]), _PARAMETERS[dtype], self.form, fill,
-            workers_for(problem, count, DIFFERENTIATE),
+            workers_for(problem, count, DERIVATIVE_COST),
         )  # fmt: skip
         if of_matrices and problem.Q.shape[0] < count:
             gradients["Q"] = gradients["Q"] + gradients["Q"].mT
@@ -114,13 +114,13 @@ def solve(
     """Solve every problem of a batch, as `engines.base.Engine` says."""
     solved = _solve(problem, settings, start, progress, check)
     if solved is None:
-        check_values(problem)  # says what is wrong, or that nothing is: what refuses on the way is stricter
+        check_values(problem)  # raises the error, if there is one: the checks in C++ are stricter
         solved = _solve(problem, settings, start, progress, False)
     return solved
 
 
 def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, progress, check: bool):
-    """Solve likewise; None where an operand may break a rule."""
+    """Solve as `solve` does; return None where an operand may break a rule."""
     n, count, dtype = problem.n, problem.batch, np.dtype(problem.dtype)
     form = int(preferred_form(problem))
     plan = _plan(problem, form, dtype.itemsize)
@@ -131,7 +131,7 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
     done = outcome, Factors(form, stored)
     if count == 0:
         return done
-    workers = workers_for(problem, count, SOLVE)
+    workers = workers_for(problem, count, SOLVE_COST)
     longest = max(n, problem.m + problem.p)
     in_lanes = start is None and longest <= SMALL and count >= ENOUGH * workers and dtype.itemsize == 8
     call = (
@@ -148,17 +148,17 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
 
 @cache
 def _set_blas() -> None:
-    """Hand over SciPy's BLAS, which is loaded when the first large problem wants it."""
+    """Pass SciPy's BLAS to C++; it is imported with the first large problem."""
     from scipy.linalg import cython_blas
 
     _core.set_blas(cython_blas.__pyx_capi__)
 
 
-def workers_for(problem: Problem, count: int, passes: int) -> int:
-    """Return how many threads to take for so many problems."""
-    if count <= 1:  # to count operations would take a good part of a small solve
+def workers_for(problem: Problem, count: int, cost: int) -> int:
+    """Return how many threads to start for a number of problems; `cost` is that of each in steps of the iteration."""
+    if count <= 1:  # counting operations takes time that matters in a small solve
         return 1
-    return max(1, min(problem.backend.workers, count, int(count * passes * _operations(problem) / WORTH_A_THREAD)))
+    return max(1, min(problem.backend.workers, count, int(count * cost * _operations(problem) / THREAD_OPERATIONS)))
 
 
 def _operations(problem: Problem) -> float:
@@ -167,16 +167,16 @@ def _operations(problem: Problem) -> float:
     return min(n, linear or n) ** 3 / 3 + 8 * n * (n + linear) + 100 * (n + problem.rows)
 
 
-# ---- what is stored
+# ---- storage
 
 
 def is_shared(value) -> bool:
-    """Find out whether an operand is the same for all problems, be it that broadcasting only pretends to copy it."""
+    """Return whether an operand is the same for all problems: one entry, or one broadcast with a stride of 0."""
     return value.shape[0] == 1 or value.strides[0] == 0
 
 
 def _plan(problem: Problem, form: int, itemsize: int):
-    """Plan the arrays of x, v, s and of the first three fields of `Stored`: a function that makes each, and its shape.
+    """Return a function that makes each of x, v, s and of the first three fields of `Stored`, and their shapes.
 
     Factors are stored where they take at most STORED_BYTES[0], or at most as much as the operands and STORED_BYTES[1].
     """
@@ -194,7 +194,7 @@ def _plan(problem: Problem, form: int, itemsize: int):
 
 @lru_cache(maxsize=256)
 def _plan_of(sizes: tuple, count: int, shared: bool, store: bool):
-    """Plan with or without factors of every problem, and count the bytes of these."""
+    """Return that plan with or without factors of every problem, and the bytes of these."""
     _, n, linear, lower, upper, itemsize = sizes
     rows = linear + n * (lower + upper)
     constant, last = _core.stored_numbers(*sizes)
@@ -205,11 +205,11 @@ def _plan_of(sizes: tuple, count: int, shared: bool, store: bool):
 
 
 def _maker(size: int):
-    """Choose what makes an array of so many bytes."""
+    """Return the function that makes an array of so many bytes."""
     return nothing if size == 0 else np.empty if size < SMALLEST else empty
 
 
 @cache
 def nothing(shape, dtype) -> np.ndarray:
-    """Make an array without entries, the same for all calls."""
+    """Return an array without entries, the same for all calls."""
     return np.empty(shape, dtype)

@@ -1,7 +1,7 @@
-"""Memory for large arrays, used again when it is free.
+"""A pool of buffers for large arrays, which are recycled.
 
-The system hands out memory page by page, cleared, at the first touch of each. Where a solve of a training loop takes a
-few milliseconds, that is a good part of it.
+The system maps and clears new memory page by page at the first access to each, which takes a large share of a solve of
+a few milliseconds, as in a training loop.
 """
 
 from __future__ import annotations
@@ -13,62 +13,65 @@ from contextlib import suppress
 import numpy as np
 
 SMALLEST, LARGEST = 2**16, 2**25
-"""Bytes of the arrays for which this is worth while, and which are not too large to be held."""
+"""Bytes of the arrays that are recycled: for smaller ones it saves nothing, larger ones would hold too much memory."""
 HELD = 2**27
-"""Bytes of free memory that are held at most."""
+"""Largest number of bytes of free buffers in the pool."""
 ALIGNMENT = 64
-"""Bytes of a line of the cache: vectors that lie across two take twice as long to load."""
+"""Bytes of a cache line: vectors that cross two take twice as long to load."""
 
 
-class _Memory(np.ndarray):
-    """Memory that is used again.
+class _Buffer(np.ndarray):
+    """A buffer that can be recycled.
 
-    The base of a view is what it is a view of, but to NumPy what that is a view of if it is an array like the first:
-    it would pass over a block between an array and memory of the same kind.
+    It has a class of its own because NumPy shortens chains of views: an array refers to the base of its base instead,
+    where that is of the array's own class. With a plain array as buffer, an array in a `_Block` would refer to the
+    buffer alone, and the block, which returns it to the pool, would be finalised at once.
     """
 
 
 class _Block(np.ndarray):
-    """The owner of the memory of an array and its views; when the last of them ends, the memory is free."""
+    """The owner of the buffer of an array and its views; its finaliser returns the buffer to the pool."""
 
-    memory: _Memory | None = None
-    """Not there in views of a block, which are of this class too."""
+    buffer: _Buffer | None = None
+    """None in views of a block, which are of this class too."""
 
     def __del__(self):
-        if self.memory is not None:
-            _free.append(self.memory)
+        if self.buffer is not None:
+            _free.append(self.buffer)
             with suppress(IndexError):
-                while sum(memory.size for memory in list(_free)) > HELD:
+                while sum(buffer.size for buffer in list(_free)) > HELD:
                     _free.popleft()
 
 
-_free: deque[_Memory] = deque()
-"""Appended to and popped from in one step each: an array may end at any time, in any thread."""
+_free: deque[_Buffer] = deque()
+"""The free buffers. Each change is one atomic operation: an array may be finalised at any time, in any thread."""
 
 
 def empty(shape, dtype) -> np.ndarray:
-    """`numpy.empty`."""
+    """Make an array as `numpy.empty` does, in a recycled buffer where its size is right for that."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     if not SMALLEST <= size <= LARGEST:
         return np.empty(shape, dtype)
-    memory = _take(size)
-    block = _Block(size, np.uint8, memory)
-    block.memory = memory
+    buffer = _take(size)
+    block = _Block(size, np.uint8, buffer)
+    block.buffer = buffer
     return np.ndarray(shape, dtype, block)
 
 
-def _take(size: int) -> _Memory:
+def _take(size: int) -> _Buffer:
+    """Take a free buffer of this size from the pool, or make one."""
     with suppress(IndexError):
         for _ in range(len(_free)):
-            memory = _free.popleft()
-            if memory.size == size:
-                return memory
-            _free.append(memory)
-    return _aligned(size).view(_Memory)
+            buffer = _free.popleft()
+            if buffer.size == size:
+                return buffer
+            _free.append(buffer)
+    return _aligned(size).view(_Buffer)
 
 
 def _aligned(size: int) -> np.ndarray:
-    memory = np.zeros(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size]
+    """Make an array of bytes that begins at a cache line."""
+    array = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -array.ctypes.data % ALIGNMENT
+    return array[start : start + size]
