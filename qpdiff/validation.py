@@ -48,7 +48,7 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
     described = tuple(
         [(name, tuple(value.shape), value.dtype, hasattr(present[name], "dtype")) for name, value in arrays.items()]
     )
-    layout, changes = _plan(chosen, described, read_dtype(dtype))
+    layout, changes = _plan(chosen, chosen.widest_float, described, read_dtype(dtype))
     xp = chosen.xp
     with chosen.context():  # what overflows in the working type is refused as infinite
         for name, value in arrays.items():
@@ -61,11 +61,13 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
 
 
 @lru_cache(maxsize=256)
-def _plan(backend: Backend, described, dtype: str | None) -> tuple[Layout, dict[str, Callable]]:
+def _plan(backend: Backend, widest, described, dtype: str | None) -> tuple[Layout, dict[str, Callable]]:
     """Check types and shapes, once for the many calls that have the same.
 
     Parameters
     ----------
+    widest
+        The widest floating point type of the library now, which a setting may change.
     described : tuple
         Name, shape, dtype and `Kind.typed` of each operand.
 

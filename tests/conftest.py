@@ -40,6 +40,8 @@ def compile_quickly():
 if find_spec("jaxlib") and "XLA_FLAGS" not in os.environ:  # a worker has what the first process has set
     compile_quickly()
 
+collect_ignore = ["mutants.py"]  # a command, with a dependency of its own
+
 LIBRARIES = ["numpy", "array-api-strict", "jax", "torch", "cupy", "torch-cuda"]
 ENGINES = ["compiled", "array"]
 

@@ -176,6 +176,18 @@ def test_single_precision_is_what_jax_starts_with():
             qpdiff.jax.solve_qp(jnp.eye(2), jnp.ones(2), dtype="float64")
 
 
+def test_the_type_follows_the_setting_of_jax_from_call_to_call():
+    """Shapes that were seen with float64 switched off are not for calls with it, nor the other way."""
+    numbers = {"Q": 2.0 * np.eye(3), "q": np.full((2, 3), -1.0 / 3.0)}
+    for x64 in (False, True, False, True):
+        with jax.enable_x64(x64):
+            given = {name: jnp.asarray(value, dtype=jnp.float32) for name, value in numbers.items()}
+            sol = qpdiff.solve_qp(**given, backend="jax")
+            assert sol.linearization.problem.dtype == (jnp.float64 if x64 else jnp.float32)
+            assert sol.objective.dtype == (jnp.float64 if x64 else jnp.float32)
+            assert sol.x.dtype == jnp.float32
+
+
 def test_a_hessian_that_was_computed_in_float32():
     """Traced or not, it is rounded by more than float64 would do."""
     Q, q = rounded_product(np.float32), jnp.asarray(np.random.default_rng(1).normal(size=(2, 6)))
