@@ -50,9 +50,14 @@ def solve(
     tol: Annotated[float | None, typer.Option(help="absolute tolerance")] = None,
     rtol: Annotated[float | None, typer.Option(help="relative tolerance")] = None,
     max_iterations: Annotated[int | None, typer.Option(help="limit on the iterations")] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="refuse bad numbers in the operands, such as an indefinite Q")
+    ] = True,
 ) -> None:
     """Solve the problems of FILE; exit code 1 if one is not solved, 2 for bad input."""
-    options = {"backend": backend, "dtype": dtype, "tol": tol, "rtol": rtol, "max_iterations": max_iterations}
+    options = {
+        "backend": backend, "dtype": dtype, "tol": tol, "rtol": rtol, "max_iterations": max_iterations, "check": check
+    }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
     in_double_precision(backend)
     with bad_input_exits(file):

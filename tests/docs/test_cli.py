@@ -102,6 +102,19 @@ def test_bad_input_is_one_line_and_exit_code_2(run, save, operands, message):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("batch", [2, 300])
+def test_no_check_solves_what_a_check_refuses(run, save, tmp_path, batch):
+    operands = {"Q": np.array([[1.0, 0.1], [0.0, 1.0]]), "q": np.array([[-1.0, 1.0]] * batch), "lb": np.zeros(2)}
+    for arguments in ([], ["--check"]):
+        result = run("solve", save(operands), *arguments)
+        assert result.exit_code == 2
+        assert "Q is not symmetric" in result.output
+    result = run("solve", save(operands), "--no-check", "-o", tmp_path / "out.npz")
+    assert result.exit_code == 0, result.output
+    with np.load(tmp_path / "out.npz") as out:
+        np.testing.assert_allclose(out["x"], [[1.0, 0.0]] * batch, atol=1e-6)
+
+
 def test_files_that_cannot_be_read(run, tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     for name in ("absent.npz", "text.npz"):

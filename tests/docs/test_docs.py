@@ -69,7 +69,12 @@ def test_the_page_of_the_command_line_has_every_command_and_option():
     from qpdiff.cli import app
 
     commands = {
-        name: {name for option in command.params if option.param_type_name == "option" for name in option.opts}
+        name: {
+            name
+            for option in command.params
+            if option.param_type_name == "option"
+            for name in option.opts + option.secondary_opts
+        }
         for name, command in typer.main.get_command(app).commands.items()
     }
     text = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
