@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from problems import apply, optnet, random_problem, weakly_active
+from problems import apply, documented_test, optnet, random_problem, weakly_active
 
 import qpdiff
 from qpdiff import Status
@@ -31,6 +31,20 @@ def test_a_gap_that_is_rounding_is_not_below_the_tolerance(family):
     sol = qpdiff.solve_qp(**operands, tol=1e-8, rtol=0.0)
     assert not np.any(sol.status == Status.SOLVED)
     assert np.all(qpdiff.solve_qp(**operands, tol=1e-8, rtol=1e-8).status == Status.SOLVED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_residual_is_compared_with_its_own_terms(family):
+    """Those of the gap are the product of those of the other two, 1e8 and more, and allow neither of them more."""
+    operands = with_large_vectors(FAMILIES[family](np.random.default_rng(1)), 1e4)
+    solved = 0
+    for k in range(30):  # with few iterations, where the limit ends them at whatever point passes
+        sol = qpdiff.solve_qp(**operands, tol=1e-8, rtol=1e-8, max_iterations=k)
+        point = (getattr(sol, name) for name in ("x", "y", "z", "z_lb", "z_ub"))
+        ratios = documented_test(operands, *point, 1e-8, 1e-8)[sol.status == Status.SOLVED]
+        assert np.all(ratios <= 1.01)
+        solved += len(ratios)
+    assert solved >= 1000
 
 
 @pytest.mark.parametrize("family", FAMILIES)
