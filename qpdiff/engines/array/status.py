@@ -81,20 +81,20 @@ def is_within_tolerance(sub: SubBatch, x, v, products: Products, terms: GapTerms
     problem, sizes, backend, units = sub.wide_problem, sub.sizes, sub.problem.backend, sub.units
     xp, settings, per_unit = backend.xp, sub.settings, per_gap_unit(sub)
     xQx, qx, kv = terms
-    size = xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(sum(kv, 0.0 * qx)))
-    most = allowed(settings, size, per_unit)
-    within = found.gap <= most
+    size_gap = xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(sum(kv, 0.0 * qx)))
+    allowed_gap = allowed(settings, size_gap, per_unit)
+    within = found.gap <= allowed_gap
     if backend.known_all_false(within):
         return within
     # The terms of the gap may cancel to 0 by chance: what their rounding hides must not be far beyond the tolerance.
     hidden = backend.dot(xp.abs(x), xp.abs(products.Qx) + xp.abs(problem.q))
     hidden = hidden + backend.dot(xp.abs(v), xp.abs(problem.k))
-    slope = xp.maximum(scaled_size(backend, units.x, products.Qx), sizes.q)
-    slope = xp.maximum(slope, scaled_size(backend, units.x, products.Kv))
+    size_dual = xp.maximum(scaled_size(backend, units.x, products.Qx), sizes.q)
+    size_dual = xp.maximum(size_dual, scaled_size(backend, units.x, products.Kv))
     return (
         (found.primal <= allowed(settings, scaled_size(backend, units.v, products.Kx)))
-        & (found.dual <= allowed(settings, slope))
-        & (found.gap + DOUBLE.gap_rounding * xp.finfo(problem.dtype).eps * per_unit * hidden <= most)
+        & (found.dual <= allowed(settings, size_dual))
+        & (found.gap + DOUBLE.gap_rounding * xp.finfo(problem.dtype).eps * per_unit * hidden <= allowed_gap)
     )
 
 
