@@ -1,30 +1,39 @@
 """JAX: `solve_qp` under jit, vmap, grad, jacfwd, jacrev and hessian.
 
-The solver itself is traced, its iterations are one `lax.while_loop`, so that it compiles for any device of JAX's and
-nothing goes to the host. The derivative is that of the KKT conditions: the tangent of a solution is a
+On the CPU the compiled engine solves: two callbacks, the solution of the operands and the solve with the KKT matrix at
+it, get NumPy's views of JAX's buffers and write into them. Elsewhere the array engine is traced, its iterations are one
+`lax.while_loop`, so that it compiles for any device of JAX's and nothing goes to the host.
+
+With either engine the derivative is that of the KKT conditions: the tangent of a solution is a
 `lax.custom_linear_solve` with the KKT matrix at it, which JAX transposes and differentiates again.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import solver
 from .adjoint import right_hand_side
+from .backend import choose_backend, read_dtype
 from .differentiation import solve_kkt
-from .engines.array.derivative import unpack
+from .engines.array.derivative import saved_together
 from .engines.array.traced import solve_traced
-from .engines.base import Outcome, Settings
-from .problem import Layout, Problem
-from .solution import FIELDS, Solution, Status, check_unsolved, raise_if_unsolved
+from .engines.base import Linearization, Outcome, Settings
+from .engines.choice import choose_engine, compiled_engine
+from .problem import OPERANDS, Layout, Problem, make_layout
+from .solution import FIELDS, Solution, check_unsolved, raise_if_unsolved
 from .validation import check_values, make_problem, symmetrized
 
 try:
     import jax
     import jax.numpy as jnp
+    from jax.experimental.buffer_callback import buffer_callback
 except ImportError as error:
     raise ImportError("qpdiff.jax needs JAX: pip install 'qpdiff[jax]'") from error
 
@@ -48,6 +57,7 @@ def solve_qp(
     max_iterations: int = solver.MAX_ITERATIONS,
     warm_start: Solution | None = None,
     check: bool = True,
+    engine: str = "auto",
 ) -> Solution:
     """Solve a batch of convex quadratic programs; `qpdiff.solve_qp` for JAX.
 
@@ -60,7 +70,11 @@ def solve_qp(
         no status is known yet and nothing can raise: "raise" acts as "nan" there.
     dtype, tol, rtol, max_iterations, warm_start, check
         As for `qpdiff.solve_qp`; `check` checks numbers where there are any, outside `jit` and `vmap`. Without
-        ``jax.config.update("jax_enable_x64", True)`` all is float32, residuals too.
+        ``jax.config.update("jax_enable_x64", True)`` the results are float32, residuals too; the array engine computes
+        in float32 then.
+    engine : {"auto", "array", "compiled"}
+        "compiled" solves on the CPU, called from the compiled program; "array" is the solver in JAX's own operations,
+        which compiles for any device and which `jax.export` takes. "auto" is the first where JAX works on the CPU.
 
     Returns
     -------
@@ -90,15 +104,26 @@ def solve_qp(
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem({name: _joined(value) for name, value in operands.items()}, backend="jax", dtype=dtype)
     problem = symmetrized(problem)
-    settings = solver.read_settings(problem, tol, rtol, max_iterations)
+    on_host = problem.with_layout(backend=_HOST, dtype=np.dtype(read_dtype(dtype) or "float64"))
+    compiled = _takes_compiled_engine(engine, on_host)
+    settings = solver.read_settings(on_host if compiled else problem, tol, rtol, max_iterations)
     start = jax.lax.stop_gradient(solver.warm_point(problem, warm_start))
     numbers = jax.lax.stop_gradient(problem.operands)
-    if check and problem.batch and not any(problem.backend.is_tracer(value) for value in numbers.values()):
+    check = bool(check and problem.batch and not any(map(problem.backend.is_tracer, numbers.values())))
+    if check and not compiled:
         check_values(problem.with_operands(**numbers))
-    sol, outcome, *rest = _solve(problem.layout, settings, unsolved, problem.operands, start)
-    if unsolved == "raise" and not problem.backend.is_tracer(outcome.status):
-        raise_if_unsolved(np.asarray(outcome.status).reshape(problem.batch_shape))
-    return replace(sol, linearization=_linearization(problem, outcome, *rest))
+    method: _Compiled | _Traced = _Traced(problem.layout, settings)
+    if compiled:
+        method = _Compiled(problem.layout, on_host.layout, settings, check)
+    sol, outcome, extra = _solve(method, unsolved, problem.operands, start)
+    if not problem.backend.is_tracer(outcome.status):
+        status = np.asarray(outcome.status)
+        if isinstance(method, _Compiled) and np.any(status == REFUSED):
+            numbers = {name: np.asarray(value) for name, value in numbers.items()}
+            check_values(symmetrized(method.problem(numbers, ())))
+        if unsolved == "raise":
+            raise_if_unsolved(status.reshape(problem.batch_shape))
+    return replace(sol, linearization=method.linearization(problem, outcome, extra))
 
 
 def _joined(value):
@@ -107,32 +132,216 @@ def _joined(value):
     return jnp.asarray(value) if listed else value
 
 
+def _takes_compiled_engine(name: str, problem: Problem) -> bool:
+    """Choose the engine for operands of JAX's in a problem of the host."""
+    chosen = choose_engine(name, problem, False)
+    if chosen is not compiled_engine()[0]:
+        return False
+    platform = _platform(problem.operands.values())
+    if name == "compiled" and platform != "cpu":
+        raise ValueError(f"engine is 'compiled', which works on the CPU, but JAX on {platform}; pass engine='auto'")
+    return platform == "cpu"
+
+
+def _platform(operands) -> str:
+    """Return where JAX works: on the device of arrays that are concrete, else on the one that new arrays go to."""
+    for value in operands:
+        if not isinstance(value, jax.core.Tracer):
+            return next(iter(value.devices())).platform
+    config: Any = jax.config
+    device = config.jax_default_device
+    return jax.default_backend() if device is None else getattr(device, "platform", device)
+
+
+# ---- the array engine, traced
+
+
+class _Traced(NamedTuple):
+    """The array engine: all but the arrays of a call, hashable."""
+
+    layout: Layout
+    settings: Settings
+
+    def solve(self, operands, start):
+        """Return the outcome, and the last factor and the scaling, for `linearization`."""
+        outcome, *extra = solve_traced(self.layout.problem(operands), self.settings, start)
+        return outcome, tuple(extra)
+
+    def linearization(self, problem: Problem, outcome: Outcome, extra) -> Linearization:
+        return Linearization(problem, saved_together(problem, *extra), outcome.x, outcome.v, outcome.s, outcome.status)
+
+
+# ---- the compiled engine, called from JAX's program
+#
+# Under vmap every argument has leading axes, of length 1 where it is not mapped. The callbacks make one batch of them.
+
+
+_HOST = choose_backend({})[0]
+REFUSED = -1
+"""The status of all problems where an operand breaks a rule of `check_values`."""
+
+
+class _Compiled(NamedTuple):
+    """The compiled engine: all but the arrays of a call, hashable."""
+
+    layout: Layout
+    on_host: Layout
+    """The same with NumPy and the type that the engine computes in."""
+    settings: Settings
+    check: bool
+
+    def solve(self, operands, start):
+        """Return the outcome, and the scaling, for `linearization`."""
+        exact, working = self.layout.backend.widest_float, self.layout.dtype
+        rows = self.layout.problem(operands).rows
+        columns = [(self.layout.n, working), (rows, working), (rows, working), (1, jnp.int32), (1, jnp.int32)]
+        columns += [(1, exact)] * 4 + [(self.layout.n + rows, working)]
+        batch = math.prod(self.layout.batch_shape)
+        shapes = [jax.ShapeDtypeStruct((batch, width), dtype) for width, dtype in columns]
+        *outcome, scaling = buffer_callback(_Solve(self), shapes, vmap_method="expand_dims")(operands, start)
+        return Outcome(*outcome), scaling
+
+    def linearization(self, problem: Problem, outcome: Outcome, scaling) -> Linearization:
+        return Linearization(problem, _Factors(self, scaling), outcome.x, outcome.v, outcome.s, outcome.status)
+
+    def problem(self, operands, axes) -> Problem:
+        """Make NumPy's problem of operands with leading axes, which are to be `axes`."""
+        dtype = self.on_host.dtype
+        _HOST.reuse_freed_memory()  # for copies in another type
+        if not axes:
+            operands = {name: value.astype(dtype, copy=False) for name, value in operands.items()}
+            return self.on_host.problem(operands)
+        batch_shape = *axes, *self._batch
+        flat = {name: _flat(value, batch_shape, len(OPERANDS[name]), dtype) for name, value in operands.items()}
+        layout = make_layout(_HOST, (math.prod(batch_shape),), flat, rounding=self.on_host.rounding)
+        return layout.problem(flat)
+
+    @property
+    def _batch(self):
+        return (math.prod(self.layout.batch_shape),)
+
+
+class _Solve(NamedTuple):
+    """The callback that solves."""
+
+    method: _Compiled
+
+    def __call__(self, context, out, operands, start) -> None:
+        operands, start, out = jax.tree.map(np.asarray, (operands, start, out))
+        axes = _mapped_axes(operands, start or ())
+        problem = symmetrized(self.method.problem(operands, axes))
+        if start is not None:
+            batch_shape, kinds = (*axes, *self.method._batch), (problem.dtype, problem.dtype, np.bool_)
+            start = start._make(_flat(part, batch_shape, 1, kind) for part, kind in zip(start, kinds, strict=True))
+        try:
+            outcome, factors = compiled_engine()[0].solve(
+                problem, self.method.settings, start, check=self.method.check, verbose=False, progress=None
+            )
+        except ValueError:
+            if not self.method.check:
+                raise
+            for to in out:
+                to[...] = REFUSED
+            return
+        for to, value in zip(out, (*outcome, factors.stored.scaling), strict=True):
+            to[...] = value.reshape(to.shape)
+
+
+class _Factors(NamedTuple):
+    """`engines.base.Factors` of the compiled engine in JAX: it factors the KKT matrix at the solution in each solve."""
+
+    method: _Compiled
+    scaling: Any
+
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool):
+        """Solve the KKT system, as `engines.base.Factors` says; no gradients of matrices come along."""
+        shapes = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in (r_x, r_v)]
+        point = lin.x, lin.v, lin.s, lin.status, self.scaling
+        callback: Any = _KKTSolve(self.method, fill == 0)
+        call = buffer_callback(callback, shapes, vmap_method="expand_dims")
+        return *call(lin.problem.operands, point, (r_x, r_v)), {}
+
+
+class _KKTSolve(NamedTuple):
+    """The callback that solves with the KKT matrix at the solutions."""
+
+    method: _Compiled
+    zero: bool
+    """Give problems that are not SOLVED zeros, else NaN."""
+
+    def __call__(self, context, out, operands, point, right) -> None:
+        operands, point, right, out = jax.tree.map(np.asarray, (operands, point, right, out))
+        axes = _mapped_axes(operands, point)
+        problem = self.method.problem(operands, axes)
+        *numbers, status, scaling = (_of_each(part, problem.batch, axes) for part in point)
+        x, v, s = (part.astype(problem.dtype, copy=False) for part in numbers)
+        factors = compiled_engine()[0].without_factor(problem, scaling.astype(problem.dtype, copy=False))
+        lin = Linearization(problem, factors, x, v, s, status)
+        # Along the axes that only right-hand sides are mapped over, one solve after the other with the same matrices.
+        mapped = np.broadcast_shapes(*(r.shape[:-2] for r in right)) if axes else ()
+        repeated = [a if b == 1 else 1 for a, b in zip(mapped, axes, strict=True)]
+        right = [_broadcast(r, (*mapped, *r.shape[-2:])) for r in right]
+        for index in product(*map(range, repeated)):
+            at = tuple([slice(None) if size == 1 else slice(i, i + 1) for i, size in zip(index, repeated, strict=True)])
+            r_x, r_v = (_of_each(r[at], problem.batch, axes).astype(problem.dtype, copy=False) for r in right)
+            u = solve_kkt(lin, r_x, r_v, unsolved="zero" if self.zero else "nan")
+            for to, part in zip(out, u, strict=True):
+                to[at] = part.reshape(to[at].shape)
+
+
+def _mapped_axes(operands, vectors):
+    """Return the leading axes that the arguments of a callback broadcast to: operands, and vectors (..., B or 1, ·)."""
+    if operands["q"].ndim == 2:
+        return ()
+    of_operands = (value.shape[: -1 - len(OPERANDS[name])] for name, value in operands.items())
+    return np.broadcast_shapes(*of_operands, *(vector.shape[:-2] for vector in vectors))
+
+
+def _flat(value, batch_shape, core: int, dtype):
+    """Return an array with one batch axis for its leading ones, of length 1 where all problems share it."""
+    leading, last = value.shape[:-core], value.shape[-core:]
+    if math.prod(leading) == 1:
+        value = value.reshape(1, *last)
+    else:
+        value = _broadcast(value, (*batch_shape, *last)).reshape(-1, *last)
+    return value.astype(dtype, copy=False)
+
+
+def _of_each(value, batch: int, axes):
+    """Return vectors with one batch axis, for each problem its own."""
+    value = _broadcast(value, (*axes, *value.shape[-2:]))
+    return np.ascontiguousarray(value.reshape(batch, value.shape[-1]))
+
+
+def _broadcast(value, shape):
+    return value if value.shape == shape else np.broadcast_to(value, shape)  # which takes long for what it does
+
+
 # ---- the derivative
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _solve(layout: Layout, settings: Settings, unsolved: str, operands, start):
-    outcome, factor, metric = _iterate(layout, settings, unsolved, operands, start)
-    return solver.make_solution(layout.problem(operands), outcome, None), outcome, factor, metric
+@partial(jax.jit, static_argnums=(0, 1))
+def _solve(method: _Compiled | _Traced, unsolved: str, operands, start):
+    outcome, extra = _iterate(method, unsolved, operands, start)
+    return solver.make_solution(method.layout.problem(operands), outcome, None), outcome, extra
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _iterate(layout: Layout, settings: Settings, unsolved: str, operands, start):
-    return solve_traced(layout.problem(operands), settings, start)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _iterate(method: _Compiled | _Traced, unsolved: str, operands, start):
+    return method.solve(operands, start)
 
 
 @_iterate.defjvp
-def _iterate_jvp(layout, settings, unsolved, primals, tangents):
-    outcome, *rest = _iterate(layout, settings, unsolved, *primals)
-    problem = layout.problem(primals[0])
+def _iterate_jvp(method, unsolved, primals, tangents):
+    outcome, extra = _iterate(method, unsolved, *primals)
+    problem = method.layout.problem(primals[0])
     right = right_hand_side(problem, outcome.x, outcome.v, tangents[0])
-    dx, dv = _solve_kkt(problem, outcome, rest, unsolved, *right)
-    out = (outcome, *rest)
-    still, *others = jax.tree.map(_zero_tangent, out)
-    return out, (still._replace(x=dx, v=dv), *others)
+    dx, dv = _solve_kkt(problem, outcome, method.linearization(problem, outcome, extra), unsolved, *right)
+    still, others = jax.tree.map(_zero_tangent, (outcome, extra))
+    return (outcome, extra), (still._replace(x=dx, v=dv), others)
 
 
-def _solve_kkt(problem: Problem, outcome: Outcome, rest, unsolved: str, r_x, r_v):
+def _solve_kkt(problem: Problem, outcome: Outcome, lin: Linearization, unsolved: str, r_x, r_v):
     """K⁻¹ r as an operation that JAX transposes, since K is symmetric, and differentiates by what K is made of."""
     x, v, inequality = outcome.x, outcome.v, problem.inequality
     exists = problem.exists
@@ -151,18 +360,11 @@ def _solve_kkt(problem: Problem, outcome: Outcome, rest, unsolved: str, r_x, r_v
         return jnp.concat([problem.hessian(u_x) + problem.adjoint(u_rows), right_v], axis=-1)
 
     def solve(_, r):
-        u = solve_kkt(_linearization(problem, outcome, *rest), *split(r), unsolved="zero")
-        return jnp.concat(u, axis=-1)
+        return jnp.concat(solve_kkt(lin, *split(r), unsolved="zero" if unsolved == "zero" else "nan"), axis=-1)
 
-    fill = jnp.where(outcome.status == Status.SOLVED, 1.0, 0.0 if unsolved == "zero" else jnp.nan).astype(x.dtype)
-    r = fill * jnp.concat([r_x, jnp.where(exists, r_v, 0.0)], axis=-1)
-    u = jax.lax.custom_linear_solve(matvec, r, solve, symmetric=True)
-    return split(fill * u)  # before and after, so that NaN comes out in either direction
-
-
-def _linearization(problem: Problem, outcome: Outcome, factor, metric):
-    arrays = problem.operands, factor, metric, outcome.x, outcome.v, outcome.s, outcome.status
-    return unpack(arrays, problem.layout)
+    # In one array: JAX transposes a solve whose right-hand sides are all linear in what it transposes for.
+    right = jnp.concat([r_x, jnp.where(exists, r_v, 0.0)], axis=-1)
+    return split(jax.lax.custom_linear_solve(matvec, right, solve, symmetric=True))
 
 
 def _zero_tangent(value):

@@ -1,5 +1,8 @@
 """The JAX adapter: under every transformation, against NumPy's answers, finite differences and closed forms."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from problems import random_problem, rounded_product
 
 import qpdiff
 import qpdiff.jax
+from qpdiff.engines.choice import compiled_engine
 
 TIGHT = {"tol": 1e-12, "rtol": 1e-13}
 OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
@@ -19,6 +23,22 @@ OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
 def double():
     with jax.enable_x64(True):
         yield
+
+
+def with_engine(name):
+    if name == "compiled" and compiled_engine()[0] is None:
+        pytest.skip("the compiled engine was not built")
+    return partial(qpdiff.jax.solve_qp, engine=name)
+
+
+@pytest.fixture(params=["compiled", "array"])
+def solve_qp(request):
+    return with_engine(request.param)
+
+
+@pytest.fixture
+def on_host():
+    return with_engine("compiled")
 
 
 def some(rng, parts, **sizes):
@@ -33,8 +53,8 @@ def weigh(sol):
 
 @pytest.mark.parametrize("parts", ["", "A", "G", "A G", "lb ub", "A G lb ub"])
 @pytest.mark.parametrize("cost", ["pd", "diagonal"])
-def test_under_jit_as_on_numpy(parts, cost):
-    solve = jax.jit(lambda operands: qpdiff.jax.solve_qp(**operands))
+def test_under_jit_as_on_numpy(parts, cost, solve_qp):
+    solve = jax.jit(lambda operands: solve_qp(**operands))
     for seed in range(5):
         operands = some(np.random.default_rng(seed), parts, cost=cost)
         sol = solve(operands)
@@ -46,59 +66,57 @@ def test_under_jit_as_on_numpy(parts, cost):
 
 
 @pytest.mark.parametrize("parts", ["A G", "A lb ub"])
-def test_every_derivative_to_second_order(parts):
+def test_every_derivative_to_second_order(parts, solve_qp):
     operands = some(np.random.default_rng(1), parts, batch=(2,), n=3, m=2)
 
     @jax.jit
     def loss(operands):
         symmetric = (operands["Q"] + operands["Q"].mT) / 2
-        return weigh(qpdiff.jax.solve_qp(**operands | {"Q": symmetric}, **TIGHT))
+        return weigh(solve_qp(**operands | {"Q": symmetric}, **TIGHT))
 
     check_grads(loss, (operands,), order=2, modes=("fwd", "rev"))
 
 
-def test_gradients_are_those_of_vjp_with_and_without_a_kept_factor():
+def test_gradients_are_those_of_vjp_with_and_without_a_kept_factor(solve_qp):
     for names in ("A G", "G lb ub"):
         operands = some(np.random.default_rng(2), names, n=6, m=2)
         cotangent = jnp.asarray(np.random.default_rng(3).normal(size=operands["q"].shape))
-        pulled = jax.jit(jax.grad(lambda o, c=cotangent: jnp.sum(c * qpdiff.jax.solve_qp(**o).x)))(operands)
+        pulled = jax.jit(jax.grad(lambda o, c=cotangent: jnp.sum(c * solve_qp(**o).x)))(operands)
         sol = qpdiff.solve_qp(**{name: np.asarray(value) for name, value in operands.items()})
         expected = qpdiff.vjp(sol, x=np.asarray(cotangent))
         for name in operands:
             np.testing.assert_allclose(pulled[name], getattr(expected, name), rtol=1e-5, atol=1e-6)
 
 
-def test_hessian_of_a_value_function():
+def test_hessian_of_a_value_function(solve_qp):
     """The optimal value v(b) of min ½ xᵀQx, Ax = b has the Hessian (A Q⁻¹ Aᵀ)⁻¹ (Boyd & Vandenberghe, 5.6)."""
     rng = np.random.default_rng(4)
     L, A, b = rng.normal(size=(4, 4)), rng.normal(size=(2, 4)), rng.normal(size=2)
     Q = L @ L.T + np.eye(4)
 
     def value(b):
-        x = qpdiff.jax.solve_qp(Q, jnp.zeros(4), A=A, b=b, **TIGHT).x
+        x = solve_qp(Q, jnp.zeros(4), A=A, b=b, **TIGHT).x
         return x @ Q @ x / 2
 
     expected = np.linalg.inv(A @ np.linalg.solve(Q, A.T))
     np.testing.assert_allclose(jax.jit(jax.hessian(value))(jnp.asarray(b)), expected, rtol=1e-8)
 
 
-def test_both_modes_give_the_jacobian_of_a_projection_onto_the_simplex():
+def test_both_modes_give_the_jacobian_of_a_projection_onto_the_simplex(solve_qp):
     def project(point):
-        return qpdiff.jax.solve_qp(jnp.eye(3), -point, A=jnp.ones((1, 3)), b=[1.0], lb=jnp.zeros(3)).x
+        return solve_qp(jnp.eye(3), -point, A=jnp.ones((1, 3)), b=[1.0], lb=jnp.zeros(3)).x
 
     point = jnp.asarray([0.4, 0.5, 0.3])
     for jacobian in (jax.jacfwd, jax.jacrev):
         np.testing.assert_allclose(jax.jit(jacobian(project))(point), np.eye(3) - 1 / 3, atol=1e-6)
 
 
-def test_numbers_as_bounds():
+def test_numbers_as_bounds(solve_qp):
     Q, q = jnp.diag(jnp.asarray([1.0, 2.0, 3.0])), jnp.asarray([[3.0, -2.0, 0.1], [-4.0, 2.0, 6.0]])
 
     @jax.jit
     def loss_and_gradients(lb, ub):
-        return jax.value_and_grad(lambda lb, ub: weigh(qpdiff.jax.solve_qp(Q, q, lb=lb, ub=ub, **TIGHT)), (0, 1))(
-            lb, ub
-        )
+        return jax.value_and_grad(lambda lb, ub: weigh(solve_qp(Q, q, lb=lb, ub=ub, **TIGHT)), (0, 1))(lb, ub)
 
     _, gradients = loss_and_gradients(-0.9, 0.7)
     assert [gradient.shape for gradient in gradients] == [(), ()]
@@ -107,16 +125,16 @@ def test_numbers_as_bounds():
         np.testing.assert_allclose(gradient, (above - below) / 2e-5, rtol=1e-6)
 
 
-def test_vmap_is_the_batch():
+def test_vmap_is_the_batch(solve_qp):
     operands = some(np.random.default_rng(5), "A G lb")
     shared = {name: value if name in ("q", "h") else value[0] for name, value in operands.items()}
     axes = {name: 0 if name in ("q", "h") else None for name in operands}
 
     def loss(operands):
-        return jnp.sum(qpdiff.jax.solve_qp(**operands).x ** 3)
+        return jnp.sum(solve_qp(**operands).x ** 3)
 
-    batch = qpdiff.jax.solve_qp(**shared)
-    mapped = jax.jit(jax.vmap(lambda o: qpdiff.jax.solve_qp(**o), in_axes=(axes,)))(shared)
+    batch = solve_qp(**shared)
+    mapped = jax.jit(jax.vmap(lambda o: solve_qp(**o), in_axes=(axes,)))(shared)
     for name in (*OUTPUTS, "status", "objective"):
         np.testing.assert_allclose(getattr(mapped, name), getattr(batch, name), rtol=1e-9, atol=1e-9)
     each = jax.jit(jax.vmap(jax.grad(loss), in_axes=(axes,)))(shared)
@@ -131,7 +149,7 @@ def test_vmap_is_the_batch():
 def test_the_whole_solve_lowers_for_accelerators(platform, parts):
     operands = some(np.random.default_rng(6), parts)
     dtype = "float32" if platform == "tpu" else None  # which has no double precision
-    function = jax.jit(jax.value_and_grad(lambda o: weigh(qpdiff.jax.solve_qp(**o, dtype=dtype))))
+    function = jax.jit(jax.value_and_grad(lambda o: weigh(qpdiff.jax.solve_qp(**o, dtype=dtype, engine="array"))))
     if platform == "tpu":
         operands = {name: value.astype(jnp.float32) for name, value in operands.items()}
     module = jax.export.export(function, platforms=[platform])(operands).mlir_module()
@@ -139,12 +157,12 @@ def test_the_whole_solve_lowers_for_accelerators(platform, parts):
     assert "callback" not in module
 
 
-def test_unsolved():
+def test_unsolved(solve_qp):
     G, h = jnp.asarray([[1.0], [-1.0]]), jnp.asarray([[1.0, 1.0], [1.0, -2.0], [1.0, -2.0]])
     q = jnp.ones((3, 1))
 
     def loss(q, unsolved):
-        return jnp.sum(qpdiff.jax.solve_qp([[1.0]], q, G, h, unsolved=unsolved).x)
+        return jnp.sum(solve_qp([[1.0]], q, G, h, unsolved=unsolved).x)
 
     gradient = jax.grad(loss)
     message = "2 of 3 problems not solved; the first is problem 1: PRIMAL_INFEASIBLE"
@@ -161,19 +179,17 @@ def test_unsolved():
         loss(q, "ignore")
 
 
-def test_single_precision_is_what_jax_starts_with():
+def test_single_precision_is_what_jax_starts_with(solve_qp):
     rng = np.random.default_rng(7)
     operands = random_problem(rng, "A G lb ub", batch=(3,), n=4, m=3, p=1)
     expected = qpdiff.solve_qp(**operands)
     with jax.enable_x64(False):
-        sol = jax.jit(lambda o: qpdiff.jax.solve_qp(**o))(
-            {name: jnp.asarray(value) for name, value in operands.items()}
-        )
+        sol = jax.jit(lambda o: solve_qp(**o))({name: jnp.asarray(value) for name, value in operands.items()})
         assert sol.x.dtype == jnp.float32
         assert not np.any(sol.status)
         np.testing.assert_allclose(sol.x, expected.x, atol=1e-3)
         with pytest.raises(ValueError, match="dtype is float64"):
-            qpdiff.jax.solve_qp(jnp.eye(2), jnp.ones(2), dtype="float64")
+            solve_qp(jnp.eye(2), jnp.ones(2), dtype="float64")
 
 
 def test_the_type_follows_the_setting_of_jax_from_call_to_call():
@@ -188,12 +204,12 @@ def test_the_type_follows_the_setting_of_jax_from_call_to_call():
             assert sol.x.dtype == jnp.float32
 
 
-def test_a_hessian_that_was_computed_in_float32():
+def test_a_hessian_that_was_computed_in_float32(solve_qp):
     """Traced or not, it is rounded by more than float64 would do."""
     Q, q = rounded_product(np.float32), jnp.asarray(np.random.default_rng(1).normal(size=(2, 6)))
 
     def solve(Q, **options):
-        return jnp.sum(qpdiff.jax.solve_qp(Q, q, lb=-jnp.ones(6), ub=jnp.ones(6), **options).x)
+        return jnp.sum(solve_qp(Q, q, lb=-jnp.ones(6), ub=jnp.ones(6), **options).x)
 
     expected, gradient = jax.value_and_grad(solve)(jnp.asarray(Q.astype(np.float64) + Q.mT) / 2, check=False)
     for function in (solve, jax.jit(solve)):
@@ -203,13 +219,13 @@ def test_a_hessian_that_was_computed_in_float32():
         np.testing.assert_array_equal(pulled, pulled.mT)
 
 
-def test_float32_operands_are_solved_in_float64_where_there_is():
+def test_float32_operands_are_solved_in_float64_where_there_is(solve_qp):
     operands = some(np.random.default_rng(10), "A G lb ub")
     single = {name: value.astype(jnp.float32) for name, value in operands.items()}
     precise = {name: value.astype(jnp.float64) for name, value in single.items()}
 
     def solve(q, operands):
-        return qpdiff.jax.solve_qp(**operands | {"q": q})
+        return solve_qp(**operands | {"q": q})
 
     def loss(q, operands):
         return weigh(solve(q, operands))
@@ -225,43 +241,210 @@ def test_float32_operands_are_solved_in_float64_where_there_is():
         np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-5)
     second, other = (jax.jit(jax.hessian(loss))(o["q"], o) for o in (single, precise))
     np.testing.assert_allclose(second, other, rtol=1e-4, atol=1e-4)
-    mapped = jax.vmap(lambda o: qpdiff.jax.solve_qp(**o).x)(single)
+    mapped = jax.vmap(lambda o: solve_qp(**o).x)(single)
     np.testing.assert_allclose(mapped, sol.x, rtol=1e-6, atol=1e-6)
     assert qpdiff.vjp(solve(single["q"], single), x=jnp.ones_like(sol.x)).q.dtype == jnp.float32
-    assert qpdiff.jax.solve_qp(**single, dtype="float64").x.dtype == jnp.float64
+    assert solve_qp(**single, dtype="float64").x.dtype == jnp.float64
 
 
-def test_a_warm_start_saves_iterations():
+def test_a_warm_start_saves_iterations(solve_qp):
     operands = some(np.random.default_rng(8), "A G lb ub")
     near = operands | {"q": operands["q"] + 1e-6}
-    cold = qpdiff.jax.solve_qp(**operands)
-    again = jax.jit(lambda o, start: qpdiff.jax.solve_qp(**o, warm_start=start))(near, cold)
+    cold = solve_qp(**operands)
+    again = jax.jit(lambda o, start: solve_qp(**o, warm_start=start))(near, cold)
     assert not np.any(again.status)
     assert np.sum(again.iterations) < np.sum(cold.iterations) / 2
-    np.testing.assert_allclose(again.x, qpdiff.jax.solve_qp(**near).x, atol=1e-6)
+    np.testing.assert_allclose(again.x, solve_qp(**near).x, atol=1e-6)
 
 
-def test_a_concrete_solution_takes_vjp_and_jvp():
+def test_a_concrete_solution_takes_vjp_and_jvp(solve_qp):
     operands = some(np.random.default_rng(9), "A G")
-    sol = qpdiff.jax.solve_qp(**operands)
+    sol = solve_qp(**operands)
     expected = qpdiff.solve_qp(**{name: np.asarray(value) for name, value in operands.items()})
     np.testing.assert_allclose(qpdiff.vjp(sol, x=sol.x).q, qpdiff.vjp(expected, x=expected.x).q, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(qpdiff.jvp(sol, q=sol.x).x, qpdiff.jvp(expected, q=expected.x).x, rtol=1e-5, atol=1e-6)
 
 
-def test_bad_operands():
+def test_bad_operands(solve_qp):
     with pytest.raises(ValueError, match="h has shape"):
-        jax.jit(lambda h: qpdiff.jax.solve_qp(jnp.eye(2), jnp.ones(2), jnp.ones((3, 2)), h).x)(jnp.ones(2))
+        jax.jit(lambda h: solve_qp(jnp.eye(2), jnp.ones(2), jnp.ones((3, 2)), h).x)(jnp.ones(2))
     with pytest.raises(ValueError, match="q has NaN"):
-        qpdiff.jax.solve_qp(jnp.eye(2), jnp.asarray([1.0, jnp.nan]))
+        solve_qp(jnp.eye(2), jnp.asarray([1.0, jnp.nan]))
+    with pytest.raises(ValueError, match=r"Q is not positive semidefinite.*\(problem \(1, 0\) of the batch\)"):
+        solve_qp(jnp.asarray([[np.eye(2)], [-np.eye(2)]]), jnp.ones((2, 3, 2)))
+    with jax.enable_x64(False), pytest.raises(ValueError, match="q has NaN"):
+        solve_qp(jnp.eye(2), jnp.asarray([1.0, jnp.nan]))
     with pytest.raises(ValueError, match="q has NaN"):
-        jax.grad(lambda q: qpdiff.jax.solve_qp(jnp.eye(2), q).x[0])(jnp.asarray([1.0, jnp.nan]))
+        jax.grad(lambda q: solve_qp(jnp.eye(2), q).x[0])(jnp.asarray([1.0, jnp.nan]))
     with pytest.raises(TypeError, match=r"has no numbers yet.*qpdiff\.jax\.solve_qp"):
         jax.jit(lambda q: qpdiff.solve_qp(jnp.eye(2), q).x)(jnp.ones(2))
     with pytest.raises(ValueError, match="verbose"):
         qpdiff.solve_qp(jnp.eye(2), jnp.ones(2), verbose=True)
 
 
-def test_lists_of_traced_numbers():
-    solved = jax.jit(lambda a: qpdiff.jax.solve_qp(jnp.eye(2), [-a, 0.0], lb=[0.0, 1.0]).x)(2.0)
+def test_lists_of_traced_numbers(solve_qp):
+    solved = jax.jit(lambda a: solve_qp(jnp.eye(2), [-a, 0.0], lb=[0.0, 1.0]).x)(2.0)
     np.testing.assert_allclose(solved, [2.0, 1.0], atol=1e-6)
+
+
+# ---- the compiled engine, called from JAX's program
+
+
+def test_gradients_in_any_order_of_transformations(on_host):
+    operands = some(np.random.default_rng(11), "A G lb ub")
+    cotangent = jnp.asarray(np.random.default_rng(12).normal(size=operands["q"].shape))
+
+    def loss(operands, cotangent):
+        return jnp.sum(cotangent * on_host(**operands).x)
+
+    sol = qpdiff.solve_qp(**{name: np.asarray(value) for name, value in operands.items()})
+    expected = qpdiff.vjp(sol, x=np.asarray(cotangent))
+    gradient = jax.grad(loss)
+    remat = jax.grad(jax.checkpoint(loss))
+    for transformed in (
+        gradient, jax.jit(gradient), jax.vmap(gradient), jax.jit(jax.vmap(gradient)), jax.vmap(jax.jit(gradient)),
+        remat, jax.jit(remat), jax.jit(jax.vmap(remat)),
+        lambda o, c: jax.lax.map(lambda pair: gradient(*pair), (o, c)),
+    ):  # fmt: skip
+        pulled = transformed(operands, cotangent)
+        for name in operands:
+            np.testing.assert_allclose(pulled[name], getattr(expected, name), rtol=1e-5, atol=1e-6)
+
+
+def test_jacobians_of_shared_operands_under_vmap(on_host):
+    """Right-hand sides that are mapped, beside problems that are not, or along another axis."""
+    rng = np.random.default_rng(13)
+    operands = some(rng, "A G lb", batch=())
+    h = jnp.asarray(operands["h"] + rng.uniform(size=(2, 5, 3)))
+
+    def solve(h):
+        return on_host(**operands | {"h": h}).x
+
+    each = [[jax.jacrev(solve)(h[i, j]) for j in range(5)] for i in range(2)]
+    for jacobian in (jax.jacrev(solve), jax.jacfwd(solve)):
+        mapped = jax.vmap(jax.vmap(jacobian))
+        np.testing.assert_allclose(mapped(h), each, rtol=1e-6, atol=1e-9)
+        across = jax.jit(jax.vmap(jax.vmap(jacobian, 1), 1, 1))  # over the last axis first
+        np.testing.assert_allclose(across(h.transpose(2, 0, 1)).swapaxes(0, 1), each, rtol=1e-6, atol=1e-9)
+    whole = jax.jit(jax.jacrev(solve))(h)
+    assert whole.shape == (2, 5, 4, 2, 5, 3)
+    for i, j in np.ndindex(2, 5):
+        np.testing.assert_allclose(whole[i, j, :, i, j], each[i][j], rtol=1e-6, atol=1e-9)
+
+
+def test_hessians_agree_in_every_mode(on_host):
+    operands = some(np.random.default_rng(14), "A G lb ub", batch=())
+
+    def loss(q):
+        return weigh(on_host(**operands | {"q": q}, **TIGHT))
+
+    gradient, step = jax.jit(jax.grad(loss)), 1e-5
+    q, directions = operands["q"], step * jnp.eye(4)
+    differences = [(gradient(q + d) - gradient(q - d)) / (2 * step) for d in directions]
+    for outer, inner in ((jax.jacfwd, jax.jacrev), (jax.jacrev, jax.jacfwd), (jax.jacrev, jax.jacrev)):
+        second = jax.jit(outer(inner(loss)))(q)
+        np.testing.assert_allclose(second, differences, rtol=1e-5, atol=1e-5)
+    mapped = jax.jit(jax.vmap(jax.hessian(loss)))(jnp.stack([q, q + step]))
+    np.testing.assert_allclose(mapped[0], differences, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_through_a_scan(on_host):
+    operands = some(np.random.default_rng(15), "A G", batch=())
+
+    def rolled(q):
+        def step(q, _):
+            x = on_host(**operands | {"q": q}).x
+            return 0.9 * q + 0.1 * x, x
+
+        last, seen = jax.lax.scan(step, q, length=12)
+        return jnp.sum(last**2) + jnp.sum(seen)
+
+    def unrolled(q):
+        total = 0.0
+        for _ in range(12):
+            x = on_host(**operands | {"q": q}).x
+            q, total = 0.9 * q + 0.1 * x, total + jnp.sum(x)
+        return jnp.sum(q**2) + total
+
+    expected = jax.grad(unrolled)(operands["q"])
+    for function in (rolled, jax.checkpoint(rolled)):
+        np.testing.assert_allclose(jax.jit(jax.grad(function))(operands["q"]), expected, rtol=1e-6)
+
+
+def test_without_double_precision_it_is_solved_in_double_precision(on_host):
+    operands = random_problem(np.random.default_rng(16), "A G lb ub", batch=(3,), n=4, m=3, p=1)
+    single = {name: value.astype(np.float32) for name, value in operands.items()}
+    expected = qpdiff.solve_qp(**single)
+    gradients = qpdiff.vjp(expected, x=np.ones_like(expected.x))
+    with jax.enable_x64(False):
+        arrays = {name: jnp.asarray(value) for name, value in single.items()}
+        sol = on_host(**arrays)
+        pulled = jax.jit(jax.grad(lambda o: jnp.sum(on_host(**o).x)))(arrays)
+        rough = on_host(**arrays, dtype="float32")
+    np.testing.assert_array_equal(sol.iterations, expected.iterations)
+    for name in OUTPUTS:
+        assert getattr(sol, name).dtype == jnp.float32
+        np.testing.assert_allclose(getattr(sol, name), getattr(expected, name), rtol=1e-6, atol=1e-7)
+    for name, value in pulled.items():
+        np.testing.assert_allclose(value, getattr(gradients, name), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rough.x, expected.x, atol=1e-3)
+    assert np.any(rough.iterations < sol.iterations)
+
+
+def test_large_arrays_from_several_threads(on_host):
+    rng = np.random.default_rng(17)
+    Q, q = jnp.asarray(np.tile(np.eye(160) + 0.01, (100, 1, 1))), jnp.asarray(rng.normal(size=(100, 160)))
+    assert Q.nbytes > 20e6
+    gradient = jax.jit(jax.grad(lambda Q, q: jnp.sum(on_host(Q, q, lb=jnp.full(160, -0.5)).x), (0, 1)))
+    expected = gradient(Q, q)
+
+    def in_thread(_):
+        with jax.enable_x64(True):  # which is a thread's own
+            return gradient(Q, q)
+
+    with ThreadPoolExecutor(4) as threads:
+        for pulled in threads.map(in_thread, range(8)):
+            np.testing.assert_array_equal(pulled[0], expected[0])
+    sol = qpdiff.solve_qp(np.asarray(Q), np.asarray(q), lb=np.full(160, -0.5))
+    np.testing.assert_allclose(expected[1], qpdiff.vjp(sol, x=np.ones((100, 160))).q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_warm_start_of_each_problem_under_vmap(on_host):
+    operands = some(np.random.default_rng(18), "A G lb ub")
+    near = operands | {"q": operands["q"] + 1e-6}
+    cold = on_host(**operands)
+    again = jax.jit(jax.vmap(lambda o, start: on_host(**o, warm_start=start)))(near, cold)
+    one = jax.vmap(lambda q: on_host(**operands | {"q": q}, warm_start=cold))(jnp.stack([near["q"]] * 2))
+    for warm, expected in ((again.x, cold.x), (one.x[1], cold.x)):
+        np.testing.assert_allclose(warm, expected, atol=1e-5)
+    assert np.sum(again.iterations) < np.sum(cold.iterations) / 2
+
+
+def test_an_empty_batch(on_host):
+    Q, q = jnp.eye(2), jnp.ones((0, 2))
+    gradients = jax.jit(jax.grad(lambda Q, q: jnp.sum(on_host(Q, q, lb=jnp.zeros(2)).x), (0, 1)))(Q, q)
+    np.testing.assert_array_equal(gradients[0], 0.0)
+    assert gradients[1].shape == (0, 2)
+
+
+def test_the_choice_of_the_engine(on_host):
+    q = jnp.asarray([1.0, -2.0])
+
+    def traced(engine):
+        return str(jax.make_jaxpr(lambda q: qpdiff.jax.solve_qp(jnp.eye(2), q, engine=engine).x)(q))
+
+    for engine, callback in (("auto", True), ("compiled", True), ("array", False)):
+        assert ("buffer_callback" in traced(engine)) == callback
+        assert ("while" in traced(engine)) != callback
+    with pytest.raises(ValueError, match="engine is 'fast'"):
+        on_host(jnp.eye(2), q, engine="fast")
+    with pytest.raises(NotImplementedError, match="host_callbacks"):
+        jax.export.export(jax.jit(lambda q: on_host(jnp.eye(2), q).x))(q)
+
+
+def test_without_the_compiled_engine(monkeypatch):
+    monkeypatch.setattr("qpdiff.engines.choice.compiled_engine", lambda: (None, "this is a test"))
+    q = jnp.asarray([1.0, -2.0])
+    assert "while" in str(jax.make_jaxpr(lambda q: qpdiff.jax.solve_qp(jnp.eye(2), q).x)(q))
+    with pytest.raises(ImportError, match="this is a test"):
+        qpdiff.jax.solve_qp(jnp.eye(2), q, engine="compiled")

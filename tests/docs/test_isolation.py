@@ -176,6 +176,7 @@ def test_optional_packages_come_on_first_use(wanted):
 
 BASE = {"engines.base", "engines.parameters", "engines.reduction"}
 ENGINES = {"engines.base", "engines.array"}
+BELOW_ADAPTERS = {"adjoint", "backend", "differentiation", "problem", "solution", "solver", "validation", *ENGINES}
 ALLOWED = {
     "backend": set(),
     "solution": set(),
@@ -191,10 +192,7 @@ ALLOWED = {
     "engines.choice": {"problem", "engines.base", "engines.array"},
     "solver": {"problem", "validation", "engines.base", "engines.choice", "solution"},
     "differentiation": {"adjoint", "backend", "problem", "solution", "engines.base", "engines.array"},
-    **{
-        name: {"adjoint", "backend", "differentiation", "problem", "solution", "solver", "validation", *ENGINES}
-        for name in ADAPTERS
-    },
+    **{name: BELOW_ADAPTERS | ({"engines.choice"} if name == "jax" else set()) for name in ADAPTERS},
     "__init__": {"solution", "solver", "differentiation"},
     "files": {"problem", "validation"},
     "show": {"problem", "validation", "solution", *ENGINES},

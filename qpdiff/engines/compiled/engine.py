@@ -170,6 +170,16 @@ def _operations(problem: Problem) -> float:
 # ---- storage
 
 
+def without_factor(problem: Problem, scaling) -> Factors:
+    """Return factors that store the scaling D and E alone, (B, n + rows): each solve factors the KKT matrix again."""
+    form, count = int(preferred_form(problem)), problem.batch
+    sizes = form, problem.n, problem.m + problem.p, problem.lb is not None, problem.ub is not None, scaling.itemsize
+    plan, _ = _plan_of(sizes, count, False, False)
+    constant, last = (make(shape, scaling.dtype) for make, shape in plan[3:5])
+    stored = Stored(constant, last, scaling, np.full(count, form, np.int32), np.zeros(count, np.bool_))
+    return Factors(form, stored)
+
+
 def is_shared(value) -> bool:
     """Return whether an operand is the same for all problems: one entry, or one broadcast with a stride of 0."""
     return value.shape[0] == 1 or value.strides[0] == 0
