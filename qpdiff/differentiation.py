@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from .adjoint import right_hand_side, solution_vjp
 from .backend import from_host
 from .engines.array.central_path import relax
 from .engines.base import Linearization
-from .problem import OPERANDS, Problem, join_rows, split_rows
+from .problem import MATRICES, OPERANDS, Problem, join_rows, split_rows
 from .solution import Solution
 
 
@@ -106,10 +107,8 @@ def vjp(
         sol = _smoothed(sol, smoothing)
         lin = sol.linearization
         r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
-        u_x, u_v, done = _solve_kkt(lin, r_x, r_v, unsolved, of_matrices=True)
         problem = lin.problem
-        rest = [name for name in problem.operands if name not in done]
-        out = done | solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest)
+        _, _, out = solve_adjoint(lin, r_x, r_v, problem.operands, unsolved=unsolved)
         out = {name: _reduce(problem, name, value) for name, value in out.items()}
         if problem.result != problem.dtype:
             out = {name: problem.returned(value) for name, value in out.items()}
@@ -204,17 +203,36 @@ FILL = {"nan": float("nan"), "zero": 0.0}
 
 def solve_kkt(lin: Linearization, r_x, r_v, *, unsolved: str = "nan"):
     """Solve the KKT system at a solution for right-hand sides (B, n) and (B, rows)."""
-    with lin.problem.reproducibly():
-        return _solve_kkt(lin, r_x, r_v, unsolved)[:2]
+    u_x, u_v, _ = solve_adjoint(lin, r_x, r_v, (), unsolved=unsolved)
+    return u_x, u_v
 
 
-def _solve_kkt(lin: Linearization, r_x, r_v, unsolved: str, of_matrices: bool = False):
-    """u, and of the gradients of matrices, by name, those that are cheap beside it; they are asked for in the vjp."""
+def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsolved: str = "nan"):
+    """Solve the KKT system for cotangents of a solution, and compute the gradients of the operands that are named.
+
+    Parameters
+    ----------
+    r_x, r_v : arrays (B, n), (B, rows)
+        Cotangents of the variables and of the multipliers of all rows.
+
+    Returns
+    -------
+    u_x, u_v : arrays (B, n), (B, rows)
+    gradients : dict
+        By name, (B or 1, core).
+    """
     if unsolved not in FILL:
         raise ValueError(f"unsolved is {unsolved!r}; expected 'nan' or 'zero'")
-    if lin.problem.batch == 0:
-        return r_x, r_v, {}
-    return lin.factors.solve(lin, r_x, r_v, FILL[unsolved], of_matrices)
+    problem = lin.problem
+    with problem.reproducibly():
+        u_x, u_v, gradients = r_x, r_v, dict[str, Any]()
+        if problem.batch:
+            matrices = [name for name in MATRICES if name in names]
+            u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, FILL[unsolved], matrices)
+        rest = [name for name in names if name not in gradients]
+        if rest:
+            gradients |= solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest)
+        return u_x, u_v, gradients
 
 
 # ---- from rows to operands

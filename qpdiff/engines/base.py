@@ -6,6 +6,7 @@ solves the KKT system at the solutions, `Factors`, which is all that the derivat
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -91,7 +92,9 @@ class Linearization(NamedTuple):
 class Factors(Protocol):
     """The factors that an engine saves of a batch to solve the KKT system at its solutions; they can be pickled."""
 
-    def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool) -> tuple[Any, Any, dict[str, Any]]:
+    def solve(
+        self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]
+    ) -> tuple[Any, Any, dict[str, Any]]:
         """Solve for right-hand sides (B, n) and (B, constraints).
 
         Problems that are not SOLVED get the number `fill`.
@@ -100,8 +103,8 @@ class Factors(Protocol):
         -------
         u_x, u_v
         gradients : dict
-            With `of_matrices`, those of the operands Q, A and G that come along at little cost, (B or 1, ·, n): with
-            the solution as right-hand side of the adjoint system. The others are for the caller to make.
+            Of the operands named in `matrices`, out of Q, A and G, those that come along at little cost, (B or 1, ·,
+            n): with the right-hand side as cotangents of the solution. The others are for the caller to compute.
         """
 
 

@@ -6,6 +6,7 @@ serve, as with dependent active constraints, a factor is made for the purpose.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple, cast
 
 from ...problem import Layout, Problem, product, take
@@ -23,7 +24,9 @@ class Factors(NamedTuple):
 
     saved: list[SavedFactor]
 
-    def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool) -> tuple[Any, Any, dict[str, Any]]:
+    def solve(
+        self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]
+    ) -> tuple[Any, Any, dict[str, Any]]:
         """Solve the KKT system, as `engines.base.Factors` says; no gradients of matrices come along."""
         backend: Any = lin.problem.backend
         if backend.traced:

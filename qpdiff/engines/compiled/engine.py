@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import platform
+from collections.abc import Collection
 from contextlib import nullcontext, suppress
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -78,23 +79,19 @@ class Factors(NamedTuple):
     """The reduced form chosen by the shapes."""
     stored: Stored
 
-    def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool):
-        """Solve the KKT system, as `engines.base.Factors` says; the gradients of all matrices come along."""
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]):
+        """Solve the KKT system, as `engines.base.Factors` says; the gradients of all that are named come along."""
         problem, dtype = lin.problem, r_x.dtype
         count, allocate = problem.batch, np.empty if lin.x.size < FEW else empty
         u_x, u_v = allocate(lin.x.shape, dtype), allocate(lin.v.shape, dtype)
-        gradients = {}
-        if of_matrices:
-            for name in MATRICES:
-                if (matrix := getattr(problem, name)) is not None:
-                    gradients[name] = allocate(matrix.shape, dtype)
+        gradients = {name: allocate(problem.operands[name].shape, dtype) for name in matrices}
         _core.solve_kkt(
             tuple(map(problem.operands.get, OPERANDS)), self.stored,
             (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
             (u_x, u_v, *[gradients.get(name) for name in MATRICES]), _PARAMETERS[dtype], self.form, fill,
             workers_for(problem, count, DERIVATIVE_COST),
         )  # fmt: skip
-        if of_matrices and problem.Q.shape[0] < count:
+        if "Q" in gradients and problem.Q.shape[0] < count:
             gradients["Q"] = gradients["Q"] + gradients["Q"].mT
         return u_x, u_v, gradients
 
