@@ -9,7 +9,7 @@ bound). K is never formed.
 from __future__ import annotations
 
 import math
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple
 
@@ -58,17 +58,16 @@ class Layout(NamedTuple):
         return Problem(self, operands)
 
 
-def make_layout(backend: Backend, batch_shape, operands: dict[str, Any], **others) -> Layout:
-    """Read the layout of operands that have one batch axis.
+def make_layout(backend: Backend, batch_shape, operands: dict[str, Any], rounding: float = 1e-8) -> Layout:
+    """Read the layout of operands that have one batch axis and are returned in their own type."""
+    shapes = tuple([(name, tuple(value.shape)) for name, value in operands.items()])
+    return _layout(backend, operands["q"].dtype, rounding, tuple(batch_shape), shapes)
 
-    Parameters
-    ----------
-    others
-        The fields `result`, `rounding` and `shapes`, where they are not those of the operands.
-    """
-    dtype, sizes = operands["q"].dtype, {name: value.shape for name, value in operands.items()}
-    others = {"result": dtype, "rounding": 1e-8, "shapes": tuple(sizes.items())} | others
-    return Layout(backend=backend, dtype=dtype, batch_shape=batch_shape, **core_sizes(sizes), **others)
+
+@lru_cache(maxsize=256)
+def _layout(backend: Backend, dtype, rounding: float, batch_shape, shapes) -> Layout:
+    """Make a layout, once for the many calls that have the same."""
+    return Layout(backend, dtype, dtype, rounding, batch_shape, shapes, **core_sizes(dict(shapes)))
 
 
 def core_sizes(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -246,6 +245,13 @@ class Problem:
             self._row_data = _row_data(self)
         return self._row_data
 
+    @cached_property
+    def fixed(self):
+        """Mask (B or 1, n) of the variables that lb = ub fixes; None where there is but one of the two."""
+        if self.lb is None or self.ub is None:
+            return None
+        return (self.lb == self.ub) & self.backend.xp.isfinite(self.lb)
+
     @property
     def k(self):
         """Right-hand side of the rows, 0 in those that are absent."""
@@ -334,9 +340,7 @@ def _blocks(*sizes: int) -> dict[str, slice]:
 def _row_data(problem: Problem) -> RowData:
     xp, backend = problem.backend.xp, problem.backend
     parts, equality, inequality = [], [], []
-    fixed = None
-    if problem.lb is not None and problem.ub is not None:
-        fixed = (problem.lb == problem.ub) & xp.isfinite(problem.lb)
+    fixed = problem.fixed
     if problem.b is not None:
         parts.append(problem.b)
         equality.append(xp.ones_like(problem.b, dtype=xp.bool))
@@ -385,14 +389,19 @@ def split_rows(problem: Problem, values, v):
     zero: Any = None
     if problem.lb is None or problem.ub is None:
         zero = problem.backend.zeros_of_all(values.shape[0], problem.n, problem.dtype)
-    of_lb = values[:, blocks["lb"]] if problem.lb is not None else zero
-    of_ub = values[:, blocks["ub"]] if problem.ub is not None else zero
-    if problem.lb is not None and problem.ub is not None:
-        fixed, at_lower = problem.equality[:, blocks["lb"]], v[:, blocks["lb"]] >= 0
+
+    def block(name: str):
+        rows = blocks[name]
+        return values if rows.stop - rows.start == problem.rows else values[:, rows]
+
+    of_lb = block("lb") if problem.lb is not None else zero
+    of_ub = block("ub") if problem.ub is not None else zero
+    if (fixed := problem.fixed) is not None:
+        at_lower = v[:, blocks["lb"]] >= 0
         zero = xp.zeros_like(of_lb)
         of_ub = xp.where(fixed, xp.where(at_lower, zero, -of_lb), of_ub)
         of_lb = xp.where(fixed & ~at_lower, zero, of_lb)
-    return values[:, blocks["A"]], values[:, blocks["G"]], of_lb, of_ub
+    return block("A"), block("G"), of_lb, of_ub
 
 
 def join_rows(problem: Problem, of_A, of_G, of_lb, of_ub, v=None):
@@ -408,9 +417,9 @@ def join_rows(problem: Problem, of_A, of_G, of_lb, of_ub, v=None):
     array (B or 1, rows)
     """
     xp, lower = problem.backend.xp, problem.blocks["lb"]
-    if problem.lb is not None and problem.ub is not None:
+    if (fixed := problem.fixed) is not None:
         at_lower = of_lb >= of_ub if v is None else v[:, lower] >= 0
-        of_lb = xp.where(problem.equality[:, lower] & ~at_lower, -of_ub, of_lb)
+        of_lb = xp.where(fixed & ~at_lower, -of_ub, of_lb)
     bounds = [part for bound, part in ((problem.lb, of_lb), (problem.ub, of_ub)) if bound is not None]
     return concat_last(xp, [of_A, of_G, *bounds])
 
