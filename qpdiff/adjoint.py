@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .problem import Problem, join_rows, product, product_transposed, split_rows
+from .problem import MATRICES, Problem, join_rows, product, product_transposed, split_rows
 
 
 def right_hand_side(problem: Problem, x, v, tangents: dict[str, Any]):
@@ -65,6 +65,19 @@ def solution_vjp(problem: Problem, x, v, u_x, u_v, names=None) -> dict[str, Any]
     )  # fmt: skip
 
 
+def gradients_vjp(problem: Problem, x, v, u_x, u_v, cotangents: dict[str, Any]):
+    """Compute the gradients of u, x and v from cotangents of the gradients that `solution_vjp` computes.
+
+    These are linear in u, with the transpose of `right_hand_side`, and those of the matrices also in (x, v).
+
+    Returns
+    -------
+    of_u_x, of_u_v, of_x, of_v : arrays (B, n), (B, rows), (B, n), (B, rows)
+    """
+    of_matrices = {name: cotangent for name, cotangent in cotangents.items() if name in MATRICES}
+    return *right_hand_side(problem, x, v, cotangents), *right_hand_side(problem, u_x, u_v, of_matrices)
+
+
 def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v, names=None):
     """Compute the gradients of x, v and the operands from t = K⁻¹ ū, where u = K⁻¹ r; that of r is t itself.
 
@@ -83,7 +96,7 @@ def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v, names=None):
 def kkt_jvp(problem: Problem, x, v, u_x, u_v, dx, dv, tangents: dict[str, Any]):
     """Compute −dK u, the right-hand side for the tangent of u = K⁻¹ r but for the tangent of r."""
     xp = problem.backend.xp
-    matrices = {name: tangent for name, tangent in tangents.items() if name in ("Q", "G", "A")}
+    matrices = {name: tangent for name, tangent in tangents.items() if name in MATRICES}
     r_x, r_v = right_hand_side(problem, u_x, u_v, matrices)
     safe_v, theta = _theta(problem, x, v)
     d_slack = right_hand_side(problem, x, v, tangents)[1] - problem.constraints(dx)

@@ -96,9 +96,9 @@ def check_unsolved(unsolved: str) -> None:
 
 def raise_if_unsolved(status: np.ndarray) -> None:
     """Raise a RuntimeError that counts the problems that are not SOLVED and names the first, if there are any."""
-    bad = np.argwhere(np.atleast_1d(status) != Status.SOLVED)
-    if not len(bad):
+    if not np.count_nonzero(status):  # SOLVED is 0, and this is called in every small solve
         return
+    bad = np.argwhere(np.atleast_1d(status) != Status.SOLVED)
     first = tuple(bad[0].tolist())
     name = Status(int(np.atleast_1d(status)[first])).name
     where = f"; the first is problem {first[0] if len(first) == 1 else first}" if status.ndim else ""

@@ -1,8 +1,9 @@
 """torch: `solve_qp` whose solution differentiates, to any order and in both modes; the layer `OptNet`; `QPFunction`.
 
-Two functions with rules of their own: the solution as a function of the operands, and the solve with its KKT matrix as
-a function of the operands, the solution and the right-hand side (see `qpdiff.differentiation`). Their derivatives are
-made of the second and of torch's operations. Under `torch.func.vmap` they solve all problems as one batch.
+Two functions with rules of their own: the solution as a function of the operands; and the solve with its KKT matrix,
+with the gradients of operands that follow from it, as a function of the operands, the solution and the right-hand side
+(see `qpdiff.differentiation`). First derivatives are the second function, which the engine computes in one pass. Its
+derivatives are made of itself and of torch's operations. Under `torch.func.vmap` they solve all problems as one batch.
 
 Tensors on the CPU go to the solver as the NumPy arrays that share their memory, so that the compiled engine runs. On
 any other device they are solved there, in torch's operations (batched `cholesky_ex`): that takes no second library,
@@ -13,18 +14,19 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import solver
-from .adjoint import kkt_jvp, kkt_vjp, right_hand_side, solution_vjp
+from .adjoint import gradients_vjp, kkt_jvp, kkt_vjp, right_hand_side, solution_vjp
 from .backend import choose_backend
-from .differentiation import solve_kkt
-from .problem import OPERANDS, Problem, make_layout, split_rows
-from .solution import FIELDS, POINT, Solution, check_unsolved, raise_if_unsolved
+from .differentiation import solve_adjoint
+from .problem import MATRICES, Problem, make_layout, split_rows
+from .solution import FIELDS, Solution, check_unsolved, raise_if_unsolved
 from .validation import make_problem
 
 try:
@@ -32,7 +34,7 @@ try:
 except ImportError as error:
     raise ImportError("qpdiff.torch needs torch: pip install 'qpdiff[torch]'") from error
 from torch import nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 
 def _not_traced(function):
@@ -95,12 +97,15 @@ def solve_qp(
         warm = [torch.as_tensor(getattr(warm_start, k), device=problem.backend.device).detach() for k in _WARM]
     elif warm_start is not None:
         options["warm_start"] = warm_start  # for the solver to refuse
-    layer = _Layer(problem, unsolved, options)
-    x, v, *constants = _Solution.apply(layer, problem.batch_shape, *problem.operands.values(), *warm)
-    parts = dict(zip(("x", "y", "z", "z_lb", "z_ub"), (x, *split_rows(problem, v, v)), strict=True))
-    parts |= dict(zip(_CONSTANT, constants, strict=True))
-    parts |= {name: problem.returned(parts[name]) for name in POINT}
-    return Solution(**{name: part.reshape((*problem.batch_shape, *part.shape[1:])) for name, part in parts.items()})
+    layer, batch_shape = _Layer(problem, unsolved, options), problem.batch_shape
+    x, v, s, *constants = _Solution.apply(layer, batch_shape, *problem.operands.values(), *warm)
+    parts = [x, *split_rows(problem, v, v)]
+    if len(batch_shape) != 1:
+        parts = [part.reshape((*batch_shape, part.shape[1])) if batch_shape else part[0] for part in parts]
+    parts.append(s)
+    if problem.result != problem.dtype:
+        parts = [problem.returned(part) for part in parts]
+    return Solution(*parts, *constants)
 
 
 def _stacked(value):
@@ -124,32 +129,58 @@ class _Layer:
 
     def __init__(self, problem: Problem, unsolved: str, options: dict[str, Any]):
         self.backend: Any = problem.backend
+        self.solver_backend = _host_backend() if _on_host(self.backend.device) else self.backend
         self.names = tuple(problem.operands)
         self.rounding = problem.rounding
         self.unsolved, self.options = unsolved, options
         self.linearization: Any = None
 
     def solve(self, batch_shape, operands, warm):
-        host = _on_host(self.backend.device)
-        arrays = {name: _unflattened(_array(a), batch_shape) for name, a in zip(self.names, operands, strict=True)}
-        options = dict(self.options)
+        """Return the variables (B, n), the multipliers of all rows (B, rows), and the constants (*batch_shape, ·)."""
+        options, arrays = self.options, dict(zip(self.names, self.arrays(operands), strict=True))
         if warm:
-            known = dict.fromkeys(_CONSTANT) | dict(zip(_WARM, map(_array, warm), strict=True))
-            options["warm_start"] = Solution(**known)
-        problem = make_problem(dict.fromkeys(OPERANDS) | arrays, backend="numpy" if host else "torch")
-        sol = solver.solve_problem(problem.with_layout(rounding=self.rounding), **options)
+            known = dict.fromkeys(_CONSTANT) | dict(zip(_WARM, self.arrays(warm), strict=True))
+            options = options | {"warm_start": Solution(**known)}
+        layout = make_layout(self.solver_backend, batch_shape, arrays, self.rounding)
+        sol = solver.solve_problem(layout.problem(arrays), **options)
         if self.unsolved == "raise":
-            raise_if_unsolved(np.asarray(sol.status if host else sol.status.cpu()))
+            status = sol.status
+            raise_if_unsolved(status if isinstance(status, np.ndarray) else status.cpu().numpy())
         self.linearization = sol.linearization
-        batch = math.prod(batch_shape)
-        constants = (getattr(sol, name) for name in _CONSTANT)
-        flat = [a.reshape((batch, *a.shape[len(batch_shape) :])) for a in constants]
-        return tuple(map(_tensor, (sol.linearization.x, sol.linearization.v, *flat)))
+        constants = [getattr(sol, name) for name in _CONSTANT]
+        return tuple(_as_tensors([sol.linearization.x, sol.linearization.v, *constants]))
 
-    def solve_kkt(self, r_x, r_v):
+    def solve_adjoint(self, r_x, r_v, wanted):
+        """Return the solution of the KKT system, and the gradients of the operands that are wanted."""
+        u_x, u_v, gradients = self._solve_adjoint(r_x, r_v, wanted)
+        u_x, u_v, *gradients = _as_tensors([u_x, u_v, *gradients])
+        # Those of h, b and ub may be slices of u: a change of them in place must not change u.
+        pairs = zip(wanted, gradients, strict=True)
+        return u_x, u_v, *[value.clone() if name in ("h", "b", "ub") else value for name, value in pairs]
+
+    def gradients(self, r_x, r_v, wanted):
+        """Return those gradients alone."""
+        return _as_tensors(self._solve_adjoint(r_x, r_v, wanted)[2])
+
+    def _solve_adjoint(self, r_x, r_v, wanted):
         unsolved = "zero" if self.unsolved == "raise" else self.unsolved
-        with self.linearization.problem.backend.no_grad():
-            return tuple(map(_tensor, solve_kkt(self.linearization, _array(r_x), _array(r_v), unsolved=unsolved)))
+        r_x, r_v = self.arrays((r_x, r_v))
+        with self.solver_backend.no_grad():
+            u_x, u_v, gradients = solve_adjoint(self.linearization, r_x, r_v, wanted, unsolved=unsolved)
+        return u_x, u_v, [gradients[name] for name in wanted]
+
+    def arrays(self, tensors) -> list:
+        """Return what the solver takes for tensors: on the CPU, the NumPy arrays in the same memory."""
+        try:
+            if self.solver_backend is self.backend:
+                return [tensor.detach() for tensor in tensors]
+            return [tensor.numpy(force=True) for tensor in tensors]
+        except RuntimeError as error:
+            raise RuntimeError(
+                "qpdiff.torch does not run under torch's first vmap, which torch.autograd.grad(is_grads_batched=True) "
+                "and torch.autograd.functional.jacobian(vectorize=True) use; take torch.func.jacrev, jacfwd or vmap "
+                "instead"
+            ) from error
 
     def problem(self, x, operands) -> Problem:
         """Return the problem in torch's operands and operations."""
@@ -161,32 +192,46 @@ def _on_host(device) -> bool:
     return device.type == "cpu"
 
 
-def _array(tensor):
-    """Return what the solver takes for a tensor: the NumPy array in the same memory, if it is on the CPU."""
-    try:
-        tensor = tensor.detach()
-    except RuntimeError as error:
-        raise RuntimeError(
-            "qpdiff.torch does not run under torch's first vmap, which torch.autograd.grad(is_grads_batched=True) and "
-            "torch.autograd.functional.jacobian(vectorize=True) use; take torch.func.jacrev, jacfwd or vmap instead"
-        ) from error
-    return tensor.resolve_neg().numpy() if _on_host(tensor.device) else tensor
+@functools.cache
+def _host_backend():
+    return choose_backend({}, "numpy")[0]
 
 
-def _tensor(array):
-    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array.detach()
+def _as_tensors(arrays) -> list:
+    """Return the tensors in the memory of the solver's arrays."""
+    if arrays and isinstance(arrays[0], np.ndarray):
+        return [torch.from_numpy(array) for array in arrays]
+    return [array.detach() for array in arrays]
 
 
-def _unflattened(array, batch_shape):
-    """Return an operand (B or 1, core) with all batch axes, or none where it is shared."""
-    core = array.shape[1:]
-    return array.reshape((*batch_shape, *core)) if array.shape[0] == math.prod(batch_shape) else array.reshape(core)
+class _Bound(NamedTuple):
+    """`inspect.BoundArguments` as they were given."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """Do nothing: there are none."""
+
+
+class _AsGiven(inspect.Signature):
+    """The signature of a function that has no defaults."""
+
+    def bind(self, /, *args, **kwargs):
+        return _Bound(args, kwargs)
+
+
+def _bound_as_given(forward):
+    """Spare `Function.apply` to inspect and bind the arguments, which takes as long as a small problem does."""
+    forward.__signature__ = _AsGiven()
+    return forward
 
 
 class _Solution(Function):
     """The variables (B, n), the multipliers of all rows (B, rows), and what of a Solution is constant."""
 
     @staticmethod
+    @_bound_as_given
     def forward(layer, batch_shape, *tensors):
         count = len(layer.names)
         return layer.solve(batch_shape, tensors[:count], tensors[count:])
@@ -195,80 +240,129 @@ class _Solution(Function):
     def setup_context(ctx, inputs, output):
         ctx.layer, ctx.others = inputs[0], len(inputs) - 2 - len(inputs[0].names)
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
         _save(ctx, *inputs[2 : len(inputs) - ctx.others], *output[:2])
 
     @staticmethod
     def backward(ctx, g_x, g_v, *_):
         layer = ctx.layer
         *operands, x, v = ctx.saved_tensors
-        wanted = [name for name, needed in zip(layer.names, ctx.needs_input_grad[2:], strict=False) if needed]
-        u_x, u_v = _KKTSolve.apply(layer, g_x, g_v, x, v, *operands)
-        with layer.backend.in_full_precision():
-            gradients = solution_vjp(layer.problem(x, operands), x, v, u_x, u_v, wanted)
-        return None, None, *map(gradients.get, layer.names), *[None] * ctx.others
+        wanted = _wanted(layer, ctx.needs_input_grad[2:])
+        r_x, r_v = _or_zeros(g_x, x), _or_zeros(g_v, v)
+        if _records():
+            _, _, *gradients = _KKTSolve.apply(layer, wanted, r_x, r_v, x, v, *operands)
+        else:  # which spares a part of the time of a small problem
+            gradients = layer.gradients(r_x, r_v, wanted)
+        by_name = dict(zip(wanted, gradients, strict=True))
+        return None, None, *map(by_name.get, layer.names), *[None] * ctx.others
 
     @staticmethod
     def jvp(ctx, _, __, *tangents):
         layer = ctx.layer
         *operands, x, v = ctx.saved_tensors
         with layer.backend.in_full_precision():
-            r_x, r_v = right_hand_side(layer.problem(x, operands), x, v, _given(layer, tangents))
-        return *_KKTSolve.apply(layer, r_x, r_v, x, v, *operands), *[None] * len(_CONSTANT)
+            r_x, r_v = right_hand_side(layer.problem(x, operands), x, v, _given(layer.names, tangents))
+        return *_KKTSolve.apply(layer, (), r_x, r_v, x, v, *operands), *[None] * len(_CONSTANT)
 
     @staticmethod
     def vmap(info, in_dims, layer, batch_shape, *tensors):
         size, batch, count = info.batch_size, math.prod(batch_shape), len(layer.names)
         pairs = list(zip(tensors, in_dims[2:], strict=True))
-        operands = [_joined(*pair, size, batch) for pair in pairs[:count]]
-        operands[1] = operands[1].expand(size * batch, -1)  # q, so that an operand has the mapped axis in any case
+        operands = _joined_operands(pairs[:count], size, batch)
         cores = [name != "status" for name in _WARM]
         warm = [_padded(*pair, size, len(batch_shape) + core) for pair, core in zip(pairs[count:], cores, strict=False)]
-        output = _Solution.apply(layer, (size, *batch_shape), *operands, *warm)
-        return tuple(_parted(part, size, batch) for part in output), (0,) * len(output)
+        x, v, *constants = _Solution.apply(layer, (size, *batch_shape), *operands, *warm)
+        return (_parted(x, size, batch), _parted(v, size, batch), *constants), (0,) * (2 + len(constants))
 
 
 class _KKTSolve(Function):
-    """K⁻¹ r with the KKT matrix K at the solution x, v of the operands: (B, n) and (B, rows)."""
+    """u = K⁻¹ r with the KKT matrix K at the solution x, v of the operands: (B, n) and (B, rows).
+
+    The gradients of the operands that are wanted follow, with r as the cotangents of the solution.
+    """
 
     @staticmethod
-    def forward(layer, r_x, r_v, x, v, *operands):
-        return layer.solve_kkt(r_x, r_v)
+    @_bound_as_given
+    def forward(layer, wanted, r_x, r_v, x, v, *operands):
+        return layer.solve_adjoint(r_x, r_v, wanted)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.layer = inputs[0]
-        _save(ctx, *inputs[3:], *output)
+        ctx.layer, ctx.wanted = inputs[:2]
+        ctx.set_materialize_grads(False)
+        _save(ctx, *inputs[4:], *output[:2])
 
     @staticmethod
-    def backward(ctx, g_x, g_v):
+    def backward(ctx, g_x, g_v, *of_gradients):
         layer = ctx.layer
         x, v, *operands, u_x, u_v = ctx.saved_tensors
-        wanted = [name for name, needed in zip(layer.names, ctx.needs_input_grad[5:], strict=True) if needed]
-        t_x, t_v = _KKTSolve.apply(layer, g_x, g_v, x, v, *operands)
-        with layer.backend.in_full_precision():
-            x_bar, v_bar, gradients = kkt_vjp(layer.problem(x, operands), x, v, u_x, u_v, t_x, t_v, wanted)
-        return None, t_x, t_v, x_bar, v_bar, *map(gradients.get, layer.names)
-
-    @staticmethod
-    def jvp(ctx, _, dr_x, dr_v, dx, dv, *tangents):
-        layer = ctx.layer
-        x, v, *operands, u_x, u_v = ctx.saved_tensors
+        of_gradients = _given(ctx.wanted, of_gradients)
         with layer.backend.in_full_precision():
             problem = layer.problem(x, operands)
-            r_x, r_v = kkt_jvp(problem, x, v, u_x, u_v, _or_zeros(dx, x), _or_zeros(dv, v), _given(layer, tangents))
-        return _KKTSolve.apply(layer, _or_zeros(dr_x, x) + r_x, _or_zeros(dr_v, v) + r_v, x, v, *operands)
+            s_x, s_v, x_moved, v_moved = gradients_vjp(problem, x, v, u_x, u_v, of_gradients)
+        s_x, s_v = (s if g is None else g + s for g, s in ((g_x, s_x), (g_v, s_v)))
+        t_x, t_v, *_ = _KKTSolve.apply(layer, (), s_x, s_v, x, v, *operands)
+        wanted = _wanted(layer, ctx.needs_input_grad[6:])
+        with layer.backend.in_full_precision():
+            x_bar, v_bar, gradients = kkt_vjp(problem, x, v, u_x, u_v, t_x, t_v, wanted)
+        return None, None, t_x, t_v, x_bar + x_moved, v_bar + v_moved, *map(gradients.get, layer.names)
 
     @staticmethod
-    def vmap(info, in_dims, layer, *tensors):
-        size, pairs = info.batch_size, list(zip(tensors, in_dims[1:], strict=True))
-        if in_dims[3] is None:  # several right-hand sides for each problem
+    def jvp(ctx, _, __, dr_x, dr_v, dx, dv, *tangents):
+        layer, wanted = ctx.layer, ctx.wanted
+        x, v, *operands, u_x, u_v = ctx.saved_tensors
+        dr_x, dr_v, dx, dv = (_or_zeros(d, value) for d, value in ((dr_x, x), (dr_v, v), (dx, x), (dv, v)))
+        with layer.backend.in_full_precision():
+            problem = layer.problem(x, operands)
+            r_x, r_v = kkt_jvp(problem, x, v, u_x, u_v, dx, dv, _given(layer.names, tangents))
+            moved = solution_vjp(problem, dx, dv, u_x, u_v, [name for name in wanted if name in MATRICES])
+        du_x, du_v, *gradients = _KKTSolve.apply(layer, wanted, dr_x + r_x, dr_v + r_v, x, v, *operands)
+        named = zip(wanted, gradients, strict=True)
+        return du_x, du_v, *[d + moved[name] if name in moved else d for name, d in named]
+
+    @staticmethod
+    def vmap(info, in_dims, layer, wanted, *tensors):
+        size, pairs = info.batch_size, list(zip(tensors, in_dims[2:], strict=True))
+        if in_dims[4] is None:  # several right-hand sides for each problem
             columns = [t.unbind(dim) if dim is not None else (t,) * size for t, dim in pairs[:2]]
-            solved = [_KKTSolve.apply(layer, *r, *tensors[2:]) for r in zip(*columns, strict=True)]
-            return tuple(map(torch.stack, zip(*solved, strict=True))), (0, 0)
-        batch = tensors[2].movedim(in_dims[3], 0).shape[1]
+            solved = [_KKTSolve.apply(layer, wanted, *r, *tensors[2:]) for r in zip(*columns, strict=True)]
+            output = tuple(map(torch.stack, zip(*solved, strict=True)))
+            return output, (0,) * len(output)
+        batch = _batch_of(*pairs[2])
         vectors = [_joined(*pair, size, batch).expand(size * batch, -1) for pair in pairs[:4]]
-        output = _KKTSolve.apply(layer, *vectors, *(_joined(*pair, size, batch) for pair in pairs[4:]))
-        return tuple(_parted(part, size, batch) for part in output), (0, 0)
+        operands = _joined_operands(pairs[4:], size, batch)
+        # Where all problems share an operand, the engine would sum over the mapped axis, too.
+        own = [name for name, value in zip(layer.names, operands, strict=True) if value.shape[0] == size * batch]
+        of_each = tuple([name for name in own if name in wanted])
+        output = _KKTSolve.apply(layer, of_each, *vectors, *operands)
+        u_x, u_v, *gradients = [_parted(part, size, batch) for part in output]
+        by_name = dict(zip(of_each, gradients, strict=True))
+        for name, (tensor, dim) in zip(layer.names, pairs[4:], strict=True):
+            if name in by_name and _batch_of(tensor, dim) < batch:
+                by_name[name] = by_name[name].sum(1, keepdim=True)
+        if rest := [name for name in wanted if name not in by_name]:
+            by_name |= _vjp_of_each(layer, rest, (u_x, u_v), pairs[2:])
+        return (u_x, u_v, *map(by_name.get, wanted)), (0,) * (2 + len(wanted))
+
+
+def _vjp_of_each(layer: _Layer, names, u, pairs):
+    """Compute the gradients of operands for each entry of a mapped axis, from x, v, the operands and their axes."""
+    tensors, in_dims = zip(*pairs, strict=True)
+
+    def gradients(u_x, u_v, x, v, *operands):
+        return solution_vjp(layer.problem(x, operands), x, v, u_x, u_v, names)
+
+    with layer.backend.in_full_precision():
+        return torch.func.vmap(gradients, (0, 0, *in_dims))(*u, *tensors)
+
+
+def _records() -> bool:
+    """Return whether torch may record or transform what is computed now, for further derivatives or a mapped axis."""
+    return (
+        torch.is_grad_enabled()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or getattr(torch._C, "_are_functorch_transforms_active", lambda: True)()
+    )
 
 
 def _save(ctx, *tensors) -> None:
@@ -277,8 +371,13 @@ def _save(ctx, *tensors) -> None:
     ctx.save_for_forward(*tensors)
 
 
-def _given(layer: _Layer, tangents) -> dict[str, Any]:
-    return {name: t for name, t in zip(layer.names, tangents, strict=False) if t is not None}
+def _wanted(layer: _Layer, needed) -> tuple[str, ...]:
+    """Return the names of the operands whose gradients are needed."""
+    return tuple([name for name, flag in zip(layer.names, needed, strict=False) if flag])
+
+
+def _given(names, tangents) -> dict[str, Any]:
+    return {name: t for name, t in zip(names, tangents, strict=False) if t is not None}
 
 
 def _or_zeros(tangent, value):
@@ -288,6 +387,11 @@ def _or_zeros(tangent, value):
 # ---- an axis that is mapped over and the batch axis
 
 
+def _batch_of(tensor, dim: int | None) -> int:
+    """Return the length of the batch axis of a tensor with a mapped axis, if any."""
+    return tensor.shape[1 if dim == 0 else 0]
+
+
 def _joined(tensor, dim: int | None, size: int, batch: int):
     """Return a tensor (batch or 1, core) with `size` times the batch; of length 1 still where all problems share it."""
     if dim is None and tensor.shape[0] == 1:
@@ -295,6 +399,12 @@ def _joined(tensor, dim: int | None, size: int, batch: int):
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     core = tensor.shape[2:]
     return tensor.expand(size, batch, *core).reshape(size * batch, *core)
+
+
+def _joined_operands(pairs, size: int, batch: int):
+    """Return operands likewise, q for every problem, so that one has the mapped axis in any case."""
+    Q, q, *others = [_joined(tensor, dim, size, batch) for tensor, dim in pairs]
+    return Q, q.expand(size * batch, -1), *others
 
 
 def _parted(tensor, size: int, batch: int):

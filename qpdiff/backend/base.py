@@ -39,6 +39,11 @@ class Backend:
         self.device = device
 
     @staticmethod
+    def owns(value, xp) -> bool:
+        """Return whether a value is an array of the namespace."""
+        return array_api_compat.is_array_api_obj(value) and array_api_compat.array_namespace(value) is xp
+
+    @staticmethod
     def device_of(array):
         """Return the device of an array, hashable; None where the library sees to that by itself."""
         return array_api_compat.device(array)

@@ -67,10 +67,12 @@ def choose_backend(operands, name=None):
     if name is not None:
         xp = _namespace(name)
         kind = _kind(xp)
-        there = {key: kind.device_of(value) for key, value in operands.items() if _library_of(value) is xp}
+        own = {key: value for key, value in operands.items() if kind.owns(value, xp)}
+        there = {key: kind.device_of(value) for key, value in own.items()}
         _check_one_device(there)
         backend = _backend(xp, next(iter(there.values())) if there else kind.current_device(xp))
-        return backend, {key: _move(key, value, backend, name) for key, value in operands.items()}
+        stay = own if name != "numpy" else {}  # of NumPy's arrays some are of kinds that are refused
+        return backend, {k: v if k in stay else _move(k, v, backend, name) for k, v in operands.items()}
     # What comes next would take most of a small solve.
     if all(type(value) is np.ndarray and value.dtype is _DOUBLE for value in operands.values()):
         return _numpy_backend(), dict(operands)
@@ -116,10 +118,6 @@ def _check_one_device(devices) -> None:
 @cache
 def _numpy_backend() -> Backend:
     return _backend(importlib.import_module(_LIBRARIES["numpy"].namespace))
-
-
-def _library_of(value):
-    return array_api_compat.array_namespace(value) if array_api_compat.is_array_api_obj(value) else None
 
 
 class Types(NamedTuple):
@@ -222,8 +220,6 @@ def from_host(key, value, backend):
 def _move(key, value, backend, name):
     if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
         return from_host(key, value, backend)
-    if _library_of(value) is backend.xp:
-        return value
     refusals = (AttributeError, BufferError, RuntimeError, TypeError, ValueError)
     try:
         return backend.asarray(backend.xp.from_dlpack(value))

@@ -13,6 +13,16 @@ from .base import Backend
 class TorchBackend(Backend):
     """torch tensors: LAPACK's, or MAGMA's and cuSOLVER's batched Cholesky, failures flagged on the device."""
 
+    # To ask array-api-compat takes several times as long.
+
+    @staticmethod
+    def owns(value, xp) -> bool:
+        return isinstance(value, torch.Tensor)
+
+    @staticmethod
+    def device_of(array):
+        return array.device
+
     @staticmethod
     def current_device(xp):
         return torch.get_default_device()
@@ -29,6 +39,9 @@ class TorchBackend(Backend):
         if isinstance(value, np.ndarray) and (not value.flags.writeable or min(value.strides, default=0) < 0):
             value = value.copy()  # torch warns of the first and refuses the second
         return super().asarray(value, dtype)
+
+    def zeros_of_all(self, batch: int, n: int, dtype):
+        return torch.zeros((1, n), dtype=dtype, device=self.device).expand(batch, n)
 
     def no_grad(self):
         # The iterations are not what is to be differentiated: nothing of them is recorded.

@@ -20,7 +20,10 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_mod
 
 import qpdiff
 import qpdiff.torch
+from qpdiff.adjoint import solution_vjp
 from qpdiff.backend import choose_backend
+from qpdiff.differentiation import solve_kkt
+from qpdiff.problem import OPERANDS, join_rows, make_layout
 
 TIGHT = {"tol": 1e-12, "rtol": 1e-13}
 OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
@@ -373,6 +376,112 @@ def test_matches_vjp_and_jvp(solved_by, parts):
             np.testing.assert_allclose(tangent.detach(), getattr(pushed, name), rtol=1e-6, atol=1e-9)
 
 
+def gradients_by_operations(sol, cotangents, unsolved="zero"):
+    """Return the gradients that torch's operations make of the solution of one KKT system, by name."""
+    lin = sol.linearization
+    rows = [cotangents[name].reshape(len(lin.x), -1) for name in OUTPUTS]
+    u = solve_kkt(lin, rows[0], join_rows(lin.problem, *rows[1:], lin.v), unsolved=unsolved)
+    tensors = {name: torch.tensor(value) for name, value in lin.problem.operands.items()}
+    backend, _ = choose_backend(tensors)
+    problem = make_layout(backend, (len(lin.x),), tensors).problem(tensors)
+    gradients = solution_vjp(problem, *map(torch.from_numpy, (lin.x, lin.v, *u)))
+    pairs = {name: (gradients[name], torch.Size(shape)) for name, shape in lin.problem.shapes.items()}
+    return {name: g.reshape(s) if g.numel() == s.numel() else g.sum_to_size(s) for name, (g, s) in pairs.items()}
+
+
+def compare_with_operations(operands, wanted=None, unsolved="raise", atol=1e-12, rtol=1e-10):
+    """Hold the gradients of a function of all outputs to those of torch's operations."""
+    tensors = {name: torch.tensor(value) for name, value in operands.items()}
+    wanted = {name: tensors[name].requires_grad_() for name in wanted or operands}
+    sol, plain = qpdiff.torch.solve_qp(**tensors, unsolved=unsolved), qpdiff.solve_qp(**operands)
+    rng = np.random.default_rng(8)
+    cotangents = {name: rng.normal(size=getattr(plain, name).shape) for name in OUTPUTS}
+    scalar = sum((torch.tensor(value).to(sol.x) * getattr(sol, name)).sum() for name, value in cotangents.items())
+    found = torch.autograd.grad(scalar, tuple(wanted.values()))
+    cotangents = {name: value.astype(plain.x.dtype).astype(np.float64) for name, value in cotangents.items()}
+    expected = gradients_by_operations(plain, cotangents, "zero" if unsolved == "raise" else unsolved)
+    for name, gradient in zip(wanted, found, strict=True):
+        assert gradient.dtype == tensors[name].dtype
+        scale = expected[name].nan_to_num().abs().max().item()
+        other = expected[name].to(gradient.dtype)
+        torch.testing.assert_close(gradient, other, atol=max(atol, rtol * scale), rtol=rtol, equal_nan=True)
+
+
+@pytest.mark.parametrize("shared", ["", "Q", "G", "A point", "q G A", "Q G A point"])
+@pytest.mark.parametrize("parts", ["", "A", "G", "A G", "lb", "ub", "A lb ub", "A G lb ub"])
+@pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3)])
+def test_gradients_are_those_of_operations(parts, shared, batch):
+    operands = random_problem(np.random.default_rng(9), parts, batch=batch, shared=shared.split())
+    compare_with_operations(operands)
+    compare_with_operations(operands, wanted=["q"])
+    compare_with_operations(operands, wanted=[name for name in operands if name not in ("G", "lb")])
+
+
+def test_gradients_of_fixed_variables_are_those_of_operations():
+    compare_with_operations(random_problem(np.random.default_rng(9), "A G lb ub", fixed=2, infinite=0.3))
+
+
+def test_gradients_of_numbers_are_those_of_operations():
+    compare_with_operations({name: np.asarray(value) for name, value in NUMBERS.items()})
+    G = np.random.default_rng(0).normal(size=(4, 3))
+    compare_with_operations({"Q": NUMBERS["Q"], "q": NUMBERS["q"], "G": G, "h": np.array(0.5)})
+
+
+def test_gradients_in_float32_are_those_of_operations():
+    operands = random_problem(np.random.default_rng(9), "A G lb ub", batch=(4,), shared=("Q", "A"))
+    compare_with_operations({name: value.astype(np.float32) for name, value in operands.items()}, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("unsolved", ["nan", "zero"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_of_unsolved_problems_are_those_of_operations(shared, unsolved):
+    axes = () if shared else (3,)
+    operands = {"Q": np.ones((*axes, 1, 1)), "q": np.ones((3, 1)), "G": np.ones((*axes, 2, 1)) * [[1.0], [-1.0]]}
+    compare_with_operations(operands | {"h": np.array([[1.0, 1.0], [1.0, -2.0], [1.0, -2.0]])}, unsolved=unsolved)
+
+
+def test_only_gradients_that_are_needed_are_computed(monkeypatch):
+    asked = []
+    solve = qpdiff.torch.solve_adjoint
+
+    def spy(lin, r_x, r_v, names, **options):
+        asked.append(tuple(names))
+        return solve(lin, r_x, r_v, names, **options)
+
+    monkeypatch.setattr(qpdiff.torch, "solve_adjoint", spy)
+    operands = random_problem_in_torch(batch=(3,))
+    operands["q"].requires_grad_()
+    operands["A"].requires_grad_()
+    qpdiff.torch.solve_qp(**operands).x.sum().backward()
+    assert asked == [("q", "A")]
+
+
+@pytest.mark.parametrize("shared", ["Q", "G h A", "Q q lb", "Q G A b ub"])
+def test_second_derivatives_of_shared_operands(shared):
+    operands = problem(4, ["A", "G", "lb", "ub"])
+    values = {}
+    for name, value in operands.items():
+        one = value.detach().reshape(-1, *value.shape[value.ndim - len(OPERANDS[name]) :])[0]
+        values[name] = one if name in shared.split() else torch.stack([one, 1.01 * one])
+    solve = outputs_of(values)
+    inputs = tuple(value.clone().requires_grad_() for value in values.values())
+    assert gradcheck(solve, inputs, atol=1e-6, rtol=1e-5, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(solve, inputs, atol=1e-5, rtol=1e-5, check_fwd_over_rev=True, fast_mode=True)
+
+
+def test_second_derivatives_of_the_gradients_alone(solved_by):
+    """A number that depends on the gradients of matrices, which are the engine's own, and on nothing else."""
+    operands = problem(2, ["A", "G", "ub"])
+    values = tuple(operands.values())
+
+    def gradients(*values):
+        x = qpdiff.torch.solve_qp(**(dict(zip(operands, values, strict=True)) | {"Q": symmetric(values[0])}), **TIGHT).x
+        named = [value for name, value in zip(operands, values, strict=True) if name in ("Q", "G", "A")]
+        return torch.autograd.grad(x.sin().sum(), named, create_graph=True)
+
+    assert gradcheck(gradients, values, atol=1e-5, rtol=1e-5, fast_mode=True)
+
+
 def test_constants_have_no_gradient():
     sol = qpdiff.torch.solve_qp(**problem(0, ["G"]))
     for name in ("s", "status", "iterations", "objective", "primal_residual", "dual_residual", "duality_gap"):
@@ -564,6 +673,17 @@ def test_gradients_of_shared_operands_under_transforms(solved_by, sample):
         close(one, two.sum(0))
     mixed = torch.autograd.functional.hessian(lambda Q, G: loss(qs[0], Q, G), (Q, G))[0][1]
     close(jacfwd(jacrev(loss, 1), 2)(qs[0], Q, G), mixed)
+
+
+def test_gradients_of_operands_that_a_batch_shares_under_vmap(solved_by, sample):
+    x, qs, Q, G = sample
+    qs, Qs = qs[:4].reshape(2, 2, 3), torch.stack([Q, 2 * Q])
+    gradient = grad(lambda q, Q, G: (x(q, Q, G) ** 3).sum(), (0, 1, 2))
+    for dims, values in (((0, None, None), (qs, Q, G)), ((0, 0, None), (qs, Qs, G)), ((None, 0, None), (qs[0], Qs, G))):
+        each = [[a if dim is None else a[i] for a, dim in zip(values, dims, strict=True)] for i in range(2)]
+        expected = zip(*[gradient(*some) for some in each], strict=True)
+        for one, two in zip(vmap(gradient, dims)(*values), expected, strict=True):
+            close(one, torch.stack(two))
 
 
 def test_the_first_vmap_of_torch_is_refused(sample):
