@@ -253,7 +253,7 @@ class _Factors(NamedTuple):
     method: _Compiled
     scaling: Any
 
-    def solve(self, lin: Linearization, r_x, r_v, fill: float, of_matrices: bool):
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices):
         """Solve the KKT system, as `engines.base.Factors` says; no gradients of matrices come along."""
         shapes = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in (r_x, r_v)]
         point = lin.x, lin.v, lin.s, lin.status, self.scaling

@@ -49,13 +49,14 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
         [(name, tuple(value.shape), value.dtype, hasattr(present[name], "dtype")) for name, value in arrays.items()]
     )
     layout, changes = _plan(chosen, chosen.widest_float, described, read_dtype(dtype))
-    for name, value in arrays.items():
-        if value.dtype != layout.dtype:
-            with chosen.context():  # what overflows in the working type is refused as infinite
-                value = chosen.xp.astype(value, layout.dtype)
-        if (change := changes.get(name)) is not None:
-            value = change(chosen.xp, value)
-        arrays[name] = chosen.for_products(value)
+    xp = chosen.xp
+    with chosen.context():  # what overflows in the working type is refused as infinite
+        for name, value in arrays.items():
+            if value.dtype != layout.dtype:
+                value = xp.astype(value, layout.dtype)
+            if (change := changes.get(name)) is not None:
+                value = change(xp, value)
+            arrays[name] = chosen.for_products(value)
     return Problem(layout, arrays)
 
 
