@@ -27,7 +27,6 @@ OPERANDS = {
 }
 """The operands of a quadratic program and their core shapes."""
 MATRICES = ("Q", "G", "A")
-VECTORS = ("q", "h", "b", "lb", "ub")
 INFINITE = 1e20
 """Bounds of this magnitude are treated as infinite, as in other solvers, whose users write 1e20 or 1e30."""
 

@@ -170,8 +170,7 @@ def _operations(problem: Problem) -> float:
 def without_factor(problem: Problem, scaling) -> Factors:
     """Return factors that store the scaling D and E alone, (B, n + rows): each solve factors the KKT matrix again."""
     form, count = int(preferred_form(problem)), problem.batch
-    sizes = form, problem.n, problem.m + problem.p, problem.lb is not None, problem.ub is not None, scaling.itemsize
-    plan, _ = _plan_of(sizes, count, False, False)
+    plan, _ = _plan_of(_sizes(problem, form, scaling.itemsize), count, False, False)
     constant, last = (make(shape, scaling.dtype) for make, shape in plan[3:5])
     stored = Stored(constant, last, scaling, np.full(count, form, np.int32), np.zeros(count, np.bool_))
     return Factors(form, stored)
@@ -187,9 +186,8 @@ def _plan(problem: Problem, form: int, itemsize: int):
 
     Factors are stored where they take at most STORED_BYTES[0], or at most as much as the operands and STORED_BYTES[1].
     """
-    count, linear, operands = problem.batch, problem.m + problem.p, problem.operands
+    count, operands, sizes = problem.batch, problem.operands, _sizes(problem, form, itemsize)
     shared = count == 1 or all(is_shared(value) for name, value in operands.items() if name in _DECIDING)
-    sizes = form, problem.n, linear, problem.lb is not None, problem.ub is not None, itemsize
     plan, stored = _plan_of(sizes, count, shared, True)
     few, many = STORED_BYTES
     if stored > few:
@@ -197,6 +195,12 @@ def _plan(problem: Problem, form: int, itemsize: int):
         if stored > min(many, data):
             plan, _ = _plan_of(sizes, count, shared, False)
     return plan
+
+
+def _sizes(problem: Problem, form: int, itemsize: int):
+    """Return what the size of a problem's storage depends on, in the order of `_core.stored_numbers`."""
+    layout = problem.layout
+    return form, layout.n, layout.m + layout.p, layout.lower, layout.upper, itemsize
 
 
 @lru_cache(maxsize=256)
