@@ -15,10 +15,10 @@ import pytest
 import qpdiff
 
 OPTIONAL = [
-    "autograd", "cupy", "cupyx", "cvxpy", "dask", "distributed", "highspy", "jax", "matplotlib", "rich",
-    "threadpoolctl", "torch", "typer",
+    "autograd", "cupy", "cupyx", "cvxpy", "cvxpylayers", "dask", "distributed", "highspy", "jax", "matplotlib",
+    "qpsolvers", "rich", "threadpoolctl", "torch", "typer",
 ]  # fmt: skip
-ADAPTERS = ["autograd", "torch", "jax", "dask", "cvxpy"]
+ADAPTERS = ["autograd", "torch", "jax", "dask", "cvxpy", "cvxpylayers", "qpsolvers"]
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

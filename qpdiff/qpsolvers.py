@@ -1,0 +1,191 @@
+"""qpsolvers: `qpsolvers.solve_qp(..., solver="qpdiff")`, and its problems and solutions as ours and back."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import scipy.sparse as sp
+
+from .problem import OPERANDS
+from .solution import Solution, Status
+from .solver import solve_qp
+
+try:
+    import qpsolvers
+except ImportError as error:
+    raise ImportError("qpdiff.qpsolvers needs qpsolvers: pip install 'qpdiff[qpsolvers]'") from error
+
+
+def register() -> None:
+    """Make "qpdiff" one of the solvers of qpsolvers, for `qpsolvers.solve_qp` and `qpsolvers.solve_problem`.
+
+    qpsolvers lists its solvers at its import and has no entry point for others, so this adds to its public tables. To
+    call it again changes nothing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qpsolvers
+    >>> register()
+    >>> x = qpsolvers.solve_qp(np.eye(2), -np.ones(2), lb=np.zeros(2), ub=np.array([0.5, 2.0]), solver="qpdiff")
+    >>> np.round(x, 6).tolist()
+    [0.5, 1.0]
+    """
+    qpsolvers.solvers.solve_function["qpdiff"] = solve_problem
+    for names in (qpsolvers.available_solvers, qpsolvers.dense_solvers):
+        if "qpdiff" not in names:
+            names.append("qpdiff")
+
+
+def solve_problem(problem, initvals=None, verbose: bool = False, **options):
+    """Solve a problem of qpsolvers'.
+
+    Parameters
+    ----------
+    problem : qpsolvers.Problem
+        Sparse matrices are converted to dense ones.
+    initvals : array, optional
+        Not used: a warm start needs multipliers too, and is the option `warm_start`.
+    verbose : bool
+    **options
+        Further options of `qpdiff.solve_qp`.
+
+    Returns
+    -------
+    qpsolvers.Solution
+        See `to_solution`.
+
+    Raises
+    ------
+    qpsolvers.ProblemError
+        For bad operands, with the message of `qpdiff.solve_qp`.
+    """
+    start = time.perf_counter()
+    operands = from_problem(problem)
+    built = time.perf_counter()
+    try:
+        sol = solve_qp(**operands, verbose=verbose, **options)
+    except ValueError as error:
+        raise qpsolvers.ProblemError(str(error)) from error
+    solution = to_solution(problem, sol)
+    solution.build_time, solution.solve_time = built - start, time.perf_counter() - built
+    return solution
+
+
+def from_problem(problem) -> dict[str, np.ndarray]:
+    """Return the operands of `qpdiff.solve_qp` that state a problem of qpsolvers'.
+
+    Parameters
+    ----------
+    problem : qpsolvers.Problem
+        Sparse matrices are converted to dense ones.
+
+    Returns
+    -------
+    dict
+        Arrays by name: Q (n, n), its P; q (n); and G (m, n), h (m), A (p, n), b (p), lb (n), ub (n) where it has them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qpsolvers
+    >>> sorted(from_problem(qpsolvers.Problem(np.eye(2), np.ones(2), lb=np.zeros(2))))
+    ['Q', 'lb', 'q']
+    """
+    values = dict(zip(("Q", *list(OPERANDS)[1:]), problem.unpack(), strict=True))
+    dense = {name: value.toarray() if sp.issparse(value) else value for name, value in values.items()}
+    for matrix, name in (("G", "h"), ("A", "b")):  # a constraint of one row may be a vector, and its side a number
+        if dense[matrix] is not None:
+            dense[matrix], dense[name] = np.atleast_2d(dense[matrix]), np.atleast_1d(dense[name])
+    return {name: value for name, value in dense.items() if value is not None}
+
+
+def to_problem(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None):
+    """Return the `qpsolvers.Problem` of the operands of one problem of `qpdiff.solve_qp`.
+
+    Parameters
+    ----------
+    Q, q, G, h, A, b, lb, ub : array
+        As for `qpdiff.solve_qp`, without batch axes. A number for h, b, lb or ub stands for all of its entries.
+
+    Raises
+    ------
+    ValueError
+        For operands with batch axes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> to_problem(np.eye(2), np.ones(2), lb=0.0).lb.tolist()
+    [0.0, 0.0]
+    """
+    given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    arrays = {name: None if value is None else np.asarray(value, dtype=float) for name, value in given.items()}
+    for name, value in arrays.items():
+        if value is not None and value.ndim > len(OPERANDS[name]):
+            raise ValueError(f"{name} has shape {value.shape}; qpsolvers states one problem, without batch axes")
+    n = len(arrays["q"])
+    sizes = {"lb": n, "ub": n} | {side: len(arrays[m]) for m, side in (("G", "h"), ("A", "b")) if given[m] is not None}
+    for name, size in sizes.items():
+        if arrays[name] is not None and arrays[name].ndim == 0:
+            arrays[name] = np.full(size, arrays[name])
+    return qpsolvers.Problem(*arrays.values())
+
+
+def to_solution(problem, sol: Solution):
+    """Return the solution of one problem as qpsolvers has it.
+
+    Parameters
+    ----------
+    problem : qpsolvers.Problem
+    sol : Solution
+        Of `qpdiff.solve_qp` with the operands `from_problem(problem)`.
+
+    Returns
+    -------
+    qpsolvers.Solution
+        With z_box = z_ub − z_lb. Where the problem is not SOLVED, `found` is False and x and the multipliers are None.
+        ``extras["solution"]`` is `sol`, which `qpdiff.vjp` differentiates; ``extras["status"]`` is its `Status`.
+    """
+    status = Status(int(sol.status))
+    solution = qpsolvers.Solution(problem, extras={"solution": sol, "status": status}, found=status == Status.SOLVED)
+    if solution.found:
+        bounded = problem.lb is not None or problem.ub is not None
+        solution.x, solution.obj, solution.y, solution.z = sol.x, float(sol.objective), sol.y, sol.z
+        solution.z_box = sol.z_ub - sol.z_lb if bounded else np.empty(0)
+    return solution
+
+
+def from_solution(solution) -> Solution:
+    """Return a solution of qpsolvers', by any of its solvers, as one that `qpdiff.solve_qp` takes as a warm start.
+
+    Parameters
+    ----------
+    solution : qpsolvers.Solution
+        That was found.
+
+    Returns
+    -------
+    Solution
+        Without batch axes, `iterations` 0. `qpdiff.vjp` does not take it: solve with it as a warm start first.
+
+    Raises
+    ------
+    ValueError
+        For a solution that was not found.
+    """
+    if not solution.found:
+        raise ValueError("the solution was not found, so it has no point to start from")
+    given = from_problem(solution.problem)
+    x = solution.x
+    box = np.zeros(len(x)) if solution.z_box is None or not len(solution.z_box) else solution.z_box
+    y, z = (np.empty(0) if value is None else value for value in (solution.y, solution.z))
+    return Solution(
+        x=x, y=y, z=z, z_lb=np.maximum(-box, 0), z_ub=np.maximum(box, 0),
+        s=given["h"] - given["G"] @ x if "G" in given else np.empty(0),
+        status=np.asarray(Status.SOLVED), iterations=np.asarray(0),
+        objective=np.asarray(x @ given["Q"] @ x / 2 + given["q"] @ x),
+        primal_residual=np.asarray(solution.primal_residual()), dual_residual=np.asarray(solution.dual_residual()),
+        duality_gap=np.asarray(solution.duality_gap()),
+    )  # fmt: skip
