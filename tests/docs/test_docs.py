@@ -22,7 +22,7 @@ CODE = {
     for page in PAGES
 }
 NEEDED = {
-    "coming-from.md": ["cvxpy", "jax", "torch"],
+    "coming-from.md": ["cvxpy", "jax", "qpsolvers", "torch"],
     "cvxpy.md": ["cvxpy", "torch"],
     "jax.md": ["jax"],
     "torch.md": ["torch"],
