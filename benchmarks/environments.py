@@ -19,6 +19,7 @@ TORCH = "torch==2.13.0"
 TORCH_AND_QPTH = [[TORCH, NUMPY, CVXPY], ["--no-deps", "qpth==0.0.18"]]
 
 ENVIRONMENTS: dict[str, list[list[str]]] = {
+    "qpdiff-torch": [[TORCH, NUMPY, SCIPY], ["--editable", str(ROOT)]],
     "qpth": TORCH_AND_QPTH,
     "proxsuite": [[TORCH, NUMPY, SCIPY, "proxsuite==0.8.0"]],
     "qpax": [["jax==0.10.2", "jaxlib==0.10.2", NUMPY, SCIPY, "qpax==0.1.4"]],

@@ -35,6 +35,7 @@ def one_by_one(name: str) -> Solver:
 ON_CPU = [
     QPDIFF,
     QPDIFF._replace(name="qpdiff array", options={"engine": "array"}),
+    Solver("qpdiff torch", "peers.qpdiff_torch:QpdiffTorch", ("qpdiff", "torch"), "qpdiff-torch", differentiable=True),
     QPTH,
     Solver("QPLayer", "peers.proxsuite:QPLayer", ("proxsuite", "torch"), "proxsuite", differentiable=True),
     Solver("qpax", "peers.qpax:Qpax", ("qpax", "jax"), "qpax", differentiable=True),

@@ -1,0 +1,36 @@
+"""qpdiff in torch, by torch's own differentiation."""
+
+from __future__ import annotations
+
+import torch
+
+import qpdiff.torch
+
+from .arrays import arrays_of
+
+
+class QpdiffTorch:
+    """`qpdiff.torch.solve_qp` and `torch.autograd.grad`, on the CPU."""
+
+    def __init__(self, operands, tolerance):
+        self.arrays = arrays_of("torch")
+        self.operands = {name: self.arrays.put(value).requires_grad_() for name, value in operands.items()}
+        self.options = {"tol": tolerance, "rtol": 0.0, "unsolved": "nan"}
+
+    def forward(self):
+        self.gradients = {}
+        self.solution = qpdiff.torch.solve_qp(**self.operands, **self.options)
+
+    def backward(self):
+        """Compute the gradients of the last solution; its graph stays, so that this can be called again."""
+        gradients = torch.autograd.grad(self.solution.x.sum(), list(self.operands.values()), retain_graph=True)
+        self.gradients = dict(zip(self.operands, gradients, strict=True))
+
+    def forward_backward(self):
+        self.forward()
+        self.backward()
+
+    def answer(self):
+        names = ("x", "y", "z", "z_lb", "iterations")
+        answer = {name: self.arrays.get(getattr(self.solution, name)) for name in names}
+        return answer | {f"grad_{name}": self.arrays.get(value) for name, value in self.gradients.items()}
