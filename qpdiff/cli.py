@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,29 +21,48 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import qpdiff
 
 from .engines.choice import compiled_engine
-from .files import read_problem
+from .files import LARGEST, read_problem
 from .problem import OPERANDS
 from .solution import FIELDS
+from .validation import check_values, make_problem
 
 app = typer.Typer(help=qpdiff.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console, errors = Console(), Console(stderr=True)
 
-ROWS_SHOWN = 20
+ROWS_SHOWN, VARIABLES_SHOWN = 20, 10
 BLOCK = 256
 """Problems solved between two moves of the progress bar."""
 FileArgument = Annotated[
     Path, typer.Argument(help="a .npz with Q, q and any of G, h, A, b, lb, ub; or .mps, .qps, .lp")
 ]
+SizeOption = Annotated[float, typer.Option("--max-size", help="largest size of the unpacked file, in GiB")]
 BackendOption = Annotated[str | None, typer.Option(help="numpy, cupy, torch or jax")]
 
 
-@app.command()
+def print_version(asked: bool) -> None:
+    """Print the version and end, where that is asked for."""
+    if asked:
+        print(qpdiff.__version__)
+        raise typer.Exit
+
+
+@app.callback(help=qpdiff.__doc__)
+def command(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", is_eager=True, callback=print_version)
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+@app.command(epilog="Example: qpdiff solve problem.npz -o solution.npz")
 def solve(
     file: FileArgument,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write the solution to this .npz file")] = None,
@@ -53,6 +74,8 @@ def solve(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="refuse bad numbers in the operands, such as an indefinite Q")
     ] = True,
+    max_size: SizeOption = LARGEST / 2**30,
+    as_json: Annotated[bool, typer.Option("--json", help="print the solutions as JSON")] = False,
 ) -> None:
     """Solve the problems of FILE; exit code 1 if one is not solved, 2 for bad input."""
     options = {
@@ -60,43 +83,56 @@ def solve(
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
     in_double_precision(backend)
-    with bad_input_exits(file):
-        problem = read_problem(file)
+    with bad_input_exits(file), written(file, output, (".npz",)) as target:
+        problem = read_problem(file, in_bytes(max_size))
         result = solve_in_blocks(problem.operands, options)
         result["objective"] = problem.objective(result["objective"])
+        if target is not None:
+            np.savez(target, allow_pickle=False, **result)
+    if as_json:
+        print(to_json(result))
+    else:
+        console.print(problem_table(result) if result["status"].size <= ROWS_SHOWN else summary_table(result))
         if output is not None:
-            np.savez(output, allow_pickle=False, **result)
-    console.print(problem_table(result) if result["status"].size <= ROWS_SHOWN else summary_table(result))
+            console.print(f"{printable(output)} written", markup=False, highlight=False, soft_wrap=True)
     if np.any(result["status"] != qpdiff.Status.SOLVED):
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: qpdiff check problem.npz --directions 10")
 def check(
     file: FileArgument,
     backend: BackendOption = None,
     step: Annotated[float, typer.Option(help="step of the differences")] = 1e-5,
     directions: Annotated[int, typer.Option(help="random directions for each operand", min=1)] = 5,
     threshold: Annotated[float, typer.Option(help="largest relative error that passes")] = 1e-4,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="of the directions")] = 0,
+    max_size: SizeOption = LARGEST / 2**30,
 ) -> None:
     """Compare the gradients of the problems of FILE with finite differences; exit code 1 where they differ.
 
     The differences are central ones. Q has to stay positive semidefinite: where it is singular, as in a linear program,
     it moves along positive semidefinite directions, and only forward.
     """
+    with bad_input_exits(file):
+        for option, value in (("--step", step), ("--threshold", threshold)):
+            if not 0 < value < np.inf:
+                raise ValueError(f"{option} is {value}; expected a number > 0")
+        if seed < 0:
+            raise ValueError(f"--seed is {seed}; expected an integer ≥ 0")
     rng = np.random.default_rng(seed)
     tight = {"backend": backend, "dtype": "float64", "tol": 1e-12, "rtol": 1e-12}
     in_double_precision(backend)
     with bad_input_exits(file):
-        operands = read_problem(file).operands
+        operands = read_problem(file, in_bytes(max_size)).operands
         sol = qpdiff.solve_qp(**operands, **tight)
         if {"lb", "ub"} <= set(operands):  # of one shape, because they move together where they are equal
             operands["lb"], operands["ub"] = np.broadcast_arrays(operands["lb"], operands["ub"])
             sol = qpdiff.solve_qp(**operands, **tight)
     status = np.atleast_1d(to_numpy(sol.status))
     if np.any(status != qpdiff.Status.SOLVED):
-        errors.print(f"{file}: {np.sum(status != qpdiff.Status.SOLVED)} of {status.size} problems are not solved")
+        unsolved = np.sum(status != qpdiff.Status.SOLVED)
+        errors.print(f"{printable(file)}: {unsolved} of {status.size} problems are not solved", markup=False)
         raise typer.Exit(1)
     cotangent = rng.normal(size=sol.x.shape)
     gradients = {name: to_numpy(value) for name, value in qpdiff.vjp(sol, x=cotangent)._asdict().items()}
@@ -108,9 +144,14 @@ def check(
 
     here, failed = loss({}), False
     if jumps(loss, here, operands["q"], step * rng.normal(size=operands["q"].shape)):
-        console.print(f"{file}: the solution of a problem is not unique, so it has no derivative to compare with")
+        console.print(
+            f"{printable(file)}: the solution of a problem is not unique, so it has no derivative to compare with",
+            markup=False,
+        )
         return
-    table = Table("operand", "largest relative error", "verdict", title=f"gradients of sum(c·x), {file.name}")
+    table = Table(
+        "operand", "largest relative error", "verdict", title=f"gradients of sum(c·x), {escape(printable(file.name))}"
+    )
     with progress_bar("differences", len(operands) * directions) as advance:
         for name in operands:
             worst, kinks = 0.0, 0
@@ -136,23 +177,25 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: qpdiff show problem.npz -o problem.svg")
 def show(
     file: FileArgument,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="the picture, .png or .svg; by default FILE's name with .png")
     ] = None,
+    max_size: SizeOption = LARGEST / 2**30,
 ) -> None:
     """Draw how the problems of FILE are solved: their convergence and, in two variables, the way to the solution."""
-    output = output or Path(file.stem).with_suffix(".png")
-    with bad_input_exits(file):
+    output = output or Path(f"{file.stem}.png")
+    with bad_input_exits(file), written(file, output, (".png", ".svg")) as target:
         from .show import draw  # only here: Matplotlib is not needed for the rest
 
-        draw(read_problem(file).operands).savefig(output, dpi=150)
-    console.print(f"{output} written")
+        figure = draw(read_problem(file, in_bytes(max_size)).operands)
+        figure.savefig(target, dpi=150, format=output.suffix[1:].lower())
+    console.print(f"{printable(output)} written", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: qpdiff info")
 def info() -> None:
     """Tell what is installed, which backends and engine run, and the threads and GPU they have."""
     table = Table("what", "version", "note", title="qpdiff")
@@ -193,7 +236,12 @@ def solve_in_blocks(operands: dict[str, np.ndarray], options: dict) -> dict[str,
     with progress_bar("problems", int(np.prod(batch))) as advance:
         for start in range(0, batch[0], rows):
             block = {k: v[start : start + rows] if k in batched else v for k, v in operands.items()}
-            sol = qpdiff.solve_qp(**block, **options)
+            try:
+                sol = qpdiff.solve_qp(**block, **options)
+            except ValueError:
+                if options.get("check", True):  # say the number of the problem in the file, not that in the block
+                    check_values(make_problem({name: operands.get(name) for name in OPERANDS}, backend="numpy"))
+                raise
             parts.append({name: to_numpy(getattr(sol, name)) for name in FIELDS})
             advance(parts[-1]["status"].size)
     return {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
@@ -265,6 +313,9 @@ def problem_table(result: dict[str, np.ndarray]) -> Table:
     table = Table("problem", title="primal and dual residual, duality gap")
     for heading in ("status", "iterations", "objective", "primal", "dual", "gap"):
         table.add_column(heading, no_wrap=True)
+    small = result["x"].shape[-1] <= VARIABLES_SHOWN
+    if small:
+        table.add_column("x")
     for index in np.ndindex(result["status"].shape):
         status = qpdiff.Status(int(result["status"][index]))
         color = "green" if status is qpdiff.Status.SOLVED else "red"
@@ -274,8 +325,24 @@ def problem_table(result: dict[str, np.ndarray]) -> Table:
             str(result["iterations"][index]),
             f"{result['objective'][index]:.8g}",
             *(f"{result[name][index]:.1e}" for name in ("primal_residual", "dual_residual", "duality_gap")),
+            *([" ".join(f"{value:.5g}" for value in result["x"][index])] if small else []),
         )
     return table
+
+
+def to_json(result: dict[str, np.ndarray]) -> str:
+    """Return a solution as one line of JSON: a list for each field, statuses by name, null for what is not finite."""
+    fields = {
+        name: np.where(np.isfinite(value), value.astype(object), np.array(None)).tolist()
+        for name, value in result.items()
+    }
+    names = np.array([status.name for status in qpdiff.Status], dtype=object)
+    return json.dumps(fields | {"status": np.asarray(names[result["status"]]).tolist()})
+
+
+def printable(text) -> str:
+    """Return a text with its control characters as escapes, on one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
 def summary_table(result: dict[str, np.ndarray]) -> Table:
@@ -317,10 +384,52 @@ def bad_input_exits(file: Path) -> Iterator[None]:
     """Report an error in the user's input as one line, with exit code 2."""
     try:
         yield
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        text = str(error) if str(file) in str(error) else f"{file}: {error}"
-        errors.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    except (OSError, ValueError, TypeError, ImportError, MemoryError, OverflowError) as error:
+        text = str(error) or type(error).__name__
+        text = re.sub(r"^(backend|dtype|tol|rtol|max_iterations) is ", option_name, text)
+        text = text.replace("check=False", "--no-check")
+        text = text if str(file) in text else f"{file}: {text}"
+        errors.print(printable(text), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
+
+
+def option_name(found: re.Match) -> str:
+    """Return the beginning of a message about an argument of `solve_qp` with the name of the option."""
+    return f"--{found[1].replace('_', '-')} is "
+
+
+def in_bytes(size: float) -> int:
+    """Return a size in GiB in bytes."""
+    if not 0 < size < 2**30:
+        raise ValueError(f"--max-size is {size}; expected a number of GiB > 0")
+    return int(size * 2**30)
+
+
+@contextmanager
+def written(file: Path, output: Path | None, suffixes: tuple[str, ...]) -> Iterator:
+    """Open a temporary file beside `output`, which it replaces once all is written; None without output.
+
+    A place that cannot be written to is found before the solve, and a file is never left half written.
+    """
+    if output is None:
+        yield None
+        return
+    if output.suffix.lower() not in suffixes:
+        raise ValueError(f"{output} does not end in {' or '.join(suffixes)}")
+    output = output.resolve()
+    if output.exists() and (not output.is_file() or (file.exists() and output.samefile(file))):
+        raise ValueError(f"{output} is {'the problem itself' if output.is_file() else 'no file'}; choose another name")
+    temporary = output.with_name(f".qpdiff-{os.getpid()}{output.suffix}")
+    try:
+        target = temporary.open("xb")
+    except OSError as error:
+        raise OSError(f"{output} cannot be written: {error.strerror}") from error
+    try:
+        with target:
+            yield target
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- what is installed

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
+import math
 import re
 import tempfile
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +25,7 @@ MODELS = {".mps": ".mps", ".qps": ".mps", ".lp": ".lp"}
 OLDEST = (1, 14)
 """The first HiGHS that reads either triangle of a Hessian; those before silently drop one."""
 LARGEST = 8 * 2**30
-"""Bytes that the dense matrices of a file may take."""
+"""Bytes that a file may take unpacked, and that its dense matrices may take, by default."""
 MINIMIZE = ("MIN", "MINIMIZE", "MINIMISE", "MINIMUM")
 MAXIMIZE = ("MAX", "MAXIMIZE", "MAXIMISE", "MAXIMUM")
 """The words for the sense of the objective, in any case: of OBJSENSE in an MPS file, and the first of an LP file."""
@@ -43,7 +46,7 @@ class FileProblem(NamedTuple):
         return self.sense * minimum + self.offset
 
 
-def read_problem(file) -> FileProblem:
+def read_problem(file, limit: int = LARGEST) -> FileProblem:
     """Read the problem in a file.
 
     ===========================  =======================================================================================
@@ -55,6 +58,8 @@ def read_problem(file) -> FileProblem:
     Parameters
     ----------
     file : str or path
+    limit : int
+        Bytes that the file may take unpacked, and that its dense matrices may take; 8 GiB by default.
 
     Returns
     -------
@@ -68,8 +73,8 @@ def read_problem(file) -> FileProblem:
         For a file that cannot be opened.
     ValueError
         For a file of another kind, or one that cannot be read, naming it; for a sense of the objective that is not
-        known; for a quadratic objective that is maximised and not concave; for integer variables; and for a problem
-        whose dense matrices, n² numbers for Q and n for each row of G and A, would take more than 8 GiB.
+        known; for a quadratic objective that is maximised and not concave; for integer variables; and for a file that
+        is larger than the limit unpacked, or whose dense matrices, n² numbers for Q and n for each row of G and A, are.
     ImportError
         For an MPS or LP file without HiGHS, naming the extra to install.
 
@@ -122,28 +127,57 @@ def read_problem(file) -> FileProblem:
     compressed = file.suffix.lower() == ".gz"
     kind = Path(file.stem if compressed else file.name).suffix.lower()
     if kind == ".npz" and not compressed:
-        return _read_arrays(file)
+        return _read_arrays(file, limit)
     if kind not in MODELS:
         raise ValueError(f"{file} does not end in .npz, {', '.join(MODELS)} or one of these three with .gz")
-    return _read_model(file, MODELS[kind], gzip.open if compressed else open)
+    return _read_model(file, MODELS[kind], gzip.open if compressed else open, limit)
 
 
-def _read_arrays(file: Path) -> FileProblem:
+def _read_arrays(file: Path, limit: int) -> FileProblem:
     """Return the operands in a NumPy archive, other arrays ignored."""
-    with np.load(file, allow_pickle=False) as data:
-        operands = {name: data[name] for name in OPERANDS if name in data.files}
+    with file.open("rb") as source:
+        try:
+            archive = zipfile.ZipFile(source)
+            members = {name: archive.getinfo(f"{name}.npy") for name in OPERANDS if f"{name}.npy" in archive.namelist()}
+        except Exception as error:  # zipfile raises a kind of its own for each part that is damaged
+            raise ValueError(f"{file} is not a NumPy archive, or is damaged: {error}") from error
+        _check_size(file, sum(member.file_size for member in members.values()), limit)
+        operands = {name: _read_array(file, archive, name, member) for name, member in members.items()}
     for name in ("Q", "q"):
         if name not in operands:
             raise ValueError(f"{file} has no array {name}")
     return FileProblem(operands)
 
 
-def _read_model(file: Path, suffix: str, opened) -> FileProblem:
+def _read_array(file: Path, archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo) -> np.ndarray:
+    """Return one array of an archive, read-only; its header is compared with its size before memory is taken."""
+    try:
+        data = archive.read(member)  # never more than the size that the archive states
+        stream = io.BytesIO(data)
+        major = np.lib.format.read_magic(stream)[0]
+        header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = header(stream)
+        size = len(data) - stream.tell()
+        if not dtype.hasobject and math.prod(shape) * dtype.itemsize != size:
+            raise ValueError(f"its shape {shape} does not fit its {size} bytes")
+    except Exception as error:  # zipfile, its decompressors and NumPy raise kinds of their own for damaged bytes
+        raise ValueError(f"{file}: the array {name} is damaged: {error or type(error).__name__}") from error
+    if dtype.hasobject:
+        raise ValueError(f"{file}: {name} holds Python objects; expected real numbers")
+    return np.ndarray(shape, dtype, data, stream.tell(), order="F" if by_columns else "C")
+
+
+def _check_size(file: Path, size: int, limit: int) -> None:
+    if size > limit:
+        raise ValueError(f"{file} takes more than {limit / 2**30:.3g} GiB unpacked, the limit on its size")
+
+
+def _read_model(file: Path, suffix: str, opened, limit: int) -> FileProblem:
     try:
         import highspy
     except ImportError as error:
         raise ImportError(f"reading {file} needs HiGHS: pip install 'qpdiff[io]'") from error
-    model = _model(highspy, file, suffix, opened)
+    model = _model(highspy, file, suffix, opened, limit)
     lp, hessian = model.lp_, model.hessian_
     discrete = [j for j, kind in enumerate(lp.integrality_) if kind != highspy.HighsVarType.kContinuous]
     if discrete:
@@ -158,10 +192,10 @@ def _read_model(file: Path, suffix: str, opened) -> FileProblem:
     above, below = ~equal & (upper < np.inf), ~equal & (lower > -np.inf)
     rows = int(np.sum(equal) + np.sum(above) + np.sum(below))
     size = 8 * n * (n + rows)
-    if size > LARGEST:
+    if size > limit:
         raise ValueError(
             f"{file} has {n} variables and {rows} rows, whose dense matrices take {size / 2**30:.1f} GiB; expected at "
-            f"most {LARGEST / 2**30:.0f} GiB"
+            f"most {limit / 2**30:.3g} GiB"
         )
     sense = -1.0 if lp.sense_ == highspy.ObjSense.kMaximize else 1.0
     operands = {"Q": sense * _hessian(highspy, hessian, n), "q": sense * np.asarray(lp.col_cost_)}
@@ -180,7 +214,7 @@ def _read_model(file: Path, suffix: str, opened) -> FileProblem:
     return FileProblem(operands, sense, lp.offset_)
 
 
-def _model(highspy, file: Path, suffix: str, opened):
+def _model(highspy, file: Path, suffix: str, opened, limit: int):
     """Let HiGHS read a file; its errors and warnings become ours."""
     highs, messages = _silent(highspy), []
     if tuple(int(number) for number in highs.version().split(".")[:2]) < OLDEST:
@@ -189,8 +223,11 @@ def _model(highspy, file: Path, suffix: str, opened):
     with tempfile.TemporaryDirectory() as folder:
         named = Path(folder) / f"model{suffix}"  # HiGHS knows no .qps, and in some builds no compression
         try:
-            with opened(file, "rb") as source, named.open("wb") as copy:
-                (_copy_mps if suffix == ".mps" else _copy_lp)(file, source, copy)
+            with opened(file, "rb") as source:
+                text = source.read(limit + 1)
+            _check_size(file, len(text), limit)
+            with named.open("wb") as copy:
+                (_copy_mps if suffix == ".mps" else _copy_lp)(file, io.BytesIO(text), copy)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{file} cannot be decompressed: {error}") from error
         status = highs.readModel(str(named))

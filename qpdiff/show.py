@@ -57,6 +57,8 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
     """
     problem = symmetrized(make_problem({name: operands.get(name) for name in OPERANDS}, backend="numpy"))
     check_values(problem)
+    if not problem.batch:
+        raise ValueError(f"the batch has shape {problem.batch_shape}, so there is no problem to draw")
     shown = [problem.select(slice(i, i + 1)) for i in range(min(problem.batch, CURVES))]
     histories = [history(one) for one in shown]
     planes = list(zip(shown, histories, strict=True))[:PLANES] if problem.n == 2 else []

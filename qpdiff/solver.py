@@ -179,7 +179,7 @@ def read_settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
             raise ValueError(f"{name} is {value!r}; expected a number ≥ 0")
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, (int, np.integer)) or max_iterations < 0:
         raise ValueError(f"max_iterations is {max_iterations!r}; expected an integer ≥ 0")
-    return make_settings(problem, tol, rtol, int(max_iterations))
+    return make_settings(problem, tol, rtol, min(int(max_iterations), 2**31 - 1))  # the engines count in 32 bits
 
 
 def warm_point(problem: Problem, sol: Solution | None) -> StartingPoint | None:

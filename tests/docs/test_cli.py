@@ -1,8 +1,11 @@
 """The command line, run in process."""
 
+import io
+import json
 import re
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -121,6 +124,96 @@ def test_files_that_cannot_be_read(run, tmp_path):
         result = run("solve", tmp_path / name)
         assert result.exit_code == 2
         assert name in result.output
+
+
+def damaged(kind, good):
+    """Return the bytes of a file that is no problem."""
+    array = io.BytesIO()
+    np.save(array, np.eye(2))
+    if kind == "huge":
+        array, archive = io.BytesIO(), io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            array, {"descr": "<f8", "fortran_order": False, "shape": (2_000_000, 2_000_000)}
+        )
+        with zipfile.ZipFile(archive, "w") as members:
+            members.writestr("Q.npy", array.getvalue())
+        return archive.getvalue()
+    flipped = bytearray(good)
+    flipped[130] ^= 255
+    return {
+        "truncated": good[: len(good) // 2], "empty": b"", "flipped": bytes(flipped), "npy": array.getvalue(),
+        "pickle": b"\x80\x04N.",
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "flipped", "npy", "pickle", "huge"])
+def test_a_damaged_file_is_one_line_and_exit_code_2(run, save, kind):
+    file = save({"Q": np.eye(2), "q": np.ones(2)})
+    file.write_bytes(damaged(kind, file.read_bytes()))
+    for command in ("solve", "check", "show"):
+        result = run(command, file)
+        assert result.exit_code == 2
+        assert len(result.output.splitlines()) == 1
+        assert "pickle" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("check", "--step", "0"), "--step is 0.0"), (("check", "--step", "nan"), "--step is nan"),
+        (("check", "--threshold", "nan"), "--threshold is nan"), (("check", "--seed", "-1"), "--seed is -1"),
+        (("solve", "--max-iterations", "-1"), "--max-iterations is -1"), (("solve", "--tol", "nan"), "--tol is nan"),
+        (("solve", "--max-size", "1e-9"), "the limit on its size"),
+        (("solve", "--max-size", "nan"), "--max-size is nan"),
+    ],
+)  # fmt: skip
+def test_a_bad_option_is_one_line_and_exit_code_2(run, save, arguments, message):
+    result = run(*arguments, save({"Q": np.eye(2), "q": np.ones(2)}))
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_any_large_limit_on_the_iterations_will_do(run, save):
+    assert run("solve", save({"Q": np.eye(2), "q": np.ones(2)}), "--max-iterations", 10**20).exit_code == 0
+
+
+def test_output_that_cannot_be_written_is_refused_and_leaves_nothing(run, save, tmp_path):
+    file = save({"Q": np.eye(2), "q": np.ones(2)})
+    before = file.read_bytes()
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "same.npz").hardlink_to(file)
+    files = sorted(tmp_path.iterdir())
+    for name in ("problem.npz", "same.npz", "x.txt", "absent/x.npz", "folder.npz"):
+        result = run("solve", file, "-o", tmp_path / name)
+        assert result.exit_code == 2
+        assert len(result.output.splitlines()) == 1
+    assert file.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_a_bad_problem_has_its_number_in_the_file(run, save):
+    lb = np.where(np.arange(500) == 400, 2.0, 0.0)[:, None]
+    result = run("solve", save({"Q": np.eye(1), "q": np.zeros((500, 1)), "lb": lb, "ub": np.ones(1)}))
+    assert result.exit_code == 2
+    assert "problem 400 of the batch" in result.output
+
+
+def test_names_are_printed_as_text(run, save):
+    result = run("solve", save({"q": np.ones(2)}, "a[red]b\x1b[31m.npz"))
+    assert result.exit_code == 2
+    assert r"a[red]b\x1b[31m.npz" in result.output
+
+
+def test_json(run, save):
+    result = run("solve", save({"Q": np.eye(2), "q": np.array([[-1.0, 2.0]] * 2)}), "--json")
+    fields = json.loads(result.output)
+    assert fields["status"] == ["SOLVED", "SOLVED"]
+    np.testing.assert_allclose(fields["x"], [[1.0, -2.0]] * 2, atol=1e-6)
+
+
+def test_version(run):
+    assert run("--version").output == f"{qpdiff.__version__}\n"
 
 
 def test_check_agrees(run, save):

@@ -196,7 +196,7 @@ ALLOWED = {
     "__init__": {"solution", "solver", "differentiation"},
     "files": {"problem", "validation"},
     "show": {"problem", "validation", "solution", *ENGINES},
-    "cli": {"__init__", "problem", "engines.choice", "files", "show", "solution"},
+    "cli": {"__init__", "problem", "engines.choice", "files", "show", "solution", "validation"},
     "__main__": {"cli"},
 }
 """Data flows one way: arrays → problem → solver → engine → outcome → solution → differentiation → adapters."""

@@ -127,7 +127,7 @@ def test_the_command_writes_svg(run, tmp_path):
     [
         ({"q": np.ones(2)}, [], "has no array Q"),
         ({"Q": -np.eye(2), "q": np.ones(2)}, [], "Q is not positive semidefinite"),
-        ({"Q": np.eye(2), "q": np.ones(2)}, ["-o", "out.txt"], "'txt' is not supported"),
+        ({"Q": np.eye(2), "q": np.ones(2)}, ["-o", "out.txt"], "out.txt does not end in .png or .svg"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, operands, arguments, message):
