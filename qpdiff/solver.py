@@ -129,6 +129,7 @@ def solve_qp(
     """
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem(operands, backend=backend, dtype=dtype)
+    problem.backend.warn_of_gradients(operands)
     return solve_problem(
         problem, tol=tol, rtol=rtol, max_iterations=max_iterations, warm_start=warm_start, check=check,
         verbose=verbose, engine=engine, progress=progress,

@@ -108,6 +108,9 @@ class Backend:
         """Return whether an array is a tracer without concrete values."""
         return False
 
+    def warn_of_gradients(self, operands) -> None:
+        """Warn of operands whose gradients the library records, which end in `qpdiff.solve_qp`."""
+
     def known_all_false(self, mask) -> bool:
         """Return whether a mask is known, without a transfer to the host, to be all False."""
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack, nullcontext
 
 import numpy as np
@@ -55,6 +56,18 @@ class TorchBackend(Backend):
         """Return a context in which autocast leaves matrix products as they are."""
         kind = self.device.type
         return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+    def warn_of_gradients(self, operands) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for name, value in operands.items():
+            if getattr(value, "requires_grad", False):  # the operands of the caller, numbers and None among them
+                warnings.warn(
+                    f"{name} requires a gradient, which does not go through qpdiff.solve_qp; use "
+                    f"qpdiff.torch.solve_qp, or pass {name}.detach()",
+                    stacklevel=3,
+                )
+                return
 
     def known_all_false(self, mask) -> bool:
         return self.device.type == "cpu" and not bool(torch.any(mask))

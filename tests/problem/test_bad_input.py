@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import types
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -740,3 +741,13 @@ def test_every_row_has_a_test(request):
             labels.add(re.sub("^(numpy|array-api-strict|cupy)-", "", item.callspec.id))
             labels.update(value for value in item.callspec.params.values() if isinstance(value, str))
     assert [row for row in ROWS if not any(f"{label}-".startswith(f"{row}-") for label in labels)] == []
+
+
+def test_a_tensor_that_requires_a_gradient_is_warned_of():
+    torch = pytest.importorskip("torch")
+    q = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"q requires a gradient.*qpdiff\.torch\.solve_qp"):
+        qpdiff.solve_qp(torch.eye(2, dtype=torch.float64), q)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        qpdiff.solve_qp(torch.eye(2, dtype=torch.float64), q)
