@@ -172,6 +172,14 @@ def _check_size(file: Path, size: int, limit: int) -> None:
         raise ValueError(f"{file} takes more than {limit / 2**30:.3g} GiB unpacked, the limit on its size")
 
 
+def _read_at_most(source, size: int) -> bytes:
+    """Return the bytes of a stream up to a size, without taking memory for more than there are."""
+    stream = io.BytesIO()
+    while stream.tell() < size and (piece := source.read(min(2**20, size - stream.tell()))):
+        stream.write(piece)
+    return stream.getvalue()
+
+
 def _read_model(file: Path, suffix: str, opened, limit: int) -> FileProblem:
     try:
         import highspy
@@ -224,7 +232,7 @@ def _model(highspy, file: Path, suffix: str, opened, limit: int):
         named = Path(folder) / f"model{suffix}"  # HiGHS knows no .qps, and in some builds no compression
         try:
             with opened(file, "rb") as source:
-                text = source.read(limit + 1)
+                text = _read_at_most(source, limit + 1)
             _check_size(file, len(text), limit)
             with named.open("wb") as copy:
                 (_copy_mps if suffix == ".mps" else _copy_lp)(file, io.BytesIO(text), copy)
