@@ -9,7 +9,7 @@ bound). K is never formed.
 from __future__ import annotations
 
 import math
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple
 
@@ -29,6 +29,21 @@ OPERANDS = {
 MATRICES = ("Q", "G", "A")
 INFINITE = 1e20
 """Bounds of this magnitude are treated as infinite, as in other solvers, whose users write 1e20 or 1e30."""
+
+
+def cached(function):
+    """Cache a function's values as `lru_cache` does, but not for arguments without a hash: sizes that torch traces."""
+    known = lru_cache(maxsize=256)(function)
+
+    @wraps(function)
+    def call(*args):
+        try:
+            return known(*args)
+        except TypeError:
+            pass
+        return function(*args)  # an error of its own it raises again
+
+    return call
 
 
 class Layout(NamedTuple):
@@ -63,7 +78,7 @@ def make_layout(backend: Backend, batch_shape, operands: dict[str, Any], roundin
     return _layout(backend, operands["q"].dtype, rounding, tuple(batch_shape), shapes)
 
 
-@lru_cache(maxsize=256)
+@cached
 def _layout(backend: Backend, dtype, rounding: float, batch_shape, shapes) -> Layout:
     """Make a layout, once for the many calls that have the same."""
     return Layout(backend, dtype, dtype, rounding, batch_shape, shapes, **core_sizes(dict(shapes)))
@@ -330,7 +345,7 @@ class Problem:
         return self.backend.full((v.shape[0], self.n), 0.0, self.dtype) if out is None else out
 
 
-@cache
+@cached
 def _blocks(*sizes: int) -> dict[str, slice]:
     edges = list(accumulate(sizes, initial=0))
     return dict(zip(("A", "G", "lb", "ub"), starmap(slice, pairwise(edges)), strict=True))

@@ -4,6 +4,8 @@ Two functions with rules of their own: the solution as a function of the operand
 with the gradients of operands that follow from it, as a function of the operands, the solution and the right-hand side
 (see `qpdiff.differentiation`). First derivatives are the second function, which the engine computes in one pass. Its
 derivatives are made of itself and of torch's operations. Under `torch.func.vmap` they solve all problems as one batch.
+In eager calls they are two `torch.autograd.Function`, which have rules for forward mode and `torch.func`; where
+`torch.compile` or `torch.export` traces, two operators with the same rules but for these.
 
 Tensors on the CPU go to the solver as the NumPy arrays that share their memory, so that the compiled engine runs. On
 any other device they are solved there, in torch's operations (batched `cholesky_ex`): that takes no second library,
@@ -23,11 +25,13 @@ import numpy as np
 
 from . import solver
 from .adjoint import gradients_vjp, kkt_jvp, kkt_vjp, right_hand_side, solution_vjp
-from .backend import choose_backend
+from .backend import choose_backend, read_dtype
 from .differentiation import solve_adjoint
+from .engines.base import Linearization
+from .engines.choice import choose_engine
 from .problem import MATRICES, Problem, make_layout, split_rows
-from .solution import FIELDS, Solution, check_unsolved, raise_if_unsolved
-from .validation import make_problem
+from .solution import FIELDS, POINT, Solution, check_unsolved, raise_if_unsolved
+from .validation import make_problem, symmetrized
 
 try:
     import torch
@@ -35,20 +39,9 @@ except ImportError as error:
     raise ImportError("qpdiff.torch needs torch: pip install 'qpdiff[torch]'") from error
 from torch import nn
 from torch.autograd import Function, forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
-def _not_traced(function):
-    """Mark a function at which torch.compile breaks its graph instead of tracing the solver."""
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        run = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
-        return run(*args, **kwargs)
-
-    return call
-
-
-@_not_traced
 def solve_qp(
     Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "raise", warm_start=None, **options
 ) -> Solution:
@@ -91,21 +84,45 @@ def solve_qp(
     check_unsolved(unsolved)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     operands = {name: _stacked(value) for name, value in operands.items()}
-    problem = make_problem(operands, backend="torch", dtype=options.pop("dtype", None))
-    warm: list[Any] = []
+    warm: Any = None
     if isinstance(warm_start, Solution):
-        warm = [torch.as_tensor(getattr(warm_start, k), device=problem.backend.device).detach() for k in _WARM]
+        warm = [getattr(warm_start, name) for name in _WARM]
     elif warm_start is not None:
         options["warm_start"] = warm_start  # for the solver to refuse
-    layer, batch_shape = _Layer(problem, unsolved, options), problem.batch_shape
-    x, v, s, *constants = _Solution.apply(layer, batch_shape, *problem.operands.values(), *warm)
+    solve = _solve_in_graph if torch.compiler.is_compiling() else _solve
+    return Solution(*solve(operands, warm, unsolved, **options))
+
+
+def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options):
+    """Return the fields of the solution; an operator has to call others where a transform of torch.func calls it."""
+    result = _half(operands) if dtype is None else None
+    problem = make_problem(operands, backend="torch", dtype=dtype if result is None else torch.float64)
+    if warm is not None:
+        warm = [torch.as_tensor(value, device=problem.backend.device).detach() for value in warm]
+    batch_shape, tensors = problem.batch_shape, problem.operands.values()
+    settings = _Settings(tuple(problem.operands), problem.rounding, unsolved, options)
+    # In a dispatch mode tensors may have no numbers yet.
+    traced = is_in_torch_dispatch_mode() or (in_operator and _transforms())
+    layer = (_Operators if traced else _Layer)(problem.backend, settings)
+    x, v, s, *constants = layer.solution(batch_shape, tensors, warm or ())
     parts = [x, *split_rows(problem, v, v)]
     if len(batch_shape) != 1:
         parts = [part.reshape((*batch_shape, part.shape[1])) if batch_shape else part[0] for part in parts]
     parts.append(s)
-    if problem.result != problem.dtype:
-        parts = [problem.returned(part) for part in parts]
-    return Solution(*parts, *constants)
+    if (result := result or problem.result) != problem.dtype:
+        parts = [part.to(result) for part in parts]
+    return *parts, *constants
+
+
+_HALF = frozenset({torch.float16, torch.bfloat16})
+
+
+def _half(operands):
+    """Return the type of the results where operands are in half precision, else None."""
+    kinds = [value.dtype for value in operands.values() if isinstance(value, torch.Tensor)]
+    if _HALF.isdisjoint(kinds):
+        return None
+    return functools.reduce(torch.promote_types, [kind for kind in kinds if kind.is_floating_point])
 
 
 def _stacked(value):
@@ -124,16 +141,32 @@ _WARM = ("x", "y", "z", "z_lb", "z_ub", "status")
 _CONSTANT = tuple(name for name in FIELDS if name not in _WARM[:-1])
 
 
-class _Layer:
-    """The arguments of both functions beside tensors, and the linearization that the first leaves for the second."""
+class _Settings(NamedTuple):
+    """The arguments of both functions beside tensors."""
 
-    def __init__(self, problem: Problem, unsolved: str, options: dict[str, Any]):
-        self.backend: Any = problem.backend
-        self.solver_backend = _host_backend() if _on_host(self.backend.device) else self.backend
-        self.names = tuple(problem.operands)
-        self.rounding = problem.rounding
-        self.unsolved, self.options = unsolved, options
+    names: tuple[str, ...]
+    """Of the operands."""
+    rounding: float
+    unsolved: str
+    options: dict[str, Any]
+
+
+class _Layer:
+    """Both functions for tensors that have numbers, and the linearization that the first leaves for the second."""
+
+    def __init__(self, backend, settings: _Settings):
+        self.backend: Any = backend
+        self.solver_backend = _host_backend() if _on_host(backend.device) else backend
+        self.names, self.rounding, self.unsolved, self.options = settings
         self.linearization: Any = None
+
+    def solution(self, batch_shape, operands, warm):
+        """Call the first function."""
+        return _Solution.apply(self, batch_shape, *operands, *warm)
+
+    def kkt_solve(self, wanted, r_x, r_v, x, v, operands):
+        """Call the second function."""
+        return _KKTSolve.apply(self, wanted, r_x, r_v, x, v, *operands)
 
     def solve(self, batch_shape, operands, warm):
         """Return the variables (B, n), the multipliers of all rows (B, rows), and the constants (*batch_shape, ·)."""
@@ -150,7 +183,7 @@ class _Layer:
         constants = [getattr(sol, name) for name in _CONSTANT]
         return tuple(_as_tensors([sol.linearization.x, sol.linearization.v, *constants]))
 
-    def solve_adjoint(self, r_x, r_v, wanted):
+    def solve_adjoint(self, wanted, r_x, r_v, *_):
         """Return the solution of the KKT system, and the gradients of the operands that are wanted."""
         u_x, u_v, gradients = self._solve_adjoint(r_x, r_v, wanted)
         u_x, u_v, *gradients = _as_tensors([u_x, u_v, *gradients])
@@ -158,7 +191,7 @@ class _Layer:
         pairs = zip(wanted, gradients, strict=True)
         return u_x, u_v, *[value.clone() if name in ("h", "b", "ub") else value for name, value in pairs]
 
-    def gradients(self, r_x, r_v, wanted):
+    def gradients(self, wanted, r_x, r_v, *_):
         """Return those gradients alone."""
         return _as_tensors(self._solve_adjoint(r_x, r_v, wanted)[2])
 
@@ -184,8 +217,12 @@ class _Layer:
 
     def problem(self, x, operands) -> Problem:
         """Return the problem in torch's operands and operations."""
-        named = dict(zip(self.names, operands, strict=True))
-        return make_layout(self.backend, (x.shape[0],), named).problem(named)
+        return _problem(self.backend, self.names, x, operands)
+
+
+def _problem(backend, names, x, operands) -> Problem:
+    named = dict(zip(names, operands, strict=True))
+    return make_layout(backend, (x.shape[0],), named).problem(named)
 
 
 def _on_host(device) -> bool:
@@ -245,16 +282,9 @@ class _Solution(Function):
 
     @staticmethod
     def backward(ctx, g_x, g_v, *_):
-        layer = ctx.layer
         *operands, x, v = ctx.saved_tensors
-        wanted = _wanted(layer, ctx.needs_input_grad[2:])
-        r_x, r_v = _or_zeros(g_x, x), _or_zeros(g_v, v)
-        if _records():
-            _, _, *gradients = _KKTSolve.apply(layer, wanted, r_x, r_v, x, v, *operands)
-        else:  # which spares a part of the time of a small problem
-            gradients = layer.gradients(r_x, r_v, wanted)
-        by_name = dict(zip(wanted, gradients, strict=True))
-        return None, None, *map(by_name.get, layer.names), *[None] * ctx.others
+        gradients = _solution_backward(ctx.layer, ctx.needs_input_grad[2:], g_x, g_v, x, v, operands)
+        return None, None, *gradients, *[None] * ctx.others
 
     @staticmethod
     def jvp(ctx, _, __, *tangents):
@@ -262,17 +292,12 @@ class _Solution(Function):
         *operands, x, v = ctx.saved_tensors
         with layer.backend.in_full_precision():
             r_x, r_v = right_hand_side(layer.problem(x, operands), x, v, _given(layer.names, tangents))
-        return *_KKTSolve.apply(layer, (), r_x, r_v, x, v, *operands), *[None] * len(_CONSTANT)
+        return *layer.kkt_solve((), r_x, r_v, x, v, operands), *[None] * len(_CONSTANT)
 
     @staticmethod
     def vmap(info, in_dims, layer, batch_shape, *tensors):
-        size, batch, count = info.batch_size, math.prod(batch_shape), len(layer.names)
-        pairs = list(zip(tensors, in_dims[2:], strict=True))
-        operands = _joined_operands(pairs[:count], size, batch)
-        cores = [name != "status" for name in _WARM]
-        warm = [_padded(*pair, size, len(batch_shape) + core) for pair, core in zip(pairs[count:], cores, strict=False)]
-        x, v, *constants = _Solution.apply(layer, (size, *batch_shape), *operands, *warm)
-        return (_parted(x, size, batch), _parted(v, size, batch), *constants), (0,) * (2 + len(constants))
+        pairs, count = list(zip(tensors, in_dims[2:], strict=True)), len(layer.names)
+        return _solution_vmap(layer, info.batch_size, batch_shape, pairs[:count], pairs[count:])
 
 
 class _KKTSolve(Function):
@@ -284,7 +309,7 @@ class _KKTSolve(Function):
     @staticmethod
     @_bound_as_given
     def forward(layer, wanted, r_x, r_v, x, v, *operands):
-        return layer.solve_adjoint(r_x, r_v, wanted)
+        return layer.solve_adjoint(wanted, r_x, r_v, x, v, operands)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -294,18 +319,12 @@ class _KKTSolve(Function):
 
     @staticmethod
     def backward(ctx, g_x, g_v, *of_gradients):
-        layer = ctx.layer
         x, v, *operands, u_x, u_v = ctx.saved_tensors
         of_gradients = _given(ctx.wanted, of_gradients)
-        with layer.backend.in_full_precision():
-            problem = layer.problem(x, operands)
-            s_x, s_v, x_moved, v_moved = gradients_vjp(problem, x, v, u_x, u_v, of_gradients)
-        s_x, s_v = (s if g is None else g + s for g, s in ((g_x, s_x), (g_v, s_v)))
-        t_x, t_v, *_ = _KKTSolve.apply(layer, (), s_x, s_v, x, v, *operands)
-        wanted = _wanted(layer, ctx.needs_input_grad[6:])
-        with layer.backend.in_full_precision():
-            x_bar, v_bar, gradients = kkt_vjp(problem, x, v, u_x, u_v, t_x, t_v, wanted)
-        return None, None, t_x, t_v, x_bar + x_moved, v_bar + v_moved, *map(gradients.get, layer.names)
+        of_vectors, of_operands = _kkt_backward(
+            ctx.layer, ctx.needs_input_grad[6:], g_x, g_v, of_gradients, x, v, operands, u_x, u_v
+        )
+        return None, None, *of_vectors, *of_operands
 
     @staticmethod
     def jvp(ctx, _, __, dr_x, dr_v, dx, dv, *tangents):
@@ -316,36 +335,75 @@ class _KKTSolve(Function):
             problem = layer.problem(x, operands)
             r_x, r_v = kkt_jvp(problem, x, v, u_x, u_v, dx, dv, _given(layer.names, tangents))
             moved = solution_vjp(problem, dx, dv, u_x, u_v, [name for name in wanted if name in MATRICES])
-        du_x, du_v, *gradients = _KKTSolve.apply(layer, wanted, dr_x + r_x, dr_v + r_v, x, v, *operands)
+        du_x, du_v, *gradients = layer.kkt_solve(wanted, dr_x + r_x, dr_v + r_v, x, v, operands)
         named = zip(wanted, gradients, strict=True)
         return du_x, du_v, *[d + moved[name] if name in moved else d for name, d in named]
 
     @staticmethod
     def vmap(info, in_dims, layer, wanted, *tensors):
-        size, pairs = info.batch_size, list(zip(tensors, in_dims[2:], strict=True))
-        if in_dims[4] is None:  # several right-hand sides for each problem
-            columns = [t.unbind(dim) if dim is not None else (t,) * size for t, dim in pairs[:2]]
-            solved = [_KKTSolve.apply(layer, wanted, *r, *tensors[2:]) for r in zip(*columns, strict=True)]
-            output = tuple(map(torch.stack, zip(*solved, strict=True)))
-            return output, (0,) * len(output)
-        batch = _batch_of(*pairs[2])
-        vectors = [_joined(*pair, size, batch).expand(size * batch, -1) for pair in pairs[:4]]
-        operands = _joined_operands(pairs[4:], size, batch)
-        # Where all problems share an operand, the engine would sum over the mapped axis, too.
-        own = [name for name, value in zip(layer.names, operands, strict=True) if value.shape[0] == size * batch]
-        of_each = tuple([name for name in own if name in wanted])
-        output = _KKTSolve.apply(layer, of_each, *vectors, *operands)
-        u_x, u_v, *gradients = [_parted(part, size, batch) for part in output]
-        by_name = dict(zip(of_each, gradients, strict=True))
-        for name, (tensor, dim) in zip(layer.names, pairs[4:], strict=True):
-            if name in by_name and _batch_of(tensor, dim) < batch:
-                by_name[name] = by_name[name].sum(1, keepdim=True)
-        if rest := [name for name in wanted if name not in by_name]:
-            by_name |= _vjp_of_each(layer, rest, (u_x, u_v), pairs[2:])
-        return (u_x, u_v, *map(by_name.get, wanted)), (0,) * (2 + len(wanted))
+        return _kkt_vmap(layer, info.batch_size, wanted, list(zip(tensors, in_dims[2:], strict=True)))
 
 
-def _vjp_of_each(layer: _Layer, names, u, pairs):
+# ---- their rules, of the second function and of torch's operations
+
+
+def _solution_backward(layer, needed, g_x, g_v, x, v, operands):
+    """Return the gradients of the operands from the cotangents of x and v."""
+    wanted = _wanted(layer.names, needed)
+    r_x, r_v = _or_zeros(g_x, x), _or_zeros(g_v, v)
+    if _records():
+        _, _, *gradients = layer.kkt_solve(wanted, r_x, r_v, x, v, operands)
+    else:  # which spares a part of the time of a small problem
+        gradients = layer.gradients(wanted, r_x, r_v, x, v, operands)
+    return map(dict(zip(wanted, gradients, strict=True)).get, layer.names)
+
+
+def _kkt_backward(layer, needed, g_x, g_v, of_gradients, x, v, operands, u_x, u_v):
+    """Return the gradients of r, x and v, and those of the operands, from the cotangents of u and of gradients."""
+    with layer.backend.in_full_precision():
+        problem = layer.problem(x, operands)
+        s_x, s_v, x_moved, v_moved = gradients_vjp(problem, x, v, u_x, u_v, of_gradients)
+    s_x, s_v = (s if g is None else g + s for g, s in ((g_x, s_x), (g_v, s_v)))
+    t_x, t_v, *_ = layer.kkt_solve((), s_x, s_v, x, v, operands)
+    with layer.backend.in_full_precision():
+        x_bar, v_bar, gradients = kkt_vjp(problem, x, v, u_x, u_v, t_x, t_v, _wanted(layer.names, needed))
+    return (t_x, t_v, x_bar + x_moved, v_bar + v_moved), map(gradients.get, layer.names)
+
+
+def _solution_vmap(layer, size: int, batch_shape, operands, warm):
+    """Solve all problems as one batch, for tensors with their mapped axes; return what torch's vmap expects."""
+    batch = math.prod(batch_shape)
+    x, v, *constants = layer.solution((size, *batch_shape), *_mapped_inputs(size, batch_shape, operands, warm))
+    return (_parted(x, size, batch), _parted(v, size, batch), *constants), (0,) * (2 + len(constants))
+
+
+def _kkt_vmap(layer, size: int, wanted, pairs):
+    """Solve with all KKT matrices as one batch, likewise."""
+    tensors = [tensor for tensor, _ in pairs]
+    if pairs[2][1] is None:  # several right-hand sides for each problem
+        columns = [t.unbind(dim) if dim is not None else (t,) * size for t, dim in pairs[:2]]
+        x, v, *operands = tensors[2:]
+        solved = [layer.kkt_solve(wanted, *r, x, v, operands) for r in zip(*columns, strict=True)]
+        output = tuple(map(torch.stack, zip(*solved, strict=True)))
+        return output, (0,) * len(output)
+    batch = _batch_of(*pairs[2])
+    vectors = [_joined(value, dim, size, batch).expand(size * batch, -1) for value, dim in pairs[:4]]
+    operands = _joined_operands(pairs[4:], size, batch)
+    # Where all problems share an operand, the engine would sum over the mapped axis, too.
+    own = [name for name, value in zip(layer.names, operands, strict=True) if value.shape[0] == size * batch]
+    of_each = tuple([name for name in own if name in wanted])
+    output = layer.kkt_solve(of_each, *vectors, operands)
+    u_x, u_v, *gradients = [_parted(part, size, batch) for part in output]
+    by_name = dict(zip(of_each, gradients, strict=True))
+    for name, (tensor, dim) in zip(layer.names, pairs[4:], strict=True):
+        if name in by_name and _batch_of(tensor, dim) < batch:
+            by_name[name] = by_name[name].sum(1, keepdim=True)
+    if rest := [name for name in wanted if name not in by_name]:
+        by_name |= _vjp_of_each(layer, rest, (u_x, u_v), pairs[2:])
+    return (u_x, u_v, *map(by_name.get, wanted)), (0,) * (2 + len(wanted))
+
+
+def _vjp_of_each(layer, names, u, pairs):
     """Compute the gradients of operands for each entry of a mapped axis, from x, v, the operands and their axes."""
     tensors, in_dims = zip(*pairs, strict=True)
 
@@ -358,11 +416,15 @@ def _vjp_of_each(layer: _Layer, names, u, pairs):
 
 def _records() -> bool:
     """Return whether torch may record or transform what is computed now, for further derivatives or a mapped axis."""
-    return (
-        torch.is_grad_enabled()
-        or getattr(forward_ad, "_current_level", 0) >= 0
-        or getattr(torch._C, "_are_functorch_transforms_active", lambda: True)()
-    )
+    return torch.is_grad_enabled() or _transforms()
+
+
+def _transforms() -> bool:
+    """Return whether a transform of torch.func or forward mode may be under way."""
+    return getattr(forward_ad, "_current_level", 0) >= 0 or _has_transforms()
+
+
+_has_transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def _save(ctx, *tensors) -> None:
@@ -371,9 +433,9 @@ def _save(ctx, *tensors) -> None:
     ctx.save_for_forward(*tensors)
 
 
-def _wanted(layer: _Layer, needed) -> tuple[str, ...]:
+def _wanted(names, needed) -> tuple[str, ...]:
     """Return the names of the operands whose gradients are needed."""
-    return tuple([name for name, flag in zip(layer.names, needed, strict=False) if flag])
+    return tuple([name for name, flag in zip(names, needed, strict=False) if flag])
 
 
 def _given(names, tangents) -> dict[str, Any]:
@@ -407,6 +469,14 @@ def _joined_operands(pairs, size: int, batch: int):
     return Q, q.expand(size * batch, -1), *others
 
 
+def _mapped_inputs(size: int, batch_shape, operands, warm):
+    """Return the operands and the warm start of the first function, from tensors and their mapped axes."""
+    cores = [name != "status" for name in _WARM]
+    axes = [len(batch_shape) + core for core in cores]
+    warm = [_padded(value, dim, size, count) for (value, dim), count in zip(warm, axes, strict=False)]
+    return _joined_operands(operands, size, math.prod(batch_shape)), warm
+
+
 def _parted(tensor, size: int, batch: int):
     """Split the joined axis into the two again."""
     return tensor.reshape(size, batch, *tensor.shape[1:])
@@ -416,6 +486,234 @@ def _padded(tensor, dim: int | None, size: int, axes: int):
     """Return a tensor of up to `axes` axes with the mapped axis in front of so many."""
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return tensor.reshape(size, *[1] * (axes + 1 - tensor.ndim), *tensor.shape[1:])
+
+
+# ---- the two functions as operators of torch's, for programs that are traced
+#
+# A program has no place for a linearization: the second operator makes the factors again from what the first returns.
+# Names of operands are in one string each, as lists of strings are no arguments that torch traces.
+
+
+_DEFAULTS: dict[str, Any] = {
+    "tol": None, "rtol": None, "max_iterations": solver.MAX_ITERATIONS, "check": True, "verbose": False,
+    "engine": "auto",
+}  # fmt: skip
+_OPTIONS = "float? tol, float? rtol, int max_iterations, bool check, bool verbose, str engine"
+
+
+class _Operators:
+    """Both functions for tensors that may have no numbers yet: calls of the operators, which have the same rules."""
+
+    def __init__(self, backend, settings: _Settings, point=()):
+        self.backend: Any = backend
+        self.settings, self.names = settings, settings.names
+        self.point = point
+        """Slacks of all rows (B, rows), status (B), equilibration (B, n + rows), for the second function."""
+
+    def solution(self, batch_shape, operands, warm):
+        """Call the first function."""
+        return self.operator(batch_shape, operands, warm)[: 2 + len(_CONSTANT)]
+
+    def operator(self, batch_shape, operands, warm):
+        """Call the first operator, whose last results are slacks of all rows and equilibration."""
+        names, rounding, unsolved, options = self.settings
+        return _OPERATORS.solve(
+            list(operands), " ".join(names), batch_shape, list(warm), rounding, unsolved, *_in_order(options)
+        )
+
+    def kkt_solve(self, wanted, r_x, r_v, x, v, operands):
+        """Call the second function."""
+        names, rounding, unsolved, options = self.settings
+        return _OPERATORS.solve_kkt(
+            r_x, r_v, x, v, list(operands), " ".join(names), " ".join(wanted), *self.point, rounding, unsolved,
+            options.get("engine", "auto"),
+        )  # fmt: skip
+
+    def gradients(self, *args):
+        """Return the gradients alone."""
+        return self.kkt_solve(*args)[2:]
+
+    def problem(self, x, operands) -> Problem:
+        """Return the problem in torch's operands and operations."""
+        return _problem(self.backend, self.names, x, operands)
+
+
+def _in_order(options):
+    """Return the values of all options of the operators."""
+    if unknown := options.keys() - _DEFAULTS.keys():
+        raise TypeError(f"solve_qp got {', '.join(sorted(unknown))}, which torch.compile and torch.export do not take")
+    return (_DEFAULTS | options).values()
+
+
+def _settings(names, rounding, unsolved, *values, **options) -> _Settings:
+    options |= zip(_DEFAULTS, values, strict=False)
+    return _Settings(tuple(names.split()), rounding, unsolved, options)
+
+
+def _backend_of(operands):
+    return choose_backend({"q": operands[1]}, "torch")[0]
+
+
+def _returned(tensors) -> list:
+    """Return tensors as an operator has to: contiguous, and each in memory of its own."""
+    known, out = set(), []
+    for tensor in tensors:
+        address = tensor.untyped_storage().data_ptr()
+        out.append(tensor.clone() if address in known else tensor.contiguous())
+        known.add(address)
+    return out
+
+
+# The whole of a call, which torch.compile does not look into; torch makes the operators below of it.
+
+
+def _whole(Q, q, G, h, A, b, lb, ub, warm, unsolved, dtype, *values):
+    operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    options = dict(zip(_DEFAULTS, values, strict=True))
+    return list(_solve(operands, warm or None, unsolved, in_operator=True, dtype=dtype, **options))
+
+
+def _solve_in_graph(operands, warm, unsolved, *, dtype=None, **options):
+    """Return the fields of the solution in a program that torch.compile or torch.export is making."""
+    given = [value for value in operands.values() if isinstance(value, torch.Tensor)]
+    tensors = [
+        value
+        if value is None or isinstance(value, torch.Tensor)
+        else torch.as_tensor(value, dtype=torch.float64, device=given[0].device if given else None)
+        for value in operands.values()
+    ]
+    fields = _OPERATORS.solve_qp(*tensors, warm or [], unsolved, read_dtype(dtype), *_in_order(options))
+    kinds = [value.dtype for value in given if value.is_floating_point()]
+    if dtype is None and kinds and len(given) < len([value for value in tensors if value is not None]):
+        kind = functools.reduce(torch.promote_types, kinds)  # numbers and lists have no say in this
+        fields = [value.to(kind) if i < len(POINT) else value for i, value in enumerate(fields)]
+    return fields
+
+
+# The first function.
+
+
+def _solve_op(operands, names, batch_shape, warm, *settings):
+    layer = _Layer(_backend_of(operands), _settings(names, *settings))
+    tensors = layer.solve(batch_shape, operands, warm)
+    lin = layer.linearization
+    return _returned([*tensors, *_as_tensors([lin.s, lin.factors.scaling(lin.problem)])])
+
+
+def _solve_fake(operands, names, batch_shape, warm, *_):
+    q, batch = operands[1], math.prod(batch_shape)
+    named = dict(zip(names.split(), operands, strict=True))
+    problem = make_layout(_backend_of(operands), batch_shape, named).problem(named)
+    x, v = q.new_empty(batch, problem.n), q.new_empty(batch, problem.rows)
+    counts = [q.new_empty(batch_shape, dtype=torch.int32) for _ in range(2)]
+    exact = [q.new_empty(batch_shape, dtype=torch.float64) for _ in range(4)]
+    scaling = q.new_empty(batch, problem.n + problem.rows)
+    return [x, v, q.new_empty(*batch_shape, problem.m), *counts, *exact, torch.empty_like(v), scaling]
+
+
+def _solve_context(ctx, inputs, output):
+    operands, names, batch_shape, warm, *settings = inputs
+    ctx.settings, ctx.axes, ctx.warm = _settings(names, *settings), len(batch_shape), len(warm)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*operands, *output[:2], output[-2], output[_STATUS], output[-1])
+
+
+def _solve_backward(ctx, cotangents):
+    *operands, x, v, s, status, scaling = ctx.saved_tensors
+    layer = _Operators(_backend_of(operands), ctx.settings, (s, status.reshape(-1), scaling))
+    gradients = _solution_backward(layer, ctx.needs_input_grad[0], cotangents[0], cotangents[1], x, v, operands)
+    of_axes = None if ctx.axes else []  # torch takes an empty list of sizes for one of tensors
+    return list(gradients), None, of_axes, [None] * ctx.warm, *[None] * (2 + len(_DEFAULTS))
+
+
+def _solve_vmap(info, in_dims, operands, names, batch_shape, warm, *settings):
+    layer = _Operators(_backend_of(operands), _settings(names, *settings))
+    size, batch = info.batch_size, math.prod(batch_shape)
+    pairs = [list(zip(*each, strict=True)) for each in ((operands, in_dims[0]), (warm, in_dims[3] or ()))]
+    mapped = _mapped_inputs(size, batch_shape, *pairs)
+    x, v, *constants, s, scaling = layer.operator((size, *batch_shape), *mapped)
+    x, v, s, scaling = (_parted(value, size, batch) for value in (x, v, s, scaling))
+    output = [x, v, *constants, s, scaling]
+    return output, [0] * len(output)
+
+
+# The second function.
+
+
+def _kkt_op(r_x, r_v, x, v, operands, names, wanted, s, status, scaling, rounding, unsolved, engine):
+    layer = _Layer(_backend_of(operands), _settings(names, rounding, unsolved))
+    arrays = dict(zip(layer.names, layer.arrays(operands), strict=True))
+    layout = make_layout(layer.solver_backend, (x.shape[0],), arrays, rounding)
+    problem = symmetrized(layout.problem(arrays))
+    x, v, s, status, scaling = layer.arrays([each.contiguous() for each in (x, v, s, status[:, None], scaling)])
+    factors = choose_engine(engine, problem, False).without_factor(problem, scaling)
+    layer.linearization = Linearization(problem, factors, x, v, s, status)
+    return _returned(layer.solve_adjoint(tuple(wanted.split()), r_x, r_v))
+
+
+def _kkt_fake(r_x, r_v, x, v, operands, names, wanted, *_):
+    named = dict(zip(names.split(), operands, strict=True))
+    shapes = [x.shape, v.shape, *[named[name].shape for name in wanted.split()]]
+    return [x.new_empty(shape) for shape in shapes]
+
+
+def _kkt_context(ctx, inputs, output):
+    _, _, x, v, operands, names, wanted, s, status, scaling, rounding, unsolved, engine = inputs
+    ctx.settings, ctx.wanted = _settings(names, rounding, unsolved, engine=engine), tuple(wanted.split())
+    ctx.save_for_backward(x, v, s, status, scaling, *operands, *output[:2])
+
+
+def _kkt_backward_op(ctx, cotangents):
+    x, v, *point = ctx.saved_tensors[:5]
+    *operands, u_x, u_v = ctx.saved_tensors[5:]
+    layer = _Operators(_backend_of(operands), ctx.settings, tuple(point))
+    g_x, g_v, *of_gradients = cotangents
+    of_vectors, of_operands = _kkt_backward(
+        layer, ctx.needs_input_grad[4], g_x, g_v, _given(ctx.wanted, of_gradients), x, v, operands, u_x, u_v
+    )
+    return *of_vectors, list(of_operands), *[None] * 8
+
+
+def _kkt_vmap_op(info, in_dims, r_x, r_v, x, v, operands, names, wanted, s, status, scaling, *settings):
+    size, point = info.batch_size, (s, status, scaling)
+    if in_dims[2] is not None:
+        batch = _batch_of(x, in_dims[2])
+        s, status, scaling = map(_joined, point, in_dims[7:10], [size] * 3, [batch] * 3)
+    rounding, unsolved, engine = settings
+    settings = _settings(names, rounding, unsolved, engine=engine)
+    layer = _Operators(_backend_of(operands), settings, (s, status, scaling))
+    vectors, dims = [r_x, r_v, x, v, *operands], [*in_dims[:4], *in_dims[4]]
+    output, out_dims = _kkt_vmap(layer, size, tuple(wanted.split()), list(zip(vectors, dims, strict=True)))
+    return list(output), list(out_dims)
+
+
+_STATUS = 2 + _CONSTANT.index("status")
+torch.library.define(
+    "qpdiff::solve_qp",
+    "(Tensor Q, Tensor q, Tensor? G, Tensor? h, Tensor? A, Tensor? b, Tensor? lb, Tensor? ub, Tensor[] warm, "
+    f"str unsolved, str? dtype, {_OPTIONS}) -> Tensor[]",
+)
+for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+    torch.library.impl("qpdiff::solve_qp", _key, _whole)
+torch.library.define(
+    "qpdiff::solve",
+    "(Tensor[] operands, str names, SymInt[] batch_shape, Tensor[] warm, float rounding, str unsolved, "
+    f"{_OPTIONS}) -> Tensor[]",
+)
+torch.library.define(
+    "qpdiff::solve_kkt",
+    "(Tensor r_x, Tensor r_v, Tensor x, Tensor v, Tensor[] operands, str names, str wanted, Tensor s, Tensor status, "
+    "Tensor scaling, float rounding, str unsolved, str engine) -> Tensor[]",
+)
+for _name, _run, _fake, _context, _backward, _vmap in (
+    ("qpdiff::solve", _solve_op, _solve_fake, _solve_context, _solve_backward, _solve_vmap),
+    ("qpdiff::solve_kkt", _kkt_op, _kkt_fake, _kkt_context, _kkt_backward_op, _kkt_vmap_op),
+):
+    torch.library.impl(_name, "CompositeExplicitAutograd", _run)
+    torch.library.register_fake(_name, _fake)
+    torch.library.register_autograd(_name, _backward, setup_context=_context)
+    torch.library.register_vmap(_name, _vmap)
+_OPERATORS: Any = torch.ops.qpdiff
 
 
 # ---- layers

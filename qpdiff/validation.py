@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .backend import Backend, Kind, choose_backend, floating_types, read_dtype
-from .problem import OPERANDS, Layout, Problem, core_sizes
+from .problem import OPERANDS, Layout, Problem, cached, core_sizes
 
 SIZED_BY = {"h": "G", "b": "A", "lb": "Q", "ub": "Q"}
 """Operands that one number may stand for, and the matrix that has as many rows as they have entries."""
@@ -60,7 +60,7 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
     return Problem(layout, arrays)
 
 
-@lru_cache(maxsize=256)
+@cached
 def _plan(backend: Backend, widest, described, dtype: str | None) -> tuple[Layout, dict[str, Callable]]:
     """Check types and shapes, once for the many calls that have the same.
 

@@ -1,6 +1,6 @@
 """The contract of the engines: what they take and what they return.
 
-An engine is a module with two functions, `Engine`. It returns the outcome of every problem, and an object that
+An engine is a module with three functions, `Engine`. It returns the outcome of every problem, and an object that
 solves the KKT system at the solutions, `Factors`, which is all that the derivative asks of it.
 """
 
@@ -107,6 +107,9 @@ class Factors(Protocol):
             n): with the right-hand side as cotangents of the solution. The others are for the caller to compute.
         """
 
+    def scaling(self, problem: Problem) -> Any:
+        """Return the equilibration D and E of every problem, (B, n + constraints)."""
+
 
 class Engine(Protocol):
     """A module that solves batches."""
@@ -122,3 +125,6 @@ class Engine(Protocol):
         With `check`, operands that break a rule of `validation.check_values` are a ValueError. `progress` is called as
         ``progress(done, batch)`` from this thread, or is None.
         """
+
+    def without_factor(self, problem: Problem, scaling) -> Factors:
+        """Return factors that store the scaling alone, (B, n + constraints): each solve factors the KKT matrix anew."""

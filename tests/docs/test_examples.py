@@ -33,6 +33,15 @@ def test_runs(name):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_compiled_network_learns():
+    pytest.importorskip("torch")
+    done = subprocess.run([sys.executable, EXAMPLES / "compile.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, exported = (float(line.split()[-1]) for line in done.stdout.splitlines())
+    assert second < first
+    assert exported < 1e-6
+
+
 def test_a_cluster_loses_a_worker_and_nothing_else():
     for package in ("distributed", "rich"):
         pytest.importorskip(package)

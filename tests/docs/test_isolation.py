@@ -192,7 +192,7 @@ ALLOWED = {
     "engines.choice": {"problem", "engines.base", "engines.array"},
     "solver": {"problem", "validation", "engines.base", "engines.choice", "solution"},
     "differentiation": {"adjoint", "backend", "problem", "solution", "engines.base", "engines.array"},
-    **{name: BELOW_ADAPTERS | ({"engines.choice"} if name == "jax" else set()) for name in ADAPTERS},
+    **{name: BELOW_ADAPTERS | ({"engines.choice"} if name in ("jax", "torch") else set()) for name in ADAPTERS},
     "__init__": {"solution", "solver", "differentiation"},
     "files": {"problem", "validation"},
     "show": {"problem", "validation", "solution", *ENGINES},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple, cast
 
-from ...problem import Layout, Problem, product, take
+from ...problem import Layout, Problem, concat_last, product, take
 from ...solution import Status
 from ..base import Linearization
 from ..parameters import DOUBLE, parameters
@@ -36,6 +36,25 @@ class Factors(NamedTuple):
             u_x, u_v = _solve(lin, r_x, r_v)
         xp, solved = backend.xp, lin.status == int(Status.SOLVED)
         return *(xp.where(solved, u, xp.full_like(u, fill)) for u in (u_x, u_v)), {}
+
+    def scaling(self, problem: Problem):
+        """Return D and E of every problem, as `engines.base.Factors` says."""
+        xp, parts = problem.backend.xp, []
+        for saved in self.saved:
+            index = saved.index
+            count = index.stop - index.start if isinstance(index, slice) else index.shape[0]
+            both = concat_last(xp, [saved.scaling.D, saved.scaling.E])
+            parts.append(xp.broadcast_to(both, (count, both.shape[-1])))
+        if not parts:
+            return problem.backend.full((0, problem.n + problem.rows), 0.0, problem.dtype)
+        joined, order = xp.concat(parts, axis=0), batch_order(problem.backend, self.saved)
+        return joined if order is None else xp.take(joined, order, axis=0)
+
+
+def without_factor(problem: Problem, scaling) -> Factors:
+    """Return factors that store the scaling alone, as `engines.base.Engine` says."""
+    unit = problem.backend.full((1, 1), 1.0, problem.dtype)  # what residuals are measured in does not matter here
+    return saved_together(problem, None, Scaling(scaling[:, : problem.n], scaling[:, problem.n :], unit, unit, unit))
 
 
 def saved_together(problem: Problem, factor, scaling: Scaling) -> Factors:

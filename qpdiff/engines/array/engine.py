@@ -9,11 +9,12 @@ from ...validation import check_values, indefinite
 from ..base import Outcome, Settings, StartingPoint
 from ..reduction import prefers_dense
 from .batch import Ended, SavedFactor, in_batch, join
-from .derivative import Factors, saved_together
+from .derivative import Factors, saved_together, without_factor
 from .loop import forms, iterate
 from .state import make_sub_batch
 from .traced import solve_traced
 
+__all__ = ["refusal", "solve", "without_factor"]
 MMAP_BYTES = 2**16
 """Size of the working set from which on malloc may ask the system for each array."""
 

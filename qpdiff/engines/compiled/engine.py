@@ -95,6 +95,10 @@ class Factors(NamedTuple):
             gradients["Q"] = gradients["Q"] + gradients["Q"].mT
         return u_x, u_v, gradients
 
+    def scaling(self, problem: Problem):
+        """Return D and E of every problem, as `engines.base.Factors` says."""
+        return self.stored.scaling
+
 
 def refusal(problem: Problem, verbose: bool) -> str | None:
     """Say why it cannot take these problems; None: it can."""
