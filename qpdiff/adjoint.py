@@ -14,6 +14,9 @@ q̄ = −u_x, Q̄ = −½(u_x xᵀ + x u_xᵀ), k̄ = u_v, K̄ = −(v u_xᵀ + 
 step but for θ, so that step's factor solves it after a few rounds of refinement. Its regularisation keeps the result
 finite where constraints are dependent or weakly active.
 
+The optimal value p = ½ xᵀQx + qᵀx needs no system: Q̄ = ½ p̄ xxᵀ, q̄ = p̄ x, k̄ = −p̄ v, K̄ = p̄ v xᵀ, the
+derivatives of the Lagrangian at (x, v).
+
 An adapter records two functions: the solution (x, v) of the operands, and the solve u = K⁻¹ r with the KKT matrix at
 it, of r, the solution and the operands. The rule of each is made of the second and of operations of the framework's,
 which closes the loop for higher derivatives. Here `problem` has the framework's operands and operations.
@@ -63,6 +66,16 @@ def solution_vjp(problem: Problem, x, v, u_x, u_v, names=None) -> dict[str, Any]
     return _operand_gradients(
         problem, v, names, q=-u_x, k=u_v, Q=(u_x, x), K=[(v, u_x), (u_v, x)]
     )  # fmt: skip
+
+
+def objective_vjp(problem: Problem, x, v, g, names=None) -> dict[str, Any]:
+    """Compute the gradients (B or 1, core) of the operands from cotangents g (B, 1) of the optimal values.
+
+    By the envelope theorem they are those of the Lagrangian at a solution (x, v). With v = 0 they are those of
+    ½ xᵀQx + qᵀx alone, where x does not move.
+    """
+    k = -g * v
+    return _operand_gradients(problem, v, names, q=g * x, k=k, Q=(-0.5 * g * x, x), K=[(k, x)])
 
 
 def gradients_vjp(problem: Problem, x, v, u_x, u_v, cotangents: dict[str, Any]):

@@ -162,7 +162,16 @@ def persist(sol: Solution, **options) -> Solution:
 
 
 def vjp(
-    sol: Solution, x=None, y=None, z=None, z_lb=None, z_ub=None, *, smoothing=None, unsolved: str | None = None
+    sol: Solution,
+    x=None,
+    y=None,
+    z=None,
+    z_lb=None,
+    z_ub=None,
+    *,
+    objective=None,
+    smoothing=None,
+    unsolved: str | None = None,
 ) -> Gradients:
     """Pull cotangents of a lazy solution back to the operands, lazily; `qpdiff.vjp` for Dask.
 
@@ -170,7 +179,7 @@ def vjp(
     ----------
     sol : Solution
         Of `solve_qp`.
-    x, y, z, z_lb, z_ub : dask array, array or list, optional
+    x, y, z, z_lb, z_ub, objective : dask array, array or list, optional
         Cotangents, as for `qpdiff.vjp`.
     smoothing : float, optional
         As for `qpdiff.vjp`.
@@ -203,13 +212,14 @@ def vjp(
     blocks = _blocks_of(sol)
     options = {"smoothing": smoothing, "unsolved": blocks.fill if unsolved is None else unsolved}
     empty = differentiation.vjp(blocks.empty, **options)
-    given = {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub}
+    given = {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub, "objective": objective}
     given = {
         name: _fitting(f"cotangent of {name}", value, getattr(sol, name).shape, blocks)
         for name, value in given.items()
         if value is not None
     }
-    pulled = blocks.map(_vjp_block, given, dict.fromkeys(given, 1), options, "qpdiff-vjp")
+    core = {name: int(name != "objective") for name in given}
+    pulled = blocks.map(_vjp_block, given, core, options, "qpdiff-vjp")
     return Gradients(**{name: _gradient(blocks, pulled, name, getattr(empty, name)) for name in blocks.shapes})
 
 

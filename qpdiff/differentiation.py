@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .adjoint import right_hand_side, solution_vjp
+from .adjoint import objective_vjp, right_hand_side, solution_vjp
 from .backend import from_host
 from .engines.array.central_path import relax
 from .engines.base import Linearization
 from .problem import MATRICES, OPERANDS, Problem, join_rows, split_rows
-from .solution import Solution
+from .solution import Solution, Status
 
 
 class Gradients(NamedTuple):
@@ -41,7 +41,16 @@ class Tangents(NamedTuple):
 
 
 def vjp(
-    sol: Solution, x=None, y=None, z=None, z_lb=None, z_ub=None, *, smoothing=None, unsolved: str = "nan"
+    sol: Solution,
+    x=None,
+    y=None,
+    z=None,
+    z_lb=None,
+    z_ub=None,
+    *,
+    objective=None,
+    smoothing=None,
+    unsolved: str = "nan",
 ) -> Gradients:
     """Pull cotangents of a solution back to the operands of its problem.
 
@@ -51,6 +60,9 @@ def vjp(
         Of `qpdiff.solve_qp`.
     x, y, z, z_lb, z_ub : array, optional
         Cotangents, each of a shape that broadcasts to that of the output of this name; None means zero.
+    objective : array, optional
+        Cotangent of the optimal value, of a shape that broadcasts to that of the batch. Alone and without `smoothing`
+        it takes products of the solution only, by the envelope theorem [3]_, and no solve with the KKT matrix.
     smoothing : float, optional
         κ > 0: differentiate the solution of the relaxed conditions s ∘ z = κ instead of s ∘ z = 0 [2]_, which also
         moves with data that the solution itself does not depend on, such as an inequality that is nearly active. The
@@ -83,6 +95,8 @@ def vjp(
     .. [1] B. Amos, J. Z. Kolter, "OptNet", ICML 2017, equations 6 to 8.
     .. [2] K. Tracy, Z. Manchester, "On the differentiability of the primal-dual interior-point method",
        arXiv:2406.11749.
+    .. [3] A. V. Fiacco, "Introduction to sensitivity and stability analysis in nonlinear programming",
+       1983, section 3.4.
 
     Examples
     --------
@@ -95,6 +109,11 @@ def vjp(
     >>> np.round(-grads.q, 6).tolist()
     [0.666667, -0.333333, -0.333333]
 
+    The optimal value moves with the right-hand side of a constraint by minus its multiplier:
+
+    >>> qpdiff.vjp(sol, objective=1.0).b.round(6).tolist(), sol.y.round(6).tolist()
+    ([-0.666667], [0.666667])
+
     With x ≥ 0 far from active, a bound has no influence but through smoothing:
 
     >>> sol = qpdiff.solve_qp(np.eye(1), [-1.0], lb=[0.0])
@@ -106,9 +125,20 @@ def vjp(
     with _no_grad(sol), sol.linearization.problem.reproducibly():
         sol = _smoothed(sol, smoothing)
         lin = sol.linearization
-        r_x, r_v = _to_rows(sol, {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub})
         problem = lin.problem
-        _, _, out = solve_adjoint(lin, r_x, r_v, problem.operands, unsolved=unsolved)
+        of_solution = {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub}
+        g, out = None, dict[str, Any]()
+        if objective is not None:
+            g = _flat(problem, sol, "objective", objective, "cotangent")[:, None]
+        moves = g is None or smoothing is not None or any(value is not None for value in of_solution.values())
+        if moves:
+            r_x, r_v = _to_rows(sol, of_solution)
+            if g is not None and smoothing is not None:  # the relaxed point is no minimum, so the value moves with it
+                r_x = r_x + g * (problem.hessian(lin.x) + problem.q)
+            _, _, out = solve_adjoint(lin, r_x, r_v, problem.operands, unsolved=unsolved)
+        if g is not None:
+            of_value = objective_gradients(lin, g, problem.operands, stationary=smoothing is None, unsolved=unsolved)
+            out = {name: out[name] + value for name, value in of_value.items()} if out else of_value
         out = {name: _reduce(problem, name, value) for name, value in out.items()}
         if problem.result != problem.dtype:
             out = {name: problem.returned(value) for name, value in out.items()}
@@ -221,8 +251,7 @@ def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsol
     gradients : dict
         By name, (B or 1, core).
     """
-    if unsolved not in FILL:
-        raise ValueError(f"unsolved is {unsolved!r}; expected 'nan' or 'zero'")
+    _check_fill(unsolved)
     problem = lin.problem
     with problem.reproducibly():
         u_x, u_v, gradients = r_x, r_v, dict[str, Any]()
@@ -233,6 +262,37 @@ def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsol
         if rest:
             gradients |= solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest)
         return u_x, u_v, gradients
+
+
+def objective_gradients(
+    lin: Linearization, g, names: Collection[str], *, stationary: bool = True, unsolved: str = "nan"
+) -> dict[str, Any]:
+    """Compute the gradients of the named operands from cotangents of the optimal values, without the KKT system.
+
+    Parameters
+    ----------
+    g : array (B, 1)
+        Cotangents.
+    stationary : bool
+        False: leave out the constraints, at a point that is no minimum.
+
+    Returns
+    -------
+    dict
+        By name, (B or 1, core).
+    """
+    _check_fill(unsolved)
+    problem, xp = lin.problem, lin.problem.backend.xp
+    solved = lin.status == int(Status.SOLVED)
+    g = xp.where(solved, g, FILL[unsolved])
+    x = xp.where(solved, lin.x, 0.0)
+    v = xp.where(solved, lin.v, 0.0) if stationary else xp.zeros_like(lin.v)
+    return objective_vjp(problem, x, v, g, names)
+
+
+def _check_fill(unsolved: str) -> None:
+    if unsolved not in FILL:
+        raise ValueError(f"unsolved is {unsolved!r}; expected 'nan' or 'zero'")
 
 
 # ---- from rows to operands

@@ -288,3 +288,68 @@ def test_float32_operands_beside_a_nearly_active_bound(xp, distance, slope):
     gradient = xp.to_numpy(qpdiff.vjp(sol, x=xp.asarray(np.ones(1, np.float32))).q)
     assert gradient.dtype == np.float32
     np.testing.assert_allclose(gradient, -slope, atol=1e-3)
+
+
+# ---- the optimal value
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("shared", [(), ("Q", "G", "h", "A"), ("q", "b")], ids=lambda s: "shared-" + "".join(s))
+def test_optimal_value_against_differences(xp, parts, shared):
+    rng = np.random.default_rng(len(parts) + len(shared))
+    operands = random_problem(rng, parts, shared=shared)
+    sol = qpdiff.solve_qp(**{name: xp.asarray(value) for name, value in operands.items()}, **TIGHT)
+    g, tangents, step = rng.normal(size=3), random_tangents(rng, operands), 1e-5
+    gradients = qpdiff.vjp(sol, objective=xp.asarray(g))
+    plus, minus = (
+        qpdiff.solve_qp(**{name: value + sign * step * tangents[name] for name, value in operands.items()}, **TIGHT)
+        for sign in (1, -1)
+    )
+    difference = float(np.sum(g * (plus.objective - minus.objective))) / (2 * step)
+    pulled = 0.0
+    for name, value in operands.items():
+        gradient = xp.to_numpy(getattr(gradients, name))
+        assert gradient.shape == value.shape
+        pulled += float(np.sum(gradient * tangents[name]))
+    assert abs(pulled - difference) <= 1e-6 * (1 + abs(difference))
+
+
+@pytest.mark.parametrize("shared", [(), ("Q", "q", "G")])
+def test_optimal_value_with_the_solution(shared):
+    rng = np.random.default_rng(3)
+    operands = random_problem(rng, "Q q G h A b lb ub", shared=shared)
+    sol = qpdiff.solve_qp(**operands, **TIGHT)
+    g, y, x = rng.normal(size=3), rng.normal(size=sol.y.shape), rng.normal(size=sol.x.shape)
+    both = qpdiff.vjp(sol, x=x, y=y, objective=g)
+    # ½ xᵀQx + qᵀx, differentiated as a function of the solution
+    cost = np.einsum("...ij,...j->...i", operands["Q"], sol.x) + operands["q"]
+    explicit = qpdiff.vjp(sol, x=x + g[:, None] * cost, y=y)._asdict()
+    explicit["q"] = explicit["q"] + (g[:, None] * sol.x).sum(0) if shared else explicit["q"] + g[:, None] * sol.x
+    outer = np.einsum("b,bi,bj->bij", g / 2, sol.x, sol.x)
+    explicit["Q"] = explicit["Q"] + (outer.sum(0) if shared else outer)
+    for name in operands:
+        np.testing.assert_allclose(getattr(both, name), explicit[name], rtol=1e-7, atol=1e-8, err_msg=name)
+
+
+def test_optimal_value_where_the_solution_is_degenerate():
+    # minimise -x₁ - x₂ with x₁ + x₂ ≤ h and 0 ≤ x ≤ 1: a face of solutions, with the optimal value -h
+    sol = qpdiff.solve_qp(np.zeros((2, 2)), -np.ones(2), G=np.ones((1, 2)), h=[1.5], lb=0.0, ub=1.0)
+    gradients = qpdiff.vjp(sol, objective=2.0)
+    np.testing.assert_allclose(gradients.h, [-2.0], atol=1e-6)
+    np.testing.assert_allclose([gradients.lb, gradients.ub], 0.0, atol=1e-6)
+    np.testing.assert_allclose(gradients.q, 2 * sol.x, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_x", [False, True])
+def test_optimal_value_of_unsolved_problems(with_x):
+    sol = qpdiff.solve_qp(np.eye(1), [1.0], G=np.ones((1, 1)), h=[[1.0], [-1.0]], lb=[[0.0], [0.0]])
+    assert sol.status.tolist() == [qpdiff.Status.SOLVED, qpdiff.Status.PRIMAL_INFEASIBLE]
+    cotangents = {"objective": 1.0} | ({"x": np.ones(1)} if with_x else {})
+    assert np.isnan(qpdiff.vjp(sol, **cotangents).lb[:, 0]).tolist() == [False, True]
+    assert np.isnan(qpdiff.vjp(sol, **cotangents).Q).all()
+    zeros = qpdiff.vjp(sol, **cotangents, unsolved="zero")
+    assert zeros.lb[1, 0] == zeros.h[1, 0] == 0.0 != zeros.lb[0, 0]
+    with pytest.raises(ValueError, match="unsolved is 'no'"):
+        qpdiff.vjp(sol, objective=1.0, unsolved="no")
+    with pytest.raises(ValueError, match="cotangent of objective has shape"):
+        qpdiff.vjp(sol, objective=np.ones(3))

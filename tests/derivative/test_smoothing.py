@@ -156,3 +156,25 @@ def test_bad_smoothing(smoothing):
     ):
         with pytest.raises(ValueError, match="smoothing is"):
             call()
+
+
+@pytest.mark.parametrize("parts", ["", "A G lb ub"])
+def test_optimal_value_of_the_relaxed_solution(parts):
+    rng = np.random.default_rng(8)
+    operands, kappa = problem(rng, parts), 0.1
+    g, cotangent = rng.normal(size=3), rng.normal(size=operands["q"].shape)
+    sol = qpdiff.solve_qp(**operands)
+    tangents = {name: rng.normal(size=value.shape) for name, value in operands.items()}
+    tangents["Q"] = tangents["Q"] + tangents["Q"].mT
+    sides = []
+    for sign in (1, -1):
+        total, moved = 0.0, {name: value + sign * 1e-6 * tangents[name] for name, value in operands.items()}
+        for i in range(3):
+            d = {name: value[i] for name, value in moved.items()}
+            x = relaxed(d, kappa)[0]
+            total += g[i] * (0.5 * x @ d["Q"] @ x + d["q"] @ x) + cotangent[i] @ x
+        sides.append(total)
+    difference = (sides[0] - sides[1]) / 2e-6
+    gradients = qpdiff.vjp(sol, x=cotangent, objective=g, smoothing=kappa)
+    pulled = sum(np.sum(getattr(gradients, name) * tangents[name]) for name in operands)
+    assert abs(pulled - difference) <= 1e-5 * (1 + abs(difference))
