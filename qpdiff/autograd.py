@@ -1,7 +1,8 @@
 """HIPS autograd: `solve_qp` whose solution differentiates, to any order.
 
-Two primitives: the solution as a function of the operands, and the solve with its KKT matrix as a function of the
-operands, the solution and the right-hand side (see `qpdiff.differentiation`).
+Three primitives: the solution and the optimal value as functions of the operands, and the solve with the KKT matrix as
+a function of the operands, the solution and the right-hand side (see `qpdiff.adjoint`). First derivatives come from the
+engine's own pass, and higher ones from autograd's operations.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from . import solver
-from .adjoint import kkt_vjp, solution_vjp
+from .adjoint import kkt_vjp, objective_vjp, solution_vjp
 from .backend import Backend
-from .differentiation import solve_kkt
+from .differentiation import FILL, solve_adjoint, solve_kkt
 from .problem import Problem, split_rows
-from .solution import Solution, check_unsolved, raise_if_unsolved
+from .solution import Solution, Status, check_unsolved, raise_if_unsolved
 
 try:
     import autograd.numpy as anp
@@ -42,7 +43,7 @@ def solve_qp(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved
     Returns
     -------
     Solution
-        Whose x, y, z, z_lb and z_ub differentiate. The other fields are constants.
+        Whose x, y, z, z_lb, z_ub and objective differentiate. The other fields are constants.
 
     Raises
     ------
@@ -73,13 +74,14 @@ def solve_qp(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved
         raise_if_unsolved(sol.status)
     layer = _Layer(sol, tuple(given), "zero" if unsolved == "raise" else unsolved)
     flat = {name: _one_batch_axis(problem, name, value) for name, value in given.items()}
-    solution = _solution(layer, *flat.values())
+    solution, objective = _solution(layer, *flat.values()), _optimal_value(layer, *flat.values())
     x, v = solution[:, : problem.n], solution[:, problem.n :]
     parts = dict(zip(("y", "z", "z_lb", "z_ub"), split_rows(layer.problem(*flat.values()), v, v), strict=True))
     parts["x"] = x
     shapes = {name: (*problem.batch_shape, part.shape[-1]) for name, part in parts.items()}
     returned = layer.problem(*flat.values()).returned
-    return replace(sol, **{name: anp.reshape(returned(part), shapes[name]) for name, part in parts.items()})
+    parts = {name: anp.reshape(returned(part), shapes[name]) for name, part in parts.items()}
+    return replace(sol, **parts, objective=objective)
 
 
 def _plain(value):
@@ -101,7 +103,7 @@ def _one_batch_axis(problem: Problem, name: str, value):
     return anp.reshape(value, (size, *core))
 
 
-# ---- the two primitives; operands have one batch axis, of length 1 where shared
+# ---- the primitives; operands have one batch axis, of length 1 where shared
 
 
 _OPERATIONS = SimpleNamespace(
@@ -134,6 +136,12 @@ def _solution(layer, *operands):
 
 
 @primitive
+def _optimal_value(layer, *operands):
+    """Return the optimal values, of the shape of the batch."""
+    return layer.sol.objective
+
+
+@primitive
 def _kkt_solve(layer, r, solution, *operands):
     """K⁻¹ r with the KKT matrix at the solution, (B, n + rows)."""
     n = layer.sol.linearization.problem.n
@@ -145,9 +153,31 @@ def _solution_vjp(argnums, solution, args, kwargs):
     layer, *operands = args
 
     def vjp(g):
-        u = _kkt_solve(layer, g, solution, *operands)
-        gradients = solution_vjp(layer.problem(*operands), *_halves(layer, solution), *_halves(layer, u))
-        return [gradients[layer.names[i - 1]] for i in argnums]
+        names = [layer.names[i - 1] for i in argnums]
+        if any(map(isbox, (g, solution, *operands))):
+            u = _kkt_solve(layer, g, solution, *operands)
+            halves = *_halves(layer, solution), *_halves(layer, u)
+            gradients = solution_vjp(layer.problem(*operands), *halves, names)
+        else:
+            lin = layer.sol.linearization
+            with np.errstate(all="ignore"):
+                *_, gradients = solve_adjoint(lin, *_halves(layer, g), names, unsolved=layer.unsolved)
+        return [gradients[name] for name in names]
+
+    return vjp
+
+
+def _optimal_value_vjp(argnums, objective, args, kwargs):
+    layer, *operands = args
+
+    def vjp(g):
+        problem, names = layer.problem(*operands), [layer.names[i - 1] for i in argnums]
+        solved = layer.sol.linearization.status == int(Status.SOLVED)
+        weights = np.where(solved, 1.0, FILL[layer.unsolved]).astype(problem.dtype)
+        x, v = (anp.where(solved, half, 0.0) for half in _halves(layer, _solution(layer, *operands)))
+        g = anp.reshape(g, weights.shape).astype(problem.dtype) * weights
+        gradients = objective_vjp(problem, x, v, g, names)
+        return [gradients[name] for name in names]
 
     return vjp
 
@@ -173,4 +203,5 @@ def _halves(layer: _Layer, pair):
 
 
 defvjp_argnums(_solution, _solution_vjp)
+defvjp_argnums(_optimal_value, _optimal_value_vjp)
 defvjp_argnums(_kkt_solve, _kkt_solve_vjp)

@@ -42,6 +42,30 @@ def test_first_and_second_derivatives(parts, seed):
     check_grads(loss, modes=["rev"], order=2)(*operands.values())
 
 
+@pytest.mark.parametrize("parts", ["", "A G", "A G lb ub"])
+def test_derivatives_of_the_optimal_value(parts):
+    operands = mostly_active(np.random.default_rng(5), parts.split())
+    names = tuple(operands)
+
+    def loss(*values):
+        given = dict(zip(names, values, strict=True))
+        given["Q"] = (given["Q"] + anp.swapaxes(given["Q"], -1, -2)) / 2
+        return anp.sum(anp.sin(qpdiff.autograd.solve_qp(**given, **TIGHT).objective))
+
+    check_grads(loss, modes=["rev"], order=2)(*operands.values())
+
+
+def test_optimal_value_of_unsolved_problems():
+    h = np.array([1.0, -2.0])[:, None] * np.ones((1, 2))
+
+    def loss(q, unsolved):
+        G = np.array([[1.0], [-1.0]])
+        return anp.sum(qpdiff.autograd.solve_qp([[1.0]], q, G, h, unsolved=unsolved).objective)
+
+    assert np.isnan(grad(loss)(np.full((2, 1), -0.5), "nan")[:, 0]).tolist() == [False, True]
+    np.testing.assert_allclose(grad(loss)(np.full((2, 1), -0.5), "zero")[:, 0], [0.5, 0.0], atol=1e-6)
+
+
 def test_fixed_and_infinite_bounds():
     lb, ub = np.array([0.3, -np.inf, -1.0]), np.array([0.3, 1.0, np.inf])
 
