@@ -21,13 +21,13 @@ import numpy as np
 from . import solver
 from .adjoint import right_hand_side
 from .backend import choose_backend, read_dtype
-from .differentiation import solve_kkt
+from .differentiation import FILL, solve_kkt
 from .engines.array.derivative import saved_together
 from .engines.array.traced import solve_traced
 from .engines.base import Linearization, Outcome, Settings
 from .engines.choice import choose_engine, compiled_engine
-from .problem import OPERANDS, Layout, Problem, make_layout
-from .solution import FIELDS, Solution, check_unsolved, raise_if_unsolved
+from .problem import MATRICES, OPERANDS, Layout, Problem, make_layout
+from .solution import FIELDS, Solution, Status, check_unsolved, raise_if_unsolved
 from .validation import check_values, make_problem, symmetrized
 
 try:
@@ -79,8 +79,8 @@ def solve_qp(
     Returns
     -------
     Solution
-        A pytree, whose x, y, z, z_lb and z_ub differentiate. The other fields are constants. Outside of JAX's
-        transformations `qpdiff.vjp` and `qpdiff.jvp` take it too.
+        A pytree, whose x, y, z, z_lb, z_ub and objective differentiate. The other fields are constants. Outside of
+        JAX's transformations `qpdiff.vjp` and `qpdiff.jvp` take it too.
 
     Raises
     ------
@@ -335,10 +335,30 @@ def _iterate(method: _Compiled | _Traced, unsolved: str, operands, start):
 def _iterate_jvp(method, unsolved, primals, tangents):
     outcome, extra = _iterate(method, unsolved, *primals)
     problem = method.layout.problem(primals[0])
-    right = right_hand_side(problem, outcome.x, outcome.v, tangents[0])
+    of_matrices = {name: tangent for name, tangent in tangents[0].items() if name in MATRICES}
+    of_vectors = {name: tangent for name, tangent in tangents[0].items() if name not in MATRICES}
+    moved = [right_hand_side(problem, outcome.x, outcome.v, part) for part in (of_matrices, of_vectors)]
+    right = [matrices + vectors for matrices, vectors in zip(*moved, strict=True)]
     dx, dv = _solve_kkt(problem, outcome, method.linearization(problem, outcome, extra), unsolved, *right)
     still, others = jax.tree.map(_zero_tangent, (outcome, extra))
-    return (outcome, extra), (still._replace(x=dx, v=dv), others)
+    value = _objective_tangent(problem, outcome, unsolved, *moved).astype(outcome.objective.dtype)
+    return (outcome, extra), (still._replace(x=dx, v=dv, objective=value), others)
+
+
+def _objective_tangent(problem: Problem, outcome: Outcome, unsolved: str, of_matrices, of_vectors):
+    """Compute the tangents (B, 1) of the optimal values from the right-hand sides r of the KKT system.
+
+    They are −rᵀ(x, v) by the envelope theorem, half of that for the matrices, which stand on both sides of r.
+    """
+    solved = outcome.status == int(Status.SOLVED)
+    x, v = (jnp.where(solved, part, 0.0) for part in (outcome.x, jnp.where(problem.exists, outcome.v, 0.0)))
+    weight = jnp.where(solved, 1.0, FILL["zero" if unsolved == "zero" else "nan"]).astype(x.dtype)
+
+    def along(r_x, r_v):
+        r_v = jnp.where(problem.exists, r_v, 0.0)
+        return jnp.sum(r_x * x, axis=-1, keepdims=True) + jnp.sum(r_v * v, axis=-1, keepdims=True)
+
+    return -weight * (along(*of_matrices) / 2 + along(*of_vectors))
 
 
 def _solve_kkt(problem: Problem, outcome: Outcome, lin: Linearization, unsolved: str, r_x, r_v):

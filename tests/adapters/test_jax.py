@@ -72,9 +72,30 @@ def test_every_derivative_to_second_order(parts, solve_qp):
     @jax.jit
     def loss(operands):
         symmetric = (operands["Q"] + operands["Q"].mT) / 2
-        return weigh(solve_qp(**operands | {"Q": symmetric}, **TIGHT))
+        sol = solve_qp(**operands | {"Q": symmetric}, **TIGHT)
+        return weigh(sol) + jnp.sum(jnp.cos(sol.objective))
 
     check_grads(loss, (operands,), order=2, modes=("fwd", "rev"))
+
+
+@pytest.mark.parametrize("shared", [(), ("Q", "G", "b")])
+def test_the_optimal_value_as_vjp_has_it(shared, on_host):
+    operands = some(np.random.default_rng(2), "A G lb ub", shared=shared, fixed=1, infinite=0.3)
+    cotangent = jnp.asarray(np.random.default_rng(3).normal(size=3))
+    gradients = jax.grad(lambda operands: cotangent @ on_host(**operands).objective)(operands)
+    expected = qpdiff.vjp(on_host(**operands), objective=cotangent)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, getattr(expected, name), rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_the_optimal_value_of_unsolved_problems(on_host):
+    def loss(q, unsolved):
+        h = jnp.array([[1.0, 1.0], [-2.0, -2.0]])
+        return jnp.sum(on_host(jnp.eye(1), q, jnp.array([[1.0], [-1.0]]), h, unsolved=unsolved).objective)
+
+    q = jnp.full((2, 1), -0.5)
+    assert np.isnan(jax.grad(loss)(q, "nan")[:, 0]).tolist() == [False, True]
+    np.testing.assert_allclose(jax.grad(loss)(q, "zero")[:, 0], [0.5, 0.0], atol=1e-6)
 
 
 def test_gradients_are_those_of_vjp_with_and_without_a_kept_factor(solve_qp):
