@@ -16,19 +16,21 @@ import numpy as np
 from . import solver
 from .adjoint import kkt_vjp, objective_vjp, solution_vjp
 from .backend import Backend
-from .differentiation import FILL, solve_adjoint, solve_kkt
+from .differentiation import FILL, smoothed, solve_adjoint, solve_kkt
 from .problem import Problem, split_rows
 from .solution import Solution, Status, check_unsolved, raise_if_unsolved
 
 try:
     import autograd.numpy as anp
-    from autograd.extend import defvjp_argnums, primitive
+    from autograd.extend import defvjp, defvjp_argnums, primitive
     from autograd.tracer import getval, isbox
 except ImportError as error:
     raise ImportError("qpdiff.autograd needs HIPS autograd: pip install 'qpdiff[autograd]'") from error
 
 
-def solve_qp(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "raise", **options) -> Solution:
+def solve_qp(
+    Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "raise", smoothing=None, **options
+) -> Solution:
     """Solve a batch of convex quadratic programs; `qpdiff.solve_qp` on NumPy for HIPS autograd.
 
     Parameters
@@ -37,6 +39,9 @@ def solve_qp(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved
         As for `qpdiff.solve_qp`; any of them may be what autograd differentiates by.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients.
+    smoothing : float, optional
+        κ > 0: differentiate the solution of the relaxed conditions s ∘ z = κ, to any order, see `qpdiff.vjp`. The
+        values stay those of the solution.
     **options
         Further options of `qpdiff.solve_qp`, but for `backend`.
 
@@ -48,7 +53,8 @@ def solve_qp(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved
     Raises
     ------
     RuntimeError
-        With ``unsolved="raise"``, when a problem is not SOLVED; the error counts them and names the first.
+        With ``unsolved="raise"``, when a problem is not SOLVED, or its relaxed point was not found; the error counts
+        them and names the first.
 
     Examples
     --------
@@ -72,9 +78,19 @@ def solve_qp(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved
     problem = sol.linearization.problem
     if unsolved == "raise":
         raise_if_unsolved(sol.status)
-    layer = _Layer(sol, tuple(given), "zero" if unsolved == "raise" else unsolved)
+    moving = smoothed(sol, smoothing)
+    if unsolved == "raise" and smoothing is not None:
+        raise_if_unsolved(moving.linearization.status[:, 0])
+    layer = _Layer(moving, tuple(given), "zero" if unsolved == "raise" else unsolved)
     flat = {name: _one_batch_axis(problem, name, value) for name, value in given.items()}
-    solution, objective = _solution(layer, *flat.values()), _optimal_value(layer, *flat.values())
+    solution = _solution(layer, *flat.values())
+    if smoothing is None:
+        objective = _optimal_value(layer, *flat.values())
+    else:  # the relaxed point is no minimum, so the value moves with it
+        x, in_boxes = solution[:, : problem.n], layer.problem(*flat.values())
+        value = anp.sum(x * (in_boxes.hessian(x) / 2 + in_boxes.q), axis=-1)
+        objective = _with_value(sol.objective, anp.reshape(value, problem.batch_shape))
+        solution = _with_value(np.concatenate([sol.linearization.x, sol.linearization.v], axis=-1), solution)
     x, v = solution[:, : problem.n], solution[:, problem.n :]
     parts = dict(zip(("y", "z", "z_lb", "z_ub"), split_rows(layer.problem(*flat.values()), v, v), strict=True))
     parts["x"] = x
@@ -142,6 +158,12 @@ def _optimal_value(layer, *operands):
 
 
 @primitive
+def _with_value(value, moving):
+    """Return a value that differentiates as another one does."""
+    return value
+
+
+@primitive
 def _kkt_solve(layer, r, solution, *operands):
     """K⁻¹ r with the KKT matrix at the solution, (B, n + rows)."""
     n = layer.sol.linearization.problem.n
@@ -204,4 +226,5 @@ def _halves(layer: _Layer, pair):
 
 defvjp_argnums(_solution, _solution_vjp)
 defvjp_argnums(_optimal_value, _optimal_value_vjp)
+defvjp(_with_value, lambda result, value, moving: lambda g: g.astype(moving.dtype), argnums=(1,))
 defvjp_argnums(_kkt_solve, _kkt_solve_vjp)

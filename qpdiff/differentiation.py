@@ -123,7 +123,7 @@ def vjp(
     [0.077]
     """
     with _no_grad(sol), sol.linearization.problem.reproducibly():
-        sol = _smoothed(sol, smoothing)
+        sol = smoothed(sol, smoothing)
         lin = sol.linearization
         problem = lin.problem
         of_solution = {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub}
@@ -192,7 +192,7 @@ def jvp(
     [0.5, 0.5]
     """
     with _no_grad(sol), sol.linearization.problem.reproducibly():
-        sol = _smoothed(sol, smoothing)
+        sol = smoothed(sol, smoothing)
         lin = sol.linearization
         problem, xp = lin.problem, lin.problem.backend.xp
         given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
@@ -216,7 +216,8 @@ def _no_grad(sol: Solution):
     return sol.linearization.problem.backend.no_grad()
 
 
-def _smoothed(sol: Solution, smoothing) -> Solution:
+def smoothed(sol: Solution, smoothing) -> Solution:
+    """Return a solution that differentiates at its relaxed point, or the same one where `smoothing` is None."""
     if smoothing is None:
         return sol
     if not isinstance(smoothing, (int, float, np.number)) or not 0 < smoothing < float("inf"):

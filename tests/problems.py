@@ -471,3 +471,53 @@ def mostly_active(rng, parts, n=4, batch=2):
     if "ub" in parts:
         operands["ub"] = rng.uniform(0.5, 1.0, size=n)
     return operands
+
+
+def strictly_feasible(rng, parts, *, cost="pd", batch=3, n=5, m=4, p=2):
+    """A batch around the strictly feasible point 0, bounded, its matrices distinct."""
+    L = rng.normal(size=(batch, n, {"pd": n, "psd": 2, "lp": 0}[cost]))
+    operands = {"Q": L @ L.mT + (0.1 * np.eye(n) if cost == "pd" else 0.0), "q": rng.normal(size=(batch, n))}
+    if "A" in parts:
+        operands |= {"A": rng.normal(size=(batch, p, n)), "b": np.zeros((batch, p))}
+    if "G" in parts:
+        operands |= {"G": rng.normal(size=(batch, m, n)), "h": rng.uniform(0.1, 1.0, size=(batch, m))}
+    if "lb" in parts:
+        operands["lb"] = -rng.uniform(0.1, 1.0, size=(batch, n))
+    if "ub" in parts:
+        operands["ub"] = rng.uniform(0.1, 1.0, size=(batch, n))
+    return operands
+
+
+def relaxed(d, kappa):
+    """x, y, z, z_lb, z_ub of one problem with s ∘ z = κ: Newton with backtracking on ½ xᵀQx + qᵀx − κ Σ log s."""
+    n = len(d["q"])
+    A, b = d.get("A", np.zeros((0, n))), d.get("b", np.zeros(0))
+    rows = [(d[name], d[right]) for name, right in (("G", "h"),) if name in d]
+    rows += [(-np.eye(n), -d["lb"])] if "lb" in d else []
+    rows += [(np.eye(n), d["ub"])] if "ub" in d else []
+    K = np.concat([row for row, _ in rows] or [np.zeros((0, n))])
+    k = np.concat([right for _, right in rows] or [np.zeros(0)])
+    x = np.linalg.lstsq(A, b)[0] if len(b) else np.zeros(n)
+    assert np.all(k - K @ x > 0)
+
+    def value(x):
+        s = k - K @ x
+        return 0.5 * x @ d["Q"] @ x + d["q"] @ x - kappa * np.sum(np.log(s)) if np.all(s > 0) else np.inf
+
+    for _ in range(200):
+        s = k - K @ x
+        H = d["Q"] + K.T @ (kappa / s**2 * K.T).T
+        gradient = d["Q"] @ x + d["q"] + K.T @ (kappa / s)
+        M = np.block([[H, A.T], [A, np.zeros((len(b), len(b)))]])
+        step, y = np.split(np.linalg.solve(M, np.concat([-gradient, b - A @ x])), [n])
+        t = 1.0
+        near = np.all(np.abs(K @ step) < 1e-3 * s)  # quadratic convergence, and differences of values are rounding
+        while not near and value(x + t * step) > value(x) + 1e-4 * t * gradient @ step and t > 1e-10:
+            t /= 2
+        x = x + t * step
+        if np.max(np.abs(step)) < 1e-13:
+            break
+    z = kappa / (k - K @ x)
+    m = len(d.get("h", ()))
+    z_lb = z[m : m + n] if "lb" in d else np.zeros(n)
+    return x, y, z[:m], z_lb, z[-n:] if "ub" in d else np.zeros(n)

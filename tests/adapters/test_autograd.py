@@ -7,7 +7,7 @@ pytest.importorskip("autograd")
 import autograd.numpy as anp
 from autograd import grad, jacobian
 from autograd.test_util import check_grads
-from problems import mostly_active
+from problems import mostly_active, relaxed, strictly_feasible
 
 import qpdiff
 import qpdiff.autograd
@@ -140,3 +140,35 @@ def test_unsolved():
     np.testing.assert_array_equal(grad(loss)(q, "zero")[1:], 0.0)
     with pytest.raises(ValueError, match="unsolved"):
         loss(q, "ignore")
+
+
+@pytest.mark.parametrize("parts", ["G", "A G lb ub"])
+@pytest.mark.parametrize("kappa", [0.01, 1.0])
+def test_smoothing_against_differences_of_the_relaxed_solution(parts, kappa):
+    rng = np.random.default_rng(6)
+    operands = strictly_feasible(rng, parts)
+    directions = {name: rng.normal(size=value.shape) for name, value in operands.items()}
+    directions["Q"] = directions["Q"] + directions["Q"].mT
+    weights = rng.normal(size=operands["q"].shape)
+
+    def along(t):
+        return {name: value + t * directions[name] for name, value in operands.items()}
+
+    def loss(t):
+        sol = qpdiff.autograd.solve_qp(**along(t), smoothing=kappa, **TIGHT)
+        return anp.sum(weights * sol.x) + anp.sum(sol.objective)
+
+    def relaxed_loss(t):
+        d, total = along(t), 0.0
+        for i, weight in enumerate(weights):
+            one = {name: value[i] for name, value in d.items()}
+            x = relaxed(one, kappa)[0]
+            total += weight @ x + 0.5 * x @ one["Q"] @ x + one["q"] @ x
+        return total
+
+    exact = qpdiff.solve_qp(**operands, **TIGHT)
+    np.testing.assert_allclose(loss(0.0), np.sum(weights * exact.x) + np.sum(exact.objective), rtol=1e-12)
+    step = 1e-4
+    below, at, above = (relaxed_loss(t) for t in (-step, 0.0, step))
+    np.testing.assert_allclose(grad(loss)(0.0), (above - below) / (2 * step), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(grad(grad(loss))(0.0), (above - 2 * at + below) / step**2, rtol=1e-3, atol=1e-3)

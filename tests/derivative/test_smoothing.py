@@ -2,62 +2,13 @@
 
 import numpy as np
 import pytest
+from problems import relaxed, strictly_feasible
 
 import qpdiff
 
 pytestmark = pytest.mark.usefixtures("each_engine")
 
 KINDS = ["", "A", "G", "lb", "ub", "A G", "A lb", "lb ub", "A G lb ub"]
-
-
-def problem(rng, parts, *, cost="pd", batch=3, n=5, m=4, p=2):
-    """A batch around the strictly feasible point 0, bounded, its matrices distinct."""
-    L = rng.normal(size=(batch, n, {"pd": n, "psd": 2, "lp": 0}[cost]))
-    operands = {"Q": L @ L.mT + (0.1 * np.eye(n) if cost == "pd" else 0.0), "q": rng.normal(size=(batch, n))}
-    if "A" in parts:
-        operands |= {"A": rng.normal(size=(batch, p, n)), "b": np.zeros((batch, p))}
-    if "G" in parts:
-        operands |= {"G": rng.normal(size=(batch, m, n)), "h": rng.uniform(0.1, 1.0, size=(batch, m))}
-    if "lb" in parts:
-        operands["lb"] = -rng.uniform(0.1, 1.0, size=(batch, n))
-    if "ub" in parts:
-        operands["ub"] = rng.uniform(0.1, 1.0, size=(batch, n))
-    return operands
-
-
-def relaxed(d, kappa):
-    """x, y, z, z_lb, z_ub of one problem with s ∘ z = κ: Newton with backtracking on ½ xᵀQx + qᵀx − κ Σ log s."""
-    n = len(d["q"])
-    A, b = d.get("A", np.zeros((0, n))), d.get("b", np.zeros(0))
-    rows = [(d[name], d[right]) for name, right in (("G", "h"),) if name in d]
-    rows += [(-np.eye(n), -d["lb"])] if "lb" in d else []
-    rows += [(np.eye(n), d["ub"])] if "ub" in d else []
-    K = np.concat([row for row, _ in rows] or [np.zeros((0, n))])
-    k = np.concat([right for _, right in rows] or [np.zeros(0)])
-    x = np.linalg.lstsq(A, b)[0] if len(b) else np.zeros(n)
-    assert np.all(k - K @ x > 0)
-
-    def value(x):
-        s = k - K @ x
-        return 0.5 * x @ d["Q"] @ x + d["q"] @ x - kappa * np.sum(np.log(s)) if np.all(s > 0) else np.inf
-
-    for _ in range(200):
-        s = k - K @ x
-        H = d["Q"] + K.T @ (kappa / s**2 * K.T).T
-        gradient = d["Q"] @ x + d["q"] + K.T @ (kappa / s)
-        M = np.block([[H, A.T], [A, np.zeros((len(b), len(b)))]])
-        step, y = np.split(np.linalg.solve(M, np.concat([-gradient, b - A @ x])), [n])
-        t = 1.0
-        near = np.all(np.abs(K @ step) < 1e-3 * s)  # quadratic convergence, and differences of values are rounding
-        while not near and value(x + t * step) > value(x) + 1e-4 * t * gradient @ step and t > 1e-10:
-            t /= 2
-        x = x + t * step
-        if np.max(np.abs(step)) < 1e-13:
-            break
-    z = kappa / (k - K @ x)
-    m = len(d.get("h", ()))
-    z_lb = z[m : m + n] if "lb" in d else np.zeros(n)
-    return x, y, z[:m], z_lb, z[-n:] if "ub" in d else np.zeros(n)
 
 
 def difference(operands, tangents, kappa, step=1e-6):
@@ -77,7 +28,7 @@ def test_against_differences_of_the_relaxed_solution(parts, cost, kappa):
     if cost != "pd" and parts not in ("lb ub", "A G lb ub"):
         pytest.skip("unbounded")
     rng = np.random.default_rng(len(parts) + len(cost))
-    operands = problem(rng, parts, cost=cost)
+    operands = strictly_feasible(rng, parts, cost=cost)
     tangents = {name: rng.normal(size=value.shape) for name, value in operands.items()}
     tangents["Q"] = tangents["Q"] + tangents["Q"].mT
     expected = difference(operands, tangents, kappa)
@@ -95,7 +46,7 @@ def test_against_differences_of_the_relaxed_solution(parts, cost, kappa):
 
 def test_it_tends_to_the_derivative():
     rng = np.random.default_rng(0)
-    operands = problem(rng, "A G lb ub")
+    operands = strictly_feasible(rng, "A G lb ub")
     sol = qpdiff.solve_qp(**operands, tol=1e-10)
     exact = qpdiff.vjp(sol, x=np.ones_like(sol.x))
     errors = [
@@ -107,7 +58,7 @@ def test_it_tends_to_the_derivative():
 
 
 def test_a_linear_program_gets_an_informative_gradient(xp):
-    operands = problem(np.random.default_rng(1), "lb ub", cost="lp")
+    operands = strictly_feasible(np.random.default_rng(1), "lb ub", cost="lp")
     sol = qpdiff.solve_qp(**{name: xp.asarray(value) for name, value in operands.items()})
     one = xp.asarray(np.ones(operands["q"].shape))
     assert np.max(np.abs(xp.to_numpy(qpdiff.vjp(sol, x=one).q))) <= 1e-6
@@ -117,7 +68,7 @@ def test_a_linear_program_gets_an_informative_gradient(xp):
 
 def test_shared_matrices_and_batch_mates():
     rng = np.random.default_rng(2)
-    operands = problem(rng, "A G lb ub", batch=1)
+    operands = strictly_feasible(rng, "A G lb ub", batch=1)
     operands["q"] = rng.normal(size=(6, 5))
     tangent = rng.normal(size=(6, 5))
     together = qpdiff.jvp(qpdiff.solve_qp(**operands), q=tangent, smoothing=0.05).x
@@ -128,7 +79,7 @@ def test_shared_matrices_and_batch_mates():
 
 
 def test_an_unsolved_mate_stays_unsolved():
-    operands = problem(np.random.default_rng(3), "lb ub")
+    operands = strictly_feasible(np.random.default_rng(3), "lb ub")
     operands |= {"A": np.ones((3, 1, 5)), "b": np.zeros((3, 1))}
     operands["b"][1] = 100.0  # beyond the bounds
     sol = qpdiff.solve_qp(**operands)
@@ -138,7 +89,7 @@ def test_an_unsolved_mate_stays_unsolved():
 
 
 def test_float32():
-    operands = problem(np.random.default_rng(4), "A G lb ub")
+    operands = strictly_feasible(np.random.default_rng(4), "A G lb ub")
     exact = qpdiff.vjp(qpdiff.solve_qp(**operands), x=np.ones((3, 5)), smoothing=0.1)
     single = {name: value.astype(np.float32) for name, value in operands.items()}
     for dtype, atol in ((None, 1e-5), ("float32", 1e-2)):
@@ -161,7 +112,7 @@ def test_bad_smoothing(smoothing):
 @pytest.mark.parametrize("parts", ["", "A G lb ub"])
 def test_optimal_value_of_the_relaxed_solution(parts):
     rng = np.random.default_rng(8)
-    operands, kappa = problem(rng, parts), 0.1
+    operands, kappa = strictly_feasible(rng, parts), 0.1
     g, cotangent = rng.normal(size=3), rng.normal(size=operands["q"].shape)
     sol = qpdiff.solve_qp(**operands)
     tangents = {name: rng.normal(size=value.shape) for name, value in operands.items()}
