@@ -218,11 +218,18 @@ def _no_grad(sol: Solution):
 
 def smoothed(sol: Solution, smoothing) -> Solution:
     """Return a solution that differentiates at its relaxed point, or the same one where `smoothing` is None."""
+    check_smoothing(smoothing)
     if smoothing is None:
         return sol
+    return replace(sol, linearization=relax(sol.linearization, float(smoothing)))
+
+
+def check_smoothing(smoothing) -> None:
+    """Raise a ValueError where `smoothing` is neither a positive number nor None."""
+    if smoothing is None:
+        return
     if not isinstance(smoothing, (int, float, np.number)) or not 0 < smoothing < float("inf"):
         raise ValueError(f"smoothing is {smoothing!r}; expected a number > 0, or None for the derivative itself")
-    return replace(sol, linearization=relax(sol.linearization, float(smoothing)))
 
 
 # ---- the linear system

@@ -21,8 +21,9 @@ import numpy as np
 from . import solver
 from .adjoint import right_hand_side
 from .backend import choose_backend, read_dtype
-from .differentiation import FILL, solve_kkt
-from .engines.array.derivative import saved_together
+from .differentiation import FILL, check_smoothing, solve_kkt
+from .engines.array.central_path import relax
+from .engines.array.derivative import pack, saved_together
 from .engines.array.traced import solve_traced
 from .engines.base import Linearization, Outcome, Settings
 from .engines.choice import choose_engine, compiled_engine
@@ -51,6 +52,7 @@ def solve_qp(
     ub=None,
     *,
     unsolved: str = "raise",
+    smoothing: float | None = None,
     dtype=None,
     tol=None,
     rtol=None,
@@ -68,6 +70,9 @@ def solve_qp(
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients. Inside `jit` or `vmap`
         no status is known yet and nothing can raise: "raise" acts as "nan" there.
+    smoothing : float, optional
+        κ > 0: differentiate the solution of the relaxed conditions s ∘ z = κ, to any order, see `qpdiff.vjp`. The
+        values stay those of the solution.
     dtype, tol, rtol, max_iterations, warm_start, check
         As for `qpdiff.solve_qp`; `check` checks numbers where there are any, outside `jit` and `vmap`. Without
         ``jax.config.update("jax_enable_x64", True)`` the results are float32, residuals too; the array engine computes
@@ -101,6 +106,7 @@ def solve_qp(
     [[1.0, 0.0], [0.0, 0.0]]
     """
     check_unsolved(unsolved)
+    check_smoothing(smoothing)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem({name: _joined(value) for name, value in operands.items()}, backend="jax", dtype=dtype)
     problem = symmetrized(problem)
@@ -115,14 +121,14 @@ def solve_qp(
     method: _Compiled | _Traced = _Traced(problem.layout, settings)
     if compiled:
         method = _Compiled(problem.layout, on_host.layout, settings, check)
-    sol, outcome, extra = _solve(method, unsolved, problem.operands, start)
+    sol, outcome, extra, relaxed = _solve(method, unsolved, smoothing, problem.operands, start)
     if not problem.backend.is_tracer(outcome.status):
         status = np.asarray(outcome.status)
         if isinstance(method, _Compiled) and np.any(status == REFUSED):
             numbers = {name: np.asarray(value) for name, value in numbers.items()}
             check_values(symmetrized(method.problem(numbers, ())))
         if unsolved == "raise":
-            raise_if_unsolved(status.reshape(problem.batch_shape))
+            raise_if_unsolved(np.asarray(relaxed).reshape(problem.batch_shape))
     return replace(sol, linearization=method.linearization(problem, outcome, extra))
 
 
@@ -167,6 +173,11 @@ class _Traced(NamedTuple):
         outcome, *extra = solve_traced(self.layout.problem(operands), self.settings, start)
         return outcome, tuple(extra)
 
+    def relax(self, problem: Problem, outcome: Outcome, extra, kappa: float):
+        """Return the outcome at the relaxed points, and their factor and scaling."""
+        (_, factor, scaling, x, v, s, status), _ = pack(relax(self.linearization(problem, outcome, extra), kappa))
+        return outcome._replace(x=x, v=v, s=s, status=status), (factor, scaling)
+
     def linearization(self, problem: Problem, outcome: Outcome, extra) -> Linearization:
         return Linearization(problem, saved_together(problem, *extra), outcome.x, outcome.v, outcome.s, outcome.status)
 
@@ -200,6 +211,15 @@ class _Compiled(NamedTuple):
         shapes = [jax.ShapeDtypeStruct((batch, width), dtype) for width, dtype in columns]
         *outcome, scaling = buffer_callback(_Solve(self), shapes, vmap_method="expand_dims")(operands, start)
         return Outcome(*outcome), scaling
+
+    def relax(self, problem: Problem, outcome: Outcome, scaling, kappa: float):
+        """Return the outcome at the relaxed points, and the scaling."""
+        point = outcome.x, outcome.v, outcome.s, outcome.status
+        shapes = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in point]
+        callback: Any = _Relax(self, kappa)
+        call = buffer_callback(callback, shapes, vmap_method="expand_dims")
+        x, v, s, status = call(problem.operands, point)
+        return outcome._replace(x=x, v=v, s=s, status=status), scaling
 
     def linearization(self, problem: Problem, outcome: Outcome, scaling) -> Linearization:
         return Linearization(problem, _Factors(self, scaling), outcome.x, outcome.v, outcome.s, outcome.status)
@@ -245,6 +265,23 @@ class _Solve(NamedTuple):
             return
         for to, value in zip(out, (*outcome, factors.stored.scaling), strict=True):
             to[...] = value.reshape(to.shape)
+
+
+class _Relax(NamedTuple):
+    """The callback that finds relaxed points."""
+
+    method: _Compiled
+    kappa: float
+
+    def __call__(self, context, out, operands, point) -> None:
+        operands, point, out = jax.tree.map(np.asarray, (operands, point, out))
+        axes = _mapped_axes(operands, point)
+        problem = symmetrized(self.method.problem(operands, axes))
+        *numbers, status = (_of_each(part, problem.batch, axes) for part in point)
+        x, v, s = (part.astype(problem.dtype, copy=False) for part in numbers)
+        relaxed = relax(Linearization(problem, _Factors(self.method, None), x, v, s, status), self.kappa)
+        for to, name in zip(out, ("x", "v", "s", "status"), strict=True):
+            to[...] = getattr(relaxed, name).reshape(to.shape)
 
 
 class _Factors(NamedTuple):
@@ -320,10 +357,18 @@ def _broadcast(value, shape):
 # ---- the derivative
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _solve(method: _Compiled | _Traced, unsolved: str, operands, start):
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _solve(method: _Compiled | _Traced, unsolved: str, kappa: float | None, operands, start):
     outcome, extra = _iterate(method, unsolved, operands, start)
-    return solver.make_solution(method.layout.problem(operands), outcome, None), outcome, extra
+    problem, moving, shown = method.layout.problem(operands), outcome, outcome
+    if kappa is not None:
+        moving, _ = _relaxed(method, unsolved, kappa, operands, *jax.lax.stop_gradient((outcome, extra)))
+        x = moving.x
+        value = jnp.sum(x * (problem.hessian(x) / 2 + problem.q), axis=-1, keepdims=True)
+        value = value.astype(outcome.objective.dtype)
+        moves = {"x": x, "v": moving.v, "objective": value}
+        shown = outcome._replace(**{name: _with_value(getattr(outcome, name), part) for name, part in moves.items()})
+    return solver.make_solution(problem, shown, None), outcome, extra, moving.status
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -333,16 +378,43 @@ def _iterate(method: _Compiled | _Traced, unsolved: str, operands, start):
 
 @_iterate.defjvp
 def _iterate_jvp(method, unsolved, primals, tangents):
-    outcome, extra = _iterate(method, unsolved, *primals)
-    problem = method.layout.problem(primals[0])
-    of_matrices = {name: tangent for name, tangent in tangents[0].items() if name in MATRICES}
-    of_vectors = {name: tangent for name, tangent in tangents[0].items() if name not in MATRICES}
+    result = _iterate(method, unsolved, *primals)
+    return result, _tangent(method, unsolved, primals[0], tangents[0], *result)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _relaxed(method: _Compiled | _Traced, unsolved: str, kappa: float, operands, outcome: Outcome, extra):
+    return method.relax(method.layout.problem(operands), outcome, extra, kappa)
+
+
+@_relaxed.defjvp
+def _relaxed_jvp(method, unsolved, kappa, primals, tangents):
+    result = _relaxed(method, unsolved, kappa, *primals)
+    return result, _tangent(method, unsolved, primals[0], tangents[0], *result)
+
+
+@jax.custom_jvp
+def _with_value(value, moving):
+    """Return a value that differentiates as another one does."""
+    return value
+
+
+@_with_value.defjvp
+def _with_value_jvp(primals, tangents):
+    return _with_value(*primals), tangents[1]
+
+
+def _tangent(method: _Compiled | _Traced, unsolved: str, operands, tangents, outcome: Outcome, extra):
+    """Return the tangents of the outcome at a point and of what comes with it."""
+    problem = method.layout.problem(operands)
+    of_matrices = {name: tangent for name, tangent in tangents.items() if name in MATRICES}
+    of_vectors = {name: tangent for name, tangent in tangents.items() if name not in MATRICES}
     moved = [right_hand_side(problem, outcome.x, outcome.v, part) for part in (of_matrices, of_vectors)]
     right = [matrices + vectors for matrices, vectors in zip(*moved, strict=True)]
     dx, dv = _solve_kkt(problem, outcome, method.linearization(problem, outcome, extra), unsolved, *right)
     still, others = jax.tree.map(_zero_tangent, (outcome, extra))
     value = _objective_tangent(problem, outcome, unsolved, *moved).astype(outcome.objective.dtype)
-    return (outcome, extra), (still._replace(x=dx, v=dv, objective=value), others)
+    return still._replace(x=dx, v=dv, objective=value), others
 
 
 def _objective_tangent(problem: Problem, outcome: Outcome, unsolved: str, of_matrices, of_vectors):

@@ -9,7 +9,7 @@ import pytest
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp
 from jax.test_util import check_grads
-from problems import random_problem, rounded_product
+from problems import random_problem, relaxed, rounded_product, strictly_feasible
 
 import qpdiff
 import qpdiff.jax
@@ -469,3 +469,63 @@ def test_without_the_compiled_engine(monkeypatch):
     assert "while" in str(jax.make_jaxpr(lambda q: qpdiff.jax.solve_qp(jnp.eye(2), q).x)(q))
     with pytest.raises(ImportError, match="this is a test"):
         qpdiff.jax.solve_qp(jnp.eye(2), q, engine="compiled")
+
+
+def test_smoothing_against_differences_of_the_relaxed_solution(on_host):
+    rng, kappa = np.random.default_rng(6), 0.1
+    operands = strictly_feasible(rng, "A G lb ub", batch=2, n=4, m=2, p=1)
+    directions = {name: rng.normal(size=value.shape) for name, value in operands.items()}
+    directions["Q"] = directions["Q"] + directions["Q"].mT
+    weights = rng.normal(size=operands["q"].shape)
+
+    def along(t):
+        return {name: value + t * directions[name] for name, value in operands.items()}
+
+    @jax.jit
+    def loss(t):
+        sol = on_host(**along(t), smoothing=kappa, **TIGHT)
+        return jnp.sum(weights * sol.x) + jnp.sum(sol.objective)
+
+    def relaxed_loss(t):
+        d, total = along(t), 0.0
+        for i, weight in enumerate(weights):
+            one = {name: value[i] for name, value in d.items()}
+            x = relaxed(one, kappa)[0]
+            total += weight @ x + 0.5 * x @ one["Q"] @ x + one["q"] @ x
+        return total
+
+    exact = qpdiff.solve_qp(**operands, **TIGHT)
+    np.testing.assert_allclose(loss(0.0), np.sum(weights * exact.x) + np.sum(exact.objective), rtol=1e-9)
+    step = 1e-4
+    below, at, above = (relaxed_loss(t) for t in (-step, 0.0, step))
+    first, second = (above - below) / (2 * step), (above - 2 * at + below) / step**2
+    for derivative in (jax.grad, jax.jacfwd):
+        np.testing.assert_allclose(derivative(loss)(0.0), first, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.hessian(loss)(0.0), second, rtol=1e-3, atol=1e-3)
+
+
+def test_smoothing_under_vmap_and_in_a_concrete_solution(on_host):
+    operands = strictly_feasible(np.random.default_rng(7), "A G lb ub")
+
+    def loss(lb, q):
+        sol = on_host(**one | {"lb": lb, "q": q}, smoothing=0.1)
+        return jnp.sum(sol.x**2) + sol.objective
+
+    one = {name: value[0] for name, value in operands.items()}
+    lbs = operands["lb"]
+    together = jax.vmap(jax.grad(loss), (0, None))(lbs, one["q"])
+    for lb, gradient in zip(lbs, together, strict=True):
+        sol = qpdiff.solve_qp(**one | {"lb": lb})
+        # The adapter's cotangent of x is that of the loss at the solution, as its values are the solution's.
+        expected = qpdiff.vjp(sol, x=2 * sol.x, objective=1.0, smoothing=0.1)
+        np.testing.assert_allclose(gradient, expected.lb, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="smoothing is -1"):
+        on_host(**one, smoothing=-1)
+
+
+def test_smoothing_of_the_traced_engine():
+    operands = strictly_feasible(np.random.default_rng(8), "lb", batch=2, n=3)
+    solve = partial(with_engine("array"), smoothing=0.1)
+    gradient = jax.grad(lambda lb: jnp.sum(solve(**operands | {"lb": lb}).x))(operands["lb"])
+    expected = qpdiff.vjp(qpdiff.solve_qp(**operands), x=np.ones((2, 3)), smoothing=0.1)
+    np.testing.assert_allclose(gradient, expected.lb, rtol=1e-6, atol=1e-7)
