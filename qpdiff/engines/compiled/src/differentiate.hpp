@@ -86,7 +86,7 @@ template <class T> class DerivativeWorker {
     // factors of problem `next`, unless that is negative.
     void differentiate(Index b, Index next) {
         bool own_factors = next >= 0 && batch.stored.sizes.F && batch.stored.constant.stride;
-        StoredFactors<T> next_factors = own_factors ? batch.stored.at(next) : StoredFactors<T>{};
+        StoredFactors<Team> next_factors = own_factors ? batch.stored.at(next) : StoredFactors<Team>{};
         prefetch_vectors(next);
         read(batch.x.at(b), batch.x.column, o.n, d.x.data);
         read_rows(batch.v, b, d.v);
@@ -109,9 +109,9 @@ template <class T> class DerivativeWorker {
     }
 
     // Solve the KKT system at the solution of problem b; meanwhile prefetch factors of the next one.
-    void solve_kkt(Index b, const StoredFactors<T>& next_factors, Index next) {
+    void solve_kkt(Index b, const StoredFactors<Team>& next_factors, Index next) {
         Form form = Form(*batch.stored.form.at(b));
-        StoredFactors<T> stored = batch.stored.at(b);
+        StoredFactors<Team> stored = batch.stored.at(b);
         bool usable = *batch.stored.factor_ok.at(b) && form == batch.shape.form;
         load_vectors(o, batch.operands, b);
         const T* scaling = batch.stored.scaling.at(b);
@@ -158,7 +158,7 @@ template <class T> class DerivativeWorker {
     }
 
     // Compute the gradients of the matrices of problem b; meanwhile prefetch V of the next one.
-    void put_gradients(Index b, const StoredFactors<T>& next_factors) {
+    void put_gradients(Index b, const StoredFactors<Team>& next_factors) {
         const T *u_x = d.u.x.data, *u_v = d.u.v.data, *x = d.x.data, *v = d.v.data;
         Index n = o.n;
         if (T* out = batch.own.Q.at(b)) {
@@ -180,14 +180,14 @@ template <class T> class DerivativeWorker {
     }
 
     // Prefetch one of `count` equal shares of the rows of the triangle F.
-    void prefetch_F(const StoredFactors<T>& next_factors, int share, int count) const {
+    void prefetch_F(const StoredFactors<Team>& next_factors, int share, int count) const {
         for (int i = next_factors.F ? o.n * share / count : o.n; i < o.n * (share + 1) / count; i++) {
             prefetch(next_factors.F + (Index)i * Team::leading(o.n) + i, o.n - i);
         }
     }
 
     // Prefetch, of one of `count` equal shares of the rows of S, those of nearly active constraints.
-    void prefetch_S(const StoredFactors<T>& next_factors, Index next, int share, int count) const {
+    void prefetch_S(const StoredFactors<Team>& next_factors, Index next, int share, int count) const {
         int last = o.linear * (share + 1) / count;
         for (int i = next_factors.S ? o.linear * share / count : last; i < last; i++) {
             T s = entry<T>(batch.s.at(next), batch.s.column, i), v = entry<T>(batch.v.at(next), batch.v.column, i);

@@ -25,15 +25,15 @@ template <class T> struct Outcome {
 
 // The arrays of qpdiff.engines.compiled.engine.Stored: factors and scaling for the derivative.
 template <class T> struct StoredBatch {
-    StoredSizes<T> sizes;
+    StoredSizes<serial::Team<T>> sizes;
     Rows<T> constant, last; // `StoredFactors`, without data where they are not stored
     Rows<T> scaling;        // D, then E without padding
     Rows<int> form;         // the form that each problem has been solved with
     Rows<bool> factor_ok;   // whether the last factor can be used
-    StoredFactors<T> at(Index b) const { return {sizes, constant.at(b), last.at(b)}; }
+    StoredFactors<serial::Team<T>> at(Index b) const { return {sizes, constant.at(b), last.at(b)}; }
 };
 
-template <class T> StoredSizes<T> stored_sizes(const Shape& shape) {
+template <class T> StoredSizes<serial::Team<T>> stored_sizes(const Shape& shape) {
     using Team = serial::Team<T>;
     int bounds = int(shape.lower) + int(shape.upper);
     return {shape.form, shape.n, shape.linear, Team::padded(shape.linear) + bounds * Team::padded(shape.n)};
@@ -140,7 +140,7 @@ template <class T> class Worker {
     }
 
     // Return where the factors of problem b go: the caller's arrays, or else workspace that every problem uses again.
-    StoredFactors<T> factors_of(Index b) const {
+    StoredFactors<serial::Team<T>> factors_of(Index b) const {
         const StoredBatch<T>& stored = batch.stored;
         T *constant = stored.constant.at(b), *last = stored.last.at(b);
         return {stored.sizes, constant ? constant : own_constant, last ? last : own_last};
@@ -382,7 +382,7 @@ template <class T> class Worker {
         rows(o.E, batch.stored.scaling.at(b) + o.n);
         *batch.stored.form.at(b) = int(FORM);
         *batch.stored.factor_ok.at(b) = true;
-        StoredFactors<T> stored = batch.stored.at(b);
+        StoredFactors<serial::Team<T>> stored = batch.stored.at(b);
         if (FORM == Form::dense_dual && stored.F && !prepared) {
             triangle(o.F, o.n, stored.F);
             matrix(o.V, o.n, o.linear, stored.V);

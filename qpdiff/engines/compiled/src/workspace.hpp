@@ -3,6 +3,8 @@
 #include <cstring>
 #include <new>
 
+#include "linalg/lanes.hpp"
+#include "linalg/serial.hpp"
 #include "method/problem.hpp"
 
 namespace qpdiff {
@@ -63,7 +65,7 @@ template <class Team> class Workspace {
 
     // Let a single problem compute its factors where they are stored or, where it has to take the primal form instead
     // of the preferred one, in the workspace.
-    void use(const StoredFactors<typename Team::Real>& stored, Form form)
+    void use(const StoredFactors<serial::Team<typename Team::Real>>& stored, Form form)
         requires(!Team::lanes)
     {
         auto& o = problem;

@@ -2,23 +2,17 @@
 // *lanes* hold the same entry of several problems: both are SIMD vectors, and the functions here are the same for both
 // and for one number. Code whose only branches on numbers are `select` is therefore one source for all three.
 #pragma once
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <type_traits>
+#include "standard.hpp"
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
-
-#define QP_INLINE inline __attribute__((always_inline))
-#define QP_NOINLINE __attribute__((noinline))
 
 namespace qpdiff {
 
 using Index = std::ptrdiff_t; // positions in memory and in a batch: `long` has 32 bits on Windows
 
-constexpr double INFINITY_ = __builtin_inf();
-constexpr double NOT_A_NUMBER = __builtin_nan("");
+constexpr double INFINITY_ = __builtin_bit_cast(double, 0x7ff0000000000000ull);
+constexpr double NOT_A_NUMBER = __builtin_bit_cast(double, 0x7ff8000000000000ull);
 constexpr double EPS = 2.220446049250313e-16;
 
 // The largest number whose square is finite, and the smallest normal one.
@@ -35,12 +29,22 @@ constexpr int VECTOR_BYTES = 32;
 constexpr int VECTOR_BYTES = 16;
 #endif
 
+enum Kind { ABSENT, EQUALITY, INEQUALITY }; // of a constraint
+
 // ---- types
 
+#ifdef __CUDACC__
+// On a GPU there are no packs: a number is an entry of one problem.
+template <class T, int BYTES> struct VectorOf {
+    using type = T;
+    using unaligned = T;
+};
+#else
 template <class T, int BYTES> struct VectorOf {
     typedef T type __attribute__((vector_size(BYTES)));
     typedef T unaligned __attribute__((vector_size(BYTES), aligned(alignof(T))));
 };
+#endif
 template <class T, int BYTES = VECTOR_BYTES> using pack_of = typename VectorOf<T, BYTES>::type;
 template <class T> constexpr int width = VECTOR_BYTES / sizeof(T); // entries of a pack
 
@@ -59,6 +63,13 @@ template <class N> using scalar_of = typename Traits<N>::scalar;
 template <class N> using mask_of = typename Traits<N>::mask;
 template <class N> constexpr int entries = sizeof(N) / sizeof(scalar_of<N>);
 template <class T> using integer_of = std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>;
+
+// Matrices are stored by rows, `ld` numbers from one to the next.
+template <class T> struct Matrix {
+    T* data = nullptr;
+    int ld = 0;
+    QP_INLINE T* operator[](int i) const { return data + (Index)i * ld; }
+};
 
 // ---- memory and conversions
 

@@ -5,7 +5,6 @@
 // stores the inverses of its diagonal on the diagonal, and those of its diagonal blocks of four rows, transposed, below
 // it: substitution in a block is then a product, whose operations do not depend on each other.
 #pragma once
-#include <algorithm>
 #include <cstring>
 
 #include "blas.hpp"
@@ -28,12 +27,6 @@ template <class T> constexpr int whole_lines(int n) {
     constexpr int count = LINE / sizeof(T);
     return (n + count - 1) / count * count;
 }
-
-template <class T> struct Matrix {
-    T* data = nullptr;
-    int ld = 0;
-    QP_INLINE T* operator[](int i) const { return data + (Index)i * ld; }
-};
 
 namespace serial {
 
@@ -632,6 +625,24 @@ template <class T> struct Tiles {
         }
     }
 
+    // Return whether the pivots of a factor U are more than a share of the diagonal of UᵀU.
+    static QP_NOINLINE bool pivots_exceed(Matrix<T> U, int n, T share, Vector<T> workspace) {
+        T* squares = workspace.data; // of the entries above the diagonal, summed over the rows
+        int stop = whole_packs<T>(n);
+        std::fill(squares, squares + stop, T(0));
+        for (int i = 0; i < n; i++) {
+            T pivot = T(1) / square(U[i][i]);
+            if (!(pivot > share * (squares[i] + pivot))) {
+                return false;
+            }
+            // The entries for the columns up to i, which are added to as well, are not used any more.
+            for (int j = (i + 1) / W * W; j < stop; j += W) {
+                store(squares + j, load<V>(squares + j) + square(load<V>(U[i] + j)));
+            }
+        }
+        return true;
+    }
+
     // ---- some rows of vectors and matrices, given by their indices: `numbers`
 
     // Fill `numbers` with the indices of the entries that are not 0; return how many there are.
@@ -754,6 +765,7 @@ template <class T> struct Team : Tiles<T> {
     using ExactVector = serial::Vector<double>;
     using Matrix = qpdiff::Matrix<T>;
     using Kinds = serial::Kinds<T>;
+    using Indices = int*;
     using Stored = T; // an element of a vector in memory
     using ExactStored = double;
     static constexpr bool lanes = false;

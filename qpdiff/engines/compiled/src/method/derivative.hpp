@@ -6,9 +6,6 @@
 //
 // For one problem, not for lane groups.
 #pragma once
-#include <limits>
-#include <utility>
-
 #include "kkt.hpp"
 
 namespace qpdiff {
@@ -41,8 +38,8 @@ template <class Team> struct Derivative {
     RightHandSide<Team> left;       // the residual of `u`
     RightHandSide<Team> left_after; // the residual after the next correction
     KktSolution<Team> correction;
-    Vector of_inactive;     // the entries of a solution at the inactive constraints, else 0
-    int* numbers = nullptr; // the indices of the nearly active constraints
+    Vector of_inactive;               // the entries of a solution at the inactive constraints, else 0
+    typename Team::Indices numbers{}; // the indices of the nearly active constraints
 };
 
 // ---- with the factor of another system
@@ -259,21 +256,8 @@ QP_NOINLINE bool solve_dense_dual(Problem<Team>& o, Derivative<Team>& d, Factori
 
 // Return whether the pivots of a factor of the primal form are above the rounding error: where x is not unique, ρ may
 // be lost to rounding beside the weights of the last iteration.
-template <class Team> QP_NOINLINE bool pivots_are_significant(const Problem<Team>& o) {
-    using Real = typename Team::Real;
-    auto squares = o.columns;
-    set_zero<Team>(squares, o.np);
-    for (int i = 0; i < o.n; i++) {
-        Real pivot = Real(1) / square(o.U[i][i]);
-        if (!(pivot > std::numeric_limits<Real>::epsilon() * (squares.data[i] + pivot))) {
-            return false;
-        }
-        // The entries for the columns up to i, which are added to as well, are not used any more.
-        typename Team::Vector row{o.U[i]};
-        int first = Team::padded(i + 1) - Team::padded(1);
-        Team::each(o.np - first, [&](auto j) { squares.set(j + first, squares[j + first] + square(row[j + first])); });
-    }
-    return true;
+template <class Team> QP_INLINE bool pivots_are_significant(const Problem<Team>& o) {
+    return Team::pivots_exceed(o.U, o.n, std::numeric_limits<typename Team::Real>::epsilon(), o.columns);
 }
 
 // Solve with a new factor of the primal form, whose θ is raised at nearly active constraints

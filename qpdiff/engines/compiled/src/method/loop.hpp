@@ -1,7 +1,5 @@
 // The iteration, from the start of a problem to its end: for one problem, and for those of a lane group together.
 #pragma once
-#include <utility>
-
 #include "dual_space.hpp"
 
 namespace qpdiff {

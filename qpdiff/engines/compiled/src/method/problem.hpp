@@ -1,12 +1,10 @@
 // One problem, or the problems of a lane group: operands, work vectors, and the factors that are stored for the
 // derivative.
 #pragma once
-#include "../linalg/lanes.hpp"
-#include "../linalg/serial.hpp"
+#include "../linalg/numbers.hpp"
 
 namespace qpdiff {
 
-enum Kind { ABSENT, EQUALITY, INEQUALITY };
 // The values of qpdiff.Status, as numbers that lanes can hold.
 constexpr double RUNNING = -1, SOLVED = 0, MAX_ITERATIONS = 1, PRIMAL_INFEASIBLE = 2, DUAL_INFEASIBLE = 3, STALLED = 4;
 
@@ -52,20 +50,20 @@ template <class Team> struct Iterate {
     typename Team::ExactVector Qx, Kx;
 };
 
-// The count of numbers in each array of `StoredFactors`.
-template <class T> struct StoredSizes {
+// The count of numbers in each array of `StoredFactors`, with a team's padding.
+template <class Team> struct StoredSizes {
     Index F = 0, V = 0, S = 0, diagonal = 0; // constant during the iteration
     Index U = 0, weights = 0;                // of the last iteration
 
     StoredSizes() = default;
     StoredSizes(Form form, int n, int linear, int rows) {
-        auto matrix = [](int height, int columns) { return (Index)whole_tiles(height) * whole_lines<T>(columns); };
+        auto matrix = [](int height, int columns) { return (Index)Team::whole_rows(height) * Team::leading(columns); };
         if (form == Form::dense_dual) {
             F = matrix(n, n), V = matrix(n, linear), S = matrix(linear, linear);
         } else {
             int size = form == Form::primal ? n : linear;
-            U = matrix(size, size), weights = whole_lines<T>(rows);
-            diagonal = form == Form::diagonal_dual ? whole_lines<T>(n) : 0;
+            U = matrix(size, size), weights = Team::padded(rows);
+            diagonal = form == Form::diagonal_dual ? Team::padded(n) : 0;
         }
     }
     Index constant() const { return F + V + S + diagonal; }
@@ -73,7 +71,8 @@ template <class T> struct StoredSizes {
 };
 
 // The factors of a reduced KKT system that one problem stores for the derivative; null where it does not.
-template <class T> struct StoredFactors {
+template <class Team> struct StoredFactors {
+    using T = typename Team::Real;
     T* F = nullptr;        // Q = FᵀF
     T* V = nullptr;        // F⁻ᵀKᵀ
     T* S = nullptr;        // K Q⁻¹ Kᵀ
@@ -82,7 +81,7 @@ template <class T> struct StoredFactors {
     T* weights = nullptr;  // 1 / (θ + δ) in that matrix; constraints in the order and padding of `Problem`
 
     StoredFactors() = default;
-    StoredFactors(const StoredSizes<T>& sizes, T* constant, T* last) {
+    StoredFactors(const StoredSizes<Team>& sizes, T* constant, T* last) {
         auto take = [](T*& from, Index size) {
             T* taken = from && size ? from : nullptr;
             from += from ? size : 0;

@@ -1,0 +1,16 @@
+// The GPU kernels (launch.hpp says what they do). NVRTC compiles one at a time, as each takes seconds: with QP_STAGE as
+// `solve` or `derivative`, QP_FORM as the name of a `Form`, and QP_TYPE as `double` or `float`.
+#include "block_differentiate.hpp"
+#include "block_solve.hpp"
+
+#define QP_JOINED(stage, form, type) stage##_##form##_##type
+#define QP_NAME(stage, form, type) QP_JOINED(stage, form, type)
+
+using solve = qpdiff::SolveLaunch;
+using derivative = qpdiff::DerivativeLaunch;
+
+// With at most 256 threads each may have all of the 255 registers that it can address.
+extern "C" __global__ void __launch_bounds__(256)
+    QP_NAME(QP_STAGE, QP_FORM, QP_TYPE)(const __grid_constant__ QP_STAGE launch) {
+    qpdiff::block::run<QP_TYPE, qpdiff::Form::QP_FORM>(launch);
+}
