@@ -237,3 +237,112 @@ def test_iteration_by_iteration(case, threads, blocks):
     assert np.mean(array.status != compiled.status) <= of_case(UNDECIDED, case, 0.0)
     solved = (array.status == qpdiff.Status.SOLVED) & (compiled.status == qpdiff.Status.SOLVED)
     assert np.max(np.abs(array.iterations - compiled.iterations)[solved], initial=0) <= 2
+
+
+@pytest.mark.parametrize("threads", [32, 64])
+@pytest.mark.parametrize("case", ["optnet", "everything", "diagonal", "infeasible", "unbounded", "shared matrices"])
+def test_order_of_threads(case, threads, blocks):
+    """Bits do not depend on the order in which the threads run."""
+    operands = some_of(CASES[case](), 2)
+    found = []
+    for order in (FORWARD, BACKWARD, WARP_AHEAD, SHUFFLED):
+        blocks(threads=threads, order=order)
+        sol = qpdiff.solve_qp(**operands, engine="compiled")
+        gradients = qpdiff.vjp(sol, x=np.ones_like(sol.x), z=np.ones_like(sol.z))
+        found.append([getattr(sol, name) for name in ("x", "y", "z", "s", "iterations", "primal_residual", "gap")])
+        found[-1] += [value for value in gradients if value is not None]
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("store", [True, False], ids=["stored factors", "new factors"])
+@pytest.mark.parametrize("threads", [1, 64])
+@pytest.mark.parametrize(
+    "case", ["optnet", "larger", "everything", "diagonal", "shared matrices", "shared, primal", "rows without a limit"]
+)
+def test_the_same_derivatives(case, threads, store, blocks):
+    operands = some_of(CASES[case](), {1: 20, 64: 3}[threads])
+    expected = qpdiff.solve_qp(**operands, engine="compiled", tol=1e-10)
+    blocks(threads=threads, store=store)
+    sol = qpdiff.solve_qp(**operands, engine="compiled", tol=1e-10)
+    cotangents = {name: rng().normal(size=getattr(sol, name).shape) for name in ("x", "y", "z", "z_lb", "z_ub")}
+    one, other = qpdiff.vjp(expected, **cotangents), qpdiff.vjp(sol, **cotangents)
+    for name in operands:
+        a, b = getattr(one, name), getattr(other, name)
+        np.testing.assert_allclose(b, a, atol=1e-5 * np.max(np.abs(a)), err_msg=name)
+    tangents = {name: rng().normal(size=value.shape) for name, value in operands.items()}
+    for a, b in zip(qpdiff.jvp(expected, **tangents), qpdiff.jvp(sol, **tangents), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5 * np.max(np.abs(a), initial=1.0))
+
+
+@pytest.mark.parametrize("case", ["optnet", "everything", "diagonal", "shared, primal"])
+def test_single_precision(case, blocks):
+    operands = {name: value.astype(np.float32) for name, value in some_of(CASES[case](), 4).items()}
+    expected = qpdiff.solve_qp(**operands, dtype="float32", engine="compiled")
+    blocks(threads=32)
+    for k in range(4):
+        array, compiled = (
+            qpdiff.solve_qp(**operands, dtype="float32", engine=engine, max_iterations=k)
+            for engine in ("array", "compiled")
+        )
+        np.testing.assert_array_equal(array.iterations, compiled.iterations)
+        assert_same(array, compiled, 1e-2)
+    sol = qpdiff.solve_qp(**operands, dtype="float32", engine="compiled")
+    assert sol.x.dtype == np.float32
+    np.testing.assert_array_equal(sol.status, expected.status)
+    one, other = (qpdiff.vjp(s, x=np.ones_like(s.x)).q for s in (expected, sol))
+    np.testing.assert_allclose(other, one, atol=2e-2 * np.max(np.abs(one)))
+
+
+@pytest.mark.parametrize("case", ["everything", "larger", "rows without a limit"])
+def test_warm_start(case, blocks):
+    operands = some_of(CASES[case](), 3)
+    moved = operands | {"q": operands["q"] + 1e-3}
+    start = qpdiff.solve_qp(**operands, engine="array")
+    blocks(threads=32)
+    for k in (0, 1, 3, 200):
+        array, compiled = (
+            qpdiff.solve_qp(**moved, engine=engine, warm_start=start, max_iterations=k)
+            for engine in ("array", "compiled")
+        )
+        np.testing.assert_array_equal(array.status, compiled.status)
+        assert_same(array, compiled, 1e-5)
+
+
+# ---- what a launch is told, and what it says
+
+
+def test_blocks_and_memory_do_not_matter(blocks):
+    """Fewer blocks than problems, and matrices in global memory, give the same bits."""
+    for case in ("optnet", "everything", "diagonal"):
+        operands = some_of(CASES[case](), 5)
+        engine = blocks(threads=32)
+        one = qpdiff.solve_qp(**operands, engine="compiled")
+        least, shared, workspace, *_ = engine.sizes(False, one._linearization.problem, 0, 8)
+        assert least < shared <= SHARED
+        blocks(threads=32, blocks=2, shared=0)
+        two = qpdiff.solve_qp(**operands, engine="compiled")
+        gradients = [qpdiff.vjp(sol, x=np.ones_like(sol.x)) for sol in (one, two)]
+        for name in (*operands, "x", "z"):
+            a, b = ((getattr(g, name, None), getattr(s, name, None)) for g, s in zip(gradients, (one, two), strict=True))
+            np.testing.assert_array_equal(a[0] if a[0] is not None else a[1], b[0] if b[0] is not None else b[1])
+
+
+def test_problems_that_a_dual_form_cannot_solve(blocks):
+    """Those are left to a second launch; the others are not touched by it."""
+    operands = CASES["optnet"]()
+    singular = operands["Q"].copy()
+    singular[[2, 5]] = np.diag([1.0] * 9 + [0.0])
+    engine = blocks(threads=32)
+    mixed = qpdiff.solve_qp(**operands | {"Q": singular}, engine="compiled", tol=1e-8)
+    assert engine.left == 2
+    array = qpdiff.solve_qp(**operands | {"Q": singular}, engine="array", tol=1e-8)
+    np.testing.assert_array_equal(mixed.status, array.status)
+    np.testing.assert_allclose(mixed.x, array.x, atol=1e-5)
+    alone = qpdiff.solve_qp(**operands, engine="compiled", tol=1e-8)
+    np.testing.assert_array_equal(np.delete(mixed.x, [2, 5], 0), np.delete(alone.x, [2, 5], 0))
+    gradients = [qpdiff.vjp(sol, x=np.ones_like(sol.x)) for sol in (mixed, array)]
+    for a, b in zip(*gradients, strict=True):
+        if a is not None:
+            np.testing.assert_allclose(a, b, atol=1e-4 * np.max(np.abs(b)))

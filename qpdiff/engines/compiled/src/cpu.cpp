@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
 
+#include "block_problem.hpp"
 #include "differentiate.hpp"
 #include "solve.hpp"
 
@@ -184,6 +185,15 @@ std::tuple<Index, Index> stored_numbers(int form, int n, int linear, bool lower,
     return itemsize == sizeof(double) ? sizes(0.0) : sizes(0.0f);
 }
 
+// Return how much memory a GPU kernel needs for one shape: the five numbers of `BlockSizes`.
+std::tuple<Index, Index, Index, Index, Index> block_sizes(bool derivative, int form, int n, int p, int m, bool lower,
+                                                          bool upper, int itemsize, Index limit) {
+    BlockShape shape{form, n, p, m, lower, upper};
+    auto sizes = itemsize == sizeof(double) ? block::sizes<double> : block::sizes<float>;
+    BlockSizes s = sizes(derivative, shape, limit);
+    return {s.least_shared, s.shared, s.workspace, s.constant, s.last};
+}
+
 // Take SciPy's BLAS, by the capsules of scipy.linalg.cython_blas.
 void set_blas(nb::dict capsules) {
     auto pointer = [&](const char* name) {
@@ -215,6 +225,12 @@ NB_MODULE(QP_MODULE, m) {
 #undef X
     });
     m.attr("BLOCK") = blas::BLOCK;
+    nb::list names;
+#define X(name) names.append(#name);
+    QP_PARAMETERS(X)
+#undef X
+    m.attr("PARAMETERS") = nb::tuple(names);
+    m.def("block_sizes", &block_sizes);
     m.def("stored_numbers", &stored_numbers);
     m.def("set_blas", &set_blas);
     m.def("solve_kkt", &differentiate_problems);

@@ -60,7 +60,7 @@ struct BlockMemory {
 };
 
 struct SolveLaunch {
-    Parameters parameters; // qpdiff.engines.parameters, all double, in the order of QP_PARAMETERS
+    Parameters parameters; // qpdiff.engines.parameters, all double, in the order of `_core.PARAMETERS`
     Settings settings;
     OperandArrays operands;
     BlockShape shape;

@@ -74,6 +74,11 @@ template <class T> struct Matrix {
 // ---- memory and conversions
 
 // Convert to a type of numbers: repeat a scalar, convert the entries of a vector.
+#ifdef __CUDACC__
+template <class N, class A> QP_INLINE N as(A a) {
+    return N(a);
+}
+#else
 template <class N, class A> QP_INLINE N as(A a) {
     if constexpr (std::is_same_v<N, A>) {
         return a;
@@ -119,6 +124,7 @@ template <class N> QP_INLINE scalar_of<N> total(N v) {
         return v[0] + v[1];
     }
 }
+#endif
 
 // ---- masks: bool for one number, for packs and lanes a vector of integers with all bits set or none; whether some,
 // every or no entry of one is true, `no` entry by entry
