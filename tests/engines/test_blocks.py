@@ -112,6 +112,7 @@ class EmulatedBlocks:
         dtype = np.dtype(problem.dtype)
         least, shared, workspace, *_ = self.sizes(derivative, problem, form, dtype.itemsize)
         assert least <= shared
+        self.global_bytes = workspace
         blocks = self.blocks or problem.batch
         memory = np.full(blocks * workspace // 8 + 1, np.nan)
         arguments.memory = BlockMemory(memory.ctypes.data, workspace, shared, 0)
@@ -135,7 +136,9 @@ class EmulatedBlocks:
         dtype = np.dtype(problem.dtype)
         *_, constant, last = self.sizes(False, problem, form, dtype.itemsize)
         shared = all(
-            value.shape[0] == 1 for name in ("Q", "G", "A", "lb", "ub") if (value := problem.operands.get(name)) is not None
+            value.shape[0] == 1
+            for name in ("Q", "G", "A", "lb", "ub")
+            if (value := problem.operands.get(name)) is not None
         )
         numbers = lambda *shape: np.full(shape, np.nan, dtype)  # noqa: E731
         stored = Stored(
@@ -249,7 +252,7 @@ def test_order_of_threads(case, threads, blocks):
         blocks(threads=threads, order=order)
         sol = qpdiff.solve_qp(**operands, engine="compiled")
         gradients = qpdiff.vjp(sol, x=np.ones_like(sol.x), z=np.ones_like(sol.z))
-        found.append([getattr(sol, name) for name in ("x", "y", "z", "s", "iterations", "primal_residual", "gap")])
+        found.append([getattr(sol, name) for name in ("x", "y", "z", "s", "iterations", "objective")])
         found[-1] += [value for value in gradients if value is not None]
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
@@ -313,20 +316,36 @@ def test_warm_start(case, blocks):
 # ---- what a launch is told, and what it says
 
 
-def test_blocks_and_memory_do_not_matter(blocks):
+@pytest.mark.parametrize("case", ["optnet", "everything", "diagonal", "shared matrices"])
+def test_blocks_and_memory_do_not_matter(case, blocks):
     """Fewer blocks than problems, and matrices in global memory, give the same bits."""
-    for case in ("optnet", "everything", "diagonal"):
-        operands = some_of(CASES[case](), 5)
-        engine = blocks(threads=32)
-        one = qpdiff.solve_qp(**operands, engine="compiled")
-        least, shared, workspace, *_ = engine.sizes(False, one._linearization.problem, 0, 8)
-        assert least < shared <= SHARED
-        blocks(threads=32, blocks=2, shared=0)
-        two = qpdiff.solve_qp(**operands, engine="compiled")
-        gradients = [qpdiff.vjp(sol, x=np.ones_like(sol.x)) for sol in (one, two)]
-        for name in (*operands, "x", "z"):
-            a, b = ((getattr(g, name, None), getattr(s, name, None)) for g, s in zip(gradients, (one, two), strict=True))
-            np.testing.assert_array_equal(a[0] if a[0] is not None else a[1], b[0] if b[0] is not None else b[1])
+    operands = some_of(CASES[case](), 5)
+    found = []
+    for options in ({}, {"blocks": 2}, {"shared": 0}):
+        engine = blocks(threads=32, **options)
+        sol = qpdiff.solve_qp(**operands, engine="compiled")
+        gradients = qpdiff.vjp(sol, x=np.ones_like(sol.x))
+        found.append([sol.x, sol.z, sol.objective, *[value for value in gradients if value is not None]])
+    assert engine.global_bytes > 0
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+def test_values_that_are_refused(blocks):
+    """A flag for each problem, by both launches; the other problems are solved as without it."""
+    operands = some_of(CASES["everything"](), 6)
+    engine = blocks(threads=32)
+    qpdiff.solve_qp(**operands, engine="compiled")
+    np.testing.assert_array_equal(engine.refused, 0)
+    wrong = {name: value.copy() for name, value in operands.items()}
+    wrong["Q"][0, 0, 1] += 1.0
+    wrong["q"][1, 0] = np.nan
+    wrong["h"][2, 0] = -np.inf
+    wrong["Q"][3] = np.diag([1.0, *[-1.0] * (wrong["Q"].shape[-1] - 1)])
+    wrong["G"][4, 0, 0] = np.inf
+    qpdiff.solve_qp(**wrong, engine="compiled")
+    np.testing.assert_array_equal(engine.refused, [1, 1, 1, 1, 1, 0])
 
 
 def test_problems_that_a_dual_form_cannot_solve(blocks):

@@ -10,7 +10,7 @@ using solve = qpdiff::SolveLaunch;
 using derivative = qpdiff::DerivativeLaunch;
 
 // With at most 256 threads each may have all of the 255 registers that it can address.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     QP_NAME(QP_STAGE, QP_FORM, QP_TYPE)(const __grid_constant__ QP_STAGE launch) {
     qpdiff::block::run<QP_TYPE, qpdiff::Form::QP_FORM>(launch);
 }

@@ -16,9 +16,10 @@ constexpr double NOT_A_NUMBER = __builtin_bit_cast(double, 0x7ff8000000000000ull
 constexpr double EPS = 2.220446049250313e-16;
 
 // The largest number whose square is finite, and the smallest normal one.
-template <class T> constexpr T largest_root = sizeof(T) == 8 ? T(1.3407807929942596e154) : T(1.8446742974197924e19);
-template <class T>
-constexpr T smallest_normal = sizeof(T) == 8 ? T(2.2250738585072014e-308) : T(1.1754943508222875e-38);
+template <class T> constexpr T largest_root = 1.3407807929942596e154;
+template <> inline constexpr float largest_root<float> = 1.8446742974197924e19f;
+template <class T> constexpr T smallest_normal = 2.2250738585072014e-308;
+template <> inline constexpr float smallest_normal<float> = 1.1754943508222875e-38f;
 
 // Bytes of a vector register. g++ must not be given wider vectors than the machine's, as it would hold them in memory.
 #if defined(__AVX512F__)

@@ -198,7 +198,8 @@ QP_NOINLINE bool solve_nearly_active(Problem<Team>& o, Derivative<Team>& d, Real
     auto right = d.eliminated.v, u = d.u.v, left = d.left.v, packed = d.correction.v, diagonal = o.lengths;
     Team::take_diagonal(o.S, o.linear, diagonal);
     Team::each(o.lp, [&](auto i) {
-        auto absent = o.kind.absent(i), eliminated = absent | (d.theta[i] > inactive * diagonal[i]);
+        auto absent = o.kind.absent(i);
+        auto eliminated = absent | (d.theta[i] > inactive * diagonal[i]);
         N alone = select(absent, N{}, right[i] / d.theta[i]);
         u.set(i, alone);
         d.of_inactive.set(i, select(eliminated, alone, N{}));
