@@ -78,6 +78,10 @@ def operand(array):
     return OperandArray(array.ctypes.data, 0 if shared else array.strides[0] // array.itemsize)
 
 
+def unset(shape, dtype):
+    return np.full(shape, np.nan, dtype)
+
+
 class Stored(NamedTuple):
     constant: np.ndarray | None
     last: np.ndarray | None
@@ -135,15 +139,12 @@ class EmulatedBlocks:
         form, B, n, rows = preferred_form(problem), problem.batch, problem.n, problem.rows
         dtype = np.dtype(problem.dtype)
         *_, constant, last = self.sizes(False, problem, form, dtype.itemsize)
-        shared = all(
-            value.shape[0] == 1
-            for name in ("Q", "G", "A", "lb", "ub")
-            if (value := problem.operands.get(name)) is not None
-        )
-        numbers = lambda *shape: np.full(shape, np.nan, dtype)  # noqa: E731
+        deciding = [problem.operands.get(name) for name in ("Q", "G", "A", "lb", "ub")]
+        shared = all(value is None or value.shape[0] == 1 for value in deciding)
         stored = Stored(
-            numbers(1 if shared else B, constant) if self.store else None, numbers(B, last) if self.store else None,
-            numbers(B, n + rows), np.full(B, -1, np.int32), np.full(B, 2, np.uint8),
+            unset((1 if shared else B, constant), dtype) if self.store else None,
+            unset((B, last), dtype) if self.store else None,
+            unset((B, n + rows), dtype), np.full(B, -1, np.int32), np.full(B, 2, np.uint8),
         )  # fmt: skip
         kinds = [dtype] * 3 + [np.int32] * 2 + [np.float64] * 4
         shapes = [(B, n), (B, rows), (B, rows)] + [(B, 1)] * 6

@@ -48,9 +48,10 @@ double exchange(double value, int other, const char* function, int line);
 #endif
 
 constexpr int WARP = 32;
-constexpr int MOST_REDUCED = 16;              // numbers in a reduction
-constexpr int RESERVED = WARP * MOST_REDUCED; // doubles at the beginning of shared memory, for reductions
-constexpr int LANES = 8;                      // threads that work on a row of a matrix together
+constexpr int MOST_WARPS = 8;                       // of a block
+constexpr int MOST_REDUCED = 18;                    // numbers in a reduction
+constexpr int RESERVED = MOST_WARPS * MOST_REDUCED; // doubles at the beginning of shared memory, for reductions
+constexpr int LANES = 8;                            // threads that work on a row of a matrix together
 
 QP_INLINE int warp_width() {
     return threads() < WARP ? threads() : WARP;
@@ -141,38 +142,30 @@ QP_INLINE void reduce_rows(int rows, int columns, F f, P put) {
     QP_BARRIER();
 }
 
-// Reduce what the threads have accumulated, all numbers at once; each has `value` and `combine`.
-template <class... R> QP_NOINLINE void reduce(R&... numbers) {
+// Reduce what the threads have accumulated, all numbers at once.
+template <class... R> QP_NOINLINE void reduce(R... numbers) {
     constexpr int COUNT = sizeof...(R);
     static_assert(COUNT <= MOST_REDUCED);
     QP_ROLLED for (int offset = warp_width() / 2; offset > 0; offset /= 2) {
-        ((numbers.value = R::combine(numbers.value, QP_EXCHANGE(numbers.value, offset))), ...);
+        ((numbers.entries = R::combine(numbers.entries, QP_EXCHANGE(numbers.entries, offset))), ...);
     }
-    if (threads() <= WARP) {
-        return;
+    if (threads() > WARP) {
+        double* scratch = shared_memory;
+        if (thread() % WARP == 0) {
+            int at = thread() / WARP * COUNT;
+            ((scratch[at++] = numbers.entries), ...);
+        }
+        QP_BARRIER();
+        int at = 0;
+        ((numbers.entries = decltype(numbers.entries)(scratch[at++])), ...);
+        QP_ROLLED for (int warp = 1; warp < threads() / WARP; warp++) {
+            ((numbers.entries = R::combine(numbers.entries, decltype(numbers.entries)(scratch[at++]))), ...);
+        }
+        QP_BARRIER();
     }
-    double* scratch = shared_memory;
-    if (thread() % WARP == 0) {
-        int at = thread() / WARP * COUNT;
-        ((scratch[at++] = numbers.value), ...);
-    }
-    QP_BARRIER();
-    int at = 0;
-    ((numbers.value = decltype(numbers.value)(scratch[at++])), ...);
-    QP_ROLLED for (int warp = 1; warp < threads() / WARP; warp++) {
-        ((numbers.value = R::combine(numbers.value, decltype(numbers.value)(scratch[at++]))), ...);
-    }
-    QP_BARRIER();
+    // Of 0 and −0 the threads may have found different ones; the sum with 0 is 0 for both.
+    ((numbers.result = numbers.entries + decltype(numbers.entries)(0)), ...);
 }
-
-template <class N> struct Sum {
-    N value;
-    static QP_INLINE N combine(N a, N b) { return a + b; }
-};
-template <class N> struct Most {
-    N value;
-    static QP_INLINE N combine(N a, N b) { return larger(a, b); }
-};
 
 // ---- linear algebra
 
@@ -385,15 +378,16 @@ template <class T> struct Algebra {
     }
 
     // Reduce what the threads have accumulated in a loop.
+    template <class... R> static QP_INLINE void reduce(R... reductions) { block::reduce(reductions...); }
     template <class N> static QP_INLINE N sum(N a) {
-        Sum<N> number{a};
-        reduce(number);
-        return number.value;
+        N result;
+        reduce(Sum{a, result});
+        return result;
     }
     template <class N> static QP_INLINE N largest(N a) {
-        Most<N> number{a};
-        reduce(number);
-        return number.value + N(0); // of 0 and −0 the threads may have found different ones
+        N result;
+        reduce(Largest{a, result});
+        return result;
     }
     template <class N> static QP_INLINE N smallest(N a) { return -largest(-a); }
     static QP_INLINE bool all(bool m) { return largest(m ? T(0) : T(1)) == T(0); }

@@ -313,6 +313,7 @@ struct Team : Algebra<pack_of<double>> {
     static QP_INLINE Number largest(Number a) { return a; }
     static QP_INLINE Number smallest(Number a) { return a; }
     static QP_INLINE Truth all(Truth m) { return m; }
+    template <class... R> static QP_INLINE void reduce(R... reductions) { (reductions.template finish<Team>(), ...); }
 };
 
 } // namespace qpdiff::lanes

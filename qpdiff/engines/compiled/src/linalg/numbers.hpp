@@ -191,6 +191,26 @@ template <class M, class A, class B> QP_INLINE auto select(M m, A a, B b) {
     }
 }
 
+// ---- reductions
+
+// What a loop has accumulated for a sum, or for a largest entry, and where that goes: arguments of `Team::reduce`,
+// which reduces several at once, as that takes a block of threads no longer than one.
+template <class N, class S> struct Sum {
+    N entries;
+    S& result;
+    template <class Team> QP_INLINE void finish() { result = Team::sum(entries); }
+    static QP_INLINE N combine(N a, N b) { return a + b; }
+};
+template <class N, class S> Sum(N, S&) -> Sum<N, S>;
+
+template <class N, class S> struct Largest {
+    N entries;
+    S& result;
+    template <class Team> QP_INLINE void finish() { result = Team::largest(entries); }
+    static QP_INLINE N combine(N a, N b); // after `larger`
+};
+template <class N, class S> Largest(N, S&) -> Largest<N, S>;
+
 // ---- functions of a number
 
 // Return a product rounded by itself, not fused with a sum (clang fuses within a statement only).
@@ -218,6 +238,9 @@ template <class N> QP_INLINE N larger(N a, N b) {
 }
 template <class N> QP_INLINE N smaller(N a, N b) {
     return select((a <= b) | (a != a), a, b);
+}
+template <class N, class S> QP_INLINE N Largest<N, S>::combine(N a, N b) {
+    return larger(a, b);
 }
 
 // Return the largest entry of a pack; NaN if there is one.

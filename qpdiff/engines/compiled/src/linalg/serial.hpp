@@ -794,6 +794,7 @@ template <class T> struct Team : Tiles<T> {
     template <class N> static QP_INLINE scalar_of<N> largest(N a) { return largest_entry(a); }
     template <class N> static QP_INLINE scalar_of<N> smallest(N a) { return -largest_entry(-a); }
     template <class M> static QP_INLINE bool all(M m) { return every(m); }
+    template <class... R> static QP_INLINE void reduce(R... reductions) { (reductions.template finish<Team>(), ...); }
 
     // Return the sum of the logarithms of positive numbers.
     static QP_NOINLINE T sum_of_logarithms(Vector a, int count) {

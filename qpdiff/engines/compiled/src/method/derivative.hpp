@@ -232,7 +232,9 @@ QP_NOINLINE bool solve_nearly_active(Problem<Team>& o, Derivative<Team>& d, Real
             solution = larger(absolute(before) * per_E, solution);
             u.set(i, before + correction);
         });
-        if (Team::largest(moved) <= Real(P.derivative_accuracy) * Team::largest(solution)) {
+        Real most_moved, size;
+        Team::reduce(Largest{moved, most_moved}, Largest{solution, size});
+        if (most_moved <= Real(P.derivative_accuracy) * size) {
             return true;
         }
     }

@@ -118,7 +118,8 @@ QP_NOINLINE ImplicitX update(Problem<Team>& o, const ImplicitX& known, const Ste
         o.t.set(i, rest * t + apart * Sdv);
         o.u.set(i, rest * o.u[i] + apart * dv);
     });
-    double t_dv = Team::sum(t_dv_), dv_S_dv = Team::sum(dv_S_dv_), Kx_dv = Team::sum(Kx_dv_), v_Kdx = Team::sum(v_Kdx_);
+    double t_dv, dv_S_dv, Kx_dv, v_Kdx;
+    Team::reduce(Sum{t_dv_, t_dv}, Sum{dv_S_dv_, dv_S_dv}, Sum{Kx_dv_, Kx_dv}, Sum{v_Kdx_, v_Kdx});
     double r_dx = known.rr - t_dv;
     ImplicitX after = known;
     after.a = rest * known.a;
@@ -149,10 +150,12 @@ QP_NOINLINE bool assess_without_x(Problem<Team>& o, const ImplicitX& known, cons
         kv_ += v * k;
         uu_ += square(o.u[i]) * o.per_E2[i];
     });
-    double primal = Team::largest(primal_), vKx = Team::sum(vKx_), kv = Team::sum(kv_), per_unit = per_gap_unit(o);
+    double primal, Kx_size, scaled_k, vKx, kv, uu, per_unit = per_gap_unit(o);
+    Team::reduce(Largest{primal_, primal}, Largest{Kx_, Kx_size}, Largest{scaled_, scaled_k}, Sum{vKx_, vKx},
+                 Sum{kv_, kv}, Sum{uu_, uu});
     double gap = per_unit * std::fabs(kv - vKx - known.xr);
     // The residual of the variables is seldom the largest, and if so a bound says that, without K.
-    double dual = known.a * known.r + known.column * std::sqrt(Team::sum(uu_));
+    double dual = known.a * known.r + known.column * std::sqrt(uu);
     if (!(dual <= larger(primal, gap))) {
         set_zero<Team>(o.columns, o.np);
         Team::add_product_transposed(o.K, o.linear, o.n, o.u, o.columns);
@@ -163,16 +166,14 @@ QP_NOINLINE bool assess_without_x(Problem<Team>& o, const ImplicitX& known, cons
     }
     double infeasible = 0;
     if (primal > settings.tol) {
-        double scaled_k = larger(double(Team::largest(scaled_)), double(o.primal_unit));
-        infeasible = farkas_certificate(o, current, previous, scaled_k).ratio;
+        infeasible = farkas_certificate(o, current, previous, larger(scaled_k, double(o.primal_unit))).ratio;
     }
     assessed = unknown_state<Team>();
     assessed.primal = primal, assessed.dual = dual, assessed.gap = gap;
     assessed.worst = larger(primal, larger(dual, gap));
     progress(o, state, infeasible, assessed);
     double size = larger(std::fabs(known.xr + known.qx + vKx), larger(std::fabs(known.qx), std::fabs(kv)));
-    bool far = primal > allowed(settings, double(Team::largest(Kx_))) ||
-               gap > allowed(settings, per_unit * size, 2, P.product_rounding);
+    bool far = primal > allowed(settings, Kx_size) || gap > allowed(settings, per_unit * size, 2, P.product_rounding);
     bool well = assessed.without_progress < P.equal_steps_after && assessed.worst < INFINITY_ &&
                 !(infeasible > P.late_certificate * settings.certificate);
     return far && well && !state.within_tolerance;
@@ -243,8 +244,10 @@ QP_NOINLINE Start<Team> begin(Problem<Team>& o, Iterate<Team>& current, Iterate<
         o.t.set(i, a * t + Su);
     });
     known = origin;
-    known.a = a, known.rr = a * origin.rr + Team::sum(rr), known.xr = Team::sum(xr);
-    known.qx = computed ? Team::sum(qx) - origin.rr : 0;
+    double sum_rr, sum_xr, sum_qx;
+    Team::reduce(Sum{rr, sum_rr}, Sum{xr, sum_xr}, Sum{qx, sum_qx});
+    known.a = a, known.rr = a * origin.rr + sum_rr, known.xr = sum_xr;
+    known.qx = computed ? sum_qx - origin.rr : 0;
     start.state =
         assess(o, known, false, current, previous, unknown_state<Team>(), 0, o.settings->max_iterations, formed);
     return start;

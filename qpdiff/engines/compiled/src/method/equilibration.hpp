@@ -131,7 +131,8 @@ template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(P
         nearest_ = larger(select(length == N{}, Real(0), Real(1) / select(length == N{}, Real(1), length)), nearest_);
     });
     Team::each(o.np, [&](auto j) { slope_ = larger(absolute(o.D[j] * o.q[j]), slope_); });
-    S needed = Team::largest(needed_), nearest = Team::largest(nearest_), slope = Team::largest(slope_);
+    S needed, nearest, slope;
+    Team::reduce(Largest{needed_, needed}, Largest{nearest_, nearest}, Largest{slope_, slope});
     auto where_positive = [&](S a, S value, S other) {
         return select(a > zero, value / select(a > zero, a, one), other);
     };

@@ -78,7 +78,8 @@ template <class Team> QP_NOINLINE typename Team::Number center_start(Problem<Tea
         most_ = larger(z, most_);
         least_ = larger(-z, least_);
     });
-    S most = Team::largest(most_), least = Team::largest(least_);
+    S most, least;
+    Team::reduce(Largest{most_, most}, Largest{least_, least});
     Team::each(o.rows, [&](auto i) {
         N z = difference[i];
         sum += select(o.kind.inequality(i), (z + least) * (most - z), Real(0));
@@ -137,7 +138,8 @@ QP_NOINLINE typename Team::Number multiplier_ratio(const Problem<Team>& o, const
     Team::each(o.np, [&](auto j) { x_ = larger(absolute(current.x[j] / o.D[j]), x_); });
     Team::each(o.rows,
                [&](auto i) { v_ = larger(select(o.kind.equality(i), absolute(current.v[i] / o.E[i]), Real(0)), v_); });
-    S x = Team::largest(x_), v = Team::largest(v_);
+    S x, v;
+    Team::reduce(Largest{x_, x}, Largest{v_, v});
     return v / select(x > S{}, x, as<S>(Real(1)));
 }
 

@@ -129,8 +129,10 @@ QP_NOINLINE Direction<E> descent_direction(Problem<Team>& o, const Iterate<Team>
         hidden_ = larger(absolute(D * Qx), hidden_);
         cost_ = larger(absolute(D * q), cost_);
     });
-    E fall = -Team::sum(total_);
-    auto falls = falls_along(o, fall, Team::sum(size_), Team::sum(length_));
+    E total, size, length;
+    Team::reduce(Sum{total_, total}, Sum{size_, size}, Sum{length_, length});
+    E fall = -total;
+    auto falls = falls_along(o, fall, size, length);
     if (!some(falls)) {
         return {E{}, fall};
     }
@@ -140,9 +142,10 @@ QP_NOINLINE Direction<E> descent_direction(Problem<Team>& o, const Iterate<Team>
         hidden_ = larger(absolute(scale * Kx), hidden_);
     });
     // The rounding of these differences hides as much.
-    E uphill = larger(Team::largest(uphill_), EPS * Team::largest(hidden_));
-    E scaled_q = larger(Team::largest(cost_), as<E>(o.dual_unit));
-    return {select(falls, fall / (uphill * scaled_q), E{}), fall};
+    E uphill, hidden, cost;
+    Team::reduce(Largest{uphill_, uphill}, Largest{hidden_, hidden}, Largest{cost_, cost});
+    E residual = larger(uphill, EPS * hidden), scaled_q = larger(cost, as<E>(o.dual_unit));
+    return {select(falls, fall / (residual * scaled_q), E{}), fall};
 }
 
 // Compare the last step in the multipliers, stored in `farkas`, with a Farkas certificate. `scaled_k` is the size of
@@ -161,8 +164,10 @@ QP_NOINLINE Direction<E> farkas_certificate(Problem<Team>& o, const Iterate<Team
         size_ += absolute(term);
         length_ += absolute(farkas) / o.unit_v[i];
     });
-    E fall = -Team::sum(total_);
-    auto falls = falls_along(o, fall, Team::sum(size_), Team::sum(length_));
+    E total, size, length;
+    Team::reduce(Sum{total_, total}, Sum{size_, size}, Sum{length_, length});
+    E fall = -total;
+    auto falls = falls_along(o, fall, size, length);
     if (!some(falls)) {
         return {E{}, fall};
     }
@@ -174,9 +179,10 @@ QP_NOINLINE Direction<E> farkas_certificate(Problem<Team>& o, const Iterate<Team
         hidden_ = larger(absolute(current.v[i] / scale), hidden_);
     });
     // The rounding of the difference hides as much.
-    E left = larger(Team::largest(left_), EPS * Team::largest(hidden_));
-    E size = larger(scaled_k, smaller(Team::largest(reached_), P.reached * scaled_k));
-    return {select(falls, fall / (left * size), E{}), fall};
+    E left, hidden, reached;
+    Team::reduce(Largest{left_, left}, Largest{hidden_, hidden}, Largest{reached_, reached});
+    E residual = larger(left, EPS * hidden), scale = larger(scaled_k, smaller(reached, P.reached * scaled_k));
+    return {select(falls, fall / (residual * scale), E{}), fall};
 }
 
 // ---- the assessment of an iterate
@@ -226,51 +232,49 @@ QP_NOINLINE State<Team> assess(Problem<Team>& o, Iterate<Team>& current, const I
         Kx_ = larger(unit * absolute(Kx), Kx_);
         violated_ = larger(scale * violation, violated_);
     });
-    E xQx = Team::sum(xQx_), qx = Team::sum(qx_), kv{}, absolute_gap = xQx + qx;
-    // By blocks, each summed by itself, the last first: terms that cancel do so in the same way everywhere.
-    auto add_block = [&](N block) {
-        E sum = Team::sum(block);
-        absolute_gap += sum;
-        kv += sum;
-    };
-    N of_A{}, of_G{};
+    N of_A_{}, of_G_{}, of_upper_{}, of_lower_{};
     Team::each_exactly(o.lp, [&](auto i) {
         N term = current.v[i] * o.k[i];
-        of_A += select(o.kind.equality(i), term, 0.0);
-        of_G += select(o.kind.equality(i), 0.0, term);
+        of_A_ += select(o.kind.equality(i), term, 0.0);
+        of_G_ += select(o.kind.equality(i), 0.0, term);
     });
-    add_block(of_G);
-    add_block(of_A);
-    auto add_bounds = [&](int at) {
-        N block{};
+    auto add_bounds = [&](int at, N& block) {
         Team::each_exactly(o.np, [&](auto j) { block += current.v[j + at] * o.k[j + at]; });
-        add_block(block);
     };
     if (o.upper) {
-        add_bounds(o.at_upper());
+        add_bounds(o.at_upper(), of_upper_);
     }
     if (o.lower) {
-        add_bounds(o.at_lower());
+        add_bounds(o.at_lower(), of_lower_);
     }
+    E xQx, qx, of_A, of_G, of_upper, of_lower, size_of_terms, x_size, Qx_size, q_size, Kv_size, Kx_size;
+    E absolute_primal, absolute_dual, primal, dual, violated, scaled_k;
+    Team::reduce(Sum{xQx_, xQx}, Sum{qx_, qx}, Sum{of_A_, of_A}, Sum{of_G_, of_G}, Sum{of_upper_, of_upper},
+                 Sum{of_lower_, of_lower}, Sum{terms, size_of_terms}, Largest{x_, x_size}, Largest{Qx_, Qx_size},
+                 Largest{q_, q_size}, Largest{Kv_, Kv_size}, Largest{Kx_, Kx_size},
+                 Largest{absolute_primal_, absolute_primal}, Largest{absolute_dual_, absolute_dual},
+                 Largest{primal_, primal}, Largest{dual_, dual}, Largest{violated_, violated},
+                 Largest{scaled_, scaled_k});
+    scaled_k = larger(scaled_k, as<E>(o.primal_unit));
+    // By blocks, each summed by itself, the last first: terms that cancel do so in the same way everywhere.
+    E kv = of_G + of_A + of_upper + of_lower, absolute_gap = xQx + qx + of_G + of_A + of_upper + of_lower;
     E per_unit = per_gap_unit(o);
     absolute_gap = absolute(absolute_gap);
-    E gap = per_unit * absolute_gap, primal = Team::largest(primal_), dual = Team::largest(dual_);
-    E scaled_k = larger(Team::largest(scaled_), as<E>(o.primal_unit));
+    E gap = per_unit * absolute_gap;
     // The rounding error of the constraints at x is no violation.
-    E beyond = primal - row_rounding(o, Team::largest(x_));
-    E slope = larger(Team::largest(Qx_), larger(Team::largest(q_), Team::largest(Kv_)));
+    E beyond = primal - row_rounding(o, x_size);
+    E slope = larger(Qx_size, larger(q_size, Kv_size));
     E size_gap = per_unit * larger(absolute(xQx), larger(absolute(qx), absolute(kv)));
-    E hidden = P.gap_rounding * EPS * per_unit * Team::sum(terms);
+    E hidden = P.gap_rounding * EPS * per_unit * size_of_terms;
 
     State<Team> assessed;
     assessed.objective = 0.5 * xQx + qx;
-    assessed.absolute = {Team::largest(absolute_primal_), Team::largest(absolute_dual_), absolute_gap};
+    assessed.absolute = {absolute_primal, absolute_dual, absolute_gap};
     assessed.primal = primal, assessed.dual = dual, assessed.gap = gap;
     assessed.worst = larger(primal, larger(dual, gap));
     // Not `<=` on a largest entry alone: NaN must never pass, nor an infinity that is compared with its own size.
-    assessed.within_tolerance =
-        is_within_tolerance<Team>(o, {beyond, dual, gap}, {Team::largest(Kx_), slope, size_gap}, hidden) &
-        (assessed.worst < as<E>(INFINITY_));
+    assessed.within_tolerance = is_within_tolerance<Team>(o, {beyond, dual, gap}, {Kx_size, slope, size_gap}, hidden) &
+                                (assessed.worst < as<E>(INFINITY_));
 
     E tol = as<E>(o.settings->tol);
     Direction<E> unbounded{E{}, as<E>(1.0)}, infeasible = unbounded;
@@ -283,8 +287,8 @@ QP_NOINLINE State<Team> assess(Problem<Team>& o, Iterate<Team>& current, const I
         infeasible.ratio = select(beyond > tol, infeasible.ratio, E{});
     }
     progress(o, state, larger(infeasible.ratio, unbounded.ratio), assessed);
-    assessed.status = decide_status(o, assessed, infeasible.ratio, unbounded.ratio, Team::largest(violated_), scaled_k,
-                                    iterations, limit);
+    assessed.status =
+        decide_status(o, assessed, infeasible.ratio, unbounded.ratio, violated, scaled_k, iterations, limit);
     auto falls = assessed.status == as<E>(DUAL_INFEASIBLE), contradicts = assessed.status == as<E>(PRIMAL_INFEASIBLE);
     if (some(falls)) {
         Team::each_exactly(

@@ -30,9 +30,10 @@ QP_INLINE void step_lengths(const Problem<Team>& o, S fraction, S& alpha_s, S& a
         of_s = larger(select(inequality, -o.ds[i] * o.per_s[i], Real(0)), of_s);
         of_z = larger(select(inequality, -o.dv[i] * o.per_z[i], Real(0)), of_z);
     });
-    S one = as<S>(Real(1));
-    alpha_s = Real(1) / larger(Team::largest(of_s) / fraction, one);
-    alpha_z = Real(1) / larger(Team::largest(of_z) / fraction, one);
+    S one = as<S>(Real(1)), most_of_s, most_of_z;
+    Team::reduce(Largest{of_s, most_of_s}, Largest{of_z, most_of_z});
+    alpha_s = Real(1) / larger(most_of_s / fraction, one);
+    alpha_z = Real(1) / larger(most_of_z / fraction, one);
 }
 
 // Fill the diagonals of the KKT matrix at `previous`, and the predictor's right-hand side of the constraints. A
@@ -185,7 +186,8 @@ QP_NOINLINE typename Team::Truth constraints_are_accurate(const Problem<Team>& o
         by_delta_ = larger(unit * absolute(share), by_delta_);
         left_ = larger(unit * absolute(r_after - rest * r + share), left_);
     });
-    E before = Team::largest(before_), after = Team::largest(after_), by_delta = Team::largest(by_delta_);
+    E before, after, by_delta, left;
+    Team::reduce(Largest{before_, before}, Largest{after_, after}, Largest{by_delta_, by_delta}, Largest{left_, left});
     limiting = (by_delta > P.delta_share * after) & (after > P.delta_stuck * before) & (after > as<E>(o.settings->tol));
     if (some(limiting)) {
         N multipliers{}, products{};
@@ -195,7 +197,7 @@ QP_NOINLINE typename Team::Truth constraints_are_accurate(const Problem<Team>& o
         });
         limiting &= Team::largest(multipliers) > Team::largest(products);
     }
-    return Team::largest(left_) <= negligible(o, before);
+    return left <= negligible(o, before);
 }
 
 // ---- regularisation
