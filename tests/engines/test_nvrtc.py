@@ -12,7 +12,7 @@ import qpdiff
 SOURCES = Path(qpdiff.__file__).parent / "engines" / "compiled" / "src"
 REGISTERS = 128
 """So many leave a multiprocessor two blocks of 256 threads, or sixteen of 32."""
-SPILLED = {"solve": 384, "derivative": 16}
+SPILLED = {"solve": 352, "derivative": 16}
 """Bytes of registers that one function may move to memory and back."""
 STACK = {"solve": 1408, "derivative": 768}
 """Bytes of local memory of a thread: mostly the places of the vectors."""

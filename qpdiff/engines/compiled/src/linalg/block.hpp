@@ -27,9 +27,12 @@ QP_INLINE int first_problem() {
 QP_INLINE int blocks() {
     return int(gridDim.x);
 }
+QP_INLINE unsigned warp_mask() { // of the threads in a warp: a block may have fewer
+    return blockDim.x < 32 ? (1u << blockDim.x) - 1 : 0xffffffffu;
+}
 #define QP_BARRIER() __syncthreads()
-#define QP_WARP_BARRIER() __syncwarp()
-#define QP_EXCHANGE(value, offset) __shfl_xor_sync(0xffffffffu, value, offset)
+#define QP_WARP_BARRIER() __syncwarp(warp_mask())
+#define QP_EXCHANGE(value, offset) __shfl_xor_sync(warp_mask(), value, offset)
 #define QP_ROLLED _Pragma("unroll 1")
 #else
 // emulation.hpp defines these.
@@ -143,7 +146,7 @@ QP_INLINE void reduce_rows(int rows, int columns, F f, P put) {
 }
 
 // Reduce what the threads have accumulated, all numbers at once.
-template <class... R> QP_NOINLINE void reduce(R... numbers) {
+template <class... R> QP_INLINE void reduce(R... numbers) {
     constexpr int COUNT = sizeof...(R);
     static_assert(COUNT <= MOST_REDUCED);
     QP_ROLLED for (int offset = warp_width() / 2; offset > 0; offset /= 2) {
