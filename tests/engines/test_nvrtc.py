@@ -12,9 +12,9 @@ import qpdiff
 SOURCES = Path(qpdiff.__file__).parent / "engines" / "compiled" / "src"
 REGISTERS = 128
 """So many leave a multiprocessor two blocks of 256 threads, or sixteen of 32."""
-SPILLED = {"solve": 352, "derivative": 16}
+SPILLED = {"solve": 448, "derivative": 16}
 """Bytes of registers that one function may move to memory and back."""
-STACK = {"solve": 1408, "derivative": 768}
+STACK = {"solve": 1536, "derivative": 768}
 """Bytes of local memory of a thread: mostly the places of the vectors."""
 KERNELS = [(stage, form) for stage in ("solve", "derivative") for form in ("primal", "dense_dual", "diagonal_dual")]
 GPUS = [("sm_80", "double"), ("sm_90", "double"), ("sm_90", "float"), ("sm_120", "double")]
