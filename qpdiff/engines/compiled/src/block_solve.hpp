@@ -41,10 +41,16 @@ template <class T, Form FORM> class Solver {
         if (launch.check && !check(b)) {
             return;
         }
-        balance(o);
-        if constexpr (FORM == Form::diagonal_dual) {
+        if constexpr (FORM == Form::diagonal_dual) { // chosen by the shapes alone
+            bool diagonal = true;
+            each_entry(o.n, o.n, [&](int i, int j) { diagonal &= i == j || o.Q[i][j] == T(0); });
+            if (!Team<T>::all(diagonal)) {
+                leave(b, Form::primal);
+                return;
+            }
             Team<T>::transpose(o.K, o.linear, o.n, o.K_transposed);
         }
+        balance(o);
         if (!prepare<FORM>(o)) {
             leave(b, Form::primal);
             return;
