@@ -27,7 +27,7 @@ from rich.table import Table
 
 import qpdiff
 
-from .engines.choice import compiled_engine
+from .engines.choice import GPU_SWITCH, compiled_engine, gpu_engine, gpu_is_switched_on
 from .files import LARGEST, read_problem
 from .problem import OPERANDS
 from .solution import FIELDS
@@ -208,6 +208,7 @@ def info() -> None:
             f"backend {name}", version(package), runs(name, operands) if importlib_has(package) else "not installed"
         )
     table.add_row("engine", *engine())
+    table.add_row("engine on a GPU", *engine_on_gpu())
     for package in ("scipy", "array-api-compat", "threadpoolctl", "autograd", "dask", "cvxpy", "highspy"):
         table.add_row(package, version(package), "")
     console.print(table)
@@ -480,6 +481,16 @@ def engine() -> tuple[str, str]:
     """Return which engine solves NumPy arrays, and why."""
     module, reason = compiled_engine()
     return "compiled" if module else "array", reason
+
+
+def engine_on_gpu() -> tuple[str, str]:
+    """Return which engine solves arrays of CuPy and torch on an NVIDIA GPU, and why."""
+    module, reason = gpu_engine()
+    if module is None:
+        return "array", reason
+    if gpu_is_switched_on():
+        return "compiled", reason
+    return "array", f"no GPU has run the compiled engine's kernels yet; {GPU_SWITCH}=1 switches them on"
 
 
 def blas_threads() -> str:

@@ -84,8 +84,9 @@ def solve_qp(
     verbose : bool
         Print a line per iteration with the worst residuals of the problems that are still running (array engine).
     engine : {"auto", "array", "compiled"}
-        "array" is the solver in the operations of the array library; "compiled" is the same method for NumPy arrays in
-        C++, one problem after the other. "auto" takes it where it can.
+        "array" is the solver in the operations of the array library; "compiled" is the same method in C++, for NumPy
+        arrays one problem after the other, for CuPy's and torch's on an NVIDIA GPU in kernels. "auto" takes it where it
+        can; the kernels, which no GPU has run yet, only where the environment has QPDIFF_GPU_ENGINE=1.
     progress : callable, optional
         Called as ``progress(done, batch)`` from this thread, whenever a part of the batch has been solved.
 

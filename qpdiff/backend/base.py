@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Generator
 from contextlib import nullcontext
+from typing import Any
 
 import array_api_compat
 import numpy as np
@@ -57,6 +58,32 @@ class Backend:
         return _restore, (type(self), self.xp.__name__, self.device)  # a module does not pickle
 
     @property
+    def gpu(self) -> int | None:
+        """The number of the NVIDIA GPU that the arrays are on; None where kernels of our own cannot work on them."""
+        return None
+
+    def stream(self) -> int:
+        """Return the handle of the CUDA stream on which the library works now."""
+        raise NotImplementedError
+
+    def located(self, array) -> tuple[int, int, Any]:
+        """Return where an array (B or 1, ...) is on a GPU, with the entries of each problem contiguous there.
+
+        Returns
+        -------
+        address : int
+        stride : int
+            Numbers from one problem to the next, 0 where it is the same for all.
+        owner : array
+            The one whose memory it is: the array itself or a copy.
+        """
+        raise NotImplementedError
+
+    def contiguous(self, array):
+        """Return an array in C order, copied where it is not."""
+        raise NotImplementedError
+
+    @property
     def widest_float(self):
         """The widest floating point type of the library, in which residuals are computed."""
         return self.xp.float64
@@ -66,6 +93,9 @@ class Backend:
 
     def full(self, shape, value, dtype):
         return self.xp.full(shape, value, dtype=dtype, device=self.device)
+
+    def empty(self, shape, dtype):
+        return self.xp.empty(shape, dtype=dtype, device=self.device)
 
     def zeros_of_all(self, batch: int, n: int, dtype):
         """Return zeros (batch, n) that all problems share, as broadcasting makes them."""

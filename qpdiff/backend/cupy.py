@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 from .base import Backend, _restore
 
@@ -29,6 +30,24 @@ class CuPyBackend(Backend):
     def __reduce__(self):
         # Without the device: an array goes to the current one where it is unpickled, as in another process.
         return _restore, (type(self), self.xp.__name__, None)
+
+    @property
+    def gpu(self) -> int | None:
+        runtime = self.xp.cuda.runtime
+        if runtime.is_hip:
+            return None
+        return runtime.getDevice() if self.device is None else self.device
+
+    def stream(self) -> int:
+        return self.xp.cuda.get_current_stream().ptr
+
+    def located(self, array) -> tuple[int, int, Any]:
+        if not (array.flags.c_contiguous or array[0].flags.c_contiguous):
+            array = self.xp.ascontiguousarray(array)
+        return array.data.ptr, array.strides[0] // array.itemsize if array.shape[0] > 1 else 0, array
+
+    def contiguous(self, array):
+        return self.xp.ascontiguousarray(array)
 
     def context(self):
         from cupyx import errstate

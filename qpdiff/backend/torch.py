@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,25 @@ class TorchBackend(Backend):
     @property
     def launch_bound_bytes(self):
         return 0 if self.device.type == "cpu" else 2**28
+
+    @property
+    def gpu(self) -> int | None:
+        # What torch calls CUDA is AMD's ROCm where it was built for that.
+        if self.device.type != "cuda" or not torch.version.cuda:
+            return None
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
+
+    def stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def located(self, array) -> tuple[int, int, Any]:
+        array = array.detach().resolve_neg()  # torch may negate when it reads
+        if not (array.is_contiguous() or array[0].is_contiguous()):
+            array = array.contiguous()
+        return array.data_ptr(), array.stride(0) if array.shape[0] > 1 else 0, array
+
+    def contiguous(self, array):
+        return array.contiguous()
 
     def asarray(self, value, dtype=None):
         if isinstance(value, np.ndarray) and (not value.flags.writeable or min(value.strides, default=0) < 0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from functools import cache
 
 from ..problem import Problem
@@ -13,20 +14,29 @@ from .base import Engine
 ENGINES = ("auto", "array", "compiled")
 
 
+GPU_SWITCH = "QPDIFF_GPU_ENGINE"
+"""The variable of the environment that is 1 where "auto" is to take the kernels for GPUs, which none has run yet."""
 _BUILD = "pip install --no-binary qpdiff qpdiff builds it, with a C++20 compiler"
 _log = logging.getLogger(__name__)
 
 
 @cache
 def compiled_engine():
-    """Return the module of the compiled engine, or None, and the reason."""
+    """Return the module of the compiled engine for NumPy arrays, or None, and the reason."""
     try:
-        compiled = importlib.import_module(".compiled", __package__)
+        compiled = importlib.import_module(".compiled.engine", __package__)
     except ImportError as error:
         reason = f"it was not built for this machine ({_BUILD}): {error}"
         _log.warning("the array engine solves, and not the compiled one, which is many times faster: %s", reason)
         return None, reason
     return compiled, f"built ahead of time for {compiled.INSTRUCTIONS}"
+
+
+def gpu_engine():
+    """Return the module of the compiled engine for arrays on an NVIDIA GPU, or None, and the reason."""
+    gpu = importlib.import_module(".compiled.gpu", __package__)
+    missing = gpu.missing()
+    return (None, missing) if missing else (gpu, "its kernels are compiled at first use")
 
 
 def choose_engine(name: str, problem: Problem, verbose: bool) -> Engine:
@@ -39,14 +49,21 @@ def choose_engine(name: str, problem: Problem, verbose: bool) -> Engine:
     """
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}; expected one of {', '.join(map(repr, ENGINES))}")
-    if name == "array":
+    on_gpu = problem.backend.gpu is not None
+    if name == "array" or (name == "auto" and on_gpu and not gpu_is_switched_on()):
         return array
-    compiled, reason = compiled_engine()
+    compiled, reason = gpu_engine() if on_gpu else compiled_engine()
     refusal = compiled.refusal(problem, verbose) if compiled else None
     if name == "auto":
-        return compiled if compiled and refusal is None else array
+        suits = compiled and refusal is None and (not on_gpu or compiled.suits(problem))
+        return compiled if suits else array
     if compiled is None:
         raise ImportError(f"engine='compiled' cannot run: {reason}")
     if refusal is not None:
         raise ValueError(f"engine is 'compiled', which {refusal}")
     return compiled
+
+
+def gpu_is_switched_on() -> bool:
+    """Return whether "auto" takes the kernels for GPUs."""
+    return os.environ.get(GPU_SWITCH) == "1"

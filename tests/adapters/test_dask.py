@@ -149,7 +149,7 @@ def test_blocks_are_those_of_the_operands():
 @pytest.mark.parametrize("engine", ["array", "compiled"])
 def test_types_of_the_blocks(engine, kind, dtype):
     if engine == "compiled":
-        pytest.importorskip("qpdiff.engines.compiled", exc_type=ImportError)
+        pytest.importorskip("qpdiff.engines.compiled.engine", exc_type=ImportError)
     rng = np.random.default_rng(0)
     operands = {k: v.astype(kind) for k, v in random_problem(rng, "A G lb ub", batch=(5,), shared=("G", "A")).items()}
     operands["lb"] = operands["lb"].tolist()  # a list has no type of its own
@@ -364,7 +364,7 @@ def transported(sol, protocol=5, misaligned=False):
 @pytest.mark.parametrize("engine", ["array", "compiled"])
 def test_a_solution_pickles_with_what_the_derivative_needs(engine, dtype):
     if engine == "compiled":
-        pytest.importorskip("qpdiff.engines.compiled", exc_type=ImportError)
+        pytest.importorskip("qpdiff.engines.compiled.engine", exc_type=ImportError)
     rng = np.random.default_rng(5)
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == "float32" else {"rtol": 1e-9, "atol": 1e-9}
     for parts, shape, shared, cost in [
@@ -436,7 +436,7 @@ def test_a_killed_worker_loses_nothing(client, many):
 @pytest.mark.parametrize("engine", ["array", "compiled"])
 def test_a_worker_differentiates_what_another_has_solved(client, many, engine):
     if engine == "compiled":
-        pytest.importorskip("qpdiff.engines.compiled", exc_type=ImportError)
+        pytest.importorskip("qpdiff.engines.compiled.engine", exc_type=ImportError)
     client.wait_for_workers(2)
     here, there = client.scheduler_info()["workers"]
     operands, _, expected = many

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from emulated_gpu import pose
 from problems import mostly_active, random_problem, rounded_product
 
 pytest.importorskip("torch")
@@ -22,6 +23,7 @@ import qpdiff
 import qpdiff.torch
 from qpdiff.adjoint import solution_vjp
 from qpdiff.backend import choose_backend
+from qpdiff.backend.torch import TorchBackend
 from qpdiff.differentiation import solve_kkt
 from qpdiff.problem import OPERANDS, join_rows, make_layout
 
@@ -30,11 +32,13 @@ OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
 DOUBLE = torch.float64
 
 
-@pytest.fixture(params=["numpy", "torch"])
+@pytest.fixture(params=["numpy", "torch", "emulated-gpu"])
 def solved_by(request, monkeypatch):
-    """What solves: NumPy for the tensors on the CPU, or torch itself as on any other device."""
-    if request.param == "torch":
+    """What solves: NumPy for the tensors on the CPU, torch itself as on any other device, or the kernels for a GPU."""
+    if request.param != "numpy":
         monkeypatch.setattr(qpdiff.torch, "_on_host", lambda device: False)
+    if request.param == "emulated-gpu":
+        pose(monkeypatch, TorchBackend)
     return request.param
 
 

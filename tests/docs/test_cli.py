@@ -330,6 +330,7 @@ def test_info(run):
     assert "backend numpy" in result.output
     expected = r"engine\W+compiled\W+built ahead of time" if compiled_engine()[0] else r"engine\W+array"
     assert re.search(expected, result.output)
+    assert "engine on a GPU" in result.output
     assert qpdiff.__version__ in result.output
 
 

@@ -105,7 +105,7 @@ class StandIn:
         added = {
             "linalg": SimpleNamespace(**strict_linalg | {"cholesky": cholesky}),
             "ascontiguousarray": lambda a: self.array(np.ascontiguousarray(a._array)),
-            "cuda": SimpleNamespace(Device=self.current),
+            "cuda": SimpleNamespace(Device=self.current, runtime=SimpleNamespace(is_hip=False)),
         }
         public = {name: getattr(strict, name) for name in dir(strict) if not name.startswith("_")}
         self.xp = Recorder(SimpleNamespace(**public | added), self.tell)

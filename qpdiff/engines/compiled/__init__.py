@@ -1,5 +1,5 @@
-"""The compiled engine: the method in C++, for NumPy arrays. Importing it is an ImportError where it was not built."""
+"""The compiled engine: the method in C++, for one problem at a time.
 
-from .engine import INSTRUCTIONS, refusal, solve, without_factor
-
-__all__ = ["INSTRUCTIONS", "refusal", "solve", "without_factor"]
+`engine` solves NumPy arrays on the processor's threads; importing it is an ImportError where it was not built. `gpu`
+solves the arrays on a GPU, in kernels that are compiled at first use.
+"""

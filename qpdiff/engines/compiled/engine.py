@@ -46,10 +46,10 @@ SOLVE_COST, DERIVATIVE_COST = 10, 1
 FEW = 2**10
 """Number of entries of x in a batch up to which recycling of memory takes longer than it saves."""
 STORED_BYTES = 2**26, 2**29
-"""Bytes of factors that are stored for the derivative in any case, and at most (`_plan`)."""
+"""Bytes of factors that are stored for the derivative in any case, and at most where the operands take as many."""
 _SCALARS = (np.int32, np.int32, np.float64, np.float64, np.float64, np.float64)
 """The types of `Outcome` from the status on."""
-_DECIDING = frozenset({"Q", "G", "A", "lb", "ub"})
+DECIDING = frozenset({"Q", "G", "A", "lb", "ub"})
 """Operands that the balanced scaling of the matrices and the reduced form depend on."""
 _PARAMETERS = {np.dtype(np.float64): _core.Parameters(DOUBLE), np.dtype(np.float32): _core.Parameters(SINGLE)}
 
@@ -188,17 +188,22 @@ def is_shared(value) -> bool:
 def _plan(problem: Problem, form: int, itemsize: int):
     """Return a function that makes each of x, v, s and of the first three fields of `Stored`, and their shapes.
 
-    Factors are stored where they take at most STORED_BYTES[0], or at most as much as the operands and STORED_BYTES[1].
+    Factors are stored where `stores` says so.
     """
     count, operands, sizes = problem.batch, problem.operands, _sizes(problem, form, itemsize)
-    shared = count == 1 or all(is_shared(value) for name, value in operands.items() if name in _DECIDING)
+    shared = count == 1 or all(is_shared(value) for name, value in operands.items() if name in DECIDING)
     plan, stored = _plan_of(sizes, count, shared, True)
-    few, many = STORED_BYTES
-    if stored > few:
+    if stored > STORED_BYTES[0]:
         data = itemsize * sum(v[:1].size if is_shared(v) else v.size for v in operands.values())
-        if stored > min(many, data):
+        if not stores(stored, data):
             plan, _ = _plan_of(sizes, count, shared, False)
     return plan
+
+
+def stores(stored: int, data: int) -> bool:
+    """Return whether factors of so many bytes are stored for the derivative, of problems of so many."""
+    few, many = STORED_BYTES
+    return stored <= max(few, min(many, data))
 
 
 def _sizes(problem: Problem, form: int, itemsize: int):

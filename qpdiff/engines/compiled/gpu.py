@@ -1,0 +1,304 @@
+"""The arrays that a call passes to the kernels on a GPU: operands, results, and factors stored for the derivative.
+
+A block of threads solves one problem from its start to its end, and another kernel differentiates it. Both read the
+caller's arrays where they are; results and workspace come from the arrays' own library, so that its allocator and its
+stream order them with all other work. Nothing goes to the host but, where operands are checked, whether one is bad.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from ...problem import MATRICES, OPERANDS, Layout, Problem
+from ...validation import check_values
+from ..base import Linearization, Outcome, Settings, StartingPoint
+from ..parameters import Parameters, parameters
+from ..reduction import Form, preferred_form
+from . import cuda
+from .cuda import missing
+from .engine import DECIDING, _core, stores
+
+__all__ = ["Factors", "missing", "refusal", "solve", "suits"]
+
+THREADS = ((16, 32), (32, 64), (80, 128))
+"""The largest number of variables or of linear constraints, and the threads of a block up to there.
+
+By a model of the time, 60 cycles for a barrier and 8 for an access to memory: with more threads the barriers take
+longer than the work between them. Not measured yet.
+"""
+MOST_THREADS = 256
+"""Beyond; the kernels take no more, so that each thread may have all the registers that it can address."""
+WORKSPACE_BYTES = 2**31
+"""Bytes of workspace that all blocks have together, at most; where it is too little for as many blocks as problems,
+each block takes several."""
+WAVES = 8
+"""Problems for each multiprocessor up to which "auto" takes sizes whose reduced matrix does not fit in shared memory.
+
+A block is bound by latency there, while the matrix products of the array engine use the whole GPU in large batches. By
+the model: sixteen problems with n = 500 take 10 ms, a thousand 100, about as long as with the array engine.
+"""
+
+
+# ---- the structs of src/launch.hpp
+
+
+def _struct(name: str, **kinds) -> Any:
+    return type(name, (ctypes.Structure,), {"_fields_": list(kinds.items())})
+
+
+_Pointer, _Int, _Double = ctypes.c_void_p, ctypes.c_int, ctypes.c_double
+_Parameters = _struct("Parameters", **dict.fromkeys(_core.PARAMETERS, _Double))
+_KINDS = {"absolute": ctypes.c_bool, "max_iterations": _Int}
+_Settings = _struct("Settings", **{name: _KINDS.get(name, _Double) for name in Settings._fields})
+_Operand = _struct("OperandArray", data=_Pointer, stride=ctypes.c_longlong)
+_Operands = _struct("OperandArrays", **dict.fromkeys(OPERANDS, _Operand))
+_Shape = _struct("BlockShape", **dict.fromkeys(("form", "n", "p", "m", "lower", "upper"), _Int))
+_Stored = _struct(
+    "StoredArrays",
+    **dict.fromkeys(("constant", "last", "scaling", "form", "factor_ok"), _Pointer),
+    constant_stride=ctypes.c_longlong,
+)
+_Memory = _struct(
+    "BlockMemory", workspace=_Pointer, workspace_bytes=ctypes.c_longlong, shared_bytes=_Int, reserved=_Int
+)
+_Solve = _struct(
+    "SolveLaunch", parameters=_Parameters, settings=_Settings, operands=_Operands, shape=_Shape, count=_Int,
+    check=_Int, rounding=_Double, start_x=_Pointer, start_v=_Pointer, start_usable=_Pointer,
+    **dict.fromkeys(Outcome._fields, _Pointer), refused=_Pointer, stored=_Stored, memory=_Memory,
+)  # fmt: skip
+_Derivative = _struct(
+    "DerivativeLaunch", parameters=_Parameters, operands=_Operands, shape=_Shape, count=_Int, reserved=_Int,
+    fill=_Double, x=_Pointer, v=_Pointer, s=_Pointer, status=_Pointer, r_x=_Operand, r_v=_Operand,
+    u_x=_Pointer, u_v=_Pointer, of_Q=_Pointer, of_A=_Pointer, of_G=_Pointer, stored=_Stored, memory=_Memory,
+)  # fmt: skip
+
+
+class Sizes(NamedTuple):
+    """The memory that a kernel needs for the sizes of a problem: `BlockSizes` of src/launch.hpp."""
+
+    least_shared: int
+    """Bytes of shared memory without any matrix."""
+    shared: int
+    """Bytes of shared memory with all matrices that fit."""
+    workspace: int
+    """Bytes of workspace of a block, for the others."""
+    constant: int
+    """Numbers stored for each problem: constants of the reduced system; `last`, of its last factor."""
+    last: int
+
+
+@lru_cache(maxsize=256)
+def _sizes(derivative: bool, form: int, shape: tuple, itemsize: int, limit: int) -> Sizes:
+    return Sizes(*_core.block_sizes(derivative, form, *shape, itemsize, limit))
+
+
+def _shape(layout: Layout) -> tuple[int, int, int, bool, bool]:
+    return layout.n, layout.p, layout.m, layout.lower, layout.upper
+
+
+def threads_for(n: int, linear: int) -> int:
+    """Return the threads of a block for problems with so many variables and linear constraints."""
+    longest = max(n, linear)
+    return next((threads for limit, threads in THREADS if longest <= limit), MOST_THREADS)
+
+
+# ---- the engine
+
+
+def refusal(problem: Problem, verbose: bool) -> str | None:
+    """Say why it cannot take these problems; None: it can."""
+    if verbose:
+        return "takes one problem after the other; verbose needs engine='array'"
+    on, form = cuda.device(problem.backend.gpu), _form(problem)
+    for one in {form, Form.PRIMAL}:
+        for derivative in (False, True):
+            needed = _sizes(derivative, one, _shape(problem.layout), 8, on.shared_bytes).least_shared
+            if needed > on.shared_bytes:
+                return (
+                    f"needs {needed} bytes of shared memory for the vectors of such a problem, of which the GPU has "
+                    f"{on.shared_bytes}; pass engine='array'"
+                )
+    return None
+
+
+def suits(problem: Problem) -> bool:
+    """Return whether it is likely to take less time than the array engine."""
+    on, form = cuda.device(problem.backend.gpu), _form(problem)
+    least = _sizes(False, form, _shape(problem.layout), 8, on.shared_bytes).least_shared
+    size = problem.n if form == Form.PRIMAL else problem.p + problem.m
+    return least + 8 * size**2 <= on.shared_bytes or problem.batch <= WAVES * on.multiprocessors
+
+
+def _form(problem: Problem) -> Form:
+    """Choose the reduced form by the shapes alone; problems for which it is not safe get the primal one on the GPU."""
+    return preferred_form(problem, diagonal=True)
+
+
+def solve(
+    problem: Problem, settings: Settings, start: StartingPoint | None, *, check: bool, verbose: bool, progress
+) -> tuple[Outcome, Factors]:
+    """Solve every problem of a batch, as `engines.base.Engine` says."""
+    solved, refused = _solve(problem, settings, start, check)
+    if refused is not None and bool(problem.backend.xp.any(refused != 0)):
+        check_values(problem)  # raises the error, if there is one: the checks in the kernels are stricter
+        solved, _ = _solve(problem, settings, start, False)
+    if progress is not None:
+        progress(problem.batch, problem.batch)
+    return solved
+
+
+class Stored(NamedTuple):
+    """Factors and scaling of every problem, stored for the derivative; None where they are not."""
+
+    constant: Any
+    """The constants of the reduced KKT system, (B or 1, ·)."""
+    last: Any
+    """Its last factor, and the weights of the constraints in it."""
+    scaling: Any
+    """D and E."""
+    form: Any
+    """The reduced form that each problem has been solved with."""
+    factor_ok: Any
+    """Mask of the problems whose last factor can be used."""
+
+
+def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, check: bool):
+    """Solve as `solve` does; return also a mask of the problems that break a rule, None without a check."""
+    backend, dtype, form = problem.backend, problem.dtype, _form(problem)
+    xp, count, n, rows = backend.xp, problem.batch, problem.n, problem.rows
+    launch = _Launch(problem, form, _Solve)
+    sizes = launch.sizes(False, form)
+    shared, factors = _storage(problem, sizes, launch.itemsize)
+
+    def empty(columns: int, kind=dtype, problems: int = count):
+        return backend.empty((problems, columns), kind)
+
+    outcome = Outcome(
+        empty(n), empty(rows), empty(rows), empty(1, xp.int32), empty(1, xp.int32),
+        *(empty(1, backend.widest_float) for _ in range(4)),
+    )  # fmt: skip
+    stored = Stored(
+        empty(sizes.constant, problems=1 if shared else count) if sizes.constant and (shared or factors) else None,
+        empty(sizes.last) if sizes.last and factors else None,
+        empty(n + rows), empty(1, xp.int32), empty(1, xp.uint8),
+    )  # fmt: skip
+    done = outcome, Factors(int(form), stored)
+    refused = empty(1, xp.int32) if check and count else None
+    if count == 0:
+        return done, refused
+    arguments = launch.arguments
+    arguments.settings = _Settings(*settings)
+    arguments.check, arguments.rounding = check, problem.rounding
+    launch.set_stored(stored)
+    launch.set_pointers(**outcome._asdict(), refused=refused)
+    if start is not None:
+        whole = (xp.broadcast_to(part, (count, part.shape[-1])) for part in start)
+        launch.set_pointers(**dict(zip(("start_x", "start_v", "start_usable"), whole, strict=True)))
+    launch.start("solve", form)
+    if form != Form.PRIMAL:  # which solves the problems that are left, and leaves the others as they are
+        launch.start("solve", Form.PRIMAL)
+    return done, refused
+
+
+def _storage(problem: Problem, sizes: Sizes, itemsize: int) -> tuple[bool, bool]:
+    """Return whether one entry of the constants is for all problems, and whether factors of each are stored."""
+    values = {name: value for name, value in problem.operands.items() if name in DECIDING}
+    shared = problem.batch == 1 or all(value.shape[0] == 1 for value in values.values())
+    stored = itemsize * problem.batch * ((0 if shared else sizes.constant) + sizes.last)
+    return shared, stores(stored, itemsize * problem.entries)
+
+
+class Factors(NamedTuple):
+    """Factors that solve the KKT system at the solutions of a batch."""
+
+    form: int
+    """The reduced form chosen by the shapes."""
+    stored: Stored
+
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]):
+        """Solve the KKT system, as `engines.base.Factors` says.
+
+        The gradients of matrices that each problem has its own of come along.
+        """
+        problem, form = lin.problem, Form(self.form)
+        backend, count, dtype = problem.backend, problem.batch, problem.dtype
+        u_x, u_v = backend.empty(lin.x.shape, dtype), backend.empty(lin.v.shape, dtype)
+        own = [name for name in MATRICES if name in matrices and getattr(problem, name).shape[0] == count]
+        gradients = {name: backend.empty(getattr(problem, name).shape, dtype) for name in own}
+        launch = _Launch(problem, form, _Derivative)
+        launch.arguments.fill = fill
+        launch.set_stored(self.stored)
+        launch.set_pointers(
+            x=lin.x, v=lin.v, s=lin.s, status=lin.status, u_x=u_x, u_v=u_v,
+            **{f"of_{name}": value for name, value in gradients.items()},
+        )  # fmt: skip
+        launch.arguments.r_x, launch.arguments.r_v = launch.operand(r_x), launch.operand(r_v)
+        launch.start("derivative", form)
+        return u_x, u_v, gradients
+
+
+# ---- a launch
+
+
+@lru_cache(maxsize=8)
+def _numbers(P: Parameters):
+    return _Parameters(*[getattr(P, name) for name in _core.PARAMETERS])
+
+
+class _Launch:
+    """The arguments of a kernel, and the arrays that have to stay until it is started."""
+
+    def __init__(self, problem: Problem, form: Form, kind):
+        self.problem, self.backend, self.arguments = problem, problem.backend, kind()
+        self.on = cuda.device(self.backend.gpu)
+        self.kind = "float" if problem.dtype == self.backend.xp.float32 else "double"
+        self.itemsize = 4 if self.kind == "float" else 8
+        self.held: list[Any] = []
+        self.arguments.parameters = _numbers(parameters(problem))
+        self.arguments.shape = _Shape(form, *_shape(problem.layout))
+        self.arguments.count = problem.batch
+        if problem.batch:
+            for name, value in problem.operands.items():
+                setattr(self.arguments.operands, name, self.operand(value))
+
+    def operand(self, value) -> Any:
+        """Return an array (B or 1, ·) as an operand."""
+        pointer, stride, owner = self.backend.located(value)
+        self.held.append(owner)
+        return _Operand(pointer, stride)
+
+    def set_pointers(self, **arrays) -> None:
+        """Set pointers to arrays (B, ·), which have to be contiguous."""
+        for name, value in arrays.items():
+            if value is not None:
+                pointer, stride, owner = self.backend.located(value)
+                if stride not in (0, value.shape[-1]) or (stride == 0 and value.shape[0] > 1):
+                    pointer, _, owner = self.backend.located(self.backend.contiguous(value))
+                self.held.append(owner)
+                setattr(self.arguments, name, pointer)
+
+    def set_stored(self, stored: Stored) -> None:
+        for name, value in stored._asdict().items():
+            if value is not None:
+                setattr(self.arguments.stored, name, self.backend.located(value)[0])
+        constant = stored.constant
+        own = constant is not None and constant.shape[0] > 1
+        self.arguments.stored.constant_stride = constant.shape[1] if own else 0
+
+    def sizes(self, derivative: bool, form: Form) -> Sizes:
+        return _sizes(derivative, int(form), _shape(self.problem.layout), self.itemsize, self.on.shared_bytes)
+
+    def start(self, stage: str, form: Form) -> None:
+        """Start the kernel of a stage in a form, with workspace of its own."""
+        problem, sizes = self.problem, self.sizes(stage == "derivative", form)
+        blocks = min(problem.batch, max(1, WORKSPACE_BYTES // max(1, sizes.workspace)))
+        workspace = self.backend.empty((blocks * sizes.workspace,), self.backend.xp.uint8)
+        pointer = self.backend.located(workspace)[0] if sizes.workspace else None
+        self.arguments.memory = _Memory(pointer, sizes.workspace, sizes.shared, 0)
+        cuda.launch(
+            f"{stage}_{form.name.lower()}_{self.kind}", blocks, threads_for(problem.n, problem.p + problem.m),
+            sizes.shared, self.arguments, self.on, self.backend.stream(),
+        )  # fmt: skip
