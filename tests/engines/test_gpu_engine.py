@@ -3,7 +3,9 @@
 torch's tensors on the CPU pose as a GPU's; array-api-strict counts what goes to the host.
 """
 
+import pickle
 import re
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -289,8 +291,6 @@ def test_what_is_missing_is_said(gpu, monkeypatch):
 
 
 def test_a_solution_pickles(gpu):
-    import pickle
-
     sol = qpdiff.solve_qp(**tensors(draw("dense dual")))
     again = pickle.loads(pickle.dumps(replace(sol)))
     assert_same(gradients(again), gradients(sol), ("Q", "q", "A", "b"), 1e-12)
@@ -314,3 +314,38 @@ def test_the_wheel_has_the_sources_that_nvrtc_reads():
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["scikit-build"]["wheel"]["exclude"]
     sources = [path for path in SOURCES.rglob("*.*") if path.is_file()]
     assert needed == {p for p in sources if not any(p.relative_to(root).match(pattern) for pattern in patterns)}
+
+
+# ---- the benchmark
+
+
+class Clock:
+    """An event that has been recorded at once."""
+
+    def __init__(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.time - self.time)
+
+    def synchronize(self):
+        pass
+
+
+def test_the_benchmark_of_the_kernels(gpu, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    kernels = pytest.importorskip("kernels", exc_type=ImportError)
+
+    def missing(operands):
+        raise ImportError("no module named qpth")
+
+    monkeypatch.setattr(kernels.Events, "__init__", lambda self: setattr(self, "kernels", []))
+    monkeypatch.setattr(kernels.Events, "event", lambda self: Clock())
+    monkeypatch.setattr(kernels, "REPEATS", 1)
+    monkeypatch.setattr(kernels, "THREADS", (32, 64))
+    kernels.solve_small("torch")
+    page = tmp_path / "gpu.md"
+    kernels.write(page, [kernels.Row(3, 10, 10, 0)], kernels.Events(), "torch", {"qpth": missing}, "a CPU")
+    lines = [line.split("|")[2:4] for line in page.read_text().splitlines() if line.startswith("| 3, 10")]
+    assert [who.strip() for who, _ in lines] == ["32 threads", "32 threads", "64 threads", "64 threads", "qpth"]
+    assert "ImportError: no module named qpth" in page.read_text()
