@@ -27,7 +27,7 @@ def build():
     folder = tempfile.mkdtemp(prefix="qpdiff-tests-blocks-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = Path(folder) / "blocks.so"
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-psabi", f"-I{SOURCES}"]
+    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{SOURCES}"]
     subprocess.run([COMPILER, *options, SOURCES / "emulation.cpp", "-o", path], check=True, timeout=300)
     return ctypes.CDLL(os.fspath(path))
 

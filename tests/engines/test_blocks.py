@@ -1,16 +1,13 @@
 """The GPU kernels, with emulated blocks of threads on the CPU, against the engines that run there."""
 
 import ctypes
-import os
 import platform
 import re
-import shutil
-import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from emulated_gpu import COMPILER, SOURCES, build
 from engines.test_engines import CASES, ROUNDING, UNDECIDED, assert_same, of_case, rng
 
 import qpdiff
@@ -20,8 +17,6 @@ from qpdiff.engines.choice import choose_engine
 from qpdiff.engines.reduction import Form, preferred_form
 from qpdiff.problem import MATRICES, OPERANDS
 
-SOURCES = Path(qpdiff.__file__).parent / "engines" / "compiled" / "src"
-COMPILER = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++"])), None)
 pytestmark = pytest.mark.skipif(
     COMPILER is None or not SOURCES.exists() or platform.system() == "Windows", reason="no C++ compiler, or no sources"
 )
@@ -197,11 +192,8 @@ class Factors(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("blocks") / "blocks.so"
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{SOURCES}"]
-    subprocess.run([COMPILER, *options, SOURCES / "emulation.cpp", "-o", path], check=True, timeout=300)
-    return ctypes.CDLL(os.fspath(path))
+def library():
+    return build()
 
 
 @pytest.fixture
