@@ -12,8 +12,6 @@ from .array import engine as array
 from .base import Engine
 
 ENGINES = ("auto", "array", "compiled")
-
-
 GPU_SWITCH = "QPDIFF_GPU_ENGINE"
 """The variable of the environment that is 1 where "auto" is to take the kernels for GPUs, which none has run yet."""
 _BUILD = "pip install --no-binary qpdiff qpdiff builds it, with a C++20 compiler"
@@ -34,7 +32,10 @@ def compiled_engine():
 
 def gpu_engine():
     """Return the module of the compiled engine for arrays on an NVIDIA GPU, or None, and the reason."""
-    gpu = importlib.import_module(".compiled.gpu", __package__)
+    try:
+        gpu = importlib.import_module(".compiled.gpu", __package__)
+    except ImportError as error:  # the extension has the sizes of what the kernels store
+        return None, f"it was not built for this machine ({_BUILD}): {error}"
     missing = gpu.missing()
     return (None, missing) if missing else (gpu, "its kernels are compiled at first use")
 
