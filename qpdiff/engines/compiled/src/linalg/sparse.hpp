@@ -1,0 +1,278 @@
+// Sparse linear algebra: matrices of one pattern, and the factorisation of symmetric quasidefinite ones,
+//
+//     P M Pᵀ = L D Lᵀ,
+//
+// for one problem or for one in each lane. The symbolic analysis depends on the pattern alone and is made once for all
+// problems and all iterations; the numeric part is up-looking (Davis, Direct Methods for Sparse Linear Systems, SIAM
+// 2006, chapter 4), with the pattern of each row of L stored instead of found again. L exists for any order of a
+// quasidefinite matrix, with pivots of known signs (Vanderbei, 1995), so no order depends on numbers.
+#pragma once
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "lanes.hpp"
+
+namespace qpdiff::sparse {
+
+// The places of a matrix's entries in compressed rows: sorted within a row, without duplicates.
+struct Pattern {
+    const int* starts = nullptr; // where each row begins, and where the last one ends
+    const int* columns = nullptr;
+};
+
+// A matrix of numbers or of lanes.
+template <class V> struct Matrix {
+    const Pattern* pattern = nullptr;
+    V* data = nullptr;
+    QP_INLINE int begin(int row) const { return pattern->starts[row]; }
+    QP_INLINE int end(int row) const { return pattern->starts[row + 1]; }
+    QP_INLINE int column(int entry) const { return pattern->columns[entry]; }
+};
+
+// ---- the factorisation
+
+// The symbolic analysis of a matrix given by its upper triangle in compressed columns, which is the lower triangle in
+// compressed rows.
+class LdlPattern {
+  public:
+    int n = 0;
+    std::vector<int> starts, rows;     // of the matrix: where each column begins, and the row of each entry
+    std::vector<int> L_starts, L_rows; // of L, likewise, without its diagonal of ones
+    std::vector<int> R_starts, R_cols; // of the rows of L: the columns of their entries, ascending
+    std::vector<int> R_places;         // where each of these entries is in the columns of L
+
+    // Analyse a matrix that has a diagonal. Return whether the number of entries of L is within the range of `int`.
+    bool analyse(int size, std::vector<int> column_starts, std::vector<int> entry_rows) {
+        n = size, starts = std::move(column_starts), rows = std::move(entry_rows);
+        std::vector<int> parent(n, -1), reached(n, -1), counts(n, 0);
+        R_starts.assign(n + 1, 0);
+        R_cols.clear();
+        for (int k = 0; k < n; k++) {
+            reached[k] = k;
+            for (int entry = starts[k]; entry < starts[k + 1]; entry++) {
+                // The path in the elimination tree from an entry of the column up to what has been reached.
+                for (int i = rows[entry]; reached[i] != k; i = parent[i]) {
+                    parent[i] = parent[i] < 0 ? k : parent[i];
+                    reached[i] = k;
+                    R_cols.push_back(i);
+                    counts[i]++;
+                }
+            }
+            if (R_cols.size() > size_t(std::numeric_limits<int>::max())) {
+                return false;
+            }
+            std::sort(R_cols.begin() + R_starts[k], R_cols.end());
+            R_starts[k + 1] = int(R_cols.size());
+        }
+        L_starts.assign(n + 1, 0);
+        for (int j = 0; j < n; j++) {
+            L_starts[j + 1] = L_starts[j] + counts[j];
+        }
+        L_rows.resize(R_cols.size());
+        R_places.resize(R_cols.size());
+        std::vector<int> next(L_starts.begin(), L_starts.end() - 1);
+        for (int k = 0; k < n; k++) {
+            for (int entry = R_starts[k]; entry < R_starts[k + 1]; entry++) {
+                int place = next[R_cols[entry]]++;
+                R_places[entry] = place;
+                L_rows[place] = k;
+            }
+        }
+        return true;
+    }
+
+    // Return the number of entries of L.
+    int size() const { return int(L_rows.size()); }
+
+    // Return the multiplications of a factorisation.
+    double operations() const {
+        double sum = 0;
+        for (int j = 0; j < n; j++) {
+            sum += square(double(L_starts[j + 1] - L_starts[j]));
+        }
+        return sum;
+    }
+};
+
+// The pivots that a factorisation has to end with, against rounding errors.
+template <class V> struct Pivots {
+    const scalar_of<V>* signs;       // 1 or −1 for each pivot
+    const V* units;                  // positive: what its size is measured in
+    scalar_of<V> least, replacement; // a pivot below `least` units, or of the other sign, becomes `replacement` units
+};
+
+// The arrays that a factorisation fills.
+template <class V> struct Factor {
+    V* L = nullptr;       // entries in the order of `LdlPattern::L_rows`
+    V* inverse = nullptr; // 1 / D
+    V* work = nullptr;    // n zeros, which are zeros again afterwards
+};
+
+// Factor a matrix with entries in the order of `LdlPattern::rows`; return where all pivots are finite.
+template <class V>
+QP_NOINLINE mask_of<V> factor(const LdlPattern& p, const V* M, const Pivots<V>& pivots, Factor<V> f) {
+    const int *L_starts = p.L_starts.data(), *L_rows = p.L_rows.data();
+    V* y = f.work;
+    auto factor_ok = truth<mask_of<V>>(true);
+    for (int k = 0; k < p.n; k++) {
+        V d{};
+        for (int entry = p.starts[k]; entry < p.starts[k + 1]; entry++) {
+            int i = p.rows[entry];
+            (i == k ? d : y[i]) = M[entry];
+        }
+        for (int entry = p.R_starts[k]; entry < p.R_starts[k + 1]; entry++) {
+            int column = p.R_cols[entry], end = p.R_places[entry];
+            V value = y[column];
+            y[column] = V{};
+            for (int place = L_starts[column]; place < end; place++) {
+                y[L_rows[place]] -= f.L[place] * value;
+            }
+            V scaled = value * f.inverse[column];
+            d -= value * scaled;
+            f.L[end] = scaled;
+        }
+        auto sign = pivots.signs[k];
+        V unit = pivots.units[k];
+        d = select(d * sign <= pivots.least * unit, sign * pivots.replacement * unit, d); // NaN stays
+        factor_ok &= is_finite(d);
+        f.inverse[k] = scalar_of<V>(1) / d;
+    }
+    return factor_ok;
+}
+
+// Solve with the factor, in place.
+template <class V> QP_NOINLINE void solve(const LdlPattern& p, const Factor<V>& f, V* x) {
+    const int *starts = p.L_starts.data(), *rows = p.L_rows.data();
+    for (int j = 0; j < p.n; j++) {
+        V value = x[j];
+        for (int place = starts[j]; place < starts[j + 1]; place++) {
+            x[rows[place]] -= f.L[place] * value;
+        }
+    }
+    for (int j = p.n - 1; j >= 0; j--) {
+        V value = x[j] * f.inverse[j];
+        for (int place = starts[j]; place < starts[j + 1]; place++) {
+            value -= f.L[place] * x[rows[place]];
+        }
+        x[j] = value;
+    }
+}
+
+// ---- the team
+
+// The kind of each constraint, which is the same in all lanes.
+template <class V> struct Kinds {
+    using Mask = mask_of<V>;
+    integer_of<scalar_of<V>>* is_inequality = nullptr;
+    integer_of<scalar_of<V>>* is_equality = nullptr;
+    QP_INLINE Mask inequality(int i) const { return truth<Mask>(is_inequality[i]); }
+    QP_INLINE Mask equality(int i) const { return truth<Mask>(is_equality[i]); }
+    QP_INLINE Mask absent(int i) const { return truth<Mask>(!(is_inequality[i] || is_equality[i])); }
+};
+
+// The team of one thread and one problem (V is a number), or one in each lane, with sparse matrices.
+template <class V> struct Team {
+    using Real = scalar_of<V>;
+    using Number = V;
+    using Exact = V;
+    using Truth = mask_of<V>;
+    using Entry = V;
+    using ExactEntry = V;
+    using Vector = lanes::Vector<V>;
+    using ExactVector = Vector;
+    using Matrix = sparse::Matrix<V>;
+    using Kinds = sparse::Kinds<V>;
+    using Stored = V;
+    using ExactStored = V;
+    static constexpr bool lanes = is_vector<V>;
+    static constexpr int PROBLEMS = sizeof(V) / sizeof(Real);
+
+    static QP_INLINE int padded(int n) { return n; }
+
+    template <class F> static QP_INLINE void each(int count, F f) {
+        for (int i = 0; i < count; i++) {
+            f(i);
+        }
+    }
+    template <class F> static QP_INLINE void each_of(Vector, int count, F f) { each(count, f); }
+    template <class F> static QP_INLINE void each_exactly(int count, F f) { each(count, f); }
+
+    static QP_INLINE V sum(V a) { return a; }
+    static QP_INLINE V largest(V a) { return a; }
+    static QP_INLINE V smallest(V a) { return a; }
+    static QP_INLINE Truth all(Truth m) { return m; }
+
+    // Return the sum of the logarithms of positive numbers. For one problem.
+    static Real sum_of_logarithms(Vector a, int count) {
+        Real sum = 0;
+        each(count, [&](int i) { sum += std::log(a[i]); });
+        return sum;
+    }
+
+    // Call f(row, column, entry of M) for all entries.
+    template <class F> static QP_INLINE void each_entry(Matrix M, int rows, F f) {
+        for (int i = 0; i < rows; i++) {
+            for (int e = M.begin(i); e < M.end(i); e++) {
+                f(i, M.column(e), M.data[e]);
+            }
+        }
+    }
+
+    // Compute out = M x.
+    static QP_NOINLINE void product(Matrix M, int rows, int, Vector x, Vector out) {
+        for (int i = 0; i < rows; i++) {
+            V sum{};
+            for (int e = M.begin(i); e < M.end(i); e++) {
+                sum += M.data[e] * x[M.column(e)];
+            }
+            out.set(i, sum);
+        }
+    }
+
+    // Compute out += Mᵀx.
+    static QP_NOINLINE void add_product_transposed(Matrix M, int rows, int, Vector x, Vector out) {
+        each_entry(M, rows, [&](int i, int j, V entry) { out.data[j] += entry * x[i]; });
+    }
+
+    // Compute out_ij = (M_ij of_rows_i of_columns_j)², on the pattern of M.
+    static QP_NOINLINE void scaled_squares(Matrix M, int rows, int, Vector of_rows, Vector of_columns, Matrix out) {
+        V* to = out.data;
+        each_entry(M, rows, [&](int i, int j, V entry) { *to++ = square(entry * of_rows[i] * of_columns[j]); });
+    }
+
+    // Compute weighted_i = max_j |M_ij| weights_j and unweighted_i = max_j |M_ij|.
+    static QP_NOINLINE void largest_of_rows(Matrix M, int rows, int, Vector weights, Vector weighted,
+                                            Vector unweighted) {
+        each(rows, [&](int i) { weighted.set(i, V{}), unweighted.set(i, V{}); });
+        each_entry(M, rows, [&](int i, int j, V entry) {
+            weighted.set(i, larger(absolute(entry) * weights[j], weighted[i]));
+            unweighted.set(i, larger(absolute(entry), unweighted[i]));
+        });
+    }
+
+    // Compute out_j = max_i |M_ij| weights_i.
+    static QP_NOINLINE void largest_of_columns(Matrix M, int rows, int columns, Vector weights, Vector out) {
+        each(columns, [&](int j) { out.set(j, V{}); });
+        each_entry(M, rows, [&](int i, int j, V entry) { out.set(j, larger(absolute(entry) * weights[i], out[j])); });
+    }
+
+    // Copy the diagonal, with 0 where it has no entry.
+    static QP_NOINLINE void take_diagonal(Matrix M, int n, Vector out) {
+        each(n, [&](int j) { out.set(j, V{}); });
+        each_entry(M, n, [&](int i, int j, V entry) {
+            if (i == j) {
+                out.set(i, entry);
+            }
+        });
+    }
+
+    // Return for which problems all entries are finite.
+    static QP_NOINLINE Truth all_finite(Matrix M, int rows, int) {
+        auto finite = truth<Truth>(true);
+        each_entry(M, rows, [&](int, int, V entry) { finite &= is_finite(entry); });
+        return finite;
+    }
+};
+
+} // namespace qpdiff::sparse
