@@ -56,6 +56,11 @@ class Parameters:
     """The diagonal dual form is safe where no diagonal entry of the scaled Q is smaller."""
     diagonal_regularization: float = 1e-10
     """The diagonal dual form's own regularisation: so small a share of Q that it need not follow the solver's."""
+    least_sparse_pivot: float = 1e-13
+    """A pivot of the sparse KKT matrix that is smaller in the scaled problem, where none is smaller than ρ or δ, or of
+    the wrong sign, is a rounding error."""
+    sparse_pivot: float = 1e-6
+    """What takes the place of such a pivot."""
 
     # ---- starting points
     least_centrality: float = 0.01

@@ -5,6 +5,7 @@
 #include "block_problem.hpp"
 #include "differentiate.hpp"
 #include "solve.hpp"
+#include "sparse_solve.hpp"
 
 namespace nb = nanobind;
 using namespace qpdiff;
@@ -194,6 +195,41 @@ std::tuple<Index, Index, Index, Index, Index> block_sizes(bool derivative, int f
     return {s.least_shared, s.shared, s.workspace, s.constant, s.last};
 }
 
+// Read an array of indices.
+std::vector<int> read_indices(nb::handle object) {
+    Array array(object);
+    auto indices = array.rows<const int>();
+    return {indices.data, indices.data + array.size(0)};
+}
+
+// Analyse the pattern of Q, and of A and G together, in compressed rows; `place` is that of each variable and row in
+// the order of elimination.
+void analyse_pattern(SparseKkt* self, int p, nb::handle Q_starts, nb::handle Q_columns, nb::handle K_starts,
+                     nb::handle K_columns, nb::handle place) {
+    new (self) SparseKkt(p, read_indices(Q_starts), read_indices(Q_columns), read_indices(K_starts),
+                         read_indices(K_columns), read_indices(place));
+}
+
+// Solve a batch of problems with sparse matrices: fill `outcome` and `scaling`; return false where a Q is not convex.
+bool solve_sparse_problems(const SparseKkt& kkt, nb::tuple operands, nb::tuple outcome, nb::tuple start,
+                           nb::tuple settings, const Parameters& parameters, double rounding, bool lanes, int workers,
+                           nb::object progress) {
+    Arrays given(operands, false), out(outcome, true), warm_start(start, false);
+    SparseBatch batch{};
+    batch.operands = read_operands(given, out[0].size(0));
+    batch.operands.n = kkt.n, batch.operands.p = kkt.p, batch.operands.m = kkt.linear - kkt.p;
+    batch.shape = read_shape(batch.operands, int(Form::sparse_kkt));
+    batch.kkt = &kkt, batch.settings = read_settings(settings), batch.parameters = &parameters;
+    batch.rounding = rounding, batch.lanes = lanes;
+    batch.start = read_start<double>(warm_start), batch.outcome = read_outcome<double>(out);
+    batch.scaling = out[9].rows<double>();
+    bool valid = solve_sparse_batch(batch, workers, progress.ptr());
+    if (PyErr_Occurred()) {
+        throw nb::python_error();
+    }
+    return valid;
+}
+
 // Take SciPy's BLAS, by the capsules of scipy.linalg.cython_blas.
 void set_blas(nb::dict capsules) {
     auto pointer = [&](const char* name) {
@@ -224,6 +260,12 @@ NB_MODULE(QP_MODULE, m) {
         QP_PARAMETERS(X)
 #undef X
     });
+    nb::class_<SparseKkt>(m, "SparseKkt")
+        .def("__init__", &analyse_pattern)
+        .def_ro("fits", &SparseKkt::fits)
+        .def_prop_ro("size", [](const SparseKkt& kkt) { return kkt.ldl.size(); })
+        .def_prop_ro("operations", [](const SparseKkt& kkt) { return kkt.ldl.operations(); });
+    m.attr("LANES") = entries<pack_of<double>>;
     m.attr("BLOCK") = blas::BLOCK;
     nb::list names;
 #define X(name) names.append(#name);
@@ -234,6 +276,8 @@ NB_MODULE(QP_MODULE, m) {
     m.def("stored_numbers", &stored_numbers);
     m.def("set_blas", &set_blas);
     m.def("solve_kkt", &differentiate_problems);
+    m.def("solve_sparse", &solve_sparse_problems, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
     m.def("solve", &solve_problems, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
 }

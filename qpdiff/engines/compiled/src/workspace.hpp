@@ -51,6 +51,37 @@ class Memory {
     char* memory;
 };
 
+// Set the sizes of a problem and take its vectors from an arena.
+template <class Team>
+void lay_out_vectors(Problem<Team>& o, const Shape& shape, Arena& arena, typename Team::Vector& weights) {
+    using Real = typename Team::Real;
+    using Stored = typename Team::Stored;
+    using ExactStored = typename Team::ExactStored;
+    o.n = shape.n, o.linear = shape.linear;
+    o.p = shape.p, o.lower = shape.lower, o.upper = shape.upper;
+    o.np = Team::padded(o.n), o.lp = Team::padded(o.linear);
+    o.rows = o.lp + (o.lower ? o.np : 0) + (o.upper ? o.np : 0);
+    // A tile is as wide as four entries, also at the end of an empty vector.
+    auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<Stored>(o.np + ROWS)), ...); };
+    auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<Stored>(o.rows + ROWS)), ...); };
+    auto exact = [&](int count, auto&... vectors) { ((vectors.data = arena.take<ExactStored>(count + ROWS)), ...); };
+    of_variables(o.q, o.lb, o.ub, o.exists, o.D, o.balanced_D, o.occupied, o.flat, o.unit_x, o.per_D2, o.diagonal_Q,
+                 o.inverse, o.rho, o.dx, o.cx, o.e_x, o.forward, o.columns, o.x_anchor, o.r_anchor);
+    of_rows(o.k, o.E, o.balanced_E, o.filled, o.unit_v, o.per_E2, weights, o.theta, o.delta, o.per_s, o.per_z,
+            o.right_v, o.complementarity, o.dv, o.ds, o.cv, o.e_v, o.t, o.lengths, o.v_anchor, o.u, o.Sdv);
+    for (Iterate<Team>* at : {&o.first, &o.second}) {
+        of_variables(at->x, at->r_x);
+        of_rows(at->v, at->s, at->r_v);
+        exact(o.np, at->Qx);
+        exact(o.rows, at->Kx);
+    }
+    exact(o.np, o.Kv, o.ray);
+    exact(o.rows, o.farkas);
+    o.added.data = arena.take<Stored>(std::max(o.np, o.lp) + ROWS);
+    o.kind.is_inequality = arena.take<integer_of<Real>>(o.rows + ROWS);
+    o.kind.is_equality = arena.take<integer_of<Real>>(o.rows + ROWS);
+}
+
 // A problem with memory for its operands and work vectors.
 template <class Team> class Workspace {
   public:
@@ -93,7 +124,6 @@ template <class Team> class Workspace {
     using Real = typename Team::Real;
     using MatrixOf = typename Team::Matrix;
     using Stored = typename Team::Stored;
-    using ExactStored = typename Team::ExactStored;
     typename Team::Vector own_weights;
     MatrixOf own_U;
     Memory memory; // zero, as the padding of matrices and vectors has to be; initialised last, as it fills the others
@@ -101,35 +131,12 @@ template <class Team> class Workspace {
     void lay_out(Arena& arena) {
         auto& o = problem;
         Form form = shape.form;
-        int n = o.n = shape.n, linear = o.linear = shape.linear;
-        o.p = shape.p, o.lower = shape.lower, o.upper = shape.upper;
-        o.np = Team::padded(n), o.lp = Team::padded(linear);
-        o.rows = o.lp + (o.lower ? o.np : 0) + (o.upper ? o.np : 0);
-        // A tile is as wide as four entries, also at the end of an empty vector.
-        auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<Stored>(o.np + ROWS)), ...); };
-        auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<Stored>(o.rows + ROWS)), ...); };
-        auto exact = [&](int count, auto&... vectors) {
-            ((vectors.data = arena.take<ExactStored>(count + ROWS)), ...);
-        };
+        int n = shape.n, linear = shape.linear;
+        lay_out_vectors(o, shape, arena, own_weights);
         auto matrix = [&](MatrixOf& M, int rows, int columns) {
             M.ld = Team::leading(columns);
             M.data = arena.take<Stored>((Index)Team::whole_rows(rows) * M.ld);
         };
-        of_variables(o.q, o.lb, o.ub, o.exists, o.D, o.balanced_D, o.occupied, o.flat, o.unit_x, o.per_D2, o.diagonal_Q,
-                     o.inverse, o.rho, o.dx, o.cx, o.e_x, o.forward, o.columns, o.x_anchor, o.r_anchor);
-        of_rows(o.k, o.E, o.balanced_E, o.filled, o.unit_v, o.per_E2, own_weights, o.theta, o.delta, o.per_s, o.per_z,
-                o.right_v, o.complementarity, o.dv, o.ds, o.cv, o.e_v, o.t, o.lengths, o.v_anchor, o.u, o.Sdv);
-        for (Iterate<Team>* at : {&o.first, &o.second}) {
-            of_variables(at->x, at->r_x);
-            of_rows(at->v, at->s, at->r_v);
-            exact(o.np, at->Qx);
-            exact(o.rows, at->Kx);
-        }
-        exact(o.np, o.Kv, o.ray);
-        exact(o.rows, o.farkas);
-        o.added.data = arena.take<Stored>(std::max(o.np, o.lp) + ROWS);
-        o.kind.is_inequality = arena.take<integer_of<Real>>(o.rows + ROWS);
-        o.kind.is_equality = arena.take<integer_of<Real>>(o.rows + ROWS);
         matrix(o.Q, n, n);
         matrix(o.K, linear, n);
         matrix(o.scaled, linear, n);
@@ -145,7 +152,7 @@ template <class Team> class Workspace {
         if constexpr (Team::lanes) {
             o.weights = own_weights;
             o.U = own_U;
-            of_variables(o.diagonal);
+            o.diagonal.data = arena.take<Stored>(o.np + ROWS);
             if (form == Form::dense_dual) {
                 matrix(o.F, n, n);
                 matrix(o.V, n, linear);

@@ -8,8 +8,9 @@ namespace qpdiff {
 // The values of qpdiff.Status, as numbers that lanes can hold.
 constexpr double RUNNING = -1, SOLVED = 0, MAX_ITERATIONS = 1, PRIMAL_INFEASIBLE = 2, DUAL_INFEASIBLE = 3, STALLED = 4;
 
-// The reduced KKT systems (reduced_forms.hpp), by the numbers of qpdiff.engines.reduction.Form.
-enum class Form { primal, dense_dual, diagonal_dual };
+// The reduced KKT systems (reduced_forms.hpp), by the numbers of qpdiff.engines.reduction.Form, and that of sparse
+// matrices (sparse_kkt.hpp).
+enum class Form { primal, dense_dual, diagonal_dual, sparse_kkt };
 
 constexpr double INFINITE = 1e20; // bounds from this magnitude on count as infinite
 
@@ -17,7 +18,8 @@ constexpr double INFINITE = 1e20; // bounds from this magnitude on count as infi
 // clang-format off
 #define QP_PARAMETERS(X) \
     X(equilibration_passes) X(smallest_curvature) X(largest_ratio) X(row_rounding) X(uncertainty) X(loose) \
-    X(smallest_pivot) X(smallest_scaled_curvature) X(diagonal_regularization) X(least_centrality) \
+    X(smallest_pivot) X(smallest_scaled_curvature) X(diagonal_regularization) X(least_sparse_pivot) X(sparse_pivot) \
+    X(least_centrality) \
     X(large_multipliers) X(smaller_cost) X(closer) X(less_multipliers) X(warm_centrality) X(step_fraction) \
     X(largest_step_fraction) X(refine_relative) X(refine_absolute) X(delta_share) X(delta_stuck) X(delta_floor) \
     X(fast_rate) X(failure_growth) X(solved_share) X(worthwhile) X(improvement) X(certificate_improvement) \

@@ -1,0 +1,110 @@
+"""Problems with sparse matrices of one pattern: its symbolic analysis, and a call for a batch of values."""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from ..base import Outcome, Settings, StartingPoint
+from .engine import _PARAMETERS, _SCALARS, THREAD_OPERATIONS, _core
+
+LARGEST_LANES = 10**6
+"""Entries of L from which on problems are solved one by one, as the factors of a lane group leave the cache."""
+DOMINANT = 1e4
+"""Diagonal of the matrix that SuperLU orders: so large against its other entries, 1, that no pivoting changes the
+order."""
+
+
+class Csr(NamedTuple):
+    """The pattern of a matrix in compressed rows: sorted within a row, without duplicates."""
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    shape: tuple[int, int]
+
+
+class Pattern:
+    """The patterns of Q, which is symmetric, and of A and G, with all that depends on them alone."""
+
+    def __init__(self, Q: Csr, A: Csr, G: Csr):
+        self.Q, self.A, self.G = Q, A, G
+        indptr = np.concatenate([A.indptr, A.indptr[-1] + G.indptr[1:]])
+        self.K = Csr(indptr, np.concatenate([A.indices, G.indices]), (A.shape[0] + G.shape[0], Q.shape[0]))
+
+    @cached_property
+    def kkt(self) -> Any:
+        """The symbolic factorisation of the KKT matrix: the order with fewer entries in L of the two that SuperLU's
+        permutation can mean.
+        """
+        order = minimum_degree(self.Q, self.K)
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order), dtype=order.dtype)
+        analysed = [self._analysed(place) for place in (order, inverse)]
+        fitting = [kkt for kkt in analysed if kkt.fits]
+        if not fitting:
+            raise ValueError("the KKT matrix of this pattern has too many entries in its factor; pass dense operands")
+        return min(fitting, key=lambda kkt: kkt.size)
+
+    def _analysed(self, place) -> Any:
+        arrays = self.Q.indptr, self.Q.indices, self.K.indptr, self.K.indices, place
+        return _core.SparseKkt(self.A.shape[0], *[np.ascontiguousarray(a, np.int32) for a in arrays])
+
+
+def minimum_degree(Q: Csr, K: Csr) -> np.ndarray:
+    """Return an order of the KKT matrix with few entries in its factor, by SuperLU's minimum degree on M + Mᵀ.
+
+    SciPy gives the order of a factorisation alone, so this factors a matrix of the same pattern.
+    """
+    n, rows = Q.shape[0], K.shape[0]
+    of_Q, of_K = (sp.csr_array((np.ones(len(M.indices)), M.indices, M.indptr), M.shape) for M in (Q, K))
+    blocks = sp.block_array([[of_Q, of_K.T], [of_K, None]]) if rows else of_Q
+    matrix = sp.csc_array(blocks + DOMINANT * sp.eye_array(n + rows))
+    from scipy.sparse.linalg import splu
+
+    factor = splu(matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    return np.asarray(factor.perm_c, np.int32)
+
+
+@lru_cache(maxsize=8)
+def _pattern(key: tuple) -> Pattern:
+    return Pattern(*[Csr(np.frombuffer(p, np.int32), np.frombuffer(i, np.int32), shape) for p, i, shape in key])
+
+
+def pattern_of(Q: Csr, A: Csr, G: Csr) -> Pattern:
+    """Return the pattern with these indices; the last ones are remembered, with their symbolic factorisations."""
+    return _pattern(
+        tuple([(np.asarray(M.indptr, np.int32).tobytes(), np.asarray(M.indices, np.int32).tobytes(), M.shape)
+               for M in (Q, A, G)])
+    )  # fmt: skip
+
+
+def solve(
+    pattern: Pattern, operands: dict, count: int, settings: Settings, start: StartingPoint | None, *, rounding: float,
+    workers: int, progress=None,
+) -> tuple[Outcome, np.ndarray] | None:  # fmt: skip
+    """Solve a batch of problems of one pattern in float64.
+
+    `operands` has the vectors (B or 1, size), lb and ub None where there are none, and the entries of Q, G and A
+    (B or 1, nnz) in the order of the pattern, Q in full. Operands are valid but for the convexity of Q.
+
+    Return the outcome, and the scaling D and E (B, n + rows); None where a Q is not convex.
+    """
+    kkt, n = pattern.kkt, pattern.Q.shape[0]
+    rows = pattern.K.shape[0] + n * sum(operands[name] is not None for name in ("lb", "ub"))
+    dtype = np.dtype(np.float64)
+    x, v, s, scaling = (np.empty((count, size)) for size in (n, rows, rows, n + rows))
+    outcome = Outcome(x, v, s, *[np.empty((count, 1), kind) for kind in _SCALARS])
+    if count == 0:
+        return outcome, scaling
+    operations = kkt.operations + 4 * kkt.size + 100 * (n + rows)
+    workers = max(1, min(workers, count, int(10 * count * operations / THREAD_OPERATIONS)))
+    in_lanes = start is None and count >= _core.LANES and kkt.size <= LARGEST_LANES
+    valid = _core.solve_sparse(
+        kkt, tuple(operands[name] for name in ("Q", "q", "G", "h", "A", "b", "lb", "ub")), (*outcome, scaling),
+        (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
+        _PARAMETERS[dtype], rounding, in_lanes, workers, progress,
+    )  # fmt: skip
+    return (outcome, scaling) if valid else None

@@ -1,0 +1,181 @@
+// The KKT system of a problem with sparse Q and K, in full but for the bounds, which are on the diagonal:
+//
+//     [ Q + ρ + W   Kᵀ       ] [dx]   [r_x + Σ ± W r_v of the bounds]
+//     [ K          −(θ + δ)  ] [dv] = [r_v                          ],    W = 1 / (θ + δ) of the bounds.
+//
+// It is quasidefinite: any order of its rows has a factor L D Lᵀ with pivots of known signs (Vanderbei, 1995), so one
+// order, made for few entries in L, serves all iterations and all problems of one pattern.
+#pragma once
+#include <utility>
+#include <vector>
+
+#include "../linalg/sparse.hpp"
+#include "reduced_forms.hpp"
+
+namespace qpdiff {
+
+// What the KKT matrices of one pattern share: their symbolic factorisation, and where each operand's entries are.
+class SparseKkt {
+  public:
+    int n, p, linear;
+    std::vector<int> Q_starts, Q_columns, K_starts, K_columns;
+    sparse::Pattern Q, K;
+    std::vector<int> place;    // of each variable, then of each row of A and G, in the order of elimination
+    std::vector<int> of_Q;     // where each entry of Q is in the matrix; −1 for the diagonal and what is below
+    std::vector<int> of_K;     // where each entry of K is
+    std::vector<int> diagonal; // where the diagonal is, of variables and rows
+    std::vector<double> signs; // of the pivots
+    sparse::LdlPattern ldl;
+    bool fits; // whether the number of entries of L is within the range of `int`
+
+    // Analyse symmetric Q and K given in compressed rows.
+    SparseKkt(int p, std::vector<int> Q_starts_, std::vector<int> Q_columns_, std::vector<int> K_starts_,
+              std::vector<int> K_columns_, std::vector<int> place_)
+        : n(int(Q_starts_.size()) - 1), p(p), linear(int(K_starts_.size()) - 1), Q_starts(std::move(Q_starts_)),
+          Q_columns(std::move(Q_columns_)), K_starts(std::move(K_starts_)), K_columns(std::move(K_columns_)),
+          Q{Q_starts.data(), Q_columns.data()}, K{K_starts.data(), K_columns.data()}, place(std::move(place_)),
+          of_Q(Q_columns.size()), of_K(K_columns.size()), diagonal(n + linear), signs(n + linear) {
+        int size = n + linear;
+        std::vector<int> starts(size + 1, 0);
+        each_entry([&](int&, int, int column) { starts[column + 1]++; });
+        for (int j = 0; j < size; j++) {
+            starts[j + 1] += starts[j];
+        }
+        std::vector<int> next(starts.begin(), starts.end() - 1), rows(starts[size]);
+        std::fill(of_Q.begin(), of_Q.end(), -1);
+        each_entry([&](int& at, int row, int column) {
+            at = next[column]++;
+            rows[at] = row;
+        });
+        for (int i = 0; i < size; i++) {
+            signs[place[i]] = i < n ? 1 : -1;
+        }
+        fits = ldl.analyse(size, std::move(starts), std::move(rows));
+    }
+    SparseKkt(const SparseKkt&) = delete;
+
+  private:
+    // Call f(where its place is stored, row, column) for each entry of the upper triangle in the order of elimination.
+    template <class F> void each_entry(F f) {
+        auto entry = [&](int& at, int a, int b) { f(at, std::min(place[a], place[b]), std::max(place[a], place[b])); };
+        for (int i = 0; i < n; i++) {
+            for (int e = Q_starts[i]; e < Q_starts[i + 1]; e++) {
+                if (i < Q_columns[e]) {
+                    entry(of_Q[e], i, Q_columns[e]);
+                }
+            }
+        }
+        for (int i = 0; i < linear; i++) {
+            for (int e = K_starts[i]; e < K_starts[i + 1]; e++) {
+                entry(of_K[e], K_columns[e], n + i);
+            }
+        }
+        for (int i = 0; i < n + linear; i++) {
+            entry(diagonal[i], i, i);
+        }
+    }
+};
+
+// A problem with sparse matrices, and its KKT matrix.
+template <class V> struct SparseProblem : Problem<sparse::Team<V>> {
+    const SparseKkt* kkt = nullptr;
+    V* matrix = nullptr; // the entries of the KKT matrix, in the order of `kkt->ldl.rows`
+    V* units = nullptr;  // what its pivots are measured in: 1/D², 1/E²
+    V* right = nullptr;  // a right-hand side in the order of elimination
+    sparse::Factor<V> ldl;
+};
+
+// Put the entries of Q and K that are not on the diagonal into the KKT matrix.
+template <class V> void assemble(SparseProblem<V>& o) {
+    const SparseKkt& kkt = *o.kkt;
+    for (size_t e = 0; e < kkt.of_Q.size(); e++) {
+        if (kkt.of_Q[e] >= 0) {
+            o.matrix[kkt.of_Q[e]] = o.Q.data[e];
+        }
+    }
+    for (size_t e = 0; e < kkt.of_K.size(); e++) {
+        o.matrix[kkt.of_K[e]] = o.K.data[e];
+    }
+}
+
+// Return whether Q is positive semidefinite but for a rounding error relative to its largest entry, after `balance`
+// and `assemble`. Changes the KKT matrix: the entries of K are 0 in it afterwards.
+template <class V> QP_NOINLINE mask_of<V> convex(SparseProblem<V>& o, double rounding) {
+    const SparseKkt& kkt = *o.kkt;
+    V largest{};
+    for (int j = 0; j < o.n; j++) {
+        largest = larger(absolute(V(o.diagonal_Q[j])), largest);
+    }
+    for (int j = 0; j < o.n; j++) {
+        o.matrix[kkt.diagonal[j]] = o.diagonal_Q[j] + rounding * largest + smallest_normal<double>;
+    }
+    for (int i = 0; i < o.linear; i++) {
+        o.matrix[kkt.diagonal[o.n + i]] = as<V>(-1.0);
+    }
+    for (int place : kkt.of_K) {
+        o.matrix[place] = V{};
+    }
+    std::fill(o.units, o.units + kkt.ldl.n, as<V>(1.0));
+    return sparse::factor<V>(kkt.ldl, o.matrix, {kkt.signs.data(), o.units, 0, NOT_A_NUMBER}, o.ldl);
+}
+
+// Factor the KKT matrix for θ, ρ and δ; return whether its pivots are finite.
+template <Form FORM, class V>
+    requires(FORM == Form::sparse_kkt)
+QP_NOINLINE mask_of<V> factor(Problem<sparse::Team<V>>& problem) {
+    auto& o = static_cast<SparseProblem<V>&>(problem);
+    const SparseKkt& kkt = *o.kkt;
+    const Parameters& P = *o.parameters;
+    for (int i = 0; i < o.rows; i++) {
+        o.weights.set(i, 1.0 / (o.theta[i] + o.delta[i]));
+    }
+    for (int j = 0; j < o.n; j++) {
+        o.matrix[kkt.diagonal[j]] = o.diagonal_Q[j] + o.rho[j] + bound_weights(problem, j);
+        o.units[kkt.place[j]] = o.per_D2[j];
+    }
+    for (int i = 0; i < o.linear; i++) {
+        V entry = o.theta[i] + o.delta[i];
+        o.matrix[kkt.diagonal[o.n + i]] = -select(is_finite(entry), entry, largest_root<double>);
+        o.units[kkt.place[o.n + i]] = o.per_E2[i];
+    }
+    sparse::Pivots<V> pivots{kkt.signs.data(), o.units, P.least_sparse_pivot, P.sparse_pivot};
+    return sparse::factor<V>(kkt.ldl, o.matrix, pivots, o.ldl);
+}
+
+// Solve for dx and dv.
+template <Form FORM, class V, class Vector = lanes::Vector<V>>
+    requires(FORM == Form::sparse_kkt)
+QP_NOINLINE void solve_multipliers(Problem<sparse::Team<V>>& problem, Vector r_x, Vector r_v, Vector dx, Vector dv) {
+    auto& o = static_cast<SparseProblem<V>&>(problem);
+    const SparseKkt& kkt = *o.kkt;
+    int n = o.n, low = o.at_lower(), up = o.at_upper();
+    for (int j = 0; j < n; j++) {
+        V right = r_x[j];
+        if (o.lower) {
+            right -= o.weights[j + low] * r_v[j + low];
+        }
+        if (o.upper) {
+            right += o.weights[j + up] * r_v[j + up];
+        }
+        o.right[kkt.place[j]] = right;
+    }
+    for (int i = 0; i < o.linear; i++) {
+        o.right[kkt.place[n + i]] = r_v[i];
+    }
+    sparse::solve<V>(kkt.ldl, o.ldl, o.right);
+    for (int j = 0; j < n; j++) {
+        V x = o.right[kkt.place[j]];
+        dx.set(j, x);
+        if (o.lower) {
+            dv.set(j + low, o.weights[j + low] * (-x - r_v[j + low]));
+        }
+        if (o.upper) {
+            dv.set(j + up, o.weights[j + up] * (x - r_v[j + up]));
+        }
+    }
+    for (int i = 0; i < o.linear; i++) {
+        dv.set(i, o.right[kkt.place[n + i]]);
+    }
+}
+
+} // namespace qpdiff

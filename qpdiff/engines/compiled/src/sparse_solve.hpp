@@ -1,0 +1,213 @@
+// Solving a batch of problems with sparse matrices of one pattern: in lane groups, or one by one.
+#pragma once
+#include <memory>
+
+#include "method/loop.hpp"
+#include "method/sparse_kkt.hpp"
+#include "solve.hpp"
+
+namespace qpdiff {
+
+struct SparseBatch {
+    Operands operands; // of Q, A and G the entries, in the order of the pattern
+    Shape shape;
+    const SparseKkt* kkt;
+    Settings settings;
+    const Parameters* parameters;
+    double rounding; // rounding error to allow in Q, relative to its largest entry
+    bool lanes;      // whether to solve in lane groups
+    StartingPoint<double> start;
+    Outcome<double> outcome;
+    Rows<double> scaling; // D, then E
+};
+
+// A sparse problem with memory for its operands and work vectors.
+template <class V> class SparseWorkspace {
+  public:
+    SparseProblem<V> problem;
+
+    SparseWorkspace(const Shape& shape, const SparseKkt& kkt)
+        : memory([&](Arena& arena) {
+              auto& o = problem;
+              lay_out_vectors(o, shape, arena, o.weights);
+              Index of_Q = Index(kkt.Q_columns.size()), of_K = Index(kkt.K_columns.size());
+              o.kkt = &kkt;
+              o.Q = {&kkt.Q, arena.take<V>(of_Q)}, o.square_matrix = {&kkt.Q, arena.take<V>(of_Q)};
+              o.K = {&kkt.K, arena.take<V>(of_K)}, o.scaled = {&kkt.K, arena.take<V>(of_K)};
+              o.matrix = arena.take<V>(Index(kkt.ldl.rows.size()));
+              o.units = arena.take<V>(kkt.ldl.n), o.right = arena.take<V>(kkt.ldl.n);
+              o.ldl = {arena.take<V>(kkt.ldl.size()), arena.take<V>(kkt.ldl.n), arena.take<V>(kkt.ldl.n)};
+          }) {
+        for (int j = 0; j < problem.n; j++) {
+            problem.exists.set(j, 1.0);
+        }
+    }
+
+  private:
+    Memory memory;
+};
+
+// Solves the problems that one thread claims.
+class SparseWorker {
+  public:
+    SparseWorker(const SparseBatch& batch, Queue& queue, bool calling) : batch(batch), queue(queue), calling(calling) {}
+
+    void run() {
+        Index first, last;
+        while (queue.claim(first, last)) {
+            for (Index b = first; b < last && !queue.interrupted(calling);) {
+                int size = batch.lanes ? int(std::min<Index>(LANES, last - b)) : 1;
+                bool unsolved[LANES];
+                std::fill(unsolved, unsolved + LANES, true);
+                bool valid = !batch.lanes || solve_group(b, size, unsolved);
+                for (int lane = 0; lane < size && valid && !queue.interrupted(calling); lane++) {
+                    valid = !unsolved[lane] || solve_one(b + lane);
+                }
+                if (!valid) {
+                    queue.refuse();
+                    return;
+                }
+                queue.finish(size);
+                b += size;
+            }
+        }
+    }
+
+  private:
+    using Lanes = pack_of<double>;
+    static constexpr int LANES = entries<Lanes>;
+
+    // A workspace, made where it is needed first, and whether its matrices are those of all problems.
+    template <class V> struct Place {
+        std::unique_ptr<SparseWorkspace<V>> workspace;
+        bool ready = false;
+    };
+
+    const SparseBatch& batch;
+    Queue& queue;
+    bool calling;
+    Place<double> one;
+    Place<Lanes> group;
+
+    // Read the matrices of `size` problems from b on, where they are not those that are there; balance them. Return
+    // whether every Q is convex.
+    template <class V> bool load_matrices(Place<V>& place, Index b, int size) {
+        using Team = sparse::Team<V>;
+        auto& o = place.workspace->problem;
+        const Operands& operands = batch.operands;
+        if (place.ready && operands.matrices_shared()) {
+            return true;
+        }
+        auto load = [&](const Operand& from, int count, V* to) {
+            for (int lane = 0; lane < Team::PROBLEMS && count > 0; lane++) {
+                const char* entries = from.at(b + std::min(lane, size - 1));
+                for (int e = 0; e < count; e++) {
+                    put<Team>(to[e], lane, entry<double>(entries, from.column, e));
+                }
+            }
+        };
+        int of_A = o.kkt->K_starts[o.p], of_K = o.kkt->K_starts[o.linear];
+        load(operands.Q, o.kkt->Q_starts[o.n], o.Q.data);
+        load(operands.A, of_A, o.K.data);
+        load(operands.G, of_K - of_A, o.K.data + of_A);
+        balance(static_cast<Problem<Team>&>(o));
+        assemble(o);
+        bool valid = every(convex(o, batch.rounding));
+        assemble(o);
+        place.ready = true;
+        return valid;
+    }
+
+    // Make a workspace where there is none yet.
+    template <class V> SparseProblem<V>& problem_of(Place<V>& place) {
+        if (!place.workspace) {
+            place.workspace = std::make_unique<SparseWorkspace<V>>(batch.shape, *batch.kkt);
+            place.workspace->problem.parameters = batch.parameters;
+            place.workspace->problem.settings = &batch.settings;
+        }
+        return place.workspace->problem;
+    }
+
+    // Solve problem b; return false where its Q is not convex.
+    bool solve_one(Index b) {
+        Problem<sparse::Team<double>>& o = problem_of(one);
+        load_vectors(o, batch.operands, b);
+        if (!load_matrices(one, b, 1)) {
+            return false;
+        }
+        balance_cost(o, equilibrate(o));
+        count_inequalities(o);
+        auto load_warm_start = [&](Iterate<sparse::Team<double>>& at) {
+            if (!batch.start.x.data || !*batch.start.usable.at(b)) {
+                return false;
+            }
+            std::copy(batch.start.x.at(b), batch.start.x.at(b) + o.n, at.x.data);
+            scatter_rows(o, batch.start.v.at(b), at.v);
+            return true;
+        };
+        auto ended = iterate<Form::sparse_kkt>(o, load_warm_start, [&] { return queue.interrupted(calling); });
+        if (!ended.interrupted) {
+            finish(o, b, 0, *ended.at, ended.state, ended.iterations);
+        }
+        return true;
+    }
+
+    // Solve the problems of a lane group but for those that stay `unsolved`; return false where a Q is not convex.
+    bool solve_group(Index b, int size, bool* unsolved) {
+        using Team = sparse::Team<Lanes>;
+        Problem<Team>& o = problem_of(group);
+        bool same_kinds = true;
+        for (int lane = 0; lane < LANES; lane++) {
+            same_kinds &= load_vectors(o, batch.operands, b + std::min(lane, size - 1), lane);
+        }
+        if (!load_matrices(group, b, size)) {
+            return false;
+        }
+        // The scales of variables with a linear cost and no curvature are found one by one (`enlarge_flat`).
+        auto slope = equilibrate(o);
+        if (!same_kinds || !every((o.any_flat == Lanes{}) | no(slope > Lanes{}))) {
+            return true;
+        }
+        count_inequalities(o);
+        std::fill(unsolved, unsolved + size, false);
+        iterate_lanes<Form::sparse_kkt>(
+            o, size,
+            [&](int lane, const Iterate<Team>& at, const State<Team>& state, int iterations) {
+                finish(o, b + lane, lane, at, state, iterations);
+            },
+            [&](int lane) { unsolved[lane] = true; }, [&] { return queue.interrupted(calling); });
+        return true;
+    }
+
+    // Put the outcome of problem b, which is in a lane, and its scaling into the arrays.
+    template <class V>
+    void finish(const Problem<sparse::Team<V>>& o, Index b, int lane, const Iterate<sparse::Team<V>>& at,
+                const State<sparse::Team<V>>& state, int iterations) {
+        using Team = sparse::Team<V>;
+        const Outcome<double>& outcome = batch.outcome;
+        auto vector = [&](lanes::Vector<V> from, int count, double* to) {
+            for (int i = 0; i < count; i++) {
+                to[i] = take<Team>(from.data[i], lane);
+            }
+        };
+        vector(at.x, o.n, outcome.x.at(b));
+        vector(at.v, o.rows, outcome.v.at(b)); // there is no padding
+        vector(at.s, o.rows, outcome.s.at(b));
+        vector(o.D, o.n, batch.scaling.at(b));
+        vector(o.E, o.rows, batch.scaling.at(b) + o.n);
+        *outcome.status.at(b) = int(take<Team>(state.status, lane));
+        *outcome.iterations.at(b) = iterations;
+        *outcome.objective.at(b) = take<Team>(state.objective, lane);
+        *outcome.primal.at(b) = take<Team>(state.absolute.primal, lane);
+        *outcome.dual.at(b) = take<Team>(state.absolute.dual, lane);
+        *outcome.gap.at(b) = take<Team>(state.absolute.gap, lane);
+    }
+};
+
+// Solve a batch; return false where a Q is not convex or, with a Python error set, where it was interrupted.
+inline bool solve_sparse_batch(const SparseBatch& batch, int workers, PyObject* progress) {
+    Queue queue(batch.operands.count, batch.lanes ? entries<pack_of<double>> : 1, workers, progress);
+    return queue.run([&](bool calling) { SparseWorker(batch, queue, calling).run(); });
+}
+
+} // namespace qpdiff
