@@ -163,9 +163,9 @@ class SparseWorker {
         if (!load_matrices(group, b, size)) {
             return false;
         }
-        // The scales of variables with a linear cost and no curvature are found one by one (`enlarge_flat`).
-        auto slope = equilibrate(o);
-        if (!same_kinds || !every((o.any_flat == Lanes{}) | no(slope > Lanes{}))) {
+        // The cost of problems without curvature is scaled one by one (`balance_cost`).
+        auto slope = equilibrate<Team, true>(o);
+        if (!same_kinds || !every((o.curvature > Lanes{}) | no(slope > Lanes{}))) {
             return true;
         }
         count_inequalities(o);

@@ -155,17 +155,19 @@ template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(P
 }
 
 // Enlarge the scales of variables without curvature where others have some, so that their linear cost is not small
-// against curvature times the size of x; return whether that changed any. For one problem.
+// against curvature times the size of x; return whether that changed any.
 template <class Team> QP_NOINLINE bool enlarge_flat(Problem<Team>& o) {
     using N = typename Team::Entry;
+    using S = typename Team::Number;
     using Real = typename Team::Real;
     N slope_{};
     Team::each(o.np, [&](auto j) { slope_ = larger(o.flat[j] * absolute(o.D[j] * o.q[j]), slope_); });
-    Real slope = Team::largest(slope_), curved = o.curvature * o.primal_unit;
-    if (!(slope > 0 && curved > slope)) {
+    S slope = Team::largest(slope_), curved = o.curvature * o.primal_unit;
+    typename Team::Truth small = (slope > S{}) & (curved > slope);
+    if (!some(small)) {
         return false;
     }
-    Real times = root(curved / slope);
+    S times = select(small, root(curved / slope), as<S>(Real(1)));
     Team::largest_of_rows(o.K, o.linear, o.n, o.flat, o.lengths, o.dv);
     Team::each(o.np, [&](auto j) { o.D.set(j, select(o.flat[j] > N{}, times * o.D[j], o.D[j])); });
     Team::each(o.lp, [&](auto i) { o.E.set(i, select(o.lengths[i] > N{}, o.E[i] / times, o.E[i])); });
@@ -173,16 +175,17 @@ template <class Team> QP_NOINLINE bool enlarge_flat(Problem<Team>& o) {
     return true;
 }
 
-// Fill D and E after `balance`, and the units of residuals; return the largest |Dq|.
-template <class Team> QP_NOINLINE typename Team::Number equilibrate(Problem<Team>& o) {
+// Fill D and E after `balance`, and the units of residuals; return the largest |Dq|. `FLAT`: whether the scales of
+// variables without curvature may be enlarged.
+template <class Team, bool FLAT = !Team::lanes> QP_NOINLINE typename Team::Number equilibrate(Problem<Team>& o) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
     Team::each(o.np, [&](auto j) { o.D.set(j, o.balanced_D[j]); });
     Team::each(o.lp, [&](auto i) { o.E.set(i, o.balanced_E[i]); });
     scale_bounds(o);
     auto slope = measure_residual_units(o);
-    if constexpr (!Team::lanes) {
-        if (o.any_flat > 0 && enlarge_flat(o)) {
+    if constexpr (FLAT) {
+        if (some(o.any_flat > typename Team::Number{}) && enlarge_flat(o)) {
             slope = measure_residual_units(o);
         }
     }

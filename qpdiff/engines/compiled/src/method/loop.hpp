@@ -149,7 +149,7 @@ QP_NOINLINE void exchange(const Problem<Team>& o, typename Team::Truth where, It
 
 // Iterate on the problems of the first `size` lanes together. `finish(lane, iterate, state, iterations)` is called for
 // each that ends SOLVED or at the limit of iterations; `defer(lane)` for each that is to be solved by itself: where a
-// step cannot be computed, for certificates, without progress, for large multipliers.
+// step cannot be computed, for certificates, without progress, for large multipliers of a dense problem.
 template <Form FORM, class Team, class Finish, class Defer, class Interrupted>
 QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, Finish finish, Defer defer, Interrupted interrupted) {
     using S = typename Team::Number;
@@ -158,14 +158,23 @@ QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, Finish finish, Defer 
     int iterations = 0, limit = o.settings->max_iterations;
     Iterate<Team>* current = &o.first;
     Iterate<Team>* previous = &o.second;
-    Start<Team> start = begin<FORM>(o, *current, *previous);
+    // A dense problem is small enough to be solved by itself where the multipliers of the ordinary start are large.
+    constexpr bool CLOSER = FORM == Form::sparse_kkt;
+    Start<Team> start;
+    if constexpr (CLOSER) {
+        start = begin_closer<FORM>(o, *current, *previous);
+    } else {
+        start = begin<FORM>(o, *current, *previous);
+    }
     State<Team> state = start.state;
     B active{};
     for (int lane = 0; lane < size; lane++) {
         active[lane] = -1;
     }
-    active &= start.factor_ok & (state.status == running) &
-              no(start.multiplier_ratio > as<S>(o.parameters->large_multipliers));
+    active &= start.factor_ok & (state.status == running);
+    if constexpr (!CLOSER) {
+        active &= no(start.multiplier_ratio > as<S>(o.parameters->large_multipliers));
+    }
     for (int lane = 0; lane < size; lane++) {
         if (!active[lane]) {
             defer(lane);

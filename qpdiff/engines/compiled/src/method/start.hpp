@@ -158,24 +158,30 @@ QP_NOINLINE Start<Team> begin(Problem<Team>& o, Iterate<Team>& current, Iterate<
     return start;
 }
 
-// Start in the ordinary way, or for a fraction of the cost where that is closer to feasible. For one problem.
+// Start in the ordinary way, or for a fraction of the cost where that is closer to feasible.
 //
 // Where the multipliers of equalities are large because of the cost, as in optimal control of an unstable plant, the
 // ordinary starting point is far from feasible; one for a fraction of the cost takes its place if it is closer.
 template <Form FORM, class Team>
 QP_NOINLINE Start<Team> begin_closer(Problem<Team>& o, Iterate<Team>& current, Iterate<Team>& previous) {
+    using S = typename Team::Number;
+    using E = typename Team::Exact;
+    using Real = typename Team::Real;
     const Parameters& P = *o.parameters;
     Start<Team> start = begin<FORM>(o, current, previous);
-    if (!(start.multiplier_ratio > P.large_multipliers)) {
+    typename Team::Truth large = start.multiplier_ratio > as<S>(Real(P.large_multipliers));
+    if (!some(large)) {
         return start;
     }
-    scale_cost(o, P.smaller_cost);
+    scale_cost(o, select(large, as<S>(Real(P.smaller_cost)), Real(1)));
     Start<Team> other = begin<FORM>(o, current, previous);
-    if (other.state.primal < P.closer * start.state.primal &&
-        other.multiplier_ratio < P.less_multipliers * start.multiplier_ratio) {
+    typename Team::Truth closer = (other.state.primal < E(P.closer * start.state.primal)) &
+                                  (other.multiplier_ratio < Real(P.less_multipliers) * start.multiplier_ratio),
+                         farther = large & no(closer);
+    if (!some(farther)) {
         return other;
     }
-    scale_cost(o, 1 / P.smaller_cost);
+    scale_cost(o, select(farther, as<S>(Real(1 / P.smaller_cost)), Real(1)));
     return begin<FORM>(o, current, previous);
 }
 
