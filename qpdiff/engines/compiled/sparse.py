@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.sparse.linalg import splu
 
 from ..base import Outcome, Settings, StartingPoint
 from .engine import _PARAMETERS, _SCALARS, THREAD_OPERATIONS, _core
@@ -62,8 +63,6 @@ def minimum_degree(Q: Csr, K: Csr) -> np.ndarray:
     of_Q, of_K = (sp.csr_array((np.ones(len(M.indices)), M.indices, M.indptr), M.shape) for M in (Q, K))
     blocks = sp.block_array([[of_Q, of_K.T], [of_K, None]]) if rows else of_Q
     matrix = sp.csc_array(blocks + DOMINANT * sp.eye_array(n + rows))
-    from scipy.sparse.linalg import splu
-
     factor = splu(matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
     return np.asarray(factor.perm_c, np.int32)
 
