@@ -202,6 +202,7 @@ template <class V> struct Team {
     static QP_INLINE V largest(V a) { return a; }
     static QP_INLINE V smallest(V a) { return a; }
     static QP_INLINE Truth all(Truth m) { return m; }
+    template <class... R> static QP_INLINE void reduce(R... reductions) { (reductions.template finish<Team>(), ...); }
 
     // Return the sum of the logarithms of positive numbers. For one problem.
     static Real sum_of_logarithms(Vector a, int count) {
