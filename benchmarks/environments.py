@@ -15,19 +15,24 @@ ROOT = Path(__file__).parents[1]
 NUMPY, SCIPY, CVXPY = "numpy==2.4.6", "scipy==1.17.1", "cvxpy==1.9.3"
 # Exact, since another torch may bring gigabytes of libraries for GPUs.
 TORCH = "torch==2.13.0"
+JAX = ["jax==0.10.2", "jaxlib==0.10.2"]
 # qpth asks for NumPy < 2 and runs with 2; it imports CVXPY whether or not that is used.
 TORCH_AND_QPTH = [[TORCH, NUMPY, CVXPY], ["--no-deps", "qpth==0.0.18"]]
 
 ENVIRONMENTS: dict[str, list[list[str]]] = {
     "qpdiff-torch": [[TORCH, NUMPY, SCIPY], ["--editable", str(ROOT)]],
+    "qpdiff-jax": [[*JAX, NUMPY, SCIPY], ["--editable", str(ROOT)]],
     "qpth": TORCH_AND_QPTH,
     "proxsuite": [[TORCH, NUMPY, SCIPY, "proxsuite==0.8.0"]],
-    "qpax": [["jax==0.10.2", "jaxlib==0.10.2", NUMPY, SCIPY, "qpax==0.1.4"]],
+    "moreau": [[TORCH, NUMPY, "moreau==0.4.1"]],
+    "qpax": [[*JAX, NUMPY, SCIPY, "qpax==0.1.4"]],
     "cvxpylayers": [[TORCH, NUMPY, SCIPY, CVXPY, "diffcp==1.1.9", "cvxpylayers==1.2.0"]],
     "piqp": [[NUMPY, "piqp==0.7.0"]],
     "daqp": [[NUMPY, "daqp==0.11.0"]],
     "quadprog": [[NUMPY, "quadprog==0.1.14"]],
     "clarabel": [[NUMPY, SCIPY, "clarabel==0.11.1"]],
+    "osqp": [[NUMPY, SCIPY, "osqp==1.1.3"]],
+    "elastiqp": [[NUMPY, "elastiqp==0.2.0"]],
     "cupy-12": [["--editable", f"{ROOT}[cuda12]"]],
     "cupy-13": [["--editable", f"{ROOT}[cuda13]"]],
     "torch-cuda": [*TORCH_AND_QPTH, ["--editable", str(ROOT)]],

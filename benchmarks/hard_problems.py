@@ -73,7 +73,8 @@ def with_qpdiff(d, tol):
     return run, read
 
 
-SOLVERS: dict[str, Callable] = {"qpdiff": with_qpdiff} | one_by_one.SOLVERS
+PEERS = ("piqp", "clarabel", "daqp", "quadprog")
+SOLVERS: dict[str, Callable] = {"qpdiff": with_qpdiff} | {name: one_by_one.SOLVERS[name] for name in PEERS}
 
 
 # ---- running them

@@ -11,6 +11,7 @@ import numpy as np
 from accuracy import ASKED, gradient_difference, residual
 from remote import Failed, Remote
 from rows import Row
+from solvers import QPDIFF
 
 FORWARD, BOTH, BACKWARD = "forward", "forward_backward", "backward"
 TOLERANCES = [1e-8, 3e-9, 1e-9, 3e-10, 1e-10, 3e-11, 1e-11, 3e-12, 1e-12]
@@ -86,7 +87,8 @@ def measure(
 
 def measures(remote: Remote) -> list[str]:
     """Return what is measured of a solver."""
-    return [FORWARD, *([BOTH] if remote.solver.differentiable else []), *([BACKWARD] if remote.solver.own else [])]
+    alone = remote.solver.name == QPDIFF.name
+    return [FORWARD, *([BOTH] if remote.solver.differentiable else []), *([BACKWARD] if alone else [])]
 
 
 def _prepare(remote: Remote, result: Result, operands, file: Path, limits: Limits) -> dict[str, np.ndarray]:

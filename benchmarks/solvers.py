@@ -16,6 +16,8 @@ class Solver(NamedTuple):
     environment: str | None = None
     """Of `environments.ENVIRONMENTS`; None is the one the benchmark runs in."""
     differentiable: bool = False
+    framework: str = "NumPy"
+    """Whose arrays it is called with: NumPy, torch or JAX."""
     options: dict[str, Any] = {}  # noqa: RUF012 - not changed
 
     @property
@@ -24,7 +26,8 @@ class Solver(NamedTuple):
 
 
 QPDIFF = Solver("qpdiff", "peers.qpdiff:Qpdiff", ("qpdiff", "numpy", "scipy"), differentiable=True)
-QPTH = Solver("qpth", "peers.qpth:Qpth", ("qpth", "torch"), "qpth", differentiable=True)
+QPTH = Solver("qpth", "peers.qpth:Qpth", ("qpth", "torch"), "qpth", True, "torch")
+MOREAU = Solver("Moreau", "peers.moreau:Moreau", ("moreau", "torch"), "moreau", True, "torch")
 
 
 def one_by_one(name: str) -> Solver:
@@ -35,20 +38,30 @@ def one_by_one(name: str) -> Solver:
 ON_CPU = [
     QPDIFF,
     QPDIFF._replace(name="qpdiff array", options={"engine": "array"}),
-    Solver("qpdiff torch", "peers.qpdiff_torch:QpdiffTorch", ("qpdiff", "torch"), "qpdiff-torch", differentiable=True),
+    Solver("qpdiff torch", "peers.qpdiff_torch:QpdiffTorch", ("qpdiff", "torch"), "qpdiff-torch", True, "torch"),
+    Solver("qpdiff JAX", "peers.qpdiff_jax:QpdiffJax", ("qpdiff", "jax"), "qpdiff-jax", True, "JAX"),
     QPTH,
-    Solver("QPLayer", "peers.proxsuite:QPLayer", ("proxsuite", "torch"), "proxsuite", differentiable=True),
-    Solver("qpax", "peers.qpax:Qpax", ("qpax", "jax"), "qpax", differentiable=True),
+    Solver("QPLayer", "peers.proxsuite:QPLayer", ("proxsuite", "torch"), "proxsuite", True, "torch"),
+    MOREAU,
+    MOREAU._replace(name="Moreau ipm", options={"solver": "ipm"}),
     Solver(
         "cvxpylayers",
         "peers.cvxpylayers:Cvxpylayers",
         ("cvxpylayers", "diffcp", "scs", "torch"),
         "cvxpylayers",
-        differentiable=True,
+        True,
+        "torch",
     ),
+    Solver("qpax", "peers.qpax:Qpax", ("qpax", "jax"), "qpax", True, "JAX"),
     Solver("ProxSuite", "peers.proxsuite:Dense", ("proxsuite",), "proxsuite"),
-    *map(one_by_one, ("PIQP", "DAQP", "quadprog", "Clarabel")),
+    *map(one_by_one, ("PIQP", "DAQP", "quadprog", "Clarabel", "OSQP", "ElastiQP")),
 ]
+
+
+def counterpart(solver: Solver, solvers: list[Solver]) -> str:
+    """Return the name of the qpdiff, among the solvers, that is called the same way; without one, of the first."""
+    alike = (other.name for other in solvers if other.own and other.framework == solver.framework)
+    return next(alike, QPDIFF.name)
 
 
 def on_gpu(library: str, cuda: int) -> list[Solver]:

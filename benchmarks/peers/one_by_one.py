@@ -1,4 +1,4 @@
-"""Solvers of one problem at a time: PIQP (dense), Clarabel, DAQP and quadprog.
+"""Solvers of one problem at a time: PIQP (dense), Clarabel, DAQP, quadprog, OSQP and ElastiQP.
 
 Each `with_...(d, tolerance)` takes all eight operands of one problem, and gives a function that sets up and solves,
 which is timed, and one that reads what it returns.
@@ -15,6 +15,9 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from problems import complete
+
+PENALTY = 1e6
+"""ElastiQP's, of the violation of inequalities: above all multipliers, so that its solution is that of the QP."""
 
 
 class Answer(NamedTuple):
@@ -106,6 +109,45 @@ def with_quadprog(d, tol):
     return run, read
 
 
+def with_osqp(d, tol):
+    import osqp
+    from scipy.sparse import csc_matrix
+
+    K, k, finite = rows(d)
+    p = len(d["b"])
+    Q, K = csc_matrix(np.triu(d["Q"])), csc_matrix(K)
+    lower = np.append(k[:p], np.full(len(k) - p, -np.inf))
+
+    def run():
+        solver = osqp.OSQP()
+        solver.setup(Q, d["q"], K, lower, k, eps_abs=tol, eps_rel=0.0, max_iter=100_000, verbose=False)
+        return solver.solve()
+
+    def read(result):
+        claimed = result.info.status_val == osqp.SolverStatus.OSQP_SOLVED
+        return Answer(claimed, (result.x, *split(d, finite, result.y)))
+
+    return run, read
+
+
+def with_elastiqp(d, tol):
+    import elastiqp
+
+    K, k, finite = rows(d)
+    p = len(d["b"])
+    Q, A, G = map(np.asfortranarray, (d["Q"], K[:p], K[p:]))
+    equalities = {"A": A, "b": k[:p]} if p else {}
+
+    def run():
+        return elastiqp.solve(Q, d["q"], G, k[p:], PENALTY, eps_abs=tol, **equalities)
+
+    def read(sol):
+        y = sol.y if p else np.empty(0)
+        return Answer(sol.status == elastiqp.Status.Solved, (sol.x, *split(d, finite, np.append(y, sol.z))))
+
+    return run, read
+
+
 def rows(d):
     """Return all finite constraints as K x ≤ k, the first p of them equalities, and their positions among all."""
     eye = np.eye(len(d["q"]))
@@ -126,6 +168,8 @@ SOLVERS: dict[str, Callable] = {
     "clarabel": with_clarabel,
     "daqp": with_daqp,
     "quadprog": with_quadprog,
+    "osqp": with_osqp,
+    "elastiqp": with_elastiqp,
 }
 
 

@@ -21,14 +21,10 @@ class QpdiffTorch:
         self.gradients = {}
         self.solution = qpdiff.torch.solve_qp(**self.operands, **self.options)
 
-    def backward(self):
-        """Compute the gradients of the last solution; its graph stays, so that this can be called again."""
-        gradients = torch.autograd.grad(self.solution.x.sum(), list(self.operands.values()), retain_graph=True)
-        self.gradients = dict(zip(self.operands, gradients, strict=True))
-
     def forward_backward(self):
         self.forward()
-        self.backward()
+        gradients = torch.autograd.grad(self.solution.x.sum(), list(self.operands.values()))
+        self.gradients = dict(zip(self.operands, gradients, strict=True))
 
     def answer(self):
         names = ("x", "y", "z", "z_lb", "iterations")
