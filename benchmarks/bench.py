@@ -25,7 +25,7 @@ from report import machine
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rows import QUICK_ROWS, ROWS, Growth, Row, growths, parse
-from solvers import ON_CPU, on_gpu
+from solvers import ON_CPU, QPDIFF, counterpart, on_gpu
 from verdicts import Table
 
 GROWTH_REPEATS = 3
@@ -38,7 +38,12 @@ def parse_arguments() -> argparse.Namespace:
     names = ", ".join(row.name for row in ROWS)
     parser.add_argument("--backend", choices=["cpu", "cupy", "torch-cuda"], default="cpu", help="where qpdiff runs")
     parser.add_argument("--rows", type=parse, nargs="+", help=f"B,N,M,P or a name; by default {names}")
-    parser.add_argument("--peers", nargs="+", choices=[s.name for s in ON_CPU], help="solvers beside qpdiff, else all")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=[s.name for s in ON_CPU],
+        help="solvers beside qpdiff, else all",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="rounds of the rows (default: 7)")
     parser.add_argument("--growth", action=argparse.BooleanOptionalAction, default=True, help="the curves")
     parser.add_argument("--quick", action="store_true", help="small rows and two rounds, to test that it runs")
@@ -66,7 +71,9 @@ def main() -> int:
     if os.getloadavg()[0] > BUSY:
         print("Something else is running here: the times of solvers with threads will be wrong.", file=sys.stderr)
     if options.peers:
-        solvers = [solver for solver in solvers if solver.name in {"qpdiff", *options.peers}]
+        chosen = {QPDIFF.name, *options.peers}
+        chosen |= {counterpart(solver, solvers) for solver in solvers if solver.name in chosen}
+        solvers = [solver for solver in solvers if solver.name in chosen]
 
     options.environments.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:

@@ -11,7 +11,7 @@ from measure import BOTH, FORWARD
 from operations import operations
 from report import table
 from rows import Growth
-from solvers import Solver
+from solvers import QPDIFF, Solver, counterpart
 from verdicts import Table, check_targets
 
 
@@ -40,19 +40,27 @@ the same for all) and in *sudoku* (an OptNet layer on mini-Sudoku: all but q is 
 without bounds get them as rows of G.
 
 * **f** is the solution of the batch, **f+b** also the gradients of sum(x) with respect to all operands. The conversion
-  of the operands to a solver's own arrays is not timed. PIQP, DAQP, quadprog and Clarabel solve a batch in a Python
-  loop, ProxSuite in parallel; their set-up is timed, since each pass has new operands. qpdiff runs with rtol=0. The
-  fastest pass counts.
+  of the operands to a solver's own arrays is not timed. PIQP, DAQP, quadprog, Clarabel, OSQP and ElastiQP solve a batch
+  in a Python loop, ProxSuite in parallel; the set-up of all solvers is timed, since each pass has new operands. qpdiff
+  runs with rtol=0. The fastest pass counts.
+* **Called the same way**: qpth, QPLayer, Moreau and cvxpylayers are called from torch, and compared with *qpdiff torch*
+  (`qpdiff.torch.solve_qp`, gradients by `torch.autograd`); qpax from JAX, under `jit`, and compared with *qpdiff JAX*
+  (`qpdiff.jax.solve_qp` and `jax.grad` under `jit`). The others take NumPy arrays and are compared with *qpdiff*
+  (`qpdiff.solve_qp` and `qpdiff.vjp`). *qpdiff array* is that on the array engine.
 * **Accuracy**: primal residual, dual residual and duality gap of every answer are computed again from their
   definitions, with the solver's own multipliers. Each solver is run at the loosest of the tolerances 1e-8, 3e-9, 1e-9,
   ..., 1e-12 at which the largest of the three, over the batch, is at most {ASKED:.0e}. Where none is enough it is run
   at the best, marked with *, and not compared.
 * A dash is a solver that did not finish; the reasons are at the end. In the curves it is not tried at larger points.
 * qpax differentiates a relaxed problem, as is its default: its gradients differ by design. qpth averages the gradient
-  of a shared operand over the batch; the sum is compared. QPLayer uses half the processors, by its own rule.
+  of a shared operand over the batch; the sum is compared. QPLayer uses half the processors, by its own rule. *Moreau*
+  chooses its method itself, *Moreau ipm* is its interior-point method. ElastiQP penalises the violation of
+  inequalities: with a penalty larger than their multipliers, the solution is that of the QP.
 * Where a constraint is weakly active, as in one problem of the row 1000, 10, 20, 0, no two solvers need agree in the
   gradient.
-* **vjp's share of the solve** is the time of a vjp alone, of a stored solution, over f.
+* The **targets** are how many times as long another solver takes (**against**) as qpdiff (**of**); those with ≤ are how
+  many times as long qpdiff takes in a framework as on NumPy. **vjp's share of the solve** is the time of a vjp alone,
+  of a stored solution, over f.
 """
 
 
@@ -69,8 +77,13 @@ def write(run: Run) -> str:
             sections += ["## Targets", *_verdicts(run)]
         for title, measure, listed in (("f", FORWARD, names), ("f+b", BOTH, differentiable)):
             sections += [f"## {title} [ms]", _grid(run, listed, lambda r, m=measure: _milliseconds(r, m))]
-            relative = [name for name in listed if name != "qpdiff"]
-            sections += [f"### {title}: times qpdiff's", _ratios(run, relative, measure)]
+            pairs = [(solver.name, counterpart(solver, run.solvers)) for solver in run.solvers if solver.name in listed]
+            pairs = [(name, own) for name, own in pairs if name != own]
+            sections += [f"### {title}: times that of qpdiff called the same way", _ratios(run, pairs, measure)]
+        frameworks = [solver.name for solver in run.solvers if solver.own and solver.framework != QPDIFF.framework]
+        if frameworks:
+            pairs = [(name, QPDIFF.name) for name in frameworks]
+            sections += ["### f+b: times that of qpdiff on NumPy", _ratios(run, pairs, BOTH)]
         sections += ["## Accuracy", "Largest residual or gap:", _grid(run, names, lambda r: _number(r.residual))]
         sections += ["Gradients differ from qpdiff's, relative to the largest entry, by:"]
         sections += [_grid(run, [name for name in differentiable if name != "qpdiff"], lambda r: _number(r.gradient))]
@@ -91,14 +104,16 @@ def _grid(run: Run, names: list[str], cell) -> str:
     return table(["B, n, m, p", *(row.title for row in run.rows)], lines)
 
 
-def _ratios(run: Run, names: list[str], measure: str) -> str:
+def _ratios(run: Run, pairs: list[tuple[str, str]], measure: str) -> str:
+    """Return a table with a line for each pair: how many times the second solver's time the first one takes."""
     lines = []
-    for name in names:
+    for name, own in pairs:
         cells = []
         for results in run.rows.values():
-            own, other = results["qpdiff"].seconds(measure), results[name].seconds(measure)
-            cells.append("—" if own is None or other is None else f"{other / own:.3g}{_mark(results[name])}")
-        lines.append([name, *cells])
+            ours, other = results[own].seconds(measure), results[name].seconds(measure)
+            mark = _mark(results[name]) or _mark(results[own])
+            cells.append("—" if ours is None or other is None else f"{other / ours:.3g}{mark}")
+        lines.append([f"{name} / {own}", *cells])
     return table(["B, n, m, p", *(row.title for row in run.rows)], lines)
 
 
@@ -123,8 +138,8 @@ def _verdicts(run: Run) -> list[str]:
     verdicts = check_targets(run.rows, run.solvers)
     checked = [verdict for verdict in verdicts if not verdict.outcome.startswith("not checked")]
     met = sum(verdict.outcome == "PASS" for verdict in checked)
-    lines = [[v.target, v.row.title, v.against, v.measured, v.asked, v.outcome] for v in verdicts]
-    headings = ["target", "B, n, m, p", "than", "measured", "asked", ""]
+    lines = [[v.target, v.row.title, v.own, v.against, v.measured, v.asked, v.outcome] for v in verdicts]
+    headings = ["target", "B, n, m, p", "of", "against", "measured", "asked", ""]
     return [f"{met} of {len(checked)} met.", table(headings, lines)] if lines else ["None applies to these rows."]
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from accuracy import ASKED
 from measure import BACKWARD, BOTH, FORWARD, Result
 from rows import Row
-from solvers import Solver
+from solvers import QPDIFF, Solver, counterpart
 
 Table = dict[Row, dict[str, Result]]
 
@@ -18,6 +18,8 @@ class Verdict(NamedTuple):
 
     target: str
     row: Row
+    own: str
+    """Which qpdiff."""
     against: str
     measured: str
     asked: str
@@ -27,14 +29,23 @@ class Verdict(NamedTuple):
 
 def check_targets(table: Table, solvers: list[Solver]) -> list[Verdict]:
     """Check all targets in all rows that they are for."""
+    counterparts = {solver.name: counterpart(solver, solvers) for solver in solvers if not solver.own}
     differentiable = [solver.name for solver in solvers if solver.differentiable and not solver.own]
-    others = [solver.name for solver in solvers if not solver.own]
     verdicts = []
 
-    def faster(target, measure, ratio, names, rows: Callable[[Row], bool], own="qpdiff"):
+    def faster(target, measure, ratio, names, rows: Callable[[Row], bool], own=None):
         for row, results in table.items():
-            if rows(row) and own in results and any(name in results for name in names):
-                verdicts.append(_faster(target, row, results, measure, ratio, names, own))
+            pairs = {name: own or counterparts[name] for name in names if name in results}
+            if rows(row) and pairs and all(name in results for name in pairs.values()):
+                verdicts.append(_faster(target, row, results, measure, ratio, pairs))
+
+    def close(target, ratio, own, rows: Callable[[Row], bool]):
+        verdicts.extend(
+            _close(target, row, results, ratio, own) for row, results in table.items() if rows(row) and own in results
+        )
+
+    def many(row):
+        return row.batch >= 128
 
     def batched(row):
         return row.batch > 1
@@ -44,10 +55,13 @@ def check_targets(table: Table, solvers: list[Solver]) -> list[Verdict]:
 
     faster("f+b, fastest differentiable", BOTH, 2.5, differentiable, batched)
     faster("f+b, qpth", BOTH, 8, ["qpth"], lambda row: True)
-    faster("f, fastest of all", FORWARD, 1, others, batched)
+    faster("f, fastest of all", FORWARD, 1, counterparts, batched)
     faster("f+b at B = 1, QPLayer", BOTH, 1, ["QPLayer"], single)
     faster("f+b at B = 1, qpax", BOTH, 1, ["qpax"], single)
     faster('f+b of engine="array", qpth', BOTH, 2.5, ["qpth"], batched, own="qpdiff array")
+    close("f+b in torch, B ≥ 128", 1.15, "qpdiff torch", many)
+    close("f+b in torch, B = 1", 2, "qpdiff torch", single)
+    close("f+b in JAX, B ≥ 128", 1.5, "qpdiff JAX", many)
     verdicts += [_share_of_vjp(row, results["qpdiff"]) for row, results in table.items() if row.n >= 50]
     verdicts += [
         _sharing(row, results["qpdiff"], table[distinct]["qpdiff"])
@@ -57,35 +71,49 @@ def check_targets(table: Table, solvers: list[Solver]) -> list[Verdict]:
     return verdicts
 
 
-def _faster(target, row, results, measure, ratio, names, own) -> Verdict:
-    """Divide the fastest rival's time by that of qpdiff, among rivals that are accurate enough."""
-    ours = results[own]
-    times = {name: results[name].seconds(measure) for name in names if name in results and results[name].accurate}
-    times = {name: seconds for name, seconds in times.items() if seconds is not None}
+def _faster(target, row, results, measure, ratio, pairs) -> Verdict:
+    """Divide the time of each rival by that of its qpdiff; the least quotient counts, of rivals accurate enough."""
     asked = f"{ratio:g} ×"
-    if ours.seconds(measure) is None or not ours.accurate:
-        return Verdict(target, row, "", "", asked, f"not checked: {own} has no answer within {ASKED:.0e}")
-    if not times:
-        return Verdict(target, row, "", "", asked, f"not checked: no other has an answer within {ASKED:.0e}")
-    rival = min(times, key=times.__getitem__)
-    measured = times[rival] / ours.seconds(measure)
-    return Verdict(target, row, rival, f"{measured:.3g} ×", asked, _outcome(measured >= ratio))
+    times = {name: _accurate_seconds(results[name], measure) for name in {*pairs, *pairs.values()}}
+    pairs = {rival: own for rival, own in pairs.items() if times[rival] is not None}
+    if not pairs:
+        return Verdict(target, row, "", "", "", asked, f"not checked: no other has an answer within {ASKED:.0e}")
+    if without := [own for own in pairs.values() if times[own] is None]:
+        return Verdict(target, row, without[0], "", "", asked, f"not checked: no answer within {ASKED:.0e}")
+    quotients = {rival: times[rival] / times[own] for rival, own in pairs.items()}
+    rival = min(quotients, key=quotients.__getitem__)
+    measured = quotients[rival]
+    return Verdict(target, row, pairs[rival], rival, f"{measured:.3g} ×", asked, _outcome(measured >= ratio))
+
+
+def _close(target, row, results, ratio, own) -> Verdict:
+    """Divide the time of qpdiff in a framework by that on NumPy."""
+    asked = f"≤ {ratio:g} ×"
+    times = [_accurate_seconds(results[name], BOTH) for name in (own, QPDIFF.name)]
+    if None in times:
+        return Verdict(target, row, own, QPDIFF.name, "", asked, f"not checked: no answer within {ASKED:.0e}")
+    measured = times[0] / times[1]
+    return Verdict(target, row, own, QPDIFF.name, f"{measured:.3g} ×", asked, _outcome(measured <= ratio))
+
+
+def _accurate_seconds(result: Result, measure) -> float | None:
+    return result.seconds(measure) if result.accurate else None
 
 
 def _share_of_vjp(row, ours) -> Verdict:
     target, asked = "vjp's share of the solve", "≤ 15 %"
     if not ours.times.get(BACKWARD) or not ours.times.get(FORWARD):
-        return Verdict(target, row, "", "", asked, "not checked: not measured")
+        return Verdict(target, row, QPDIFF.name, "", "", asked, "not checked: not measured")
     share = ours.seconds(BACKWARD) / ours.seconds(FORWARD)
-    return Verdict(target, row, "solve", f"{100 * share:.0f} %", asked, _outcome(share <= 0.15))
+    return Verdict(target, row, QPDIFF.name, "solve", f"{100 * share:.0f} %", asked, _outcome(share <= 0.15))
 
 
 def _sharing(row, shared, distinct) -> Verdict:
     target, asked = "f+b, shared operands", "2 ×"
     if not shared.times.get(BOTH) or not distinct.times.get(BOTH):
-        return Verdict(target, row, "", "", asked, "not checked: not measured")
+        return Verdict(target, row, QPDIFF.name, "", "", asked, "not checked: not measured")
     ratio = distinct.seconds(BOTH) / shared.seconds(BOTH)
-    return Verdict(target, row, "distinct", f"{ratio:.3g} ×", asked, _outcome(ratio >= 2))
+    return Verdict(target, row, QPDIFF.name, "distinct", f"{ratio:.3g} ×", asked, _outcome(ratio >= 2))
 
 
 def _outcome(met: bool) -> str:
