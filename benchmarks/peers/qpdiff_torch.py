@@ -19,10 +19,11 @@ class QpdiffTorch:
 
     def forward(self):
         self.gradients = {}
-        self.solution = qpdiff.torch.solve_qp(**self.operands, **self.options)
+        with torch.no_grad():
+            self.solution = qpdiff.torch.solve_qp(**self.operands, **self.options)
 
     def forward_backward(self):
-        self.forward()
+        self.solution = qpdiff.torch.solve_qp(**self.operands, **self.options)
         gradients = torch.autograd.grad(self.solution.x.sum(), list(self.operands.values()))
         self.gradients = dict(zip(self.operands, gradients, strict=True))
 
