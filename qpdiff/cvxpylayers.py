@@ -165,4 +165,4 @@ def _to_numpy(tensor):
 def _to_torch(array, like):
     import torch
 
-    return torch.from_numpy(array).to(dtype=like.dtype, device=like.device)
+    return torch.tensor(array, dtype=like.dtype, device=like.device)  # a copy: the solution's arrays are read-only

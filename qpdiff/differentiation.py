@@ -57,7 +57,7 @@ def vjp(
     Parameters
     ----------
     sol : Solution
-        Of `qpdiff.solve_qp`.
+        Of `qpdiff.solve_qp`. Its arrays and the operands of the problem are read again, and must be as they were.
     x, y, z, z_lb, z_ub : array, optional
         Cotangents, each of a shape that broadcasts to that of the output of this name; None means zero.
     objective : array, optional
@@ -164,7 +164,7 @@ def jvp(
     Parameters
     ----------
     sol : Solution
-        Of `qpdiff.solve_qp`.
+        Of `qpdiff.solve_qp`, as for `vjp`.
     Q, q, G, h, A, b, lb, ub : array, optional
         Tangents, each of a shape that broadcasts to that of its operand with the batch axes; None means zero. Only the
         symmetric part of Q's counts. Where lb = ub fixes a variable, the tangent is that of the bound that holds it.

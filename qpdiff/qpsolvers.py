@@ -152,7 +152,8 @@ def to_solution(problem, sol: Solution):
     solution = qpsolvers.Solution(problem, extras={"solution": sol, "status": status}, found=status == Status.SOLVED)
     if solution.found:
         bounded = problem.lb is not None or problem.ub is not None
-        solution.x, solution.obj, solution.y, solution.z = sol.x, float(sol.objective), sol.y, sol.z
+        solution.obj = float(sol.objective)
+        solution.x, solution.y, solution.z = sol.x.copy(), sol.y.copy(), sol.z.copy()  # those of `sol` are read-only
         solution.z_box = sol.z_ub - sol.z_lb if bounded else np.empty(0)
     return solution
 

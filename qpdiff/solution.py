@@ -36,6 +36,9 @@ class Solution:
     multipliers and the slack are in the type that `qpdiff.solve_qp` returns; the objective, the residuals and the gap
     are those of the point before it was rounded to that, in float64 where the library has it.
 
+    The derivative reads x, the multipliers, s and the status again. On NumPy, those of `qpdiff.solve_qp` that share
+    memory with what it reads are read-only; change a copy, such as ``sol.x.copy()``.
+
     Attributes
     ----------
     x : array (*batch, n)
@@ -86,6 +89,13 @@ POINT = ("x", "y", "z", "z_lb", "z_ub", "s")
 """The fields of a solution that are in the type of the results; what tells how exact it is, is in float64."""
 FIELDS = tuple(each.name for each in fields(Solution) if each.name != "linearization")
 """The public fields of a solution."""
+
+
+def whole_solution(**values) -> Solution:
+    """Make a solution of all of its fields at once; its constructor, as the class is frozen, sets each by a call."""
+    sol = Solution.__new__(Solution)
+    sol.__dict__.update(values)
+    return sol
 
 
 def check_unsolved(unsolved: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from .engines.base import MAX_ITERATIONS, Linearization, Outcome, Settings, StartingPoint, make_settings
 from .engines.choice import choose_engine
 from .problem import INFINITE, Problem, join_rows, split_rows
-from .solution import Solution, Status
+from .solution import Solution, Status, whole_solution
 from .validation import broadcasts, make_problem, symmetrized
 
 
@@ -104,6 +104,9 @@ def solve_qp(
     A proximal primal-dual interior-point method [1]_ with Mehrotra's predictor and corrector. A problem that cannot be
     solved gets its `Status` and does not disturb the others of its batch.
 
+    The operands are not copied where they have the right type: they must stay as they are as long as `vjp` and `jvp`
+    are called with the solution. So must the solution's arrays, which are read-only where the library has that (NumPy).
+
     The default tolerance measures the primal residual as ‖E(Kx − k)₊‖∞ / X (‖E(Kx − k)‖∞ for equalities), the dual one
     as ‖D(Qx + q + Kᵀv)‖∞ / V, and the gap divided by XV. D and E are the equilibration; X and V are lower estimates of
     how large D⁻¹x and E⁻¹v are: X is the largest entry of Ek that x = 0 does not satisfy; where it satisfies all, the
@@ -133,7 +136,7 @@ def solve_qp(
     problem.backend.warn_of_gradients(operands)
     return solve_problem(
         problem, tol=tol, rtol=rtol, max_iterations=max_iterations, warm_start=warm_start, check=check,
-        verbose=verbose, engine=engine, progress=progress,
+        verbose=verbose, engine=engine, progress=progress, read_only=True,
     )  # fmt: skip
 
 
@@ -148,8 +151,13 @@ def solve_problem(
     verbose=False,
     engine="auto",
     progress=None,
+    read_only=False,
 ) -> Solution:
-    """`solve_qp` for operands that are a `Problem` already."""
+    """`solve_qp` for operands that are a `Problem` already.
+
+    With `read_only`, what the derivative reads of the solution cannot be changed, where the library has that. An
+    adapter whose framework sees to that by itself, or takes no such arrays, leaves it out.
+    """
     if problem.backend.traced:
         _refuse_traced(problem, verbose)
     settings = read_settings(problem, tol, rtol, max_iterations)
@@ -159,8 +167,10 @@ def solve_problem(
     with problem.backend.no_grad(), problem.reproducibly():
         problem = symmetrized(problem)
         start = warm_point(problem, warm_start)
-        solved = chosen.solve(problem, settings, start, check=check, verbose=verbose, progress=progress)
-        return make_solution(problem, *solved)
+        outcome, factors = chosen.solve(problem, settings, start, check=check, verbose=verbose, progress=progress)
+        if read_only:
+            problem.backend.make_read_only(outcome[:4])  # x, v, s and status: copies would take longer in small solves
+        return make_solution(problem, outcome, factors)
 
 
 def _refuse_traced(problem: Problem, verbose: bool) -> None:
@@ -240,7 +250,7 @@ def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
             return value[:, 0]
         return xp.reshape(value, batch_shape) if batch_shape else value[0, 0, ...]
 
-    return Solution(
+    return whole_solution(
         x=shaped(outcome.x),
         y=shaped(y),
         z=shaped(z),

@@ -141,6 +141,9 @@ class Backend:
     def warn_of_gradients(self, operands) -> None:
         """Warn of operands whose gradients the library records, which end in `qpdiff.solve_qp`."""
 
+    def make_read_only(self, arrays) -> None:
+        """Refuse changes of arrays in place, where the library has that; views that are made later refuse them too."""
+
     def known_all_false(self, mask) -> bool:
         """Return whether a mask is known, without a transfer to the host, to be all False."""
         return False

@@ -67,6 +67,11 @@ class NumPyBackend(Backend):
 
     zeros_of_all = lru_cache(maxsize=16)(Backend.zeros_of_all)  # read-only, and a good part of a small solve to make
 
+    def make_read_only(self, arrays) -> None:
+        for array in arrays:
+            if array.size:  # an engine may use one empty array for all calls
+                array.setflags(False)  # the argument by position: its name takes as long as the call
+
     def reuse_freed_memory(self) -> None:
         raise_mmap_threshold()
 

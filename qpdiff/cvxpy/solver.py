@@ -90,11 +90,12 @@ class CVXPYSolver(QpSolver):
             status = s.OPTIMAL_INACCURATE
         attributes = {s.SOLVE_TIME: solution["time"], s.NUM_ITERS: int(sol.iterations), s.EXTRA_STATS: sol}
         duals = {}
-        for constraints, values in ((self.EQ_CONSTR, sol.y), (self.NEQ_CONSTR, sol.z)):
+        # Copies: CVXPY's variables refer to these arrays, and `sol`, the next warm start, has read-only ones.
+        for constraints, values in ((self.EQ_CONSTR, sol.y.copy()), (self.NEQ_CONSTR, sol.z.copy())):
             duals |= utilities.get_dual_values(values, utilities.extract_dual_value, inverse_data[constraints])
         if status in s.SOLUTION_PRESENT:
             value = float(sol.objective) + inverse_data[s.OFFSET]
-            return Solution(status, value, {inverse_data[self.VAR_ID]: sol.x}, duals, attributes)
+            return Solution(status, value, {inverse_data[self.VAR_ID]: sol.x.copy()}, duals, attributes)
         return failure_solution(status, attributes, duals if status == s.INFEASIBLE else None)
 
 

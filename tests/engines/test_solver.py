@@ -384,3 +384,20 @@ def test_verbose_prints_a_line_an_iteration(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == sol["iterations"].max() + 1
     assert "primal" in lines[0]
+
+
+@pytest.mark.parametrize("parts", ["", "A", "G", "lb", "A G lb ub"])
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3)])
+def test_no_change_of_a_solution_changes_its_derivative(parts, batch):
+    rng = np.random.default_rng(0)
+    sol = qpdiff.solve_qp(**random_problem(rng, parts, batch=batch, n=4, m=3, p=2))
+    cotangent = rng.normal(size=sol.x.shape)
+    before = qpdiff.vjp(sol, x=cotangent)
+    with pytest.raises(ValueError, match="read-only"):
+        sol.x[...] = 0.0
+    for name in (*OUTPUTS, "s", "status"):
+        array = getattr(sol, name)
+        if array.flags.writeable:  # a copy, or empty
+            array[...] = 1
+    for mine, theirs in zip(qpdiff.vjp(sol, x=cotangent), before, strict=True):
+        np.testing.assert_array_equal(mine, theirs)

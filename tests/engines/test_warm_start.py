@@ -1,5 +1,7 @@
 """Starting from a neighbour's solution saves iterations and never costs a solution."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from problems import INFEASIBLE, infeasible, kkt_residuals, random_problem, unbounded
@@ -56,8 +58,7 @@ def test_a_start_that_leads_nowhere_is_followed_by_the_ordinary_one():
     rng = np.random.default_rng(2)
     d = random_problem(rng, "A G lb ub", batch=(20,))
     start = qpdiff.solve_qp(**d)
-    for name in OUTPUTS:
-        getattr(start, name)[...] = rng.normal(size=getattr(start, name).shape) * 1e8
+    start = replace(start, **{name: rng.normal(size=getattr(start, name).shape) * 1e8 for name in OUTPUTS})
     sol = qpdiff.solve_qp(**d, warm_start=start)
     assert np.all(sol.status == Status.SOLVED)
     limited = qpdiff.solve_qp(**d, warm_start=start, max_iterations=25)
