@@ -19,6 +19,7 @@ from .validation import check_values, make_problem, symmetrized
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ImportError("qpdiff.show needs Matplotlib: pip install 'qpdiff[plot]'") from error
 
@@ -26,6 +27,8 @@ CURVES, PLANES = 8, 4
 """Numbers of problems of a batch that are drawn: as curves of convergence, and in the plane."""
 QUANTITIES = {"primal": "primal residual", "dual": "dual residual", "gap": "duality gap", "mu": "complementarity μ"}
 """The fields of a state that are drawn, and their names."""
+DECADES = 6
+"""About the number of ticks above the one for zero, at powers of ten."""
 
 
 def draw(operands: dict[str, np.ndarray]) -> Figure:
@@ -39,9 +42,9 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        Primal residual, dual residual, duality gap and mean complementarity at each iterate of the first 8 problems. Of
-        problems in two variables also, for the first 4, the feasible set, lines of equal cost, the iterates and where
-        they end.
+        Primal residual, dual residual and duality gap at each iterate of the first 8 problems, in the units of the
+        default tolerance (see `qpdiff.solve_qp`), which is a line, and the mean complementarity. Of problems in two
+        variables also, for the first 4, the feasible set, lines of equal cost, the iterates and where they end.
 
     Raises
     ------
@@ -60,25 +63,61 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
     if not problem.batch:
         raise ValueError(f"the batch has shape {problem.batch_shape}, so there is no problem to draw")
     shown = [problem.select(slice(i, i + 1)) for i in range(min(problem.batch, CURVES))]
+    indices = zip(np.ndindex(problem.batch_shape), shown, strict=False)
+    names = [", ".join(map(str, index)) or "0" for index, _ in indices]
     histories = [history(one) for one in shown]
     planes = list(zip(shown, histories, strict=True))[:PLANES] if problem.n == 2 else []
-    figure = Figure(figsize=(13, 3.2 + 3.6 * bool(planes)), layout="constrained")
-    rows = figure.subfigures(1 + bool(planes), 1, squeeze=False)[:, 0]
-    for axes, (name, title) in zip(rows[0].subplots(1, len(QUANTITIES)), QUANTITIES.items(), strict=True):
-        for number, states in enumerate(histories):
-            values = np.array([(state.absolute._asdict() | {"mu": state.mu})[name].item() for state in states])
-            axes.semilogy(np.where(values > 0, values, np.nan), ".-", label=f"problem {number}")
-        axes.set(title=title, xlabel="iteration")
-        axes.grid(alpha=0.3)
-    if len(histories) > 1:
-        rows[0].legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(histories))
+    figure = Figure(figsize=(13, 3.6 + 4.2 * bool(planes)), layout="constrained")
+    rows = figure.subfigures(1 + bool(planes), 1, squeeze=False, height_ratios=[3.6, 4.2][: 1 + bool(planes)])[:, 0]
+    rows[0].suptitle(f"Convergence, {how_many(len(shown), problem.batch)}")
+    for axes, (field, title) in zip(rows[0].subplots(1, len(QUANTITIES)), QUANTITIES.items(), strict=True):
+        curves = [np.array([getattr(state, field).item() for state in states]) for states in histories]
+        tolerance = None if field == "mu" else make_settings(problem).tol
+        draw_convergence(axes, dict(zip(names, curves, strict=True)), tolerance)
+        axes.set_title(title)
+    handles = rows[0].axes[0].get_legend_handles_labels()
+    rows[0].legend(*handles, loc="outside lower center", ncols=min(len(histories), 5) + 1)
     if planes:
-        for number, (axes, (one, states)) in enumerate(zip(rows[1].subplots(1, PLANES), planes, strict=False)):
+        rows[1].suptitle(f"The iterates, {how_many(len(planes), problem.batch)}")
+        places = rows[1].subplots(1, len(planes), squeeze=False)[0]
+        for name, axes, (one, states) in zip(names, places, planes, strict=False):
             draw_plane(axes, one, path(states))
-            axes.set_title(f"problem {number}: {Status(states[-1].status.item()).name}")
-        for axes in rows[1].axes[len(planes) :]:
-            axes.remove()
+            axes.set_title(f"problem {name}: {Status(states[-1].status.item()).name}")
+        rows[1].legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
+
+
+def how_many(drawn: int, batch: int) -> str:
+    """Return how many of the problems of a batch are drawn, in words."""
+    if drawn < batch:
+        return f"first {drawn} of {batch} problems"
+    return f"{batch} problems" if batch > 1 else "1 problem"
+
+
+def draw_convergence(axes, curves: dict[str, np.ndarray], tolerance: float | None) -> None:
+    """Draw a quantity at each iterate of some problems, by name, on a logarithmic axis with a tick for zero."""
+    values = np.concat([*curves.values(), [] if tolerance is None else [tolerance]])
+    values = values[np.isfinite(values)]
+    positive, zero = values[values > 0], None
+    if np.any(values <= 0):
+        exponents = np.log10(positive) if len(positive) else np.zeros(1)
+        low, high = int(np.floor(exponents.min())), int(np.ceil(exponents.max()))
+        powers = range(high, low - 1, -(1 + (high - low) // DECADES)) if len(positive) else ()
+        below = max(1, (high - low) / DECADES)
+        zero = 10.0 ** (low - below)
+    for name, curve in curves.items():
+        axes.semilogy(curve if zero is None else np.where(curve <= 0, zero, curve), ".-", label=f"problem {name}")
+    if tolerance is not None:
+        axes.axhline(tolerance, color="tab:red", linestyle="--", linewidth=1, label="tolerance")
+    if zero is not None:
+        labels = [f"$10^{{{power}}}$" for power in powers]
+        axes.set_yticks([zero, *(10.0**power for power in powers)], ["zero", *labels])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=10.0 ** (low - 1.5 * below))
+    last = max(map(len, curves.values())) - 1
+    axes.set(xlabel="iteration", xlim=(-0.05 * last - 0.1, 1.05 * last + 0.1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.3)
 
 
 def history(problem: Problem) -> list[State]:
@@ -114,7 +153,6 @@ def draw_plane(axes, problem: Problem, points: np.ndarray) -> None:
     axes.plot(*points.T, "o-", color="black", markersize=3, linewidth=1, label="iterates")
     axes.plot(*points[-1:].T, "*", color="tab:red", markersize=12, label="last")
     axes.set(xlim=window[:, 0], ylim=window[:, 1], xlabel="x₁", ylabel="x₂", aspect="equal")
-    axes.legend(fontsize="small")
 
 
 def around(points: np.ndarray) -> np.ndarray:

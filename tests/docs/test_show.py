@@ -90,10 +90,45 @@ def test_what_is_drawn(n, batch, panels):
     figure = show.draw(random_problem(np.random.default_rng(0), "G lb", batch=batch, n=n, m=3))
     assert len(figure.axes) == panels
     count = min(int(np.prod(batch)), show.CURVES)
-    for axes in figure.axes[:4]:
-        assert len(axes.lines) == count
-    for axes in figure.axes[2:4]:  # gap and μ start far from 0
-        assert all(line.get_ydata()[-1] < 1e-5 * line.get_ydata()[0] for line in axes.lines)
+    curves = [[line for line in axes.lines if line.get_label() != "tolerance"] for axes in figure.axes[:4]]
+    assert [len(lines) for lines in curves] == [count] * 4
+    for lines in curves[2:]:  # gap and μ start far from 0
+        assert all(line.get_ydata()[-1] < 1e-5 * line.get_ydata()[0] for line in lines)
+    whole = int(np.prod(batch))
+    drawn = {1: "1 problem", 6: "6 problems", 20: "first 8 of 20 problems"}[whole]
+    assert figure.subfigs[0].get_suptitle() == f"Convergence, {drawn}"
+    if n == 2:
+        assert figure.axes[-1].get_title() == f"problem {'1, 0' if batch else '0'}: SOLVED"
+
+
+def test_curves_cross_the_tolerance_where_a_problem_ends():
+    figure = show.draw(random_problem(np.random.default_rng(0), "G lb", batch=(5,), n=4, m=3))
+    for axes in figure.axes[:3]:
+        *curves, tolerance = axes.lines
+        assert tolerance.get_label() == "tolerance"
+        assert set(tolerance.get_ydata()) == {1e-8}
+        assert all(curve.get_ydata()[-1] <= 1e-8 for curve in curves)
+    assert len(figure.axes[3].lines) == 5
+
+
+@pytest.mark.parametrize("operands", [{"q": np.zeros(3)}, {"q": np.ones(3), "lb": np.zeros(3)}])
+def test_zeros_are_drawn_at_a_tick_of_their_own(operands):
+    figure = show.draw({"Q": np.eye(3), **operands})
+    figure.canvas.draw()
+    zero = 0
+    for axes in figure.axes:
+        ticks = dict(zip([text.get_text() for text in axes.get_yticklabels()], axes.get_yticks(), strict=True))
+        curve = axes.lines[0].get_ydata()
+        assert np.all(curve > 0)
+        assert axes.get_ylim()[0] < curve.min()
+        if "zero" in ticks:
+            zero += int(np.sum(curve == ticks["zero"]))
+            assert all(ticks["zero"] < place for label, place in ticks.items() if label != "zero")
+        counts = axes.get_xticks()
+        np.testing.assert_array_equal(counts, np.round(counts))
+    state = show.history(one({"Q": np.eye(3), **operands}))
+    assert zero == sum(getattr(each, name).item() == 0 for each in state for name in show.QUANTITIES)
+    assert zero > 0
 
 
 @pytest.fixture
