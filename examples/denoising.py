@@ -171,14 +171,14 @@ def plot(histories: dict[str, History], models: dict[str, nn.Module], test: Sign
     axes[0, 0].set(xlabel="share of the training", ylabel="mean squared error (test)", title="Learning")
     axes[0, 0].legend()
     learned = min((name for name in histories if name != TV), key=lambda name: histories[name].test[-1])
-    for axis, noisy, clean in zip(axes.flat[1:], *test.select(slice(3)), strict=True):
+    for number, (axis, noisy, clean) in enumerate(zip(axes.flat[1:], *test.select(slice(3)), strict=True), 1):
         axis.plot(noisy, ".", color="0.7", label="noisy")
         axis.plot(clean, color="black", linewidth=1, label="clean")
         with torch.no_grad():
             for name in (TV, learned):
                 axis.plot(models[name](noisy), linewidth=1.2, label=name)
-        axis.set(xlabel="position")
-    axes[0, 1].legend()
+        axis.set(xlabel="position", ylabel="signal", title=f"Test signal {number}")
+    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower right", ncols=4)
     figure.savefig(path, dpi=120)
 
 

@@ -321,6 +321,8 @@ def plot(histories: dict[str, list[History]], rules: list[tuple[Rules, Rules]], 
     axes[0].set(xlabel="epoch", ylabel="mean squared error", title="Loss")
     axes[1].set(xlabel="epoch", ylabel="wrongly solved boards [%]", ylim=(-3, 103), title="Error")
     axes[2].set(xlabel="true rule, sorted", ylabel="distance / length", title="True rules from the span of A's rows")
+    for axis in axes[:2]:
+        axis.locator_params(axis="x", integer=True)
     axes[1].legend()
     axes[2].legend()
     figure.savefig(path, dpi=100)

@@ -103,7 +103,7 @@ def plot(times: dict[Mode, list[Seconds]], sizes, path: str) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set(ylabel=f"time of {BATCH} programs [ms]")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(times))
     figure.savefig(path, dpi=100)
 
 
