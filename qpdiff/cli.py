@@ -13,10 +13,11 @@ import json
 import os
 import platform
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -24,17 +25,52 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 import qpdiff
 
 from .engines.choice import GPU_SWITCH, compiled_engine, gpu_engine, gpu_is_switched_on
-from .files import LARGEST, read_problem
+from .files import LARGEST, printable, read_problem
 from .problem import OPERANDS
 from .solution import FIELDS
 from .validation import check_values, make_problem
 
-app = typer.Typer(help=qpdiff.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console, errors = Console(), Console(stderr=True)
+UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer releases of typer have
+
+
+class OneLineErrors(TyperGroup):
+    """The commands, which report arguments and options that typer refuses as one line, as all other bad input."""
+
+    def parse_args(self, ctx, args):
+        """Read the options before the command."""
+        if not args:
+            return super().parse_args(ctx, args)  # prints the help
+        with usage_errors_exit():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx):
+        """Find the command, read its options, and run it."""
+        with usage_errors_exit():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def usage_errors_exit() -> Iterator[None]:
+    """Report an argument or option that typer refuses as one line, with exit code 2."""
+    try:
+        yield
+    except UsageError as error:
+        path = error.ctx.command_path if error.ctx else "qpdiff"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        text = f"{path}: {message}; see {path} --help"
+        errors.print(printable(text), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=OneLineErrors, help=qpdiff.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 ROWS_SHOWN, VARIABLES_SHOWN = 20, 10
 BLOCK = 256
@@ -341,11 +377,6 @@ def to_json(result: dict[str, np.ndarray]) -> str:
     return json.dumps(fields | {"status": np.asarray(names[result["status"]]).tolist()})
 
 
-def printable(text) -> str:
-    """Return a text with its control characters as escapes, on one line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
-
-
 def summary_table(result: dict[str, np.ndarray]) -> Table:
     """Make a table with a row for each status, and the first few problems that have it where it is not SOLVED."""
     table = Table(
@@ -382,9 +413,11 @@ def progress_bar(what: str, total: int) -> Iterator:
 
 @contextmanager
 def bad_input_exits(file: Path) -> Iterator[None]:
-    """Report an error in the user's input as one line, with exit code 2."""
+    """Report an error in the user's input as one line, with exit code 2, and each warning as one."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            yield
     except (OSError, ValueError, TypeError, ImportError, MemoryError, OverflowError) as error:
         text = str(error) or type(error).__name__
         text = re.sub(r"^(backend|dtype|tol|rtol|max_iterations) is ", option_name, text)
@@ -392,6 +425,11 @@ def bad_input_exits(file: Path) -> Iterator[None]:
         text = text if str(file) in text else f"{file}: {text}"
         errors.print(printable(text), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Print a warning as one line, without the place in the source that it comes from."""
+    errors.print(printable(message), style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def option_name(found: re.Match) -> str:

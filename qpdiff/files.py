@@ -247,8 +247,14 @@ def _model(highspy, file: Path, suffix: str, opened, limit: int):
         reason = errors.replace(str(named), str(file)) or "it does not say why"
         raise ValueError(f"HiGHS cannot read {file}: {reason}")
     if notes:
-        warnings.warn(f"HiGHS reads {file} with a warning: {notes.replace(str(named), str(file))}", stacklevel=4)
+        message = f"HiGHS reads {file} with a warning: {notes.replace(str(named), str(file))}"
+        warnings.warn(printable(message), stacklevel=4)
     return highs.getModel()
+
+
+def printable(text) -> str:
+    """Return a text with its control characters as escapes, on one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
 def _silent(highspy):

@@ -105,6 +105,42 @@ def test_bad_input_is_one_line_and_exit_code_2(run, save, operands, message):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["solve"], "solve: Missing argument"),
+        (["solve", "--bad", "problem.npz"], "solve: No such option: --bad"),
+        (["solve", "problem.npz", "--tol", "small"], "solve: Invalid value for '--tol'"),
+        (["check", "problem.npz", "--directions", "0"], "check: Invalid value for '--directions'"),
+        (["show", "problem.npz", "a\nb"], "show: Got unexpected extra argument"),
+        (["solv", "problem.npz"], ": No such command 'solv'"),
+        (["--bad"], ": No such option: --bad"),
+    ],
+)
+def test_what_typer_refuses_is_one_line_and_exit_code_2(run, arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "--help" in result.stderr
+
+
+def test_no_arguments_print_the_help(run):
+    assert "Commands" in run().output
+
+
+def test_a_warning_is_one_line(run, tmp_path):
+    pytest.importorskip("highspy")
+    lines = ["NAME", "ROWS", " N  obj", " L  r", "COLUMNS", "    x  obj  1.0  r  1.0", "    x  r  2.0"]
+    lines += ["RHS", "    rhs  r  1.0", "ENDATA"]
+    (tmp_path / "a.mps").write_text("\n".join(lines) + "\n")
+    result = run("solve", tmp_path / "a.mps")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"HiGHS reads {tmp_path / 'a.mps'} with a warning: Column")
+
+
 @pytest.mark.parametrize("batch", [2, 300])
 def test_no_check_solves_what_a_check_refuses(run, save, tmp_path, batch):
     operands = {"Q": np.array([[1.0, 0.1], [0.0, 1.0]]), "q": np.array([[-1.0, 1.0]] * batch), "lb": np.zeros(2)}

@@ -393,6 +393,17 @@ def test_warnings_of_highs_are_warnings(tmp_path):
     assert caught[0].filename == __file__
 
 
+def test_odd_names_are_escaped_in_warnings(tmp_path):
+    text = QPTEST.replace("RHS\n", "    c2        r2        5.0\nRHS\n").replace("c2", "c\x1b[31m2")
+    (tmp_path / "a\nb.mps").write_text(text)
+    with pytest.warns(UserWarning, match="has duplicate") as caught:
+        read_problem(tmp_path / "a\nb.mps")
+    message = str(caught[0].message)
+    assert message.isprintable()
+    assert r"a\nb.mps" in message
+    assert r"c\x1b[31m2" in message
+
+
 def test_highs_is_missing_or_too_old(refused, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(highspy.Highs, "version", lambda self: "1.13.1")
