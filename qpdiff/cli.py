@@ -29,7 +29,7 @@ from typer.core import TyperGroup
 
 import qpdiff
 
-from .engines.choice import GPU_SWITCH, compiled_engine, gpu_engine, gpu_is_switched_on
+from .engines.choice import GPU_SWITCH, compiled_engine, explain_choice, gpu_engine, gpu_is_switched_on
 from .files import LARGEST, printable, read_problem
 from .problem import OPERANDS
 from .solution import FIELDS
@@ -502,17 +502,18 @@ def version(package: str) -> str:
 
 
 def runs(name: str, operands) -> str:
-    """Return whether a small problem can be solved with this backend, and where."""
+    """Return whether a small problem can be solved with this backend, and by which engine and where."""
     try:
         sol = qpdiff.solve_qp(**operands, backend=name)
         np.testing.assert_allclose(to_numpy(sol.x), 0.0, atol=1e-3)
     except Exception as error:  # whatever a broken installation or a missing driver raises is the answer
         return f"does not run: {type(error).__name__}: {error}".splitlines()[0]
+    chosen = explain_choice("auto", sol.linearization.problem)
     if name == "cupy":
         import cupy
 
-        return f"runs on {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}"
-    return "runs"
+        return f"runs on {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}, {chosen}"
+    return f"runs, {chosen}"
 
 
 def engine() -> tuple[str, str]:

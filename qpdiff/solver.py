@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from .engines.base import MAX_ITERATIONS, Linearization, Outcome, Settings, StartingPoint, make_settings
-from .engines.choice import choose_engine
+from .engines.choice import choose_engine, explain_choice
 from .problem import INFINITE, Problem, join_rows, split_rows
 from .solution import Solution, Status, whole_solution
 from .validation import broadcasts, make_problem, symmetrized
+
+_log = logging.getLogger("qpdiff")
 
 
 def solve_qp(
@@ -104,6 +108,8 @@ def solve_qp(
     A proximal primal-dual interior-point method [1]_ with Mehrotra's predictor and corrector. A problem that cannot be
     solved gets its `Status` and does not disturb the others of its batch.
 
+    The logger "qpdiff" says at level DEBUG which engine solves, on which device, and why not the compiled one.
+
     The operands are not copied where they have the right type: they must stay as they are as long as `vjp` and `jvp`
     are called with the solution. So must the solution's arrays, which are read-only where the library has that (NumPy).
 
@@ -164,6 +170,9 @@ def solve_problem(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
     chosen = choose_engine(engine, problem, verbose)
+    if _log.isEnabledFor(logging.DEBUG):
+        sizes = problem.batch_shape, problem.n, problem.m, problem.p
+        _log.debug("batch %s, n = %d, m = %d, p = %d: %s", *sizes, explain_choice(engine, problem, verbose))
     with problem.backend.no_grad(), problem.reproducibly():
         problem = symmetrized(problem)
         start = warm_point(problem, warm_start)

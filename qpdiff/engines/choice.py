@@ -68,3 +68,22 @@ def choose_engine(name: str, problem: Problem, verbose: bool) -> Engine:
 def gpu_is_switched_on() -> bool:
     """Return whether "auto" takes the kernels for GPUs."""
     return os.environ.get(GPU_SWITCH) == "1"
+
+
+def explain_choice(name: str, problem: Problem, verbose: bool = False) -> str:
+    """Say which engine solves these problems, on which device, and why, or why not the compiled one."""
+    chosen = choose_engine(name, problem, verbose)
+    on_gpu = problem.backend.gpu is not None
+    compiled, reason = gpu_engine() if on_gpu else compiled_engine()
+    if name == "array":
+        reason = "engine='array'"
+    elif chosen is array:
+        if compiled is None:
+            reason = f"does not run: {reason}"
+        elif on_gpu and not gpu_is_switched_on():
+            reason = f"is switched on by {GPU_SWITCH}=1"
+        else:
+            reason = compiled.refusal(problem, verbose) or "is slower for so many problems of this size"
+        reason = f"the compiled one {reason}"
+    device = getattr(problem.q, "device", "cpu")  # JAX's backend leaves the device to JAX
+    return f"{'array' if chosen is array else 'compiled'} engine on {device}: {reason}"

@@ -368,6 +368,7 @@ def test_info(run):
     assert re.search(expected, result.output)
     assert "engine on a GPU" in result.output
     assert qpdiff.__version__ in result.output
+    assert re.search(r"runs, (compiled|array) engine on cpu: ", result.output)
 
 
 def test_python_m_qpdiff():

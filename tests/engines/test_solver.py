@@ -1,5 +1,7 @@
 """Solutions against the KKT conditions, other solvers and themselves, on every array library."""
 
+import re
+
 import clarabel
 import numpy as np
 import pytest
@@ -401,3 +403,17 @@ def test_no_change_of_a_solution_changes_its_derivative(parts, batch):
             array[...] = 1
     for mine, theirs in zip(qpdiff.vjp(sol, x=cotangent), before, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_the_choice_of_the_engine_is_logged(caplog, each_engine):
+    operands = {"Q": np.eye(2), "q": np.ones((3, 2)), "lb": 0.0}
+    qpdiff.solve_qp(**operands)
+    assert not caplog.records
+    with caplog.at_level("DEBUG", logger="qpdiff"):
+        qpdiff.solve_qp(**operands)
+        qpdiff.solve_qp(**operands, engine="array")
+    chosen, array = (record.getMessage() for record in caplog.records)
+    assert array == "batch (3,), n = 2, m = 0, p = 0: array engine on cpu: engine='array'"
+    assert re.search(
+        r": (compiled engine on cpu: built ahead|array engine on cpu: the compiled one does not run)", chosen
+    )
