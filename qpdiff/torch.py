@@ -1,11 +1,12 @@
 """torch: `solve_qp` whose solution differentiates, to any order and in both modes; the layer `OptNet`; `QPFunction`.
 
-Two functions with rules of their own: the solution as a function of the operands; and the solve with its KKT matrix,
-with the gradients of operands that follow from it, as a function of the operands, the solution and the right-hand side
-(see `qpdiff.differentiation`). First derivatives are the second function, which the engine computes in one pass. Its
-derivatives are made of itself and of torch's operations. Under `torch.func.vmap` they solve all problems as one batch.
-In eager calls they are two `torch.autograd.Function`, which have rules for forward mode and `torch.func`; where
-`torch.compile` or `torch.export` traces, two operators with the same rules but for these.
+Two functions with rules of their own: the solution, and the optimal value with it, as a function of the operands; and
+the solve with its KKT matrix, with the gradients of operands that follow from it, as a function of the operands, the
+solution and the right-hand side (see `qpdiff.differentiation`). First derivatives of the solution are the second
+function, which the engine computes in one pass; those of the optimal value are products of the solution. The second
+function's derivatives are made of itself and of torch's operations. Under `torch.func.vmap` they solve all problems as
+one batch. In eager calls they are two `torch.autograd.Function`, which have rules for forward mode and `torch.func`;
+where `torch.compile` or `torch.export` traces, two operators with the same rules but for these.
 
 Tensors on the CPU go to the solver as the NumPy arrays that share their memory, so that the compiled engine runs. On
 any other device they are solved there, in torch's operations (batched `cholesky_ex`): that takes no second library,
@@ -24,13 +25,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import solver
-from .adjoint import gradients_vjp, kkt_jvp, kkt_vjp, right_hand_side, solution_vjp
+from .adjoint import gradients_vjp, kkt_jvp, kkt_vjp, objective_vjp, right_hand_side, solution_vjp
 from .backend import choose_backend, read_dtype
-from .differentiation import solve_adjoint
+from .differentiation import FILL, check_smoothing, smoothed, solve_adjoint
 from .engines.base import Linearization
 from .engines.choice import choose_engine
 from .problem import MATRICES, Problem, make_layout, split_rows
-from .solution import FIELDS, POINT, Solution, check_unsolved, raise_if_unsolved
+from .solution import FIELDS, POINT, Solution, Status, check_unsolved, raise_if_unsolved
 from .validation import make_problem, symmetrized
 
 try:
@@ -43,7 +44,19 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def solve_qp(
-    Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "raise", warm_start=None, **options
+    Q,
+    q,
+    G=None,
+    h=None,
+    A=None,
+    b=None,
+    lb=None,
+    ub=None,
+    *,
+    unsolved: str = "raise",
+    smoothing: float | None = None,
+    warm_start=None,
+    **options,
 ) -> Solution:
     """Solve a batch of convex quadratic programs; `qpdiff.solve_qp` for torch.
 
@@ -54,6 +67,9 @@ def solve_qp(
         device of the others.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients.
+    smoothing : float, optional
+        κ > 0: differentiate the solution of the relaxed conditions s ∘ z = κ, to any order, see `qpdiff.vjp`. The
+        values stay those of the solution.
     warm_start : Solution, optional
         As for `qpdiff.solve_qp`; of this function or that one. No gradient goes through it.
     **options
@@ -62,14 +78,15 @@ def solve_qp(
     Returns
     -------
     Solution
-        Whose x, y, z, z_lb and z_ub differentiate. The other fields are constants. Under `torch.func.vmap` all are
-        those of one sample; the function that is mapped returns the ones that it wants.
+        Whose x, y, z, z_lb, z_ub and objective differentiate. The other fields are constants. Under `torch.func.vmap`
+        all are those of one sample; the function that is mapped returns the ones that it wants.
 
     Raises
     ------
     RuntimeError
-        With ``unsolved="raise"``, when a problem is not SOLVED; the error counts them and names the first. The axes
-        that `torch.func.vmap` maps over come first in its position.
+        With ``unsolved="raise"``, when a problem is not SOLVED, or its relaxed point was not found; the error counts
+        them and names the first. The axes that `torch.func.vmap` maps over come
+        first in its position.
 
     Examples
     --------
@@ -82,6 +99,8 @@ def solve_qp(
     [0.0, 6.0]
     """
     check_unsolved(unsolved)
+    check_smoothing(smoothing)
+    options["smoothing"] = None if smoothing is None else float(smoothing)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     operands = {name: _stacked(value) for name, value in operands.items()}
     warm: Any = None
@@ -104,7 +123,7 @@ def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options
     # In a dispatch mode tensors may have no numbers yet.
     traced = is_in_torch_dispatch_mode() or (in_operator and _transforms())
     layer = (_Operators if traced else _Layer)(problem.backend, settings)
-    x, v, s, *constants = layer.solution(batch_shape, tensors, warm or ())
+    x, v, s, *constants = layer.solution(batch_shape, tensors, warm or ())[:_LAST]
     parts = [x, *split_rows(problem, v, v)]
     if len(batch_shape) != 1:
         parts = [part.reshape((*batch_shape, part.shape[1])) if batch_shape else part[0] for part in parts]
@@ -138,7 +157,10 @@ def _stacked(value):
 
 
 _WARM = ("x", "y", "z", "z_lb", "z_ub", "status")
-_CONSTANT = tuple(name for name in FIELDS if name not in _WARM[:-1])
+_OTHERS = tuple(name for name in FIELDS if name not in _WARM[:-1])
+_STATUS, _OBJECTIVE = (2 + _OTHERS.index(name) for name in ("status", "objective"))
+_LAST = 2 + len(_OTHERS)
+"""The number of the first function's results; with `smoothing` x, v and status of the relaxed point follow."""
 
 
 class _Settings(NamedTuple):
@@ -158,6 +180,7 @@ class _Layer:
         self.backend: Any = backend
         self.solver_backend = _host_backend() if _on_host(backend.device) else backend
         self.names, self.rounding, self.unsolved, self.options = settings
+        self.smoothing = self.options.get("smoothing")
         self.linearization: Any = None
 
     def solution(self, batch_shape, operands, warm):
@@ -169,19 +192,28 @@ class _Layer:
         return _KKTSolve.apply(self, wanted, r_x, r_v, x, v, *operands)
 
     def solve(self, batch_shape, operands, warm):
-        """Return the variables (B, n), the multipliers of all rows (B, rows), and the constants (*batch_shape, ·)."""
-        options, arrays = self.options, dict(zip(self.names, self.arrays(operands), strict=True))
+        """Return the variables (B, n), the multipliers of all rows (B, rows), and the others (*batch_shape, ·)."""
+        options = {name: value for name, value in self.options.items() if name != "smoothing"}
+        arrays = dict(zip(self.names, self.arrays(operands), strict=True))
         if warm:
-            known = dict.fromkeys(_CONSTANT) | dict(zip(_WARM, self.arrays(warm), strict=True))
+            known = dict.fromkeys(_OTHERS) | dict(zip(_WARM, self.arrays(warm), strict=True))
             options = options | {"warm_start": Solution(**known)}
         layout = make_layout(self.solver_backend, batch_shape, arrays, self.rounding)
         sol = solver.solve_problem(layout.problem(arrays), **options)
+        self._refuse(sol.status)
+        lin = sol.linearization
+        arrays = [lin.x, lin.v, *[getattr(sol, name) for name in _OTHERS]]
+        if self.smoothing is not None:
+            with self.solver_backend.no_grad():
+                lin = smoothed(sol, self.smoothing).linearization
+            self._refuse(lin.status.reshape(sol.status.shape))
+            arrays += [lin.x, lin.v, lin.status]
+        self.linearization = lin
+        return tuple(_as_tensors(arrays))
+
+    def _refuse(self, status):
         if self.unsolved == "raise":
-            status = sol.status
             raise_if_unsolved(status if isinstance(status, np.ndarray) else status.cpu().numpy())
-        self.linearization = sol.linearization
-        constants = [getattr(sol, name) for name in _CONSTANT]
-        return tuple(_as_tensors([sol.linearization.x, sol.linearization.v, *constants]))
 
     def solve_adjoint(self, wanted, r_x, r_v, *_):
         """Return the solution of the KKT system, and the gradients of the operands that are wanted."""
@@ -265,7 +297,11 @@ def _bound_as_given(forward):
 
 
 class _Solution(Function):
-    """The variables (B, n), the multipliers of all rows (B, rows), and what of a Solution is constant."""
+    """The variables (B, n), the multipliers of all rows (B, rows), and the other fields of a Solution.
+
+    With `smoothing` the variables and multipliers of the relaxed point follow, whose derivatives those of the solution
+    are too: the rules of both take the relaxed point, so that higher derivatives are right.
+    """
 
     @staticmethod
     @_bound_as_given
@@ -276,23 +312,29 @@ class _Solution(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.layer, ctx.others = inputs[0], len(inputs) - 2 - len(inputs[0].names)
-        ctx.mark_non_differentiable(*output[2:])
+        ctx.batch_shape = output[_OBJECTIVE].shape
+        ctx.mark_non_differentiable(*_constants(ctx.layer, output))
         ctx.set_materialize_grads(False)
-        _save(ctx, *inputs[2 : len(inputs) - ctx.others], *output[:2])
+        _save(ctx, *inputs[2 : len(inputs) - ctx.others], *_point(ctx.layer, output))
 
     @staticmethod
-    def backward(ctx, g_x, g_v, *_):
-        *operands, x, v = ctx.saved_tensors
-        gradients = _solution_backward(ctx.layer, ctx.needs_input_grad[2:], g_x, g_v, x, v, operands)
+    def backward(ctx, *cotangents):
+        *operands, x, v, status = ctx.saved_tensors
+        gradients = _solution_backward(ctx.layer, ctx.needs_input_grad[2:], cotangents, x, v, status, operands)
         return None, None, *gradients, *[None] * ctx.others
 
     @staticmethod
     def jvp(ctx, _, __, *tangents):
-        layer = ctx.layer
-        *operands, x, v = ctx.saved_tensors
+        layer, tangents = ctx.layer, _given(ctx.layer.names, tangents)
+        *operands, x, v, status = ctx.saved_tensors
         with layer.backend.in_full_precision():
-            r_x, r_v = right_hand_side(layer.problem(x, operands), x, v, _given(layer.names, tangents))
-        return *layer.kkt_solve((), r_x, r_v, x, v, operands), *[None] * len(_CONSTANT)
+            problem = layer.problem(x, operands)
+            r_x, r_v = right_hand_side(problem, x, v, tangents)
+        dx, dv = layer.kkt_solve((), r_x, r_v, x, v, operands)
+        out: list[Any] = [dx, dv, *[None] * len(_OTHERS)]
+        with layer.backend.in_full_precision():
+            out[_OBJECTIVE] = _objective_jvp(layer, problem, x, v, status, dx, tangents).reshape(ctx.batch_shape)
+        return *out, *([] if layer.smoothing is None else [dx.clone(), dv.clone(), None])
 
     @staticmethod
     def vmap(info, in_dims, layer, batch_shape, *tensors):
@@ -347,15 +389,66 @@ class _KKTSolve(Function):
 # ---- their rules, of the second function and of torch's operations
 
 
-def _solution_backward(layer, needed, g_x, g_v, x, v, operands):
-    """Return the gradients of the operands from the cotangents of x and v."""
-    wanted = _wanted(layer.names, needed)
-    r_x, r_v = _or_zeros(g_x, x), _or_zeros(g_v, v)
-    if _records():
-        _, _, *gradients = layer.kkt_solve(wanted, r_x, r_v, x, v, operands)
-    else:  # which spares a part of the time of a small problem
-        gradients = layer.gradients(wanted, r_x, r_v, x, v, operands)
-    return map(dict(zip(wanted, gradients, strict=True)).get, layer.names)
+def _point(layer, output):
+    """Return x, v and status of the point at which the solution differentiates, from the first function's results."""
+    return (*output[:2], output[_STATUS]) if layer.smoothing is None else output[_LAST : _LAST + 3]
+
+
+def _constants(layer, output):
+    """Return those results that do not differentiate."""
+    moving = (0, 1, _OBJECTIVE) if layer.smoothing is None else (0, 1, _OBJECTIVE, _LAST, _LAST + 1)
+    return [value for i, value in enumerate(output) if i not in moving]
+
+
+def _solution_backward(layer, needed, cotangents, x, v, status, operands):
+    """Return the gradients of the operands from the cotangents of the first function's results."""
+    wanted, gradients = _wanted(layer.names, needed), dict[str, Any]()
+    (g_x, g_v), g = cotangents[:2], cotangents[_OBJECTIVE]
+    if layer.smoothing is not None:
+        g_x, g_v = _sum(g_x, cotangents[_LAST]), _sum(g_v, cotangents[_LAST + 1])
+    if g is not None:
+        with layer.backend.in_full_precision():
+            problem = layer.problem(x, operands)
+            g = g.reshape(x.shape[0], 1).to(x.dtype)
+            gradients = objective_vjp(problem, *_weighted(layer, x, v, status, g), wanted)
+            if layer.smoothing is not None:  # the relaxed point is no minimum, so the value moves with it
+                g_x = _sum(g_x, g * (problem.hessian(x) + problem.q))
+    if g_x is not None or g_v is not None:
+        r_x, r_v = _or_zeros(g_x, x), _or_zeros(g_v, v)
+        if _records():
+            _, _, *of_solution = layer.kkt_solve(wanted, r_x, r_v, x, v, operands)
+        else:  # which spares a part of the time of a small problem
+            of_solution = layer.gradients(wanted, r_x, r_v, x, v, operands)
+        gradients = {name: _sum(gradients.get(name), value) for name, value in zip(wanted, of_solution, strict=True)}
+    return map(gradients.get, layer.names)
+
+
+def _objective_jvp(layer, problem, x, v, status, dx, tangents):
+    """Compute the tangents (B, 1) of the optimal values, the transpose of `_solution_backward`.
+
+    They are −rᵀ(x, v) with the right-hand side r of the KKT system, half of that for the matrices, which stand on both
+    sides.
+    """
+    x, v, weight = _weighted(layer, x, v, status, torch.ones_like(x[:, :1]))
+    total = torch.zeros_like(weight)
+    for matrices, factor in ((True, 0.5), (False, 1.0)):
+        part = {name: tangent for name, tangent in tangents.items() if (name in MATRICES) == matrices}
+        for r, vector in zip(right_hand_side(problem, x, v, part), (x, v), strict=True):
+            total = total - factor * (r * vector).sum(-1, keepdim=True)
+    if layer.smoothing is not None:
+        total = total + ((problem.hessian(x) + problem.q) * dx).sum(-1, keepdim=True)
+    return (weight * total).double()
+
+
+def _weighted(layer, x, v, status, g):
+    """Return x, v and the cotangents g of the optimal values for its derivative, v = 0 at a relaxed point.
+
+    Problems that are not SOLVED get zeros, and `unsolved` as their g.
+    """
+    solved = status.reshape(x.shape[0], 1) == int(Status.SOLVED)
+    fill = FILL["nan" if layer.unsolved == "nan" else "zero"]
+    v = torch.where(solved, v, 0.0) if layer.smoothing is None else torch.zeros_like(v)
+    return torch.where(solved, x, 0.0), v, torch.where(solved, 1.0, fill).to(g.dtype) * g
 
 
 def _kkt_backward(layer, needed, g_x, g_v, of_gradients, x, v, operands, u_x, u_v):
@@ -363,7 +456,7 @@ def _kkt_backward(layer, needed, g_x, g_v, of_gradients, x, v, operands, u_x, u_
     with layer.backend.in_full_precision():
         problem = layer.problem(x, operands)
         s_x, s_v, x_moved, v_moved = gradients_vjp(problem, x, v, u_x, u_v, of_gradients)
-    s_x, s_v = (s if g is None else g + s for g, s in ((g_x, s_x), (g_v, s_v)))
+    s_x, s_v = _sum(g_x, s_x), _sum(g_v, s_v)
     t_x, t_v, *_ = layer.kkt_solve((), s_x, s_v, x, v, operands)
     with layer.backend.in_full_precision():
         x_bar, v_bar, gradients = kkt_vjp(problem, x, v, u_x, u_v, t_x, t_v, _wanted(layer.names, needed))
@@ -373,8 +466,9 @@ def _kkt_backward(layer, needed, g_x, g_v, of_gradients, x, v, operands, u_x, u_
 def _solution_vmap(layer, size: int, batch_shape, operands, warm):
     """Solve all problems as one batch, for tensors with their mapped axes; return what torch's vmap expects."""
     batch = math.prod(batch_shape)
-    x, v, *constants = layer.solution((size, *batch_shape), *_mapped_inputs(size, batch_shape, operands, warm))
-    return (_parted(x, size, batch), _parted(v, size, batch), *constants), (0,) * (2 + len(constants))
+    output = layer.solution((size, *batch_shape), *_mapped_inputs(size, batch_shape, operands, warm))
+    parted = [value if 2 <= i < _LAST else _parted(value, size, batch) for i, value in enumerate(output)]
+    return tuple(parted), (0,) * len(parted)
 
 
 def _kkt_vmap(layer, size: int, wanted, pairs):
@@ -442,6 +536,11 @@ def _given(names, tangents) -> dict[str, Any]:
     return {name: t for name, t in zip(names, tangents, strict=False) if t is not None}
 
 
+def _sum(one, other):
+    """Return the sum of two tangents, either of which may be None for zero."""
+    return one if other is None else other if one is None else one + other
+
+
 def _or_zeros(tangent, value):
     return torch.zeros_like(value) if tangent is None else tangent
 
@@ -496,9 +595,9 @@ def _padded(tensor, dim: int | None, size: int, axes: int):
 
 _DEFAULTS: dict[str, Any] = {
     "tol": None, "rtol": None, "max_iterations": solver.MAX_ITERATIONS, "check": True, "verbose": False,
-    "engine": "auto",
+    "engine": "auto", "smoothing": None,
 }  # fmt: skip
-_OPTIONS = "float? tol, float? rtol, int max_iterations, bool check, bool verbose, str engine"
+_OPTIONS = "float? tol, float? rtol, int max_iterations, bool check, bool verbose, str engine, float? smoothing"
 
 
 class _Operators:
@@ -506,16 +605,13 @@ class _Operators:
 
     def __init__(self, backend, settings: _Settings, point=()):
         self.backend: Any = backend
-        self.settings, self.names = settings, settings.names
+        self.settings, self.names, self.unsolved = settings, settings.names, settings.unsolved
+        self.smoothing = settings.options.get("smoothing")
         self.point = point
         """Slacks of all rows (B, rows), status (B), equilibration (B, n + rows), for the second function."""
 
     def solution(self, batch_shape, operands, warm):
-        """Call the first function."""
-        return self.operator(batch_shape, operands, warm)[: 2 + len(_CONSTANT)]
-
-    def operator(self, batch_shape, operands, warm):
-        """Call the first operator, whose last results are slacks of all rows and equilibration."""
+        """Call the first function, whose last results are slacks of all rows and equilibration here."""
         names, rounding, unsolved, options = self.settings
         return _OPERATORS.solve(
             list(operands), " ".join(names), batch_shape, list(warm), rounding, unsolved, *_in_order(options)
@@ -600,7 +696,7 @@ def _solve_op(operands, names, batch_shape, warm, *settings):
     return _returned([*tensors, *_as_tensors([lin.s, lin.factors.scaling(lin.problem)])])
 
 
-def _solve_fake(operands, names, batch_shape, warm, *_):
+def _solve_fake(operands, names, batch_shape, warm, *settings):
     q, batch = operands[1], math.prod(batch_shape)
     named = dict(zip(names.split(), operands, strict=True))
     problem = make_layout(_backend_of(operands), batch_shape, named).problem(named)
@@ -608,33 +704,34 @@ def _solve_fake(operands, names, batch_shape, warm, *_):
     counts = [q.new_empty(batch_shape, dtype=torch.int32) for _ in range(2)]
     exact = [q.new_empty(batch_shape, dtype=torch.float64) for _ in range(4)]
     scaling = q.new_empty(batch, problem.n + problem.rows)
-    return [x, v, q.new_empty(*batch_shape, problem.m), *counts, *exact, torch.empty_like(v), scaling]
+    relaxed = []
+    if settings[-1] is not None:
+        relaxed = [torch.empty_like(x), torch.empty_like(v), q.new_empty(batch, 1, dtype=torch.int32)]
+    return [x, v, q.new_empty(*batch_shape, problem.m), *counts, *exact, *relaxed, torch.empty_like(v), scaling]
 
 
 def _solve_context(ctx, inputs, output):
     operands, names, batch_shape, warm, *settings = inputs
     ctx.settings, ctx.axes, ctx.warm = _settings(names, *settings), len(batch_shape), len(warm)
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*operands, *output[:2], output[-2], output[_STATUS], output[-1])
+    layer = _Operators(_backend_of(operands), ctx.settings)
+    ctx.mark_non_differentiable(*_constants(layer, output))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*operands, *_point(layer, output), *output[-2:])
 
 
 def _solve_backward(ctx, cotangents):
-    *operands, x, v, s, status, scaling = ctx.saved_tensors
+    *operands, x, v, status, s, scaling = ctx.saved_tensors
     layer = _Operators(_backend_of(operands), ctx.settings, (s, status.reshape(-1), scaling))
-    gradients = _solution_backward(layer, ctx.needs_input_grad[0], cotangents[0], cotangents[1], x, v, operands)
+    gradients = _solution_backward(layer, ctx.needs_input_grad[0], cotangents, x, v, status, operands)
     of_axes = None if ctx.axes else []  # torch takes an empty list of sizes for one of tensors
     return list(gradients), None, of_axes, [None] * ctx.warm, *[None] * (2 + len(_DEFAULTS))
 
 
 def _solve_vmap(info, in_dims, operands, names, batch_shape, warm, *settings):
     layer = _Operators(_backend_of(operands), _settings(names, *settings))
-    size, batch = info.batch_size, math.prod(batch_shape)
     pairs = [list(zip(*each, strict=True)) for each in ((operands, in_dims[0]), (warm, in_dims[3] or ()))]
-    mapped = _mapped_inputs(size, batch_shape, *pairs)
-    x, v, *constants, s, scaling = layer.operator((size, *batch_shape), *mapped)
-    x, v, s, scaling = (_parted(value, size, batch) for value in (x, v, s, scaling))
-    output = [x, v, *constants, s, scaling]
-    return output, [0] * len(output)
+    output, out_dims = _solution_vmap(layer, info.batch_size, batch_shape, *pairs)
+    return list(output), list(out_dims)
 
 
 # The second function.
@@ -687,7 +784,6 @@ def _kkt_vmap_op(info, in_dims, r_x, r_v, x, v, operands, names, wanted, s, stat
     return list(output), list(out_dims)
 
 
-_STATUS = 2 + _CONSTANT.index("status")
 torch.library.define(
     "qpdiff::solve_qp",
     "(Tensor Q, Tensor q, Tensor? G, Tensor? h, Tensor? A, Tensor? b, Tensor? lb, Tensor? ub, Tensor[] warm, "
@@ -747,7 +843,7 @@ class OptNet(nn.Module):
     device, dtype
         Of the parameters.
     **options
-        Options of `qpdiff.torch.solve_qp`, such as ``unsolved="zero"``.
+        Options of `qpdiff.torch.solve_qp`, such as ``unsolved="zero"`` or ``smoothing=0.1``.
 
     Attributes
     ----------

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 from emulated_gpu import pose
-from problems import mostly_active, random_problem, rounded_product
+from problems import mostly_active, random_problem, relaxed, rounded_product, strictly_feasible
 
 pytest.importorskip("torch")
 import torch
@@ -510,8 +510,192 @@ def test_second_derivatives_of_the_gradients_alone(solved_by):
 
 def test_constants_have_no_gradient():
     sol = qpdiff.torch.solve_qp(**problem(0, ["G"]))
-    for name in ("s", "status", "iterations", "objective", "primal_residual", "dual_residual", "duality_gap"):
+    for name in ("s", "status", "iterations", "primal_residual", "dual_residual", "duality_gap"):
         assert not getattr(sol, name).requires_grad
+
+
+# ---- the optimal value
+
+
+@pytest.mark.parametrize("parts", ["", "A", "A G lb ub"])
+@pytest.mark.parametrize("with_x", [False, True])
+def test_derivatives_of_the_optimal_value(parts, with_x):
+    operands = problem(0, parts.split())
+
+    def solve(*values):
+        given = dict(zip(operands, values, strict=True))
+        sol = qpdiff.torch.solve_qp(**(given | {"Q": symmetric(given["Q"])}), **TIGHT)
+        return (sol.objective, sol.x) if with_x else sol.objective
+
+    values = tuple(operands.values())
+    assert gradcheck(solve, values, atol=1e-6, rtol=1e-5, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(solve, values, atol=1e-5, rtol=1e-5, check_fwd_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shared", [(), ("Q", "G", "b")])
+def test_the_optimal_value_alone_solves_no_system(solved_by, monkeypatch, shared, kind):
+    operands = random_problem_in_torch(2, batch=(3,), shared=shared, fixed=1, infinite=0.3)
+    operands = {name: value.to(kind).requires_grad_() for name, value in operands.items()}
+    cotangent = torch.tensor(np.random.default_rng(3).normal(size=3))
+    plain = qpdiff.solve_qp(**{name: value.detach().numpy() for name, value in operands.items()})
+    calls = []
+    solve = qpdiff.torch.solve_adjoint
+    monkeypatch.setattr(
+        qpdiff.torch, "solve_adjoint", lambda *args, **options: calls.append(1) or solve(*args, **options)
+    )
+    values = tuple(operands.values())
+    for with_x in (False, True):
+        sol = qpdiff.torch.solve_qp(**operands)
+        assert sol.objective.dtype == DOUBLE
+        loss = cotangent @ sol.objective
+        found = torch.autograd.grad(loss + sol.x.sum() if with_x else loss, values)
+        assert len(calls) == with_x
+        given = {"x": np.ones(plain.x.shape)} if with_x else {}
+        expected = qpdiff.vjp(plain, objective=cotangent.numpy(), **given)
+        close = {"rtol": 1e-9, "atol": 1e-9} if kind == DOUBLE else {"rtol": 1e-5, "atol": 1e-5}
+        for name, gradient in zip(operands, found, strict=True):
+            assert gradient.dtype == kind
+            np.testing.assert_allclose(gradient, getattr(expected, name), err_msg=name, **close)
+
+
+def test_the_optimal_value_under_vmap():
+    operands = {name: value.detach() for name, value in problem(1, ["A", "G", "lb"]).items()}
+    names = [name for name in operands if operands[name].ndim == 1 + len(OPERANDS[name])]
+
+    def loss(values):
+        return qpdiff.torch.solve_qp(**(operands | values), **TIGHT).objective.sin().sum()
+
+    values = {name: operands[name] for name in names}
+    singles = [{name: value[i] for name, value in values.items()} for i in range(2)]
+    for derivative in (grad(loss), jacfwd(loss), hessian(loss)):
+        mapped = vmap(derivative)(values)
+        for i, single in enumerate(singles):
+            leaves, _ = torch.utils._pytree.tree_flatten(mapped)
+            others, _ = torch.utils._pytree.tree_flatten(derivative(single))
+            torch.testing.assert_close([leaf[i] for leaf in leaves], others, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("smoothing", [None, 0.1])
+def test_optimal_value_of_unsolved_problems(solved_by, smoothing):
+    q, G = torch.full((2, 1), -0.5, dtype=DOUBLE, requires_grad=True), torch.tensor([[1.0], [-1.0]], dtype=DOUBLE)
+    h = torch.tensor([[1.0, 1.0], [1.0, -2.0]], dtype=DOUBLE)
+
+    def gradient(unsolved):
+        sol = qpdiff.torch.solve_qp([[1.0]], q, G, h, unsolved=unsolved, smoothing=smoothing)
+        return torch.autograd.grad(sol.objective.sum(), q)[0]
+
+    assert gradient("nan").isnan().tolist() == [[False], [True]]
+    first, second = gradient("zero")
+    assert second == 0.0
+    assert first != 0.0
+    if smoothing is None:
+        torch.testing.assert_close(first, torch.tensor([0.5], dtype=DOUBLE))
+
+
+# ---- smoothing
+
+
+def along(operands, directions, t):
+    return {name: value + t * directions[name] for name, value in operands.items()}
+
+
+def line(seed, parts="A G lb ub", **options):
+    """A problem, and a direction in which all of its operands move."""
+    rng = np.random.default_rng(seed)
+    operands = strictly_feasible(rng, parts, **options)
+    directions = {name: rng.normal(size=value.shape) for name, value in operands.items()}
+    directions["Q"] = directions["Q"] + directions["Q"].mT
+    return operands, directions, rng.normal(size=operands["q"].shape)
+
+
+def smoothed_loss(operands, directions, weights, kappa, **options):
+    """A number that depends on the solution and on the optimal value, as a function of the step along the line."""
+    tensors = [{name: torch.tensor(value) for name, value in each.items()} for each in (operands, directions)]
+
+    def loss(t):
+        sol = qpdiff.torch.solve_qp(**along(*tensors, t), smoothing=kappa, **TIGHT, **options)
+        return (torch.tensor(weights) * sol.x).sum() + sol.objective.sum()
+
+    return loss
+
+
+ZERO = torch.tensor(0.0, dtype=DOUBLE)
+
+
+@pytest.mark.parametrize("parts", ["G", "A G lb ub"])
+@pytest.mark.parametrize("kappa", [0.01, 1.0])
+def test_smoothing_against_differences_of_the_relaxed_solution(solved_by, parts, kappa):
+    operands, directions, weights = line(6, parts, batch=2)
+
+    def relaxed_loss(t):
+        d, total = along(operands, directions, t), 0.0
+        for i, weight in enumerate(weights):
+            one = {name: value[i] for name, value in d.items()}
+            x = relaxed(one, kappa)[0]
+            total += weight @ x + 0.5 * x @ one["Q"] @ x + one["q"] @ x
+        return total
+
+    loss = smoothed_loss(operands, directions, weights, kappa)
+    exact = qpdiff.solve_qp(**operands, **TIGHT)
+    value = np.sum(weights * exact.x) + np.sum(exact.objective)
+    torch.testing.assert_close(loss(ZERO).item(), value, rtol=1e-9, atol=1e-9)
+    step = 1e-4
+    below, at, above = (relaxed_loss(t) for t in (-step, 0.0, step))
+    first, second = (above - below) / (2 * step), (above - 2 * at + below) / step**2
+    for derivative in (grad, jacfwd):
+        torch.testing.assert_close(derivative(loss)(ZERO).item(), first, rtol=1e-4, atol=1e-4)
+    for derivative in (grad(grad(loss)), hessian(loss)):
+        torch.testing.assert_close(derivative(ZERO).item(), second, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("made", [grad, lambda loss: grad(grad(loss))])
+def test_smoothing_under_vmap(made):
+    loss, steps = smoothed_loss(*line(7), 0.1), torch.linspace(0, 0.02, 3, dtype=DOUBLE)
+    torch.testing.assert_close(vmap(made(loss))(steps), torch.stack([made(loss)(t) for t in steps]))
+
+
+def test_smoothing_to_third_order():
+    loss, step = smoothed_loss(*line(8, batch=1), 0.1), 1e-4
+    second = grad(grad(loss))
+    difference = (second(ZERO + step) - second(ZERO - step)) / (2 * step)
+    torch.testing.assert_close(grad(second)(ZERO), difference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_smoothing_as_vjp_has_it(solved_by, kind):
+    operands, _, weights = line(9)
+    operands["Q"] = operands["Q"][0]
+    tensors = {name: torch.tensor(value, dtype=kind, requires_grad=True) for name, value in operands.items()}
+    sol = qpdiff.torch.solve_qp(**tensors, smoothing=0.1)
+    loss = (torch.tensor(weights) * sol.x).sum() + sol.objective.sum() + sol.z.sum()
+    found = torch.autograd.grad(loss, tuple(tensors.values()))
+    expected = qpdiff.vjp(qpdiff.solve_qp(**operands), x=weights, z=1.0, objective=1.0, smoothing=0.1)
+    close = {"rtol": 1e-7, "atol": 1e-7} if kind == DOUBLE else {"rtol": 1e-3, "atol": 1e-4}
+    for name, gradient in zip(tensors, found, strict=True):
+        assert gradient.dtype == kind
+        np.testing.assert_allclose(gradient, getattr(expected, name), err_msg=name, **close)
+
+
+def test_smoothing_of_a_layer():
+    torch.manual_seed(0)
+    plain = qpdiff.torch.OptNet(3, m=4, p=1).double()
+    smooth = qpdiff.torch.OptNet(3, m=4, p=1, smoothing=0.1).double()
+    smooth.load_state_dict(plain.state_dict())
+    q = torch.randn(5, 3, dtype=DOUBLE)
+    torch.testing.assert_close(smooth(q), plain(q))
+    smooth(q).sum().backward()
+    operands = {name: value.detach().numpy() for name, value in smooth.operands().items()}
+    gradients = qpdiff.vjp(qpdiff.solve_qp(q=q.numpy(), **operands), x=np.ones((5, 3)), smoothing=0.1)
+    slope = torch.sigmoid(smooth.s0.detach()).numpy()  # h moves with the parameter of the slack
+    np.testing.assert_allclose(smooth.s0.grad, gradients.h * slope, rtol=1e-6, atol=1e-8)
+    assert "smoothing=0.1" in repr(smooth)
+
+
+@pytest.mark.parametrize("smoothing", [0, -1.0, float("inf"), "much"])
+def test_bad_smoothing(smoothing):
+    with pytest.raises(ValueError, match="smoothing is"):
+        qpdiff.torch.solve_qp(torch.eye(2), torch.ones(2), smoothing=smoothing)
 
 
 def test_a_change_in_place_is_noticed():

@@ -106,6 +106,30 @@ def test_lists_and_other_arguments(compiled):
     compare(compiled(solve), solve, torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True))
 
 
+@pytest.mark.parametrize("batch", [(), (4,)])
+def test_smoothing(compiled, solved_by, batch):
+    operands = problem("A G lb ub", batch=batch, shared=("Q",))
+
+    def solve(*values):
+        sol = qpdiff.torch.solve_qp(**dict(zip(operands, values, strict=True)), smoothing=0.1, **TIGHT)
+        return sol.x, sol.z, sol.objective, sol.status
+
+    compare(compiled(solve), solve, *operands.values())
+
+
+def test_the_optimal_value_alone_solves_no_system(compiled, monkeypatch):
+    operands = problem("A G lb ub")
+
+    def solve(*values):
+        return (qpdiff.torch.solve_qp(**dict(zip(operands, values, strict=True))).objective,)
+
+    def refuse(*_, **options):
+        raise AssertionError
+
+    monkeypatch.setattr(qpdiff.torch, "solve_adjoint", refuse)
+    compare(compiled(solve), solve, *operands.values())
+
+
 def test_warm_start(compiled):
     Q, q, G, h = problem("G").values()
     near = qpdiff.torch.solve_qp(Q, q * 1.01, G, h)
@@ -179,13 +203,13 @@ def test_exported(strict):
 # ---- the operators
 
 
-def operators(parts, shared):
+def operators(parts, shared, smoothing=None):
     """The arguments of both operators."""
     operands = problem(parts, shared=shared)
     flat = [value[None] if name in shared else value for name, value in operands.items()]
     flat = [value.detach().requires_grad_() for value in flat]
     names = " ".join(operands)
-    first = (flat, names, [2, 2], [], 1e-8, "raise", None, None, 100, True, False, "auto")
+    first = (flat, names, [2, 2], [], 1e-8, "raise", None, None, 100, True, False, "auto", smoothing)
     x, v, _, status, *_, s, scaling = torch.ops.qpdiff.solve(*first)
     point = [value.detach().requires_grad_() for value in (x + 1, v + 1, x, v)]
     return first, (*point, flat, names, names, s, status.flatten(), scaling, 1e-8, "raise", "auto")
@@ -195,21 +219,27 @@ def test_operators(solved_by):
     first, second = operators("A G lb ub", ("G", "A"))
     opcheck(torch.ops.qpdiff.solve.default, first)
     opcheck(torch.ops.qpdiff.solve_kkt.default, second)
+    smooth, _ = operators("A G lb ub", ("G", "A"), smoothing=0.1)
+    opcheck(torch.ops.qpdiff.solve.default, smooth)
 
 
-def test_rules_of_the_operators(solved_by):
+@pytest.mark.parametrize("smoothing", [None, 0.1])
+def test_rules_of_the_operators(solved_by, smoothing):
     """To the second order, and under vmap, they are those of the functions that eager calls take."""
-    first, _ = operators("A G lb", ("Q", "A"))
+    first, _ = operators("A G lb", ("Q", "A"), smoothing)
     operands, names = first[0], tuple(first[1].split())
     assert set(names) <= set(OPERANDS)
 
+    def with_objective(output):
+        return torch.cat([*output[:2], output[qpdiff.torch._OBJECTIVE].reshape(4, 1)], 1)
+
     def by_operators(*values):
-        return torch.cat(torch.ops.qpdiff.solve(list(values), *first[1:])[:2], 1)
+        return with_objective(torch.ops.qpdiff.solve(list(values), *first[1:]))
 
     def by_functions(*values):
         backend = qpdiff.torch._backend_of(values)
-        layer = qpdiff.torch._Layer(backend, qpdiff.torch._Settings(names, 1e-8, "raise", {}))
-        return torch.cat(layer.solution((2, 2), values, ())[:2], 1)
+        layer = qpdiff.torch._Layer(backend, qpdiff.torch._Settings(names, 1e-8, "raise", {"smoothing": smoothing}))
+        return with_objective(layer.solution((2, 2), values, ()))
 
     def second(function):
         gradients = torch.autograd.grad(function(*operands).sin().sum(), operands, create_graph=True)
