@@ -117,7 +117,7 @@ def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options
     result = _half(operands) if dtype is None else None
     problem = make_problem(operands, backend="torch", dtype=dtype if result is None else torch.float64)
     if warm is not None:
-        warm = [torch.as_tensor(value, device=problem.backend.device).detach() for value in warm]
+        warm = [problem.backend.asarray(value).detach() for value in warm]
     batch_shape, tensors = problem.batch_shape, problem.operands.values()
     settings = _Settings(tuple(problem.operands), problem.rounding, unsolved, options)
     # In a dispatch mode tensors may have no numbers yet.

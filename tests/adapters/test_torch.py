@@ -47,6 +47,13 @@ def problem(seed, parts, n=3, batch=2):
     return {name: torch.tensor(value, requires_grad=True) for name, value in operands.items()}
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_warm_start_of_numpys_is_taken_without_a_warning():
+    sol = qpdiff.solve_qp(np.eye(2), -np.ones(2), lb=0.0)
+    again = qpdiff.torch.solve_qp(torch.eye(2, dtype=DOUBLE), -torch.ones(2, dtype=DOUBLE), lb=0.0, warm_start=sol)
+    np.testing.assert_allclose(again.x.numpy(), sol.x, atol=1e-7)
+
+
 def symmetric(Q):
     return (Q + Q.mT) / 2
 
