@@ -128,7 +128,12 @@ def solve(
     if as_json:
         print(to_json(result))
     else:
-        console.print(problem_table(result) if result["status"].size <= ROWS_SHOWN else summary_table(result))
+        if result["status"].size <= ROWS_SHOWN:
+            console.print(problem_table(result))
+            for line in variable_lines(result):
+                console.print(line, soft_wrap=True)
+        else:
+            console.print(summary_table(result))
         if output is not None:
             console.print(f"{printable(output)} written", markup=False, highlight=False, soft_wrap=True)
     if np.any(result["status"] != qpdiff.Status.SOLVED):
@@ -347,24 +352,32 @@ def keeps_definite(Q: np.ndarray, change: np.ndarray) -> bool:
 
 def problem_table(result: dict[str, np.ndarray]) -> Table:
     """Make a table with a row for each problem."""
-    table = Table("problem", title="primal and dual residual, duality gap")
-    for heading in ("status", "iterations", "objective", "primal", "dual", "gap"):
+    table = Table(title="primal and dual residual, duality gap")
+    for heading in ("problem", "status", "iterations", "objective", "primal", "dual", "gap"):
         table.add_column(heading, no_wrap=True)
-    small = result["x"].shape[-1] <= VARIABLES_SHOWN
-    if small:
-        table.add_column("x")
     for index in np.ndindex(result["status"].shape):
         status = qpdiff.Status(int(result["status"][index]))
         color = "green" if status is qpdiff.Status.SOLVED else "red"
         table.add_row(
-            ", ".join(map(str, index)) or "0",
+            number(index),
             f"[{color}]{status.name}[/{color}]",
             str(result["iterations"][index]),
             f"{result['objective'][index]:.8g}",
             *(f"{result[name][index]:.1e}" for name in ("primal_residual", "dual_residual", "duality_gap")),
-            *([" ".join(f"{value:.5g}" for value in result["x"][index])] if small else []),
         )
     return table
+
+
+def number(index: tuple[int, ...]) -> str:
+    """Return the number of a problem: its index along each batch axis."""
+    return ", ".join(map(str, index)) or "0"
+
+
+def variable_lines(result: dict[str, np.ndarray]) -> Iterator[str]:
+    """Return a line with x for each problem, where there are few variables."""
+    if result["x"].shape[-1] <= VARIABLES_SHOWN:
+        for index in np.ndindex(result["status"].shape):
+            yield f"x of problem {number(index)}: " + " ".join(f"{value:.5g}" for value in result["x"][index])
 
 
 def to_json(result: dict[str, np.ndarray]) -> str:

@@ -126,6 +126,13 @@ def test_what_typer_refuses_is_one_line_and_exit_code_2(run, arguments, message)
     assert "--help" in result.stderr
 
 
+def test_x_fits_a_narrow_terminal(save):
+    operands = {"Q": np.eye(4), "q": np.array([[0.123456, -1.0, 2.0, 1e6], [1.0, 2.0, 3.0, 4.0]])}
+    result = CliRunner().invoke(app, ["solve", str(save(operands))], env={"COLUMNS": "80"})
+    assert "x of problem 0: -0.12346 1 -2 -1e+06\nx of problem 1: -1 -2 -3 -4\n" in result.output
+    assert "…" not in result.output
+
+
 def test_no_arguments_print_the_help(run):
     assert "Commands" in run().output
 
