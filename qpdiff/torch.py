@@ -117,7 +117,8 @@ def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options
     result = _half(operands) if dtype is None else None
     problem = make_problem(operands, backend="torch", dtype=dtype if result is None else torch.float64)
     if warm is not None:
-        warm = [problem.backend.asarray(value).detach() for value in warm]
+        given = (value.detach() if isinstance(value, torch.Tensor) else value for value in warm)
+        warm = [problem.backend.asarray(value) for value in given]
     batch_shape, tensors = problem.batch_shape, problem.operands.values()
     settings = _Settings(tuple(problem.operands), problem.rounding, unsolved, options)
     # In a dispatch mode tensors may have no numbers yet.
