@@ -297,6 +297,26 @@ def _bound_as_given(forward):
     return forward
 
 
+def _pushed_forward(jvp):
+    """Let outer transforms of forward mode differentiate a rule of forward mode, for which torch turns them all off."""
+
+    @functools.wraps(jvp)
+    def rule(*args):
+        if not _has_transforms():
+            return jvp(*args)
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(*args)
+
+    return rule
+
+
+def _primals(tensors):
+    """Return saved tensors without the tangents of the transform whose rule is being computed."""
+    if not _has_transforms():
+        return tensors
+    return [forward_ad.unpack_dual(tensor).primal for tensor in tensors]
+
+
 class _Solution(Function):
     """The variables (B, n), the multipliers of all rows (B, rows), and the other fields of a Solution.
 
@@ -325,14 +345,15 @@ class _Solution(Function):
         return None, None, *gradients, *[None] * ctx.others
 
     @staticmethod
+    @_pushed_forward
     def jvp(ctx, _, __, *tangents):
         layer, tangents = ctx.layer, _given(ctx.layer.names, tangents)
-        *operands, x, v, status = ctx.saved_tensors
+        *operands, x, v, status = _primals(ctx.saved_tensors)
         with layer.backend.in_full_precision():
             problem = layer.problem(x, operands)
             r_x, r_v = right_hand_side(problem, x, v, tangents)
         dx, dv = layer.kkt_solve((), r_x, r_v, x, v, operands)
-        out: list[Any] = [dx, dv, *[None] * len(_OTHERS)]
+        out = [dx, dv, *[None] * len(_OTHERS)]
         with layer.backend.in_full_precision():
             out[_OBJECTIVE] = _objective_jvp(layer, problem, x, v, status, dx, tangents).reshape(ctx.batch_shape)
         return *out, *([] if layer.smoothing is None else [dx.clone(), dv.clone(), None])
@@ -370,9 +391,10 @@ class _KKTSolve(Function):
         return None, None, *of_vectors, *of_operands
 
     @staticmethod
+    @_pushed_forward
     def jvp(ctx, _, __, dr_x, dr_v, dx, dv, *tangents):
         layer, wanted = ctx.layer, ctx.wanted
-        x, v, *operands, u_x, u_v = ctx.saved_tensors
+        x, v, *operands, u_x, u_v = _primals(ctx.saved_tensors)
         dr_x, dr_v, dx, dv = (_or_zeros(d, value) for d, value in ((dr_x, x), (dr_v, v), (dx, x), (dv, v)))
         with layer.backend.in_full_precision():
             problem = layer.problem(x, operands)

@@ -652,8 +652,18 @@ def test_smoothing_against_differences_of_the_relaxed_solution(solved_by, parts,
     first, second = (above - below) / (2 * step), (above - 2 * at + below) / step**2
     for derivative in (grad, jacfwd):
         torch.testing.assert_close(derivative(loss)(ZERO).item(), first, rtol=1e-4, atol=1e-4)
-    for derivative in (grad(grad(loss)), hessian(loss)):
+    for derivative in (grad(grad(loss)), hessian(loss), jacfwd(jacfwd(loss))):
         torch.testing.assert_close(derivative(ZERO).item(), second, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("parts", ["", "A G lb ub"])
+def test_forward_mode_alone_to_third_order(parts):
+    loss, step = smoothed_loss(*line(10, parts, batch=2), None), 1e-4
+    second = jacfwd(jacfwd(loss))
+    torch.testing.assert_close(second(ZERO), hessian(loss)(ZERO))
+    first = [jacfwd(loss)(torch.full_like(ZERO, t)) for t in (-step, step)]
+    torch.testing.assert_close(second(ZERO), (first[1] - first[0]) / (2 * step), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(jacfwd(second)(ZERO), grad(grad(grad(loss)))(ZERO), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("made", [grad, lambda loss: grad(grad(loss))])
