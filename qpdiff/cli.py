@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -352,7 +353,8 @@ def keeps_definite(Q: np.ndarray, change: np.ndarray) -> bool:
 
 def problem_table(result: dict[str, np.ndarray]) -> Table:
     """Make a table with a row for each problem."""
-    table = Table(title="primal and dual residual, duality gap")
+    # So narrow that 80 columns, as a pipe has, hold the longest of every column.
+    table = Table(title="primal and dual residual, duality gap", box=box.SIMPLE_HEAD, padding=0)
     for heading in ("problem", "status", "iterations", "objective", "primal", "dual", "gap"):
         table.add_column(heading, no_wrap=True)
     for index in np.ndindex(result["status"].shape):
