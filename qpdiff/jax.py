@@ -1,7 +1,8 @@
 """JAX: `solve_qp` under jit, vmap, grad, jacfwd, jacrev and hessian.
 
 On the CPU the compiled engine solves: two callbacks, the solution of the operands and the solve with the KKT matrix at
-it, get NumPy's views of JAX's buffers and write into them. Elsewhere the array engine is traced, its iterations are one
+it, get NumPy's views of JAX's buffers and write into them. On a GPU such callbacks launch its kernels, on the stream of
+JAX's program and with the addresses of its buffers. Elsewhere the array engine is traced, its iterations are one
 `lax.while_loop`, so that it compiles for any device of JAX's and nothing goes to the host.
 
 With either engine the derivative is that of the KKT conditions: the tangent of a solution is a
@@ -14,18 +15,20 @@ import math
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from . import solver
 from .adjoint import right_hand_side
-from .backend import choose_backend, read_dtype
+from .backend import Backend, choose_backend, read_dtype
 from .differentiation import FILL, check_smoothing, solve_kkt
+from .engines import choice
+from .engines.array import engine as array
 from .engines.array.central_path import relax
 from .engines.array.derivative import pack, saved_together
 from .engines.array.traced import solve_traced
-from .engines.base import Linearization, Outcome, Settings
+from .engines.base import Linearization, Outcome, Settings, StartingPoint
 from .engines.choice import choose_engine, compiled_engine
 from .problem import MATRICES, OPERANDS, Layout, Problem, make_layout
 from .solution import FIELDS, Solution, Status, check_unsolved, raise_if_unsolved
@@ -34,7 +37,10 @@ from .validation import check_values, make_problem, symmetrized
 try:
     import jax
     import jax.numpy as jnp
+    from jax.custom_batching import custom_vmap
     from jax.experimental.buffer_callback import buffer_callback
+
+    from .backend.jax import BufferBackend
 except ImportError as error:
     raise ImportError("qpdiff.jax needs JAX: pip install 'qpdiff[jax]'") from error
 
@@ -78,8 +84,9 @@ def solve_qp(
         ``jax.config.update("jax_enable_x64", True)`` the results are float32, residuals too; the array engine computes
         in float32 then.
     engine : {"auto", "array", "compiled"}
-        "compiled" solves on the CPU, called from the compiled program; "array" is the solver in JAX's own operations,
-        which compiles for any device and which `jax.export` takes. "auto" is the first where JAX works on the CPU.
+        "compiled" solves on the CPU or, in kernels, on an NVIDIA GPU, called from the compiled program; "array" is the
+        solver in JAX's own operations, which compiles for any device and which `jax.export` takes. "auto" is the first
+        where JAX works on the CPU, and as in `qpdiff.solve_qp` on a GPU.
 
     Returns
     -------
@@ -110,17 +117,22 @@ def solve_qp(
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem({name: _joined(value) for name, value in operands.items()}, backend="jax", dtype=dtype)
     problem = symmetrized(problem)
-    on_host = problem.with_layout(backend=_HOST, dtype=np.dtype(read_dtype(dtype) or "float64"))
-    compiled = _takes_compiled_engine(engine, on_host)
-    settings = solver.read_settings(on_host if compiled else problem, tol, rtol, max_iterations)
+    dtype = np.dtype(read_dtype(dtype) or "float64")
+    device = _device(problem.operands.values())
+    chosen = _choose_engine(engine, problem.with_layout(backend=_inside_callbacks(device), dtype=dtype), device)
+    working = problem.layout if chosen is array else problem.layout._replace(dtype=dtype)
+    settings = solver.read_settings(problem.with_layout(dtype=working.dtype), tol, rtol, max_iterations)
     start = jax.lax.stop_gradient(solver.warm_point(problem, warm_start))
     numbers = jax.lax.stop_gradient(problem.operands)
     check = bool(check and problem.batch and not any(map(problem.backend.is_tracer, numbers.values())))
-    if check and not compiled:
+    on_host = chosen is compiled_engine()[0]
+    if check and not on_host:
         check_values(problem.with_operands(**numbers))
-    method: _Compiled | _Traced = _Traced(problem.layout, settings)
-    if compiled:
-        method = _Compiled(problem.layout, on_host.layout, settings, check)
+    method: _Method = _Traced(problem.layout, settings)
+    if on_host:
+        method = _Compiled(problem.layout, working._replace(backend=_HOST), settings, check)
+    elif chosen is not array:
+        method = _Kernels(problem.layout, working, settings, device.local_hardware_id)
     sol, outcome, extra, relaxed = _solve(method, unsolved, smoothing, problem.operands, start)
     if not problem.backend.is_tracer(outcome.status):
         status = np.asarray(outcome.status)
@@ -138,25 +150,33 @@ def _joined(value):
     return jnp.asarray(value) if listed else value
 
 
-def _takes_compiled_engine(name: str, problem: Problem) -> bool:
-    """Choose the engine for operands of JAX's in a problem of the host."""
+def _choose_engine(name: str, problem: Problem, device) -> Any:
+    """Choose the engine for a problem with what callbacks get of it on a device."""
     chosen = choose_engine(name, problem, False)
-    if chosen is not compiled_engine()[0]:
-        return False
-    platform = _platform(problem.operands.values())
-    if name == "compiled" and platform != "cpu":
-        raise ValueError(f"engine is 'compiled', which works on the CPU, but JAX on {platform}; pass engine='auto'")
-    return platform == "cpu"
+    if device.platform == "cpu" or problem.backend.gpu is not None or chosen is array:
+        return chosen
+    if name == "compiled":
+        raise ValueError(
+            f"engine is 'compiled', which works on the CPU and on NVIDIA's GPUs, but JAX on {device.platform}; pass "
+            "engine='auto'"
+        )
+    return array
 
 
-def _platform(operands) -> str:
+def _inside_callbacks(device) -> Backend:
+    """Return the backend of what callbacks get on a device."""
+    on_gpu = device.platform == "gpu" and "cuda" in device.client.platform_version  # else AMD's ROCm
+    return BufferBackend(device.local_hardware_id) if on_gpu else _HOST
+
+
+def _device(operands) -> Any:
     """Return where JAX works: on the device of arrays that are concrete, else on the one that new arrays go to."""
     for value in operands:
         if not isinstance(value, jax.core.Tracer):
-            return next(iter(value.devices())).platform
+            return next(iter(value.devices()))
     config: Any = jax.config
     device = config.jax_default_device
-    return jax.default_backend() if device is None else getattr(device, "platform", device)
+    return device if hasattr(device, "platform") else jax.local_devices(backend=device)[0]
 
 
 # ---- the array engine, traced
@@ -354,11 +374,169 @@ def _broadcast(value, shape):
     return value if value.shape == shape else np.broadcast_to(value, shape)  # which takes long for what it does
 
 
+# ---- the compiled engine's kernels on a GPU, launched from JAX's program
+#
+# The addresses of buffers are all that the kernels get, so JAX's own operations make one batch of the axes of vmap and
+# convert to the type that the kernels compute in. All that a launch writes comes from JAX as outputs of its callback.
+
+
+def _kernels() -> Any:
+    """Return the module that launches the kernels, which was chosen."""
+    return choice.gpu_engine()[0]
+
+
+class _Kernels(NamedTuple):
+    """The compiled engine on a GPU: all but the arrays of a call, hashable."""
+
+    layout: Layout
+    working: Layout
+    """The same with the type that the kernels compute in."""
+    settings: Settings
+    gpu: int
+    """The number of the GPU for which sizes are computed; a program may run on another one like it."""
+
+    def solve(self, operands, start):
+        """Return the outcome, and what is stored for the derivative."""
+        exact, working = self.layout.backend.widest_float, self.layout.dtype
+
+        def solve(batch: int, operands, start):
+            with jax.enable_x64(True):
+                problem = symmetrized(self.problem(batch, operands))
+                if start is not None:
+                    x, v, usable = (_each(batch, part) for part in start)
+                    start = StartingPoint(x.astype(problem.dtype), v.astype(problem.dtype), usable)
+                kernels = _kernels()
+                shapes = kernels.arrays_of_solve(
+                    problem, kernels.cuda.device(self.gpu), jax.ShapeDtypeStruct, store=False
+                )
+                launch: Any = _SolveLaunch(problem.layout, self.settings)
+                outcome, stored, *_ = buffer_callback(launch, shapes)(problem.operands, start)
+                kinds = [working] * 3 + [jnp.int32] * 2 + [exact] * 4
+                outcome = Outcome(*(part.astype(kind) for part, kind in zip(outcome, kinds, strict=True)))
+                return outcome, stored._replace(scaling=stored.scaling.astype(working))
+
+        return _over_batches(solve, math.prod(self.layout.batch_shape))(operands, start)
+
+    def relax(self, problem: Problem, outcome: Outcome, stored, kappa: float):
+        """Return the outcome at the relaxed points, which the array engine finds, and what is stored."""
+        factors = array.without_factor(problem, stored.scaling)
+        relaxed = relax(Linearization(problem, factors, outcome.x, outcome.v, outcome.s, outcome.status), kappa)
+        return outcome._replace(x=relaxed.x, v=relaxed.v, s=relaxed.s, status=relaxed.status), stored
+
+    def linearization(self, problem: Problem, outcome: Outcome, stored) -> Linearization:
+        return Linearization(problem, _KernelFactors(self, stored), outcome.x, outcome.v, outcome.s, outcome.status)
+
+    def problem(self, batch: int, operands) -> Problem:
+        """Make the problem that the kernels solve of operands with one batch axis."""
+        operands = {name: value.astype(self.working.dtype) for name, value in operands.items()}
+        return make_layout(self.working.backend, (batch,), operands, rounding=self.working.rounding).problem(operands)
+
+
+class _SolveLaunch(NamedTuple):
+    """The callback that launches the kernels that solve."""
+
+    layout: Layout
+    settings: Settings
+
+    def __call__(self, context, out, operands, start) -> None:
+        layout = self.layout._replace(backend=BufferBackend.of(operands["q"], context))
+        _kernels().launch_solve(layout.problem(operands), self.settings, start, out)
+
+
+class _KernelFactors(NamedTuple):
+    """`engines.base.Factors` of the kernels in JAX: they factor the KKT matrix at the solution in each solve."""
+
+    method: _Kernels
+    stored: Any
+
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices):
+        """Solve the KKT system, as `engines.base.Factors` says; no gradients of matrices come along."""
+        method, result = self.method, lin.x.dtype
+
+        def solve(batch: int, operands, point, right):
+            with jax.enable_x64(True):
+                problem = method.problem(batch, operands)
+                point, right = jax.tree.map(partial(_each, batch), (point, right))
+                (*numbers, status, stored), kind = point, problem.dtype
+                *numbers, scaling = (part.astype(kind) for part in (*numbers, stored.scaling))
+                point, right = (*numbers, status, stored._replace(scaling=scaling)), [r.astype(kind) for r in right]
+                kernels, form = _kernels(), _kernels().form_of(problem)
+                needed = kernels.derivative_bytes(problem, kernels.cuda.device(method.gpu), form)
+                shapes = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in right]
+                shapes.append(jax.ShapeDtypeStruct((needed,), np.uint8))
+                launch: Any = _DerivativeLaunch(problem.layout, int(form), fill)
+                u_x, u_v, _ = buffer_callback(launch, shapes)(problem.operands, point, right)
+                return u_x.astype(result), u_v.astype(result)
+
+        point = lin.x, lin.v, lin.s, lin.status, self.stored
+        return *_over_batches(solve, lin.problem.batch)(lin.problem.operands, point, (r_x, r_v)), {}
+
+    def scaling(self, problem: Problem):
+        """Return D and E of every problem, as `engines.base.Factors` says."""
+        return self.stored.scaling
+
+
+class _DerivativeLaunch(NamedTuple):
+    """The callback that launches the kernel that solves with the KKT matrix at the solutions."""
+
+    layout: Layout
+    form: int
+    fill: float
+
+    def __call__(self, context, out, operands, point, right) -> None:
+        layout = self.layout._replace(backend=BufferBackend.of(operands["q"], context))
+        x, v, s, status, stored = point
+        factors = _kernels().Factors(self.form, stored)
+        lin = Linearization(layout.problem(operands), factors, x, v, s, status)
+        *u, workspace = out
+        if lin.problem.batch:
+            factors.launch(lin, right, self.fill, u, {}, workspace)
+
+
+def _over_batches(function, batch: int):
+    """Return ``function(batch, operands, *args)`` of arrays (B or 1, ...), for which axes of vmap join the batch axis.
+
+    Where only the last argument is mapped and problems have matrices of their own, it is called for one entry of the
+    axis after the other, so that no matrix is copied.
+    """
+    mapped = custom_vmap(partial(function, batch))
+
+    @mapped.def_vmap
+    def _(size: int, is_mapped, *args):
+        *others, last = args
+        own = any(name in MATRICES and value.shape[0] > 1 for name, value in args[0].items())
+        if own and not any(jax.tree.leaves(is_mapped[:-1])):
+            every = jax.tree.map(lambda a, here: a if here else jnp.stack([a] * size), last, is_mapped[-1])
+            out = jax.lax.map(lambda one: mapped(*others, one), every)
+            return out, jax.tree.map(lambda _: True, out)
+
+        def joined(value, is_mapped):
+            if not is_mapped:
+                if value.shape[0] == 1:
+                    return value
+                value = value[None]
+            shape = size, batch, *value.shape[2:]
+            return jnp.broadcast_to(value, shape).reshape(size * batch, *shape[2:])
+
+        out = _over_batches(function, size * batch)(*jax.tree.map(joined, args, tuple(is_mapped)))
+        out = jax.tree.map(lambda part: part.reshape(size, batch, *part.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return mapped
+
+
+def _each(batch: int, value):
+    """Return vectors (B or 1, ·) for each problem of a batch."""
+    return jnp.broadcast_to(value, (batch, *value.shape[1:]))
+
+
+_Method: TypeAlias = _Traced | _Compiled | _Kernels
+
 # ---- the derivative
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _solve(method: _Compiled | _Traced, unsolved: str, kappa: float | None, operands, start):
+def _solve(method: _Method, unsolved: str, kappa: float | None, operands, start):
     outcome, extra = _iterate(method, unsolved, operands, start)
     problem, moving, shown = method.layout.problem(operands), outcome, outcome
     if kappa is not None:
@@ -372,7 +550,7 @@ def _solve(method: _Compiled | _Traced, unsolved: str, kappa: float | None, oper
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _iterate(method: _Compiled | _Traced, unsolved: str, operands, start):
+def _iterate(method: _Method, unsolved: str, operands, start):
     return method.solve(operands, start)
 
 
@@ -383,7 +561,7 @@ def _iterate_jvp(method, unsolved, primals, tangents):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _relaxed(method: _Compiled | _Traced, unsolved: str, kappa: float, operands, outcome: Outcome, extra):
+def _relaxed(method: _Method, unsolved: str, kappa: float, operands, outcome: Outcome, extra):
     return method.relax(method.layout.problem(operands), outcome, extra, kappa)
 
 
@@ -404,7 +582,7 @@ def _with_value_jvp(primals, tangents):
     return _with_value(*primals), tangents[1]
 
 
-def _tangent(method: _Compiled | _Traced, unsolved: str, operands, tangents, outcome: Outcome, extra):
+def _tangent(method: _Method, unsolved: str, operands, tangents, outcome: Outcome, extra):
     """Return the tangents of the outcome at a point and of what comes with it."""
     problem = method.layout.problem(operands)
     of_matrices = {name: tangent for name, tangent in tangents.items() if name in MATRICES}

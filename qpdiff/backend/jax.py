@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from functools import cache
 
 import jax
+import numpy as np
 from jax.scipy.linalg import cho_solve, solve_triangular
 
 from .base import Backend
@@ -65,3 +67,38 @@ class JAXBackend(Backend):
     def substitution(self, factor):
         (L,) = factor
         return solve_triangular(L, self.xp.broadcast_to(self.eye(L.shape[-1], L.dtype), L.shape), lower=True)
+
+
+class BufferBackend(Backend):
+    """The buffers on an NVIDIA GPU that a callback of JAX's gets: they have an address and a shape, and no operations.
+
+    Parameters
+    ----------
+    gpu : int
+        The number of the GPU.
+    stream : int
+        The handle of the stream that orders the callback with all other work.
+    """
+
+    def __init__(self, gpu: int, stream: int = 0):
+        super().__init__(np)
+        self._gpu, self._stream = gpu, stream
+
+    @classmethod
+    def of(cls, buffer, context) -> BufferBackend:
+        """Return the backend of a callback's buffers and its context."""
+        return cls(buffer.__dlpack_device__()[1], context.stream)
+
+    @property
+    def gpu(self) -> int:
+        return self._gpu
+
+    def stream(self) -> int:
+        return self._stream
+
+    def located(self, array):
+        own = array.shape[0] > 1
+        return array.__cuda_array_interface__["data"][0], math.prod(array.shape[1:]) if own else 0, array
+
+    def contiguous(self, array):
+        return array

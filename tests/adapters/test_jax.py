@@ -2,17 +2,20 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp
+from emulated_gpu import pose
 from jax.test_util import check_grads
 from problems import random_problem, relaxed, rounded_product, strictly_feasible
 
 import qpdiff
 import qpdiff.jax
+from qpdiff.backend.jax import BufferBackend
 from qpdiff.engines.choice import compiled_engine
 
 TIGHT = {"tol": 1e-12, "rtol": 1e-13}
@@ -31,9 +34,35 @@ def with_engine(name):
     return partial(qpdiff.jax.solve_qp, engine=name)
 
 
-@pytest.fixture(params=["compiled", "array"])
-def solve_qp(request):
+def pose_as_gpu(monkeypatch, **options):
+    """Let JAX's buffers on the CPU pose as a GPU's."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("JAX works on a GPU")
+
+    def located(self, buffer):
+        value = np.asarray(buffer)
+        return value.ctypes.data, value[0].size if len(value) > 1 else 0, buffer
+
+    monkeypatch.setattr(BufferBackend, "of", lambda buffer, context: BufferBackend(0))
+    monkeypatch.setattr(BufferBackend, "located", located)
+    monkeypatch.setattr(qpdiff.jax, "_inside_callbacks", lambda device: BufferBackend(0))
+    return pose(monkeypatch, BufferBackend, **options)
+
+
+@pytest.fixture(params=["compiled", "array", "kernels"])
+def solve_qp(request, monkeypatch):
+    if request.param == "kernels":
+        pose_as_gpu(monkeypatch)
+        return with_engine("compiled")
     return with_engine(request.param)
+
+
+@pytest.fixture(params=["compiled", "kernels"])
+def called(request, monkeypatch):
+    """The compiled engine, which is called from JAX's program."""
+    if request.param == "kernels":
+        pose_as_gpu(monkeypatch)
+    return with_engine("compiled")
 
 
 @pytest.fixture
@@ -79,19 +108,19 @@ def test_every_derivative_to_second_order(parts, solve_qp):
 
 
 @pytest.mark.parametrize("shared", [(), ("Q", "G", "b")])
-def test_the_optimal_value_as_vjp_has_it(shared, on_host):
+def test_the_optimal_value_as_vjp_has_it(shared, called):
     operands = some(np.random.default_rng(2), "A G lb ub", shared=shared, fixed=1, infinite=0.3)
     cotangent = jnp.asarray(np.random.default_rng(3).normal(size=3))
-    gradients = jax.grad(lambda operands: cotangent @ on_host(**operands).objective)(operands)
-    expected = qpdiff.vjp(on_host(**operands), objective=cotangent)
+    gradients = jax.grad(lambda operands: cotangent @ called(**operands).objective)(operands)
+    expected = qpdiff.vjp(called(**operands), objective=cotangent)
     for name, gradient in gradients.items():
         np.testing.assert_allclose(gradient, getattr(expected, name), rtol=1e-9, atol=1e-9, err_msg=name)
 
 
-def test_the_optimal_value_of_unsolved_problems(on_host):
+def test_the_optimal_value_of_unsolved_problems(called):
     def loss(q, unsolved):
         h = jnp.array([[1.0, 1.0], [-2.0, -2.0]])
-        return jnp.sum(on_host(jnp.eye(1), q, jnp.array([[1.0], [-1.0]]), h, unsolved=unsolved).objective)
+        return jnp.sum(called(jnp.eye(1), q, jnp.array([[1.0], [-1.0]]), h, unsolved=unsolved).objective)
 
     q = jnp.full((2, 1), -0.5)
     assert np.isnan(jax.grad(loss)(q, "nan")[:, 0]).tolist() == [False, True]
@@ -311,12 +340,12 @@ def test_lists_of_traced_numbers(solve_qp):
 # ---- the compiled engine, called from JAX's program
 
 
-def test_gradients_in_any_order_of_transformations(on_host):
+def test_gradients_in_any_order_of_transformations(called):
     operands = some(np.random.default_rng(11), "A G lb ub")
     cotangent = jnp.asarray(np.random.default_rng(12).normal(size=operands["q"].shape))
 
     def loss(operands, cotangent):
-        return jnp.sum(cotangent * on_host(**operands).x)
+        return jnp.sum(cotangent * called(**operands).x)
 
     sol = qpdiff.solve_qp(**{name: np.asarray(value) for name, value in operands.items()})
     expected = qpdiff.vjp(sol, x=np.asarray(cotangent))
@@ -332,14 +361,14 @@ def test_gradients_in_any_order_of_transformations(on_host):
             np.testing.assert_allclose(pulled[name], getattr(expected, name), rtol=1e-5, atol=1e-6)
 
 
-def test_jacobians_of_shared_operands_under_vmap(on_host):
+def test_jacobians_of_shared_operands_under_vmap(called):
     """Right-hand sides that are mapped, beside problems that are not, or along another axis."""
     rng = np.random.default_rng(13)
     operands = some(rng, "A G lb", batch=())
     h = jnp.asarray(operands["h"] + rng.uniform(size=(2, 5, 3)))
 
     def solve(h):
-        return on_host(**operands | {"h": h}).x
+        return called(**operands | {"h": h}).x
 
     each = [[jax.jacrev(solve)(h[i, j]) for j in range(5)] for i in range(2)]
     for jacobian in (jax.jacrev(solve), jax.jacfwd(solve)):
@@ -353,11 +382,23 @@ def test_jacobians_of_shared_operands_under_vmap(on_host):
         np.testing.assert_allclose(whole[i, j, :, i, j], each[i][j], rtol=1e-6, atol=1e-9)
 
 
-def test_hessians_agree_in_every_mode(on_host):
+def test_jacobians_of_problems_with_matrices_of_their_own(called):
+    operands = some(np.random.default_rng(19), "A G lb")
+    jacobian = jax.jit(jax.jacrev(lambda q: called(**operands | {"q": q}).x))(operands["q"])
+    assert jacobian.shape == (3, 4, 3, 4)
+    for i in range(3):
+        one = {name: np.asarray(value[i]) for name, value in operands.items()}
+        sol = qpdiff.solve_qp(**one)
+        expected = [qpdiff.vjp(sol, x=row).q for row in np.eye(4)]
+        np.testing.assert_allclose(jacobian[i, :, i], expected, rtol=1e-5, atol=1e-6)
+        assert not np.any(np.delete(jacobian[i], i, axis=1))
+
+
+def test_hessians_agree_in_every_mode(called):
     operands = some(np.random.default_rng(14), "A G lb ub", batch=())
 
     def loss(q):
-        return weigh(on_host(**operands | {"q": q}, **TIGHT))
+        return weigh(called(**operands | {"q": q}, **TIGHT))
 
     gradient, step = jax.jit(jax.grad(loss)), 1e-5
     q, directions = operands["q"], step * jnp.eye(4)
@@ -369,12 +410,12 @@ def test_hessians_agree_in_every_mode(on_host):
     np.testing.assert_allclose(mapped[0], differences, rtol=1e-5, atol=1e-5)
 
 
-def test_a_gradient_through_a_scan(on_host):
+def test_a_gradient_through_a_scan(called):
     operands = some(np.random.default_rng(15), "A G", batch=())
 
     def rolled(q):
         def step(q, _):
-            x = on_host(**operands | {"q": q}).x
+            x = called(**operands | {"q": q}).x
             return 0.9 * q + 0.1 * x, x
 
         last, seen = jax.lax.scan(step, q, length=12)
@@ -383,7 +424,7 @@ def test_a_gradient_through_a_scan(on_host):
     def unrolled(q):
         total = 0.0
         for _ in range(12):
-            x = on_host(**operands | {"q": q}).x
+            x = called(**operands | {"q": q}).x
             q, total = 0.9 * q + 0.1 * x, total + jnp.sum(x)
         return jnp.sum(q**2) + total
 
@@ -392,16 +433,16 @@ def test_a_gradient_through_a_scan(on_host):
         np.testing.assert_allclose(jax.jit(jax.grad(function))(operands["q"]), expected, rtol=1e-6)
 
 
-def test_without_double_precision_it_is_solved_in_double_precision(on_host):
+def test_without_double_precision_it_is_solved_in_double_precision(called):
     operands = random_problem(np.random.default_rng(16), "A G lb ub", batch=(3,), n=4, m=3, p=1)
     single = {name: value.astype(np.float32) for name, value in operands.items()}
     expected = qpdiff.solve_qp(**single)
     gradients = qpdiff.vjp(expected, x=np.ones_like(expected.x))
     with jax.enable_x64(False):
         arrays = {name: jnp.asarray(value) for name, value in single.items()}
-        sol = on_host(**arrays)
-        pulled = jax.jit(jax.grad(lambda o: jnp.sum(on_host(**o).x)))(arrays)
-        rough = on_host(**arrays, dtype="float32")
+        sol = called(**arrays)
+        pulled = jax.jit(jax.grad(lambda o: jnp.sum(called(**o).x)))(arrays)
+        rough = called(**arrays, dtype="float32")
     np.testing.assert_array_equal(sol.iterations, expected.iterations)
     for name in OUTPUTS:
         assert getattr(sol, name).dtype == jnp.float32
@@ -430,25 +471,25 @@ def test_large_arrays_from_several_threads(on_host):
     np.testing.assert_allclose(expected[1], qpdiff.vjp(sol, x=np.ones((100, 160))).q, rtol=1e-5, atol=1e-6)
 
 
-def test_a_warm_start_of_each_problem_under_vmap(on_host):
+def test_a_warm_start_of_each_problem_under_vmap(called):
     operands = some(np.random.default_rng(18), "A G lb ub")
     near = operands | {"q": operands["q"] + 1e-6}
-    cold = on_host(**operands)
-    again = jax.jit(jax.vmap(lambda o, start: on_host(**o, warm_start=start)))(near, cold)
-    one = jax.vmap(lambda q: on_host(**operands | {"q": q}, warm_start=cold))(jnp.stack([near["q"]] * 2))
+    cold = called(**operands)
+    again = jax.jit(jax.vmap(lambda o, start: called(**o, warm_start=start)))(near, cold)
+    one = jax.vmap(lambda q: called(**operands | {"q": q}, warm_start=cold))(jnp.stack([near["q"]] * 2))
     for warm, expected in ((again.x, cold.x), (one.x[1], cold.x)):
         np.testing.assert_allclose(warm, expected, atol=1e-5)
     assert np.sum(again.iterations) < np.sum(cold.iterations) / 2
 
 
-def test_an_empty_batch(on_host):
+def test_an_empty_batch(called):
     Q, q = jnp.eye(2), jnp.ones((0, 2))
-    gradients = jax.jit(jax.grad(lambda Q, q: jnp.sum(on_host(Q, q, lb=jnp.zeros(2)).x), (0, 1)))(Q, q)
+    gradients = jax.jit(jax.grad(lambda Q, q: jnp.sum(called(Q, q, lb=jnp.zeros(2)).x), (0, 1)))(Q, q)
     np.testing.assert_array_equal(gradients[0], 0.0)
     assert gradients[1].shape == (0, 2)
 
 
-def test_the_choice_of_the_engine(on_host):
+def test_the_choice_of_the_engine(called):
     q = jnp.asarray([1.0, -2.0])
 
     def traced(engine):
@@ -458,9 +499,66 @@ def test_the_choice_of_the_engine(on_host):
         assert ("buffer_callback" in traced(engine)) == callback
         assert ("while" in traced(engine)) != callback
     with pytest.raises(ValueError, match="engine is 'fast'"):
-        on_host(jnp.eye(2), q, engine="fast")
+        called(jnp.eye(2), q, engine="fast")
     with pytest.raises(NotImplementedError, match="host_callbacks"):
-        jax.export.export(jax.jit(lambda q: on_host(jnp.eye(2), q).x))(q)
+        jax.export.export(jax.jit(lambda q: called(jnp.eye(2), q).x))(q)
+
+
+def test_kernels_are_launched_where_they_are_switched_on(monkeypatch):
+    gpu = pose_as_gpu(monkeypatch)
+    gpu.stream = 99
+    operands = some(np.random.default_rng(20), "A G", n=6, m=2, p=1)
+
+    def kernels(engine):
+        gpu.launches.clear()
+        jax.jit(jax.grad(lambda o: jnp.sum(qpdiff.jax.solve_qp(**o, engine=engine).x)))(operands)[
+            "q"
+        ].block_until_ready()
+        assert {each.stream for each in gpu.launches} <= {99}
+        assert {each.blocks for each in gpu.launches} <= {3}
+        return [each.kernel for each in gpu.launches]
+
+    every = ["solve_dense_dual_double", "solve_primal_double", "derivative_dense_dual_double"]
+    assert kernels("auto") == kernels("compiled") == every
+    assert kernels("array") == []
+    monkeypatch.delenv("QPDIFF_GPU_ENGINE")
+    assert kernels("auto") == []
+    assert kernels("compiled") == every
+
+
+def test_matrices_in_the_workspace(monkeypatch):
+    operands = some(np.random.default_rng(21), "A G lb", n=20, m=15, p=2)
+    expected = with_engine("compiled")(**operands)
+    monkeypatch.setattr("qpdiff.engines.compiled.gpu.WORKSPACE_BYTES", 1)  # one block solves all problems
+    gpu = pose_as_gpu(monkeypatch, shared_bytes=14336)
+    gradient = jax.grad(lambda q: jnp.sum(qpdiff.jax.solve_qp(**operands | {"q": q}, engine="compiled").x))
+    given = qpdiff.vjp(expected, x=jnp.ones((3, 20))).q
+    np.testing.assert_allclose(gradient(operands["q"]), given, rtol=1e-5, atol=1e-6)
+    assert {each.blocks for each in gpu.launches} == {1}
+
+
+@pytest.mark.parametrize(("platform", "version"), [("tpu", "tpu"), ("gpu", "rocm 60000"), ("gpu", "cuda 13000")])
+def test_other_devices(monkeypatch, platform, version):
+    device = SimpleNamespace(platform=platform, client=SimpleNamespace(platform_version=version), local_hardware_id=3)
+    inside = qpdiff.jax._inside_callbacks(device)
+    assert inside.gpu == (3 if "cuda" in version else None)
+    monkeypatch.setattr(qpdiff.jax, "_device", lambda operands: device)
+    if inside.gpu is None:
+        assert "while" in str(jax.make_jaxpr(lambda q: qpdiff.jax.solve_qp(jnp.eye(2), q).x)(jnp.ones(2)))
+        with pytest.raises(ValueError, match=f"JAX on {platform}"):
+            qpdiff.jax.solve_qp(jnp.eye(2), jnp.ones(2), engine="compiled")
+
+
+def test_what_the_kernels_get_of_a_buffer():
+    """On a GPU a buffer has no more than this (`jax.experimental.buffer_callback.Buffer`)."""
+    buffer = SimpleNamespace(
+        shape=(3, 4, 5), __cuda_array_interface__={"data": (4096, False)}, __dlpack_device__=lambda: (2, 1)
+    )
+    backend = BufferBackend.of(buffer, SimpleNamespace(stream=77))
+    assert (backend.gpu, backend.stream()) == (1, 77)
+    assert backend.located(buffer) == (4096, 20, buffer)
+    buffer.shape = 1, 4, 5
+    assert backend.located(buffer)[1] == 0
 
 
 def test_without_the_compiled_engine(monkeypatch):
@@ -471,7 +569,7 @@ def test_without_the_compiled_engine(monkeypatch):
         qpdiff.jax.solve_qp(jnp.eye(2), q, engine="compiled")
 
 
-def test_smoothing_against_differences_of_the_relaxed_solution(on_host):
+def test_smoothing_against_differences_of_the_relaxed_solution(called):
     rng, kappa = np.random.default_rng(6), 0.1
     operands = strictly_feasible(rng, "A G lb ub", batch=2, n=4, m=2, p=1)
     directions = {name: rng.normal(size=value.shape) for name, value in operands.items()}
@@ -483,7 +581,7 @@ def test_smoothing_against_differences_of_the_relaxed_solution(on_host):
 
     @jax.jit
     def loss(t):
-        sol = on_host(**along(t), smoothing=kappa, **TIGHT)
+        sol = called(**along(t), smoothing=kappa, **TIGHT)
         return jnp.sum(weights * sol.x) + jnp.sum(sol.objective)
 
     def relaxed_loss(t):
@@ -504,11 +602,11 @@ def test_smoothing_against_differences_of_the_relaxed_solution(on_host):
     np.testing.assert_allclose(jax.hessian(loss)(0.0), second, rtol=1e-3, atol=1e-3)
 
 
-def test_smoothing_under_vmap_and_in_a_concrete_solution(on_host):
+def test_smoothing_under_vmap_and_in_a_concrete_solution(called):
     operands = strictly_feasible(np.random.default_rng(7), "A G lb ub")
 
     def loss(lb, q):
-        sol = on_host(**one | {"lb": lb, "q": q}, smoothing=0.1)
+        sol = called(**one | {"lb": lb, "q": q}, smoothing=0.1)
         return jnp.sum(sol.x**2) + sol.objective
 
     one = {name: value[0] for name, value in operands.items()}
@@ -520,7 +618,7 @@ def test_smoothing_under_vmap_and_in_a_concrete_solution(on_host):
         expected = qpdiff.vjp(sol, x=2 * sol.x, objective=1.0, smoothing=0.1)
         np.testing.assert_allclose(gradient, expected.lb, rtol=1e-6, atol=1e-7)
     with pytest.raises(ValueError, match="smoothing is -1"):
-        on_host(**one, smoothing=-1)
+        called(**one, smoothing=-1)
 
 
 def test_smoothing_of_the_traced_engine():

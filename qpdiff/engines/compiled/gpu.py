@@ -21,7 +21,9 @@ from . import cuda
 from .cuda import missing
 from .engine import DECIDING, _core, stores
 
-__all__ = ["Factors", "missing", "refusal", "solve", "suits"]
+__all__ = [
+    "Factors", "arrays_of_solve", "derivative_bytes", "form_of", "launch_solve", "missing", "refusal", "solve", "suits",
+]  # fmt: skip
 
 THREADS = ((16, 32), (32, 64), (80, 128))
 """The largest number of variables or of linear constraints, and the threads of a block up to there.
@@ -99,6 +101,19 @@ def _shape(layout: Layout) -> tuple[int, int, int, bool, bool]:
     return layout.n, layout.p, layout.m, layout.lower, layout.upper
 
 
+def _itemsize(problem: Problem) -> int:
+    return 4 if problem.dtype == problem.backend.xp.float32 else 8
+
+
+def _sizes_on(on: cuda.Device, problem: Problem, derivative: bool, form: Form) -> Sizes:
+    return _sizes(derivative, int(form), _shape(problem.layout), _itemsize(problem), on.shared_bytes)
+
+
+def _workspace_bytes(problem: Problem, sizes: Sizes) -> int:
+    """Return the bytes of workspace that all blocks of a launch have together."""
+    return sizes.workspace * min(problem.batch, max(1, WORKSPACE_BYTES // max(1, sizes.workspace)))
+
+
 def threads_for(n: int, linear: int) -> int:
     """Return the threads of a block for problems with so many variables and linear constraints."""
     longest = max(n, linear)
@@ -112,7 +127,7 @@ def refusal(problem: Problem, verbose: bool) -> str | None:
     """Say why it cannot take these problems; None: it can."""
     if verbose:
         return "takes one problem after the other; verbose needs engine='array'"
-    on, form = cuda.device(problem.backend.gpu), _form(problem)
+    on, form = cuda.device(problem.backend.gpu), form_of(problem)
     for one in {form, Form.PRIMAL}:
         for derivative in (False, True):
             needed = _sizes(derivative, one, _shape(problem.layout), 8, on.shared_bytes).least_shared
@@ -126,13 +141,13 @@ def refusal(problem: Problem, verbose: bool) -> str | None:
 
 def suits(problem: Problem) -> bool:
     """Return whether it is likely to take less time than the array engine."""
-    on, form = cuda.device(problem.backend.gpu), _form(problem)
+    on, form = cuda.device(problem.backend.gpu), form_of(problem)
     least = _sizes(False, form, _shape(problem.layout), 8, on.shared_bytes).least_shared
     size = problem.n if form == Form.PRIMAL else problem.p + problem.m
     return least + 8 * size**2 <= on.shared_bytes or problem.batch <= WAVES * on.multiprocessors
 
 
-def _form(problem: Problem) -> Form:
+def form_of(problem: Problem) -> Form:
     """Choose the reduced form by the shapes alone; problems for which it is not safe get the primal one on the GPU."""
     return preferred_form(problem, diagonal=True)
 
@@ -165,16 +180,35 @@ class Stored(NamedTuple):
     """Mask of the problems whose last factor can be used."""
 
 
+class Arrays(NamedTuple):
+    """The arrays that a solve writes."""
+
+    outcome: Outcome
+    stored: Stored
+    refused: Any
+    """Flags of the problems that break a rule; None without a check."""
+    workspace: Any
+
+
 def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, check: bool):
     """Solve as `solve` does; return also a mask of the problems that break a rule, None without a check."""
-    backend, dtype, form = problem.backend, problem.dtype, _form(problem)
+    backend = problem.backend
+    arrays = arrays_of_solve(problem, cuda.device(backend.gpu), backend.empty, check=check)
+    if start is not None:
+        start = StartingPoint(*(backend.xp.broadcast_to(part, (problem.batch, part.shape[-1])) for part in start))
+    launch_solve(problem, settings, start, arrays)
+    return (arrays.outcome, Factors(int(form_of(problem)), arrays.stored)), arrays.refused
+
+
+def arrays_of_solve(problem: Problem, on: cuda.Device, make, *, check: bool = False, store: bool = True) -> Arrays:
+    """Make the arrays that a solve on a GPU writes by ``make(shape, dtype)``; False for `store`: without factors."""
+    backend, dtype, form = problem.backend, problem.dtype, form_of(problem)
     xp, count, n, rows = backend.xp, problem.batch, problem.n, problem.rows
-    launch = _Launch(problem, form, _Solve)
-    sizes = launch.sizes(False, form)
-    shared, factors = _storage(problem, sizes, launch.itemsize)
+    sizes = _sizes_on(on, problem, False, form)
+    shared, factors = _storage(problem, sizes, _itemsize(problem)) if store else (False, False)
 
     def empty(columns: int, kind=dtype, problems: int = count):
-        return backend.empty((problems, columns), kind)
+        return make((problems, columns), kind)
 
     outcome = Outcome(
         empty(n), empty(rows), empty(rows), empty(1, xp.int32), empty(1, xp.int32),
@@ -185,22 +219,25 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, ch
         empty(sizes.last) if sizes.last and factors else None,
         empty(n + rows), empty(1, xp.int32), empty(1, xp.uint8),
     )  # fmt: skip
-    done = outcome, Factors(int(form), stored)
-    refused = empty(1, xp.int32) if check and count else None
-    if count == 0:
-        return done, refused
-    arguments = launch.arguments
-    arguments.settings = _Settings(*settings)
-    arguments.check, arguments.rounding = check, problem.rounding
-    launch.set_stored(stored)
-    launch.set_pointers(**outcome._asdict(), refused=refused)
+    needed = max(_workspace_bytes(problem, _sizes_on(on, problem, False, one)) for one in (form, Form.PRIMAL))
+    return Arrays(outcome, stored, empty(1, xp.int32) if check and count else None, make((needed,), xp.uint8))
+
+
+def launch_solve(problem: Problem, settings: Settings, start: StartingPoint | None, arrays: Arrays) -> None:
+    """Start the kernels that solve every problem of a batch; `start` has an entry for each."""
+    if problem.batch == 0:
+        return
+    form = form_of(problem)
+    launch = _Launch(problem, form, _Solve)
+    launch.arguments.settings = _Settings(*settings)
+    launch.arguments.check, launch.arguments.rounding = arrays.refused is not None, problem.rounding
+    launch.set_stored(arrays.stored)
+    launch.set_pointers(**arrays.outcome._asdict(), refused=arrays.refused)
     if start is not None:
-        whole = (xp.broadcast_to(part, (count, part.shape[-1])) for part in start)
-        launch.set_pointers(**dict(zip(("start_x", "start_v", "start_usable"), whole, strict=True)))
-    launch.start("solve", form)
+        launch.set_pointers(**dict(zip(("start_x", "start_v", "start_usable"), start, strict=True)))
+    launch.start("solve", form, arrays.workspace)
     if form != Form.PRIMAL:  # which solves the problems that are left, and leaves the others as they are
-        launch.start("solve", Form.PRIMAL)
-    return done, refused
+        launch.start("solve", Form.PRIMAL, arrays.workspace)
 
 
 def _storage(problem: Problem, sizes: Sizes, itemsize: int) -> tuple[bool, bool]:
@@ -224,20 +261,30 @@ class Factors(NamedTuple):
         The gradients of matrices that each problem has its own of come along.
         """
         problem, form = lin.problem, Form(self.form)
-        backend, count, dtype = problem.backend, problem.batch, problem.dtype
-        u_x, u_v = backend.empty(lin.x.shape, dtype), backend.empty(lin.v.shape, dtype)
-        own = [name for name in MATRICES if name in matrices and getattr(problem, name).shape[0] == count]
+        backend, dtype = problem.backend, problem.dtype
+        u = backend.empty(lin.x.shape, dtype), backend.empty(lin.v.shape, dtype)
+        own = [name for name in MATRICES if name in matrices and getattr(problem, name).shape[0] == problem.batch]
         gradients = {name: backend.empty(getattr(problem, name).shape, dtype) for name in own}
-        launch = _Launch(problem, form, _Derivative)
+        needed = derivative_bytes(problem, cuda.device(backend.gpu), form)
+        self.launch(lin, (r_x, r_v), fill, u, gradients, backend.empty((needed,), backend.xp.uint8))
+        return *u, gradients
+
+    def launch(self, lin: Linearization, right, fill: float, u, gradients: dict[str, Any], workspace) -> None:
+        """Start the kernel that solves the KKT system and writes u and the gradients."""
+        launch = _Launch(lin.problem, Form(self.form), _Derivative)
         launch.arguments.fill = fill
         launch.set_stored(self.stored)
         launch.set_pointers(
-            x=lin.x, v=lin.v, s=lin.s, status=lin.status, u_x=u_x, u_v=u_v,
+            x=lin.x, v=lin.v, s=lin.s, status=lin.status, **dict(zip(("u_x", "u_v"), u, strict=True)),
             **{f"of_{name}": value for name, value in gradients.items()},
         )  # fmt: skip
-        launch.arguments.r_x, launch.arguments.r_v = launch.operand(r_x), launch.operand(r_v)
-        launch.start("derivative", form)
-        return u_x, u_v, gradients
+        launch.arguments.r_x, launch.arguments.r_v = map(launch.operand, right)
+        launch.start("derivative", Form(self.form), workspace)
+
+
+def derivative_bytes(problem: Problem, on: cuda.Device, form: Form) -> int:
+    """Return the bytes of workspace of a derivative for problems that were solved in a form."""
+    return _workspace_bytes(problem, _sizes_on(on, problem, True, form))
 
 
 # ---- a launch
@@ -254,8 +301,7 @@ class _Launch:
     def __init__(self, problem: Problem, form: Form, kind):
         self.problem, self.backend, self.arguments = problem, problem.backend, kind()
         self.on = cuda.device(self.backend.gpu)
-        self.kind = "float" if problem.dtype == self.backend.xp.float32 else "double"
-        self.itemsize = 4 if self.kind == "float" else 8
+        self.kind = "float" if _itemsize(problem) == 4 else "double"
         self.held: list[Any] = []
         self.arguments.parameters = _numbers(parameters(problem))
         self.arguments.shape = _Shape(form, *_shape(problem.layout))
@@ -288,15 +334,12 @@ class _Launch:
         own = constant is not None and constant.shape[0] > 1
         self.arguments.stored.constant_stride = constant.shape[1] if own else 0
 
-    def sizes(self, derivative: bool, form: Form) -> Sizes:
-        return _sizes(derivative, int(form), _shape(self.problem.layout), self.itemsize, self.on.shared_bytes)
-
-    def start(self, stage: str, form: Form) -> None:
-        """Start the kernel of a stage in a form, with workspace of its own."""
-        problem, sizes = self.problem, self.sizes(stage == "derivative", form)
-        blocks = min(problem.batch, max(1, WORKSPACE_BYTES // max(1, sizes.workspace)))
-        workspace = self.backend.empty((blocks * sizes.workspace,), self.backend.xp.uint8)
-        pointer = self.backend.located(workspace)[0] if sizes.workspace else None
+    def start(self, stage: str, form: Form, workspace) -> None:
+        """Start the kernel of a stage in a form, with as many blocks as have workspace."""
+        problem, sizes = self.problem, _sizes_on(self.on, self.problem, stage == "derivative", form)
+        blocks, pointer = problem.batch, None
+        if sizes.workspace:
+            blocks, pointer = min(blocks, workspace.shape[0] // sizes.workspace), self.backend.located(workspace)[0]
         self.arguments.memory = _Memory(pointer, sizes.workspace, sizes.shared, 0)
         cuda.launch(
             f"{stage}_{form.name.lower()}_{self.kind}", blocks, threads_for(problem.n, problem.p + problem.m),
