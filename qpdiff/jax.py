@@ -308,15 +308,20 @@ class _Factors(NamedTuple):
     """`engines.base.Factors` of the compiled engine in JAX: it factors the KKT matrix at the solution in each solve."""
 
     method: _Compiled
-    scaling: Any
+    stored: Any
+    """The scaling."""
 
     def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices):
         """Solve the KKT system, as `engines.base.Factors` says; no gradients of matrices come along."""
         shapes = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in (r_x, r_v)]
-        point = lin.x, lin.v, lin.s, lin.status, self.scaling
+        point = lin.x, lin.v, lin.s, lin.status, self.stored
         callback: Any = _KKTSolve(self.method, fill == 0)
         call = buffer_callback(callback, shapes, vmap_method="expand_dims")
         return *call(lin.problem.operands, point, (r_x, r_v)), {}
+
+    def scaling(self, problem: Problem):
+        """Return D and E of every problem, as `engines.base.Factors` says."""
+        return self.stored
 
 
 class _KKTSolve(NamedTuple):
@@ -419,8 +424,7 @@ class _Kernels(NamedTuple):
 
     def relax(self, problem: Problem, outcome: Outcome, stored, kappa: float):
         """Return the outcome at the relaxed points, which the array engine finds, and what is stored."""
-        factors = array.without_factor(problem, stored.scaling)
-        relaxed = relax(Linearization(problem, factors, outcome.x, outcome.v, outcome.s, outcome.status), kappa)
+        relaxed = relax(self.linearization(problem, outcome, stored), kappa)
         return outcome._replace(x=relaxed.x, v=relaxed.v, s=relaxed.s, status=relaxed.status), stored
 
     def linearization(self, problem: Problem, outcome: Outcome, stored) -> Linearization:

@@ -313,6 +313,8 @@ def test_a_concrete_solution_takes_vjp_and_jvp(solve_qp):
     expected = qpdiff.solve_qp(**{name: np.asarray(value) for name, value in operands.items()})
     np.testing.assert_allclose(qpdiff.vjp(sol, x=sol.x).q, qpdiff.vjp(expected, x=expected.x).q, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(qpdiff.jvp(sol, q=sol.x).x, qpdiff.jvp(expected, q=expected.x).x, rtol=1e-5, atol=1e-6)
+    smooth, other = (qpdiff.vjp(s, x=s.x, smoothing=0.1).q for s in (sol, expected))
+    np.testing.assert_allclose(smooth, other, rtol=1e-5, atol=1e-6)
 
 
 def test_bad_operands(solve_qp):

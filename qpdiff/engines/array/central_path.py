@@ -9,7 +9,7 @@ from ...solution import Status
 from ..base import Linearization, make_settings
 from ..parameters import DOUBLE
 from .batch import batch_order, in_batch, save_factor
-from .derivative import Factors, pack, unpack
+from .derivative import Factors, pack, unpack, without_factor
 from .loop import forms
 from .start import center_on_path
 from .state import SubBatch, cast, make_sub_batch
@@ -27,6 +27,8 @@ def relax(lin: Linearization, kappa: float) -> Linearization:
     """
     backend: Any = lin.problem.backend
     if backend.traced:
+        if not isinstance(lin.factors, Factors):  # those of another engine, of which the scaling is enough here
+            lin = lin._replace(factors=without_factor(lin.problem, lin.factors.scaling(lin.problem)))
         arrays, layout = pack(lin)
         return unpack(backend.jit(_relax_traced)(arrays, None, layout, kappa), layout)
     return _relax(lin, kappa)
