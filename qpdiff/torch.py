@@ -1018,7 +1018,8 @@ def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolv
                 what = "None" if value is None else "empty"
                 raise TypeError(f"{name} is {what}; every problem needs Q and p (pass zeros for what it lacks)")
         kind = given["p"].dtype
-        given = {k: v if v.ndim == axes[k] else _MeanGradient.apply(v, batch) for k, v in given.items()}
+        mean = _OPERATORS.mean_gradient if torch.compiler.is_compiling() else _MeanGradient.apply
+        given = {k: v if v.ndim == axes[k] else mean(v, batch) for k, v in given.items()}
         Q, q = given.pop("Q"), given.pop("p")
         options = {"dtype": "float64", "tol": max(eps, 1e-8), "check": check_Q_spd, "verbose": verbose == 1}
         try:
@@ -1047,10 +1048,11 @@ def _batch(tensors: dict[str, torch.Tensor], axes: dict[str, int]) -> int:
         few = axes[name] - 1
         if value.ndim not in (few, few + 1) and value.numel():
             raise ValueError(f"{name} has {value.ndim} axes; expected {few}, or {few + 1} with that of the batch")
-        if value.ndim == few + 1 and len(value) not in (1, batch):
+        if value.ndim == few + 1 and value.shape[0] not in (1, batch):  # len() is a constant in a program
             if batch != 1:
-                raise ValueError(f"{name} has a batch of {len(value)}, but {first} one of {batch}; expected the same")
-            batch, first = len(value), name
+                size = value.shape[0]
+                raise ValueError(f"{name} has a batch of {size}, but {first} one of {batch}; expected the same")
+            batch, first = value.shape[0], name
     return batch
 
 
@@ -1070,3 +1072,16 @@ class _MeanGradient(Function):
     @staticmethod
     def backward(ctx, g):
         return g / max(ctx.count, 1), None
+
+
+# torch.export drops the rule of a Function, but not that of an operator.
+torch.library.define("qpdiff::mean_gradient", "(Tensor value, SymInt count) -> Tensor")
+torch.library.impl("qpdiff::mean_gradient", "CompositeExplicitAutograd", lambda value, count: value.clone())
+torch.library.register_fake("qpdiff::mean_gradient", lambda value, count: torch.empty_like(value))
+torch.library.register_autograd(
+    "qpdiff::mean_gradient", _MeanGradient.backward, setup_context=_MeanGradient.setup_context
+)
+torch.library.register_vmap(
+    "qpdiff::mean_gradient",
+    lambda info, in_dims, value, count: (_OPERATORS.mean_gradient(value, count), in_dims[0]),
+)

@@ -187,6 +187,24 @@ def test_what_a_program_does_not_take(compiled):
 
 
 @pytest.mark.parametrize("strict", [True, False])
+def test_exported_gradients_of_shared_parameters_are_means(strict):
+    class Projection(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.h = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+        def forward(self, p):
+            absent, eye = torch.Tensor(), torch.eye(2, dtype=torch.float64)
+            return qpdiff.torch.QPFunction()(eye, p, eye, self.h, absent, absent)
+
+    p, size = torch.full((4, 2), -5.0, dtype=torch.float64), torch.export.Dim("size")
+    program = torch.export.export(Projection(), (p,), dynamic_shapes=({0: size},), strict=strict).module()
+    for points in (p, p[:3]):  # x = h
+        (gradient,) = torch.autograd.grad(program(points).sum(), list(program.parameters()))
+        torch.testing.assert_close(gradient, torch.ones(2, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [True, False])
 def test_exported(strict):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3), qpdiff.torch.OptNet(3, m=4, p=1))
