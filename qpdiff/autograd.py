@@ -87,8 +87,10 @@ def solve_qp(
     if smoothing is None:
         objective = _optimal_value(layer, *flat.values())
     else:  # the relaxed point is no minimum, so the value moves with it
-        x, in_boxes = solution[:, : problem.n], layer.problem(*flat.values())
+        in_boxes, solved = layer.problem(*flat.values()), moving.linearization.status == Status.SOLVED
+        x = anp.where(solved, solution[:, : problem.n], 0.0)
         value = anp.sum(x * (in_boxes.hessian(x) / 2 + in_boxes.q), axis=-1)
+        value = value * np.where(solved[:, 0], 1.0, FILL[layer.unsolved])
         objective = _with_value(sol.objective, anp.reshape(value, problem.batch_shape))
         solution = _with_value(np.concatenate([sol.linearization.x, sol.linearization.v], axis=-1), solution)
     x, v = solution[:, : problem.n], solution[:, problem.n :]

@@ -545,10 +545,11 @@ def _solve(method: _Method, unsolved: str, kappa: float | None, operands, start)
     problem, moving, shown = method.layout.problem(operands), outcome, outcome
     if kappa is not None:
         moving, _ = _relaxed(method, unsolved, kappa, operands, *jax.lax.stop_gradient((outcome, extra)))
-        x = moving.x
+        solved = moving.status == int(Status.SOLVED)
+        x = jnp.where(solved, moving.x, 0.0)
         value = jnp.sum(x * (problem.hessian(x) / 2 + problem.q), axis=-1, keepdims=True)
-        value = value.astype(outcome.objective.dtype)
-        moves = {"x": x, "v": moving.v, "objective": value}
+        value = value * jnp.where(solved, 1.0, FILL["zero" if unsolved == "zero" else "nan"])
+        moves = {"x": moving.x, "v": moving.v, "objective": value.astype(outcome.objective.dtype)}
         shown = outcome._replace(**{name: _with_value(getattr(outcome, name), part) for name, part in moves.items()})
     return solver.make_solution(problem, shown, None), outcome, extra, moving.status
 

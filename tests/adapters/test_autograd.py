@@ -172,3 +172,16 @@ def test_smoothing_against_differences_of_the_relaxed_solution(parts, kappa):
     below, at, above = (relaxed_loss(t) for t in (-step, 0.0, step))
     np.testing.assert_allclose(grad(loss)(0.0), (above - below) / (2 * step), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(grad(grad(loss))(0.0), (above - 2 * at + below) / step**2, rtol=1e-3, atol=1e-3)
+
+
+def test_unsolved_problems_add_nothing_to_the_gradient_of_a_smoothed_value():
+    """Where q < 0, Q = 0 and x ≤ 0, the relaxed x is κ / q; where q > 0 the problem is unbounded."""
+
+    def loss(Q, q, unsolved):
+        sol = qpdiff.autograd.solve_qp(Q, q, ub=anp.zeros(2), unsolved=unsolved, smoothing=0.1)
+        return anp.sum(sol.objective)
+
+    q = anp.array([[1.0, 1.0], [-1.0, -1.0]])
+    of_Q = grad
+    np.testing.assert_allclose(of_Q(loss)(anp.zeros((2, 2)), q, "zero"), np.full((2, 2), -0.005), atol=1e-6)
+    assert np.all(np.isnan(of_Q(loss)(anp.zeros((2, 2)), q, "nan")))

@@ -629,3 +629,16 @@ def test_smoothing_of_the_traced_engine():
     gradient = jax.grad(lambda lb: jnp.sum(solve(**operands | {"lb": lb}).x))(operands["lb"])
     expected = qpdiff.vjp(qpdiff.solve_qp(**operands), x=np.ones((2, 3)), smoothing=0.1)
     np.testing.assert_allclose(gradient, expected.lb, rtol=1e-6, atol=1e-7)
+
+
+def test_unsolved_problems_add_nothing_to_the_gradient_of_a_smoothed_value(called):
+    """Where q < 0, Q = 0 and x ≤ 0, the relaxed x is κ / q; where q > 0 the problem is unbounded."""
+
+    def loss(Q, q, unsolved):
+        sol = called(Q, q, ub=jnp.zeros(2), unsolved=unsolved, smoothing=0.1)
+        return jnp.sum(sol.objective)
+
+    q = jnp.array([[1.0, 1.0], [-1.0, -1.0]])
+    of_Q = jax.grad
+    np.testing.assert_allclose(of_Q(loss)(jnp.zeros((2, 2)), q, "zero"), np.full((2, 2), -0.005), atol=1e-6)
+    assert np.all(np.isnan(of_Q(loss)(jnp.zeros((2, 2)), q, "nan")))
