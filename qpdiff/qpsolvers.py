@@ -179,9 +179,10 @@ def from_solution(solution) -> Solution:
     if not solution.found:
         raise ValueError("the solution was not found, so it has no point to start from")
     given = from_problem(solution.problem)
-    x = solution.x
-    box = np.zeros(len(x)) if solution.z_box is None or not len(solution.z_box) else solution.z_box
-    y, z = (np.empty(0) if value is None else value for value in (solution.y, solution.z))
+    # A solver of theirs may give multipliers as a list.
+    parts = (solution.x, solution.y, solution.z, solution.z_box)
+    x, y, z, box = (np.asarray([] if part is None else part, dtype=float) for part in parts)
+    box = box if box.size else np.zeros(len(x))
     return Solution(
         x=x, y=y, z=z, z_lb=np.maximum(-box, 0), z_ub=np.maximum(box, 0),
         s=given["h"] - given["G"] @ x if "G" in given else np.empty(0),

@@ -135,6 +135,13 @@ def test_their_solution_is_a_warm_start(bounds):
     assert warm.iterations < cold.iterations
 
 
+def test_a_solution_with_lists_is_a_warm_start():
+    pytest.importorskip("clarabel")
+    problem = qpsolvers.Problem(np.eye(2), -np.ones(2), A=np.ones((1, 2)), b=np.ones(1))
+    start = from_solution(qpsolvers.solve_problem(problem, "clarabel"))
+    np.testing.assert_allclose(qpdiff.solve_qp(**from_problem(problem), warm_start=start).x, [0.5, 0.5], atol=1e-7)
+
+
 def test_the_solution_differentiates():
     problem = random_problem(np.random.default_rng(4))
     sol = qpsolvers.solve_problem(problem, "qpdiff").extras["solution"]
