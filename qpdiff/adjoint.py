@@ -78,6 +78,12 @@ def objective_vjp(problem: Problem, x, v, g, names=None) -> dict[str, Any]:
     return _operand_gradients(problem, v, names, q=g * x, k=k, Q=(-0.5 * g * x, x), K=[(k, x)])
 
 
+def masked(xp, solved, x, v, fill: float):
+    """Return x, v and weights (B, 1) for derivatives of optimal values: zeros and `fill` in problems not SOLVED."""
+    one = xp.ones_like(x[:, :1])
+    return xp.where(solved, x, 0.0), xp.where(solved, v, 0.0), xp.where(solved, one, fill * one)
+
+
 def gradients_vjp(problem: Problem, x, v, u_x, u_v, cotangents: dict[str, Any]):
     """Compute the gradients of u, x and v from cotangents of the gradients that `solution_vjp` computes.
 

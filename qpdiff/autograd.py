@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import solver
-from .adjoint import kkt_vjp, objective_vjp, solution_vjp
+from .adjoint import kkt_vjp, masked, objective_vjp, solution_vjp
 from .backend import Backend
 from .differentiation import FILL, smoothed, solve_adjoint, solve_kkt
 from .problem import Problem, split_rows
@@ -87,10 +87,9 @@ def solve_qp(
     if smoothing is None:
         objective = _optimal_value(layer, *flat.values())
     else:  # the relaxed point is no minimum, so the value moves with it
-        in_boxes, solved = layer.problem(*flat.values()), moving.linearization.status == Status.SOLVED
-        x = anp.where(solved, solution[:, : problem.n], 0.0)
-        value = anp.sum(x * (in_boxes.hessian(x) / 2 + in_boxes.q), axis=-1)
-        value = value * np.where(solved[:, 0], 1.0, FILL[layer.unsolved])
+        in_boxes = layer.problem(*flat.values())
+        x, _, weights = _masked(layer, solution)
+        value = weights[:, 0] * anp.sum(x * (in_boxes.hessian(x) / 2 + in_boxes.q), axis=-1)
         objective = _with_value(sol.objective, anp.reshape(value, problem.batch_shape))
         solution = _with_value(np.concatenate([sol.linearization.x, sol.linearization.v], axis=-1), solution)
     x, v = solution[:, : problem.n], solution[:, problem.n :]
@@ -196,9 +195,7 @@ def _optimal_value_vjp(argnums, objective, args, kwargs):
 
     def vjp(g):
         problem, names = layer.problem(*operands), [layer.names[i - 1] for i in argnums]
-        solved = layer.sol.linearization.status == int(Status.SOLVED)
-        weights = np.where(solved, 1.0, FILL[layer.unsolved]).astype(problem.dtype)
-        x, v = (anp.where(solved, half, 0.0) for half in _halves(layer, _solution(layer, *operands)))
+        x, v, weights = _masked(layer, _solution(layer, *operands))
         g = anp.reshape(g, weights.shape).astype(problem.dtype) * weights
         gradients = objective_vjp(problem, x, v, g, names)
         return [gradients[name] for name in names]
@@ -218,6 +215,11 @@ def _kkt_solve_vjp(argnums, u, args, kwargs):
         return [by_argument[i] for i in argnums]
 
     return vjp
+
+
+def _masked(layer: _Layer, solution):
+    x, v = _halves(layer, solution)
+    return masked(anp, layer.sol.linearization.status == int(Status.SOLVED), x, v, FILL[layer.unsolved])
 
 
 def _halves(layer: _Layer, pair):

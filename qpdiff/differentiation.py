@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .adjoint import objective_vjp, right_hand_side, solution_vjp
+from .adjoint import masked, objective_vjp, right_hand_side, solution_vjp
 from .backend import from_host
 from .engines.array.central_path import relax
 from .engines.base import Linearization
@@ -290,12 +290,9 @@ def objective_gradients(
         By name, (B or 1, core).
     """
     _check_fill(unsolved)
-    problem, xp = lin.problem, lin.problem.backend.xp
-    solved = lin.status == int(Status.SOLVED)
-    g = xp.where(solved, g, FILL[unsolved])
-    x = xp.where(solved, lin.x, 0.0)
-    v = xp.where(solved, lin.v, 0.0) if stationary else xp.zeros_like(lin.v)
-    return objective_vjp(problem, x, v, g, names)
+    problem, xp, solved = lin.problem, lin.problem.backend.xp, lin.status == int(Status.SOLVED)
+    x, v, weights = masked(xp, solved, lin.x, lin.v, FILL[unsolved])
+    return objective_vjp(problem, x, v if stationary else xp.zeros_like(v), weights * g, names)
 
 
 def _check_fill(unsolved: str) -> None:

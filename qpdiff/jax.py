@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from . import solver
-from .adjoint import right_hand_side
+from .adjoint import masked, right_hand_side
 from .backend import Backend, choose_backend, read_dtype
 from .differentiation import FILL, check_smoothing, solve_kkt
 from .engines import choice
@@ -545,10 +545,8 @@ def _solve(method: _Method, unsolved: str, kappa: float | None, operands, start)
     problem, moving, shown = method.layout.problem(operands), outcome, outcome
     if kappa is not None:
         moving, _ = _relaxed(method, unsolved, kappa, operands, *jax.lax.stop_gradient((outcome, extra)))
-        solved = moving.status == int(Status.SOLVED)
-        x = jnp.where(solved, moving.x, 0.0)
-        value = jnp.sum(x * (problem.hessian(x) / 2 + problem.q), axis=-1, keepdims=True)
-        value = value * jnp.where(solved, 1.0, FILL["zero" if unsolved == "zero" else "nan"])
+        x, _, weights = _masked(moving, moving.v, unsolved)
+        value = weights * jnp.sum(x * (problem.hessian(x) / 2 + problem.q), axis=-1, keepdims=True)
         moves = {"x": moving.x, "v": moving.v, "objective": value.astype(outcome.objective.dtype)}
         shown = outcome._replace(**{name: _with_value(getattr(outcome, name), part) for name, part in moves.items()})
     return solver.make_solution(problem, shown, None), outcome, extra, moving.status
@@ -605,15 +603,18 @@ def _objective_tangent(problem: Problem, outcome: Outcome, unsolved: str, of_mat
 
     They are −rᵀ(x, v) by the envelope theorem, half of that for the matrices, which stand on both sides of r.
     """
-    solved = outcome.status == int(Status.SOLVED)
-    x, v = (jnp.where(solved, part, 0.0) for part in (outcome.x, jnp.where(problem.exists, outcome.v, 0.0)))
-    weight = jnp.where(solved, 1.0, FILL["zero" if unsolved == "zero" else "nan"]).astype(x.dtype)
+    x, v, weights = _masked(outcome, jnp.where(problem.exists, outcome.v, 0.0), unsolved)
 
     def along(r_x, r_v):
         r_v = jnp.where(problem.exists, r_v, 0.0)
         return jnp.sum(r_x * x, axis=-1, keepdims=True) + jnp.sum(r_v * v, axis=-1, keepdims=True)
 
-    return -weight * (along(*of_matrices) / 2 + along(*of_vectors))
+    return -weights * (along(*of_matrices) / 2 + along(*of_vectors))
+
+
+def _masked(outcome: Outcome, v, unsolved: str):
+    fill = FILL["zero" if unsolved == "zero" else "nan"]
+    return masked(jnp, outcome.status == int(Status.SOLVED), outcome.x, v, fill)
 
 
 def _solve_kkt(problem: Problem, outcome: Outcome, lin: Linearization, unsolved: str, r_x, r_v):

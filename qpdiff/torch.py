@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import solver
-from .adjoint import gradients_vjp, kkt_jvp, kkt_vjp, objective_vjp, right_hand_side, solution_vjp
+from .adjoint import gradients_vjp, kkt_jvp, kkt_vjp, masked, objective_vjp, right_hand_side, solution_vjp
 from .backend import choose_backend, read_dtype
 from .differentiation import FILL, check_smoothing, smoothed, solve_adjoint
 from .engines.base import Linearization
@@ -85,8 +85,7 @@ def solve_qp(
     ------
     RuntimeError
         With ``unsolved="raise"``, when a problem is not SOLVED, or its relaxed point was not found; the error counts
-        them and names the first. The axes that `torch.func.vmap` maps over come
-        first in its position.
+        them and names the first. The axes that `torch.func.vmap` maps over come first in its position.
 
     Examples
     --------
@@ -469,9 +468,8 @@ def _weighted(layer, x, v, status, g):
     Problems that are not SOLVED get zeros, and `unsolved` as their g.
     """
     solved = status.reshape(x.shape[0], 1) == int(Status.SOLVED)
-    fill = FILL["nan" if layer.unsolved == "nan" else "zero"]
-    v = torch.where(solved, v, 0.0) if layer.smoothing is None else torch.zeros_like(v)
-    return torch.where(solved, x, 0.0), v, torch.where(solved, 1.0, fill).to(g.dtype) * g
+    x, v, weights = masked(torch, solved, x, v, FILL["nan" if layer.unsolved == "nan" else "zero"])
+    return x, v if layer.smoothing is None else torch.zeros_like(v), weights * g
 
 
 def _kkt_backward(layer, needed, g_x, g_v, of_gradients, x, v, operands, u_x, u_v):
