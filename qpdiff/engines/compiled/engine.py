@@ -47,11 +47,11 @@ FEW = 2**10
 """Number of entries of x in a batch up to which recycling of memory takes longer than it saves."""
 STORED_BYTES = 2**26, 2**29
 """Bytes of factors that are stored for the derivative in any case, and at most where the operands take as many."""
-_SCALARS = (np.int32, np.int32, np.float64, np.float64, np.float64, np.float64)
+SCALARS = (np.int32, np.int32, np.float64, np.float64, np.float64, np.float64)
 """The types of `Outcome` from the status on."""
 DECIDING = frozenset({"Q", "G", "A", "lb", "ub"})
 """Operands that the balanced scaling of the matrices and the reduced form depend on."""
-_PARAMETERS = {np.dtype(np.float64): _core.Parameters(DOUBLE), np.dtype(np.float32): _core.Parameters(SINGLE)}
+PARAMETERS = {np.dtype(np.float64): _core.Parameters(DOUBLE), np.dtype(np.float32): _core.Parameters(SINGLE)}
 
 
 class Stored(NamedTuple):
@@ -88,7 +88,7 @@ class Factors(NamedTuple):
         _core.solve_kkt(
             tuple(map(problem.operands.get, OPERANDS)), self.stored,
             (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
-            (u_x, u_v, *[gradients.get(name) for name in MATRICES]), _PARAMETERS[dtype], self.form, fill,
+            (u_x, u_v, *[gradients.get(name) for name in MATRICES]), PARAMETERS[dtype], self.form, fill,
             workers_for(problem, count, DERIVATIVE_COST),
         )  # fmt: skip
         if "Q" in gradients and problem.Q.shape[0] < count:
@@ -126,7 +126,7 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
     form = int(preferred_form(problem))
     plan = _plan(problem, form, dtype.itemsize)
     x, v, s, constant, last, scaling = [make(shape, dtype) for make, shape in plan]
-    scalars = [np.empty((count, 1), kind) for kind in _SCALARS]
+    scalars = [np.empty((count, 1), kind) for kind in SCALARS]
     outcome = Outcome(x, v, s, *scalars)
     stored = Stored(constant, last, scaling, np.empty(count, np.int32), np.empty(count, np.bool_))
     done = outcome, Factors(form, stored)
@@ -138,7 +138,7 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
     call = (
         tuple(map(problem.operands.get, OPERANDS)), outcome, stored,
         (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
-        _PARAMETERS[dtype], form, check, problem.rounding, in_lanes, workers, progress,
+        PARAMETERS[dtype], form, check, problem.rounding, in_lanes, workers, progress,
     )  # fmt: skip
     if longest <= _core.BLOCK:
         return done if _core.solve(*call) else None
@@ -159,7 +159,12 @@ def workers_for(problem: Problem, count: int, cost: int) -> int:
     """Return how many threads to start for a number of problems; `cost` is that of each in steps of the iteration."""
     if count <= 1:  # counting operations takes time that matters in a small solve
         return 1
-    return max(1, min(problem.backend.workers, count, int(count * cost * _operations(problem) / THREAD_OPERATIONS)))
+    return as_many_as_pay(problem.backend.workers, count, cost * _operations(problem))
+
+
+def as_many_as_pay(workers: int, count: int, operations: float) -> int:
+    """Return up to so many threads for a number of problems of so many operations each."""
+    return max(1, min(workers, count, int(count * operations / THREAD_OPERATIONS)))
 
 
 def _operations(problem: Problem) -> float:

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from scipy.sparse.linalg import splu
 
 from ..base import Outcome, Settings, StartingPoint
-from .engine import _PARAMETERS, _SCALARS, THREAD_OPERATIONS, _core
+from .engine import PARAMETERS, SCALARS, SOLVE_COST, _core, as_many_as_pay
 
 LARGEST_LANES = 10**6
 """Entries of L from which on problems are solved one by one, as the factors of a lane group leave the cache."""
@@ -93,17 +93,16 @@ def solve(
     """
     kkt, n = pattern.kkt, pattern.Q.shape[0]
     rows = pattern.K.shape[0] + n * sum(operands[name] is not None for name in ("lb", "ub"))
-    dtype = np.dtype(np.float64)
     x, v, s, scaling = (np.empty((count, size)) for size in (n, rows, rows, n + rows))
-    outcome = Outcome(x, v, s, *[np.empty((count, 1), kind) for kind in _SCALARS])
+    outcome = Outcome(x, v, s, *[np.empty((count, 1), kind) for kind in SCALARS])
     if count == 0:
         return outcome, scaling
     operations = kkt.operations + 4 * kkt.size + 100 * (n + rows)
-    workers = max(1, min(workers, count, int(10 * count * operations / THREAD_OPERATIONS)))
+    workers = as_many_as_pay(workers, count, SOLVE_COST * operations)
     in_lanes = start is None and count >= _core.LANES and kkt.size <= LARGEST_LANES
     valid = _core.solve_sparse(
         kkt, tuple(operands[name] for name in ("Q", "q", "G", "h", "A", "b", "lb", "ub")), (*outcome, scaling),
         (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
-        _PARAMETERS[dtype], rounding, in_lanes, workers, progress,
+        PARAMETERS[x.dtype], rounding, in_lanes, workers, progress,
     )  # fmt: skip
     return (outcome, scaling) if valid else None
