@@ -2,7 +2,6 @@
 
 import ctypes
 import platform
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -17,48 +16,24 @@ from qpdiff.engines.choice import choose_engine
 from qpdiff.engines.reduction import Form, preferred_form
 from qpdiff.problem import MATRICES, OPERANDS
 
+pytest.importorskip("qpdiff.engines.compiled.engine")
+from qpdiff.engines.compiled.launch import (
+    BlockMemory,
+    BlockShape,
+    DerivativeLaunch,
+    OperandArray,
+    ParameterStruct,
+    SettingsStruct,
+    SolveLaunch,
+    StoredArrays,
+)
+
 pytestmark = pytest.mark.skipif(
     COMPILER is None or not SOURCES.exists() or platform.system() == "Windows", reason="no C++ compiler, or no sources"
 )
 FORWARD, BACKWARD, WARP_AHEAD, SHUFFLED = 0, 1, 2, 777
 SHARED = 227 * 1024
 """Bytes of shared memory of a block on an H100."""
-
-
-# ---- the structs of launch.hpp
-
-
-def struct(name, **fields):
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
-
-
-POINTER, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_double
-NAMES = re.findall(r"X\((\w+)\)", (SOURCES / "method" / "problem.hpp").read_text().split("#define QP_PARAMETERS(X)")[1])
-Parameters = struct("Parameters", **{name: DOUBLE for name in NAMES if name != "name"})
-Settings = struct(
-    "Settings", tol=DOUBLE, rtol=DOUBLE, absolute=ctypes.c_bool, max_iterations=INT, rho=DOUBLE, delta=DOUBLE,
-    smallest=DOUBLE, certificate=DOUBLE, tiny=DOUBLE,
-)  # fmt: skip
-OperandArray = struct("OperandArray", data=POINTER, stride=ctypes.c_longlong)
-OperandArrays = struct("OperandArrays", **dict.fromkeys(OPERANDS, OperandArray))
-BlockShape = struct("BlockShape", **dict.fromkeys(["form", "n", "p", "m", "lower", "upper"], INT))
-StoredArrays = struct(
-    "StoredArrays", constant=POINTER, last=POINTER, scaling=POINTER, form=POINTER, factor_ok=POINTER,
-    constant_stride=ctypes.c_longlong,
-)  # fmt: skip
-BlockMemory = struct(
-    "BlockMemory", workspace=POINTER, workspace_bytes=ctypes.c_longlong, shared_bytes=INT, reserved=INT
-)
-SolveLaunch = struct(
-    "SolveLaunch", parameters=Parameters, settings=Settings, operands=OperandArrays, shape=BlockShape, count=INT,
-    check=INT, rounding=DOUBLE, start_x=POINTER, start_v=POINTER, start_usable=POINTER,
-    **dict.fromkeys(Outcome._fields, POINTER), refused=POINTER, stored=StoredArrays, memory=BlockMemory,
-)  # fmt: skip
-DerivativeLaunch = struct(
-    "DerivativeLaunch", parameters=Parameters, operands=OperandArrays, shape=BlockShape, count=INT, reserved=INT,
-    fill=DOUBLE, x=POINTER, v=POINTER, s=POINTER, status=POINTER, r_x=OperandArray, r_v=OperandArray, u_x=POINTER,
-    u_v=POINTER, of_Q=POINTER, of_A=POINTER, of_G=POINTER, stored=StoredArrays, memory=BlockMemory,
-)  # fmt: skip
 
 
 def address(array):
@@ -124,7 +99,7 @@ class EmulatedBlocks:
 
     def common(self, launch, problem, form, stored):
         layout, P = problem.layout, parameters.parameters(problem)
-        launch.parameters = Parameters(*[getattr(P, name) for name, _ in Parameters._fields_])
+        launch.parameters = ParameterStruct(*[getattr(P, name) for name, _ in ParameterStruct._fields_])
         for name in OPERANDS:
             setattr(launch.operands, name, operand(problem.operands.get(name)))
         launch.shape = BlockShape(form, layout.n, layout.p, layout.m, layout.lower, layout.upper)
@@ -147,7 +122,7 @@ class EmulatedBlocks:
         self.refused = np.full(B, -1, np.int32)
         launch = SolveLaunch()
         self.common(launch, problem, form, stored)
-        launch.settings, launch.check, launch.rounding = Settings(*settings), check, problem.rounding
+        launch.settings, launch.check, launch.rounding = SettingsStruct(*settings), check, problem.rounding
         given = None
         if start is not None:
             given = [

@@ -7,12 +7,11 @@ stream order them with all other work. Nothing goes to the host but, where opera
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ...problem import MATRICES, OPERANDS, Layout, Problem
+from ...problem import MATRICES, Layout, Problem
 from ...validation import check_values
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from ..parameters import Parameters, parameters
@@ -20,6 +19,15 @@ from ..reduction import Form, preferred_form
 from . import cuda
 from .cuda import missing
 from .engine import DECIDING, _core, stores
+from .launch import (
+    BlockMemory,
+    BlockShape,
+    DerivativeLaunch,
+    OperandArray,
+    ParameterStruct,
+    SettingsStruct,
+    SolveLaunch,
+)
 
 __all__ = [
     "Factors", "arrays_of_solve", "derivative_bytes", "form_of", "launch_solve", "missing", "refusal", "solve", "suits",
@@ -42,40 +50,6 @@ WAVES = 8
 A block is bound by latency there, while the matrix products of the array engine use the whole GPU in large batches. By
 the model: sixteen problems with n = 500 take 10 ms, a thousand 100, about as long as with the array engine.
 """
-
-
-# ---- the structs of src/launch.hpp
-
-
-def _struct(name: str, **kinds) -> Any:
-    return type(name, (ctypes.Structure,), {"_fields_": list(kinds.items())})
-
-
-_Pointer, _Int, _Double = ctypes.c_void_p, ctypes.c_int, ctypes.c_double
-_Parameters = _struct("Parameters", **dict.fromkeys(_core.PARAMETERS, _Double))
-_KINDS = {"absolute": ctypes.c_bool, "max_iterations": _Int}
-_Settings = _struct("Settings", **{name: _KINDS.get(name, _Double) for name in Settings._fields})
-_Operand = _struct("OperandArray", data=_Pointer, stride=ctypes.c_longlong)
-_Operands = _struct("OperandArrays", **dict.fromkeys(OPERANDS, _Operand))
-_Shape = _struct("BlockShape", **dict.fromkeys(("form", "n", "p", "m", "lower", "upper"), _Int))
-_Stored = _struct(
-    "StoredArrays",
-    **dict.fromkeys(("constant", "last", "scaling", "form", "factor_ok"), _Pointer),
-    constant_stride=ctypes.c_longlong,
-)
-_Memory = _struct(
-    "BlockMemory", workspace=_Pointer, workspace_bytes=ctypes.c_longlong, shared_bytes=_Int, reserved=_Int
-)
-_Solve = _struct(
-    "SolveLaunch", parameters=_Parameters, settings=_Settings, operands=_Operands, shape=_Shape, count=_Int,
-    check=_Int, rounding=_Double, start_x=_Pointer, start_v=_Pointer, start_usable=_Pointer,
-    **dict.fromkeys(Outcome._fields, _Pointer), refused=_Pointer, stored=_Stored, memory=_Memory,
-)  # fmt: skip
-_Derivative = _struct(
-    "DerivativeLaunch", parameters=_Parameters, operands=_Operands, shape=_Shape, count=_Int, reserved=_Int,
-    fill=_Double, x=_Pointer, v=_Pointer, s=_Pointer, status=_Pointer, r_x=_Operand, r_v=_Operand,
-    u_x=_Pointer, u_v=_Pointer, of_Q=_Pointer, of_A=_Pointer, of_G=_Pointer, stored=_Stored, memory=_Memory,
-)  # fmt: skip
 
 
 class Sizes(NamedTuple):
@@ -228,8 +202,8 @@ def launch_solve(problem: Problem, settings: Settings, start: StartingPoint | No
     if problem.batch == 0:
         return
     form = form_of(problem)
-    launch = _Launch(problem, form, _Solve)
-    launch.arguments.settings = _Settings(*settings)
+    launch = _Launch(problem, form, SolveLaunch)
+    launch.arguments.settings = SettingsStruct(*settings)
     launch.arguments.check, launch.arguments.rounding = arrays.refused is not None, problem.rounding
     launch.set_stored(arrays.stored)
     launch.set_pointers(**arrays.outcome._asdict(), refused=arrays.refused)
@@ -271,7 +245,7 @@ class Factors(NamedTuple):
 
     def launch(self, lin: Linearization, right, fill: float, u, gradients: dict[str, Any], workspace) -> None:
         """Start the kernel that solves the KKT system and writes u and the gradients."""
-        launch = _Launch(lin.problem, Form(self.form), _Derivative)
+        launch = _Launch(lin.problem, Form(self.form), DerivativeLaunch)
         launch.arguments.fill = fill
         launch.set_stored(self.stored)
         launch.set_pointers(
@@ -292,7 +266,7 @@ def derivative_bytes(problem: Problem, on: cuda.Device, form: Form) -> int:
 
 @lru_cache(maxsize=8)
 def _numbers(P: Parameters):
-    return _Parameters(*[getattr(P, name) for name in _core.PARAMETERS])
+    return ParameterStruct(*[getattr(P, name) for name in _core.PARAMETERS])
 
 
 class _Launch:
@@ -304,7 +278,7 @@ class _Launch:
         self.kind = "float" if _itemsize(problem) == 4 else "double"
         self.held: list[Any] = []
         self.arguments.parameters = _numbers(parameters(problem))
-        self.arguments.shape = _Shape(form, *_shape(problem.layout))
+        self.arguments.shape = BlockShape(form, *_shape(problem.layout))
         self.arguments.count = problem.batch
         if problem.batch:
             for name, value in problem.operands.items():
@@ -314,7 +288,7 @@ class _Launch:
         """Return an array (B or 1, ·) as an operand."""
         pointer, stride, owner = self.backend.located(value)
         self.held.append(owner)
-        return _Operand(pointer, stride)
+        return OperandArray(pointer, stride)
 
     def set_pointers(self, **arrays) -> None:
         """Set pointers to arrays (B, ·), which have to be contiguous."""
@@ -340,7 +314,7 @@ class _Launch:
         blocks, pointer = problem.batch, None
         if sizes.workspace:
             blocks, pointer = min(blocks, workspace.shape[0] // sizes.workspace), self.backend.located(workspace)[0]
-        self.arguments.memory = _Memory(pointer, sizes.workspace, sizes.shared, 0)
+        self.arguments.memory = BlockMemory(pointer, sizes.workspace, sizes.shared, 0)
         cuda.launch(
             f"{stage}_{form.name.lower()}_{self.kind}", blocks, threads_for(problem.n, problem.p + problem.m),
             sizes.shared, self.arguments, self.on, self.backend.stream(),
