@@ -20,8 +20,8 @@ JAX = ["jax==0.10.2", "jaxlib==0.10.2"]
 TORCH_AND_QPTH = [[TORCH, NUMPY, CVXPY], ["--no-deps", "qpth==0.0.18"]]
 
 ENVIRONMENTS: dict[str, list[list[str]]] = {
-    "qpdiff-torch": [[TORCH, NUMPY, SCIPY], ["--editable", str(ROOT)]],
-    "qpdiff-jax": [[*JAX, NUMPY, SCIPY], ["--editable", str(ROOT)]],
+    "qpdiff-torch": [[TORCH, NUMPY, SCIPY], ["--editable", f"{ROOT}[threads]"]],
+    "qpdiff-jax": [[*JAX, NUMPY, SCIPY], ["--editable", f"{ROOT}[threads]"]],
     "qpth": TORCH_AND_QPTH,
     "proxsuite": [[TORCH, NUMPY, SCIPY, "proxsuite==0.8.0"]],
     "moreau": [[TORCH, NUMPY, "moreau==0.4.1"]],
