@@ -1,12 +1,15 @@
 """Problems with sparse matrices in the compiled engine: KKT conditions from the definition, and the dense engine."""
 
+import pickle
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 from numpy.testing import assert_allclose
 
 import qpdiff
-from qpdiff.engines.base import StartingPoint, _settings
+from qpdiff.engines.base import Linearization, StartingPoint, _settings
 from qpdiff.engines.choice import compiled_engine
 from qpdiff.engines.parameters import DOUBLE
 
@@ -113,12 +116,12 @@ def make_batch(problems):
     return pattern_of(*[patterns[name] for name in "QAG"]), operands, dense
 
 
-def solve(pattern, operands, count=B, start=None, workers=1, max_iterations=200):
+def solve(pattern, operands, count=B, start=None, workers=1, max_iterations=200, tol=1e-9, scaled=False):
     from qpdiff.engines.compiled import sparse
 
-    settings = _settings(DOUBLE, 1e-9, 0.0, max_iterations)
+    settings = _settings(DOUBLE, tol, 0.0, max_iterations)
     done = sparse.solve(pattern, operands, count, settings, start, rounding=1e-10, workers=workers)
-    return done if done is None else done[0]
+    return done if done is None or scaled else done[0]
 
 
 def kkt_residual(d, x, v):
@@ -203,3 +206,179 @@ def test_patterns_are_remembered():
     second, _, _ = make_batch(list(mpc(np.random.default_rng(9))))
     assert first is second
     assert first.kkt.size >= len(first.K.indices)
+
+
+# ---- the derivative
+
+
+def linearize(pattern, operands, count=B, **options):
+    """Solve a batch; return its linearization, with the operands as sparse matrices and vectors."""
+    from qpdiff.engines.compiled.sparse import Factors
+
+    outcome, scaling = solve(pattern, operands, count, scaled=True, **options)
+    of = {name: SimpleNamespace(values=operands[name], **getattr(pattern, name)._asdict()) for name in "QAG"}
+    problem = SimpleNamespace(operands=operands | of, backend=SimpleNamespace(workers=options.get("workers", 1)))
+    return Linearization(problem, Factors(pattern, scaling), outcome.x, outcome.v, outcome.s, outcome.status)
+
+
+def right_hand_sides(lin, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=lin.x.shape), rng.normal(size=lin.v.shape)
+
+
+def kkt_solution(d, x, v, s, r_x, r_v):
+    """Solve the KKT system at a solution as a dense one, each constraint with a large θ divided by its root."""
+    n, p = len(x), len(d["b"])
+    rows, k = [d["A"], d["G"]], [np.zeros(p), d["h"]]
+    equality = [np.ones(p, bool), np.zeros(len(d["h"]), bool)]
+    fixed = d["lb"] == d["ub"] if {"lb", "ub"} <= d.keys() else np.zeros(n, bool)
+    for name, sign in (("lb", -1), ("ub", 1)):
+        if name in d:
+            rows.append(sign * np.eye(n))
+            k.append(np.where(fixed, np.inf if name == "ub" else 0.0, sign * d[name]))
+            equality.append(fixed & (name == "lb"))
+    K, k, equality = map(np.concatenate, (rows, k, equality))
+    exists = equality | np.isfinite(k)
+    s, v_of = s[exists], np.where(equality, 1.0, v)[exists]
+    theta = np.where(equality[exists], 0.0, s / v_of)
+    scale = 1 / np.sqrt(1 + theta)
+    scaled = scale[:, None] * K[exists]
+    matrix = np.block([[d["Q"], scaled.T], [scaled, -np.diag(theta * scale**2)]])
+    u = np.linalg.solve(matrix, np.r_[r_x, scale * r_v[exists]])
+    u_v = np.zeros(len(v))
+    u_v[exists] = scale * u[n:]
+    return u[:n], u_v
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_derivative(family, workers):
+    """The solution of the KKT system, and the gradients that adjoint.py defines, on the entries of the patterns."""
+    pattern, operands, dense = make_batch(list(family(np.random.default_rng(11))))
+    lin = linearize(pattern, operands, workers=workers)
+    assert (lin.status == qpdiff.Status.SOLVED).all()
+    r_x, r_v = right_hand_sides(lin)
+    u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, np.nan, ("Q", "A", "G"))
+    p, linear = pattern.A.shape[0], pattern.K.shape[0]
+    for b in range(B):
+        d = {name: a[b] for name, a in dense.items()}
+        expected = kkt_solution(d, lin.x[b], lin.v[b], lin.s[b], r_x[b], r_v[b])
+        for found, value in zip((u_x[b], u_v[b]), expected, strict=True):
+            assert_allclose(found, value, atol=1e-6 * max(1, abs(value).max()))
+        K = -np.outer(lin.v[b], u_x[b]) - np.outer(u_v[b], lin.x[b])
+        Q = -np.outer(u_x[b], lin.x[b]) / 2
+        for name, full in (("Q", Q + Q.T), ("A", K[:p]), ("G", K[p:linear])):
+            csr = getattr(pattern, name)
+            rows = np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
+            assert_allclose(gradients[name][b], full[rows, csr.indices], rtol=1e-12, atol=1e-12)
+
+
+def test_derivative_is_that_of_the_solution():
+    """Against differences of x along changes of all operands, on the patterns and symmetric in Q."""
+    pattern, operands, _ = make_batch(list(general(np.random.default_rng(12))))
+    operands["lb"], operands["ub"] = (
+        np.where(np.isfinite(operands[n]), operands[n], s) for n, s in (("lb", -9), ("ub", 9))
+    )
+    operands["lb"][:, 5] -= 1.0  # of a fixed variable
+    rng, step = np.random.default_rng(0), 1e-6
+    transposed = sp.csr_array((np.arange(len(pattern.Q.indices)), pattern.Q.indices, pattern.Q.indptr), pattern.Q.shape)
+    transposed = transposed.T.tocsr().data
+    changes = {name: rng.normal(size=a.shape) for name, a in operands.items()}
+    changes["Q"] = changes["Q"] + changes["Q"][:, transposed]
+    moved = [
+        solve(pattern, {name: a + sign * step * changes[name] for name, a in operands.items()}, tol=1e-12)
+        for sign in (-1, 1)
+    ]
+    lin = linearize(pattern, operands, tol=1e-12)
+    x_bar = rng.normal(size=lin.x.shape)
+    u_x, u_v, gradients = lin.factors.solve(lin, x_bar, np.zeros_like(lin.v), np.nan, ("Q", "A", "G"))
+    p, linear = pattern.A.shape[0], pattern.K.shape[0]
+    n = lin.x.shape[1]
+    gradients |= {
+        "q": -u_x, "b": u_v[:, :p], "h": u_v[:, p:linear], "lb": -u_v[:, linear : linear + n],
+        "ub": u_v[:, linear + n :],
+    }  # fmt: skip
+    found = sum((gradients[name] * changes[name]).sum(-1) for name in operands)
+    expected = (x_bar * (moved[1].x - moved[0].x)).sum(-1) / (2 * step)
+    assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_shared_matrices_are_sums():
+    pattern, operands, _ = make_batch(list(mpc(np.random.default_rng(13))))
+    repeated = operands | {name: np.repeat(operands[name][:1], B, 0) for name in "QAG"}
+    lin, other = (
+        linearize(pattern, operands | {name: operands[name][:1] for name in "QAG"}),
+        linearize(pattern, repeated),
+    )
+    right = right_hand_sides(lin)
+    sums, each = (which.factors.solve(which, *right, np.nan, ("Q", "A", "G"))[2] for which in (lin, other))
+    for name in "QAG":
+        assert sums[name].shape == (1, each[name].shape[1])
+        assert_allclose(sums[name][0], each[name].sum(0), rtol=1e-7, atol=1e-7)
+    again = lin._replace(problem=SimpleNamespace(operands=lin.problem.operands, backend=SimpleNamespace(workers=2)))
+    for name, value in again.factors.solve(again, *right, np.nan, ("Q", "A", "G"))[2].items():
+        assert np.array_equal(value, sums[name])
+
+
+@pytest.mark.parametrize("fill", [np.nan, 0.0])
+def test_unsolved_problems_are_filled(fill):
+    pattern, operands, _ = make_batch(list(general(np.random.default_rng(6))))
+    operands["h"][3] = -1e3
+    lin = linearize(pattern, operands)
+    assert lin.status[3] == qpdiff.Status.PRIMAL_INFEASIBLE
+    u_x, u_v, gradients = lin.factors.solve(lin, *right_hand_sides(lin), fill, ("Q", "A", "G"))
+    for value in (u_x, u_v, *gradients.values()):
+        assert np.array_equal(value[3], np.full_like(value[3], fill), equal_nan=True)
+        assert np.isfinite(np.delete(value, 3, 0)).all()
+
+
+def test_one_derivative_and_many_agree():
+    pattern, operands, _ = make_batch(list(general(np.random.default_rng(14))))
+    lin = linearize(pattern, operands)
+    right = right_hand_sides(lin)
+    together = lin.factors.solve(lin, *right, np.nan, ("G",))
+    for b in range(0, B, 4):
+        one = {name: a if a is None else a[b : b + 1] for name, a in operands.items()}
+        alone = linearize(pattern, one, 1)
+        at = alone._replace(x=lin.x[b : b + 1], v=lin.v[b : b + 1], s=lin.s[b : b + 1])
+        at = at._replace(factors=at.factors._replace(equilibration=lin.factors.equilibration[b : b + 1]))
+        found = at.factors.solve(at, *(r[b : b + 1] for r in right), np.nan, ("G",))
+        for a, expected in zip((*found[:2], found[2]["G"]), (*together[:2], together[2]["G"]), strict=True):
+            assert_allclose(a[0], expected[b], rtol=1e-6, atol=1e-6)
+
+
+def test_factors_can_be_pickled():
+    pattern, operands, _ = make_batch(list(mpc(np.random.default_rng(15))))
+    factors = linearize(pattern, operands).factors
+    again = pickle.loads(pickle.dumps(factors))
+    assert again.pattern is factors.pattern
+    assert np.array_equal(again.scaling(None), factors.scaling(None))
+
+
+# ---- patterns and workspaces
+
+
+def test_reused_workspaces_leave_no_trace():
+    """Calls for one problem after another of other patterns and shapes give the same bits as the first ones."""
+    batches = [make_batch(list(family(np.random.default_rng(16)))) for family in FAMILIES]
+    without_bounds = batches[0][1] | {"lb": None, "ub": None}
+    calls = [(pattern, operands) for pattern, operands, _ in batches] + [(batches[0][0], without_bounds)]
+    ones = [(pattern, {name: a if a is None else a[:1] for name, a in operands.items()}) for pattern, operands in calls]
+    first = [solve(*one, 1) for one in ones]
+    for one, expected in zip(ones[::-1], first[::-1], strict=True):
+        for _ in range(2):
+            assert np.array_equal(solve(*one, 1).x, expected.x)
+
+
+def test_a_pattern_that_fills_up_does_not_pay():
+    from qpdiff.engines.compiled.sparse import Csr, pattern_of, pays
+
+    def pattern(Q):
+        Q = sp.csr_array(Q)
+        return pattern_of(
+            Csr(Q.indptr, Q.indices, Q.shape), *[Csr(np.zeros(1), np.zeros(0), (0, len(Q.indptr) - 1))] * 2
+        )
+
+    band = sp.diags_array([1.0, 1.0, 1.0], offsets=[-1, 0, 1], shape=(300, 300))
+    assert pays(pattern(band))
+    assert not pays(pattern(np.ones((300, 300))))

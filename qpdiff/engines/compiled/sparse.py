@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -9,11 +10,14 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.linalg import splu
 
-from ..base import Outcome, Settings, StartingPoint
-from .engine import PARAMETERS, SCALARS, SOLVE_COST, _core, as_many_as_pay
+from ...problem import MATRICES, OPERANDS, Problem
+from ..base import Linearization, Outcome, Settings, StartingPoint
+from .engine import DERIVATIVE_COST, PARAMETERS, SCALARS, SOLVE_COST, _core, as_many_as_pay
 
 LARGEST_LANES = 10**6
 """Entries of L from which on problems are solved one by one, as the factors of a lane group leave the cache."""
+DENSE_SPEED = 0.1
+"""Time of an operation of the dense engine against that of one in the factorisation of a sparse matrix."""
 DOMINANT = 1e4
 """Diagonal of the matrix that SuperLU orders: so large against its other entries, 1, that no pivoting changes the
 order."""
@@ -49,9 +53,18 @@ class Pattern:
             raise ValueError("the KKT matrix of this pattern has too many entries in its factor; pass dense operands")
         return min(fitting, key=lambda kkt: kkt.size)
 
+    def __reduce__(self):
+        return pattern_of, (self.Q, self.A, self.G)
+
     def _analysed(self, place) -> Any:
         arrays = self.Q.indptr, self.Q.indices, self.K.indptr, self.K.indices, place
         return _core.SparseKkt(self.A.shape[0], *[np.ascontiguousarray(a, np.int32) for a in arrays])
+
+
+def pays(pattern: Pattern) -> bool:
+    """Return whether problems of this pattern are solved faster as sparse than as dense ones."""
+    n, linear = pattern.Q.shape[0], pattern.K.shape[0]
+    return pattern.kkt.operations < DENSE_SPEED * (n**3 / 3 + n * n * linear)
 
 
 def minimum_degree(Q: Csr, K: Csr) -> np.ndarray:
@@ -99,10 +112,71 @@ def solve(
         return outcome, scaling
     operations = kkt.operations + 4 * kkt.size + 100 * (n + rows)
     workers = as_many_as_pay(workers, count, SOLVE_COST * operations)
-    in_lanes = start is None and count >= _core.LANES and kkt.size <= LARGEST_LANES
+    in_lanes = start is None and _in_lanes(kkt, count)
     valid = _core.solve_sparse(
         kkt, tuple(operands[name] for name in ("Q", "q", "G", "h", "A", "b", "lb", "ub")), (*outcome, scaling),
         (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
         PARAMETERS[x.dtype], rounding, in_lanes, workers, progress,
     )  # fmt: skip
     return (outcome, scaling) if valid else None
+
+
+def _in_lanes(kkt, count: int) -> bool:
+    """Return whether so many problems are worked on in lane groups."""
+    return count >= _core.LANES and kkt.size <= LARGEST_LANES
+
+
+class Factors(NamedTuple):
+    """`engines.base.Factors` of problems with sparse matrices: the scaling alone, as each solve factors the KKT matrix
+    at the solutions.
+    """
+
+    pattern: Pattern
+    equilibration: np.ndarray
+    """D and E of every problem, (B, n + rows)."""
+
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]):
+        """Solve the KKT system, as `engines.base.Factors` says.
+
+        The gradients of all matrices that are named come along: of the entries (B or 1, nnz) of a sparse one, in the
+        order of its pattern, and of all (B or 1, ·, n) of a dense one.
+        """
+        problem, kkt, count = lin.problem, self.pattern.kkt, len(lin.x)
+        operands = operands_of(problem)
+        given = [np.ascontiguousarray(a, np.float64) for a in (lin.x, lin.v, lin.s, r_x, r_v)]
+        u_x, u_v = (np.empty_like(a) for a in given[:2])
+        gradients = {name: np.empty(operands[name].shape) for name in matrices}
+        if count:
+            operations = kkt.operations + 10 * kkt.size + 100 * (u_x.size + u_v.size) / count
+            workers = as_many_as_pay(problem.backend.workers, count, DERIVATIVE_COST * operations)
+            _core.solve_sparse_kkt(
+                kkt, tuple(map(operands.get, OPERANDS)),
+                (*given, np.ascontiguousarray(lin.status, np.int32), self.equilibration),
+                (u_x, u_v, *[gradients.get(name) for name in MATRICES]), PARAMETERS[u_x.dtype],
+                _in_lanes(kkt, count), fill, workers,
+            )  # fmt: skip
+        return u_x, u_v, {name: entries_as(problem.operands[name], a) for name, a in gradients.items()}
+
+    def scaling(self, problem: Problem):
+        """Return D and E of every problem, as `engines.base.Factors` says."""
+        return self.equilibration
+
+
+def operands_of(problem: Problem) -> dict:
+    """Return the operands as `solve` takes them, with the entries of the matrices in the order of their patterns.
+
+    A matrix is sparse, with the attributes `values` (B or 1, nnz), `indices`, `indptr` and `shape`, or dense, with a
+    full pattern.
+    """
+    arrays = {}
+    for name in OPERANDS:
+        value = problem.operands.get(name)
+        if name in MATRICES and value is not None:
+            value = value.values if hasattr(value, "indptr") else value.reshape(len(value), -1)
+        arrays[name] = None if value is None else np.asarray(value, np.float64)
+    return arrays
+
+
+def entries_as(operand, entries):
+    """Return an array like the entries of a matrix (B or 1, nnz) in the shape of its operand."""
+    return entries if hasattr(operand, "indptr") else entries.reshape(-1, *operand.shape[1:])

@@ -5,6 +5,7 @@
 #include "block_problem.hpp"
 #include "differentiate.hpp"
 #include "solve.hpp"
+#include "sparse_differentiate.hpp"
 #include "sparse_solve.hpp"
 
 namespace nb = nanobind;
@@ -210,14 +211,20 @@ void analyse_pattern(SparseKkt* self, int p, nb::handle Q_starts, nb::handle Q_c
                          read_indices(K_columns), read_indices(place));
 }
 
+// Read the operands of problems with sparse matrices.
+Operands read_sparse_operands(const SparseKkt& kkt, const Arrays& arrays, Index count) {
+    Operands operands = read_operands(arrays, count);
+    operands.n = kkt.n, operands.p = kkt.p, operands.m = kkt.linear - kkt.p;
+    return operands;
+}
+
 // Solve a batch of problems with sparse matrices: fill `outcome` and `scaling`; return false where a Q is not convex.
 bool solve_sparse_problems(const SparseKkt& kkt, nb::tuple operands, nb::tuple outcome, nb::tuple start,
                            nb::tuple settings, const Parameters& parameters, double rounding, bool lanes, int workers,
                            nb::object progress) {
     Arrays given(operands, false), out(outcome, true), warm_start(start, false);
     SparseBatch batch{};
-    batch.operands = read_operands(given, out[0].size(0));
-    batch.operands.n = kkt.n, batch.operands.p = kkt.p, batch.operands.m = kkt.linear - kkt.p;
+    batch.operands = read_sparse_operands(kkt, given, out[0].size(0));
     batch.shape = read_shape(batch.operands, int(Form::sparse_kkt));
     batch.kkt = &kkt, batch.settings = read_settings(settings), batch.parameters = &parameters;
     batch.rounding = rounding, batch.lanes = lanes;
@@ -228,6 +235,27 @@ bool solve_sparse_problems(const SparseKkt& kkt, nb::tuple operands, nb::tuple o
         throw nb::python_error();
     }
     return valid;
+}
+
+// Solve the KKT system at the solutions of problems with sparse matrices. `given` has x, v, s, the right-hand sides
+// r_x, r_v, the statuses and the scaling; `out` has u_x, u_v and the gradients of the entries of Q, G and A, with an
+// entry for each problem or one for their sum.
+void differentiate_sparse_problems(const SparseKkt& kkt, nb::tuple operands, nb::tuple given, nb::tuple out,
+                                   const Parameters& parameters, bool lanes, double fill, int workers) {
+    Arrays of_batch(operands, false), in(given, false), results(out, true);
+    SparseDerivativeBatch batch{};
+    batch.operands = read_sparse_operands(kkt, of_batch, results[0].size(0));
+    batch.shape = read_shape(batch.operands, int(Form::sparse_kkt));
+    batch.kkt = &kkt, batch.parameters = &parameters, batch.lanes = lanes, batch.fill = fill;
+    batch.x = in[0].rows<const double>(), batch.v = in[1].rows<const double>(), batch.s = in[2].rows<const double>();
+    batch.r_x = in[3].rows<const double>(), batch.r_v = in[4].rows<const double>();
+    batch.status = in[5].rows<const int>(), batch.scaling = in[6].rows<const double>();
+    batch.u_x = results[0].rows<double>(), batch.u_v = results[1].rows<double>();
+    batch.own = read_gradients<double>(results, batch.operands.count, false);
+    batch.sums = read_gradients<double>(results, batch.operands.count, true);
+    if (!differentiate_sparse_batch(batch, workers)) {
+        throw nb::python_error();
+    }
 }
 
 // Take SciPy's BLAS, by the capsules of scipy.linalg.cython_blas.
@@ -276,6 +304,7 @@ NB_MODULE(QP_MODULE, m) {
     m.def("stored_numbers", &stored_numbers);
     m.def("set_blas", &set_blas);
     m.def("solve_kkt", &differentiate_problems);
+    m.def("solve_sparse_kkt", &differentiate_sparse_problems);
     m.def("solve_sparse", &solve_sparse_problems, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
     m.def("solve", &solve_problems, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),

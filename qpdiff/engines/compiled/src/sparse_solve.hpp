@@ -1,10 +1,10 @@
 // Solving a batch of problems with sparse matrices of one pattern: in lane groups, or one by one.
 #pragma once
-#include <memory>
+#include <numeric>
 
 #include "method/loop.hpp"
-#include "method/sparse_kkt.hpp"
 #include "solve.hpp"
+#include "sparse_workspace.hpp"
 
 namespace qpdiff {
 
@@ -21,36 +21,11 @@ struct SparseBatch {
     Rows<double> scaling; // D, then E
 };
 
-// A sparse problem with memory for its operands and work vectors.
-template <class V> class SparseWorkspace {
-  public:
-    SparseProblem<V> problem;
-
-    SparseWorkspace(const Shape& shape, const SparseKkt& kkt)
-        : memory([&](Arena& arena) {
-              auto& o = problem;
-              lay_out_vectors(o, shape, arena, o.weights);
-              Index of_Q = Index(kkt.Q_columns.size()), of_K = Index(kkt.K_columns.size());
-              o.kkt = &kkt;
-              o.Q = {&kkt.Q, arena.take<V>(of_Q)}, o.square_matrix = {&kkt.Q, arena.take<V>(of_Q)};
-              o.K = {&kkt.K, arena.take<V>(of_K)}, o.scaled = {&kkt.K, arena.take<V>(of_K)};
-              o.matrix = arena.take<V>(Index(kkt.ldl.rows.size()));
-              o.units = arena.take<V>(kkt.ldl.n), o.right = arena.take<V>(kkt.ldl.n);
-              o.ldl = {arena.take<V>(kkt.ldl.size()), arena.take<V>(kkt.ldl.n), arena.take<V>(kkt.ldl.n)};
-          }) {
-        for (int j = 0; j < problem.n; j++) {
-            problem.exists.set(j, 1.0);
-        }
-    }
-
-  private:
-    Memory memory;
-};
-
 // Solves the problems that one thread claims.
 class SparseWorker {
   public:
-    SparseWorker(const SparseBatch& batch, Queue& queue, bool calling) : batch(batch), queue(queue), calling(calling) {}
+    SparseWorker(const SparseBatch& batch, Queue& queue, bool calling)
+        : batch(batch), queue(queue), calling(calling), one(batch, calling), group(batch, calling) {}
 
     void run() {
         Index first, last;
@@ -77,10 +52,12 @@ class SparseWorker {
     using Lanes = pack_of<double>;
     static constexpr int LANES = entries<Lanes>;
 
-    // A workspace, made where it is needed first, and whether its matrices are those of all problems.
+    // A workspace, and whether its matrices are those of all problems.
     template <class V> struct Place {
-        std::unique_ptr<SparseWorkspace<V>> workspace;
+        BorrowedSparse<V> workspace;
         bool ready = false;
+
+        Place(const SparseBatch& batch, bool calling) : workspace(batch.shape, *batch.kkt, batch.parameters, calling) {}
     };
 
     const SparseBatch& batch;
@@ -89,50 +66,34 @@ class SparseWorker {
     Place<double> one;
     Place<Lanes> group;
 
-    // Read the matrices of `size` problems from b on, where they are not those that are there; balance them. Return
-    // whether every Q is convex.
-    template <class V> bool load_matrices(Place<V>& place, Index b, int size) {
-        using Team = sparse::Team<V>;
-        auto& o = place.workspace->problem;
-        const Operands& operands = batch.operands;
-        if (place.ready && operands.matrices_shared()) {
-            return true;
-        }
-        auto load = [&](const Operand& from, int count, V* to) {
-            for (int lane = 0; lane < Team::PROBLEMS && count > 0; lane++) {
-                const char* entries = from.at(b + std::min(lane, size - 1));
-                for (int e = 0; e < count; e++) {
-                    put<Team>(to[e], lane, entry<double>(entries, from.column, e));
-                }
-            }
-        };
-        int of_A = o.kkt->K_starts[o.p], of_K = o.kkt->K_starts[o.linear];
-        load(operands.Q, o.kkt->Q_starts[o.n], o.Q.data);
-        load(operands.A, of_A, o.K.data);
-        load(operands.G, of_K - of_A, o.K.data + of_A);
-        balance(static_cast<Problem<Team>&>(o));
-        assemble(o);
-        bool valid = every(convex(o, batch.rounding));
-        assemble(o);
-        place.ready = true;
-        return valid;
+    // Make the workspace ready for a problem of this batch.
+    template <class V> SparseProblem<V>& problem_of(Place<V>& place) {
+        SparseProblem<V>& o = place.workspace.problem();
+        o.settings = &batch.settings;
+        return o;
     }
 
-    // Make a workspace where there is none yet.
-    template <class V> SparseProblem<V>& problem_of(Place<V>& place) {
-        if (!place.workspace) {
-            place.workspace = std::make_unique<SparseWorkspace<V>>(batch.shape, *batch.kkt);
-            place.workspace->problem.parameters = batch.parameters;
-            place.workspace->problem.settings = &batch.settings;
+    // Read the matrices of `size` problems from b on, where they are not those that are there; balance them. Return
+    // whether every Q is convex.
+    template <class V> bool load_matrices(Place<V>& place, SparseProblem<V>& o, Index b, int size) {
+        if (place.ready && entries_shared(batch.operands)) {
+            return true;
         }
-        return place.workspace->problem;
+        Index problems[sparse::Team<V>::PROBLEMS];
+        std::iota(problems, problems + size, b);
+        load_entries(o, batch.operands, problems, size);
+        balance(static_cast<Problem<sparse::Team<V>>&>(o));
+        assemble(o);
+        place.ready = true;
+        return every(convex(o, batch.rounding));
     }
 
     // Solve problem b; return false where its Q is not convex.
     bool solve_one(Index b) {
-        Problem<sparse::Team<double>>& o = problem_of(one);
+        SparseProblem<double>& matrices = problem_of(one);
+        Problem<sparse::Team<double>>& o = matrices;
         load_vectors(o, batch.operands, b);
-        if (!load_matrices(one, b, 1)) {
+        if (!load_matrices(one, matrices, b, 1)) {
             return false;
         }
         balance_cost(o, equilibrate(o));
@@ -155,12 +116,13 @@ class SparseWorker {
     // Solve the problems of a lane group but for those that stay `unsolved`; return false where a Q is not convex.
     bool solve_group(Index b, int size, bool* unsolved) {
         using Team = sparse::Team<Lanes>;
-        Problem<Team>& o = problem_of(group);
+        SparseProblem<Lanes>& matrices = problem_of(group);
+        Problem<Team>& o = matrices;
         bool same_kinds = true;
         for (int lane = 0; lane < LANES; lane++) {
             same_kinds &= load_vectors(o, batch.operands, b + std::min(lane, size - 1), lane);
         }
-        if (!load_matrices(group, b, size)) {
+        if (!load_matrices(group, matrices, b, size)) {
             return false;
         }
         // The cost of problems without curvature is scaled one by one (`balance_cost`).

@@ -183,6 +183,7 @@ template <class V> struct Team {
     using ExactVector = Vector;
     using Matrix = sparse::Matrix<V>;
     using Kinds = sparse::Kinds<V>;
+    using Indices = int*;
     using Stored = V;
     using ExactStored = V;
     static constexpr bool lanes = is_vector<V>;

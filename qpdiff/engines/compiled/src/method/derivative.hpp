@@ -76,8 +76,8 @@ QP_INLINE auto scaled_size(const Problem<Team>& o, const Derivative<Team>& d, Ve
 }
 
 // Return a / b, or a where b is 0.
-template <class Real> QP_INLINE Real ratio(Real a, Real b) {
-    return a / (b > 0 ? b : Real(1));
+template <class N> QP_INLINE N ratio(N a, N b) {
+    return a / select(b > N{}, b, as<N>(1));
 }
 
 // Eliminate the inactive constraints from a right-hand side with their own weights 1/θ; return the size of the rest.
@@ -263,10 +263,11 @@ template <class Team> QP_INLINE bool pivots_are_significant(const Problem<Team>&
     return Team::pivots_exceed(o.U, o.n, std::numeric_limits<typename Team::Real>::epsilon(), o.columns);
 }
 
-// Solve with a new factor of the primal form, whose θ is raised at nearly active constraints
+// Fill θ and δ of a factor made for the purpose: θ is raised at nearly active constraints
 // (engines/array/derivative.py explains how).
-template <class Team> QP_NOINLINE void solve_afresh(Problem<Team>& o, Derivative<Team>& d) {
+template <class Team> QP_INLINE void raise_nearly_active(Problem<Team>& o, const Derivative<Team>& d) {
     using N = typename Team::Entry;
+    using S = typename Team::Number;
     using Real = typename Team::Real;
     const Parameters& P = *o.parameters;
     N smallest = as<N>(Real(P.afresh_smallest)), largest = as<N>(Real(P.afresh_largest)), top_{};
@@ -275,13 +276,20 @@ template <class Team> QP_NOINLINE void solve_afresh(Problem<Team>& o, Derivative
         N scaled = d.theta[i] * square(o.E[i]);
         top_ = larger(select(raised(i, scaled), scaled, N{}), top_);
     });
-    Real top = Team::largest(top_), lift = Real(P.afresh_largest) / (top > 0 ? top : Real(1));
+    S top = Team::largest(top_), lift = Real(P.afresh_largest) / select(top > S{}, top, as<S>(Real(1)));
     Team::each(o.rows, [&](auto i) {
         N E2 = square(o.E[i]), scaled = d.theta[i] * E2;
         N level = select(raised(i, scaled), smaller(larger(scaled * lift, smallest), largest), scaled);
         o.theta.set(i, select(o.kind.equality(i), Real(P.afresh_equality), level) / E2);
         o.delta.set(i, N{});
     });
+}
+
+// Solve with a new factor of the primal form, whose θ is raised.
+template <class Team> QP_NOINLINE void solve_afresh(Problem<Team>& o, Derivative<Team>& d) {
+    using Real = typename Team::Real;
+    const Parameters& P = *o.parameters;
+    raise_nearly_active(o, d);
     Real rho = Real(P.afresh_rho);
     for (int attempt = 0; attempt < int(P.afresh_attempts); attempt++) {
         Team::each(o.np, [&](auto j) { o.rho.set(j, rho / square(o.D[j])); });

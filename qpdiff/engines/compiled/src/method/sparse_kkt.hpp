@@ -6,6 +6,7 @@
 // It is quasidefinite: any order of its rows has a factor L D Lᵀ with pivots of known signs (Vanderbei, 1995), so one
 // order, made for few entries in L, serves all iterations and all problems of one pattern.
 #pragma once
+#include <atomic>
 #include <utility>
 #include <vector>
 
@@ -17,6 +18,8 @@ namespace qpdiff {
 // What the KKT matrices of one pattern share: their symbolic factorisation, and where each operand's entries are.
 class SparseKkt {
   public:
+    static inline std::atomic<Index> made{0};
+    const Index number = made++; // tells it from any other of this process
     int n, p, linear;
     std::vector<int> Q_starts, Q_columns, K_starts, K_columns;
     sparse::Pattern Q, K;
@@ -98,16 +101,31 @@ template <class V> void assemble(SparseProblem<V>& o) {
     }
 }
 
-// Return whether Q is positive semidefinite but for a rounding error relative to its largest entry, after `balance`
-// and `assemble`. Changes the KKT matrix: the entries of K are 0 in it afterwards.
+// Return where Q is positive semidefinite but for a rounding error relative to its largest entry, after `balance` and
+// `assemble`: at once where no row has more beside its diagonal than on it (Gershgorin), else by a factorisation.
 template <class V> QP_NOINLINE mask_of<V> convex(SparseProblem<V>& o, double rounding) {
     const SparseKkt& kkt = *o.kkt;
+    auto beside = o.columns;
     V largest{};
     for (int j = 0; j < o.n; j++) {
         largest = larger(absolute(V(o.diagonal_Q[j])), largest);
+        beside.set(j, V{});
+    }
+    sparse::Team<V>::each_entry(o.Q, o.n, [&](int i, int j, V entry) {
+        if (i != j) {
+            beside.set(i, beside[i] + absolute(entry));
+        }
+    });
+    V allowed = rounding * largest;
+    auto dominant = truth<mask_of<V>>(true);
+    for (int j = 0; j < o.n; j++) {
+        dominant &= o.diagonal_Q[j] + allowed >= V(beside[j]);
+    }
+    if (every(dominant)) {
+        return dominant;
     }
     for (int j = 0; j < o.n; j++) {
-        o.matrix[kkt.diagonal[j]] = o.diagonal_Q[j] + rounding * largest + smallest_normal<double>;
+        o.matrix[kkt.diagonal[j]] = o.diagonal_Q[j] + allowed + smallest_normal<double>;
     }
     for (int i = 0; i < o.linear; i++) {
         o.matrix[kkt.diagonal[o.n + i]] = as<V>(-1.0);
@@ -116,7 +134,9 @@ template <class V> QP_NOINLINE mask_of<V> convex(SparseProblem<V>& o, double rou
         o.matrix[place] = V{};
     }
     std::fill(o.units, o.units + kkt.ldl.n, as<V>(1.0));
-    return sparse::factor<V>(kkt.ldl, o.matrix, {kkt.signs.data(), o.units, 0, NOT_A_NUMBER}, o.ldl);
+    auto factor_ok = sparse::factor<V>(kkt.ldl, o.matrix, {kkt.signs.data(), o.units, 0, NOT_A_NUMBER}, o.ldl);
+    assemble(o);
+    return factor_ok;
 }
 
 // Factor the KKT matrix for θ, ρ and δ; return whether its pivots are finite.

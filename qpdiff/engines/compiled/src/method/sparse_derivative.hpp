@@ -1,0 +1,123 @@
+// The KKT system at the solution of problems with sparse matrices, solved with factors made for the purpose: first with
+// θ as it is, but for a lower limit, then, where that is not accurate, with θ raised as the dense forms raise it
+// (derivative.hpp, engines/array/derivative.py). Refinement takes both back to the system itself. For one problem or
+// one in each lane.
+#pragma once
+#include "derivative.hpp"
+#include "sparse_kkt.hpp"
+
+namespace qpdiff {
+
+// A derivative with the vectors that a problem in a lane needs for itself.
+template <class V> struct SparseDerivative : Derivative<sparse::Team<V>> {
+    lanes::Vector<V> share; // factors on residuals of the constraints: E, less where a constraint is inactive
+    KktSolution<sparse::Team<V>> first;
+};
+
+// Return the size of a right-hand side or a residual in the scaled problem. An inactive constraint counts with what its
+// elimination adds to those of the variables.
+template <class V>
+V size_of(const SparseProblem<V>& o, const SparseDerivative<V>& d, const RightHandSide<sparse::Team<V>>& right) {
+    V size{};
+    for (int j = 0; j < o.n; j++) {
+        size = larger(absolute(right.x[j] * o.D[j]), size);
+    }
+    for (int i = 0; i < o.rows; i++) {
+        size = larger(select(o.kind.absent(i), V{}, absolute(right.v[i] * d.share[i])), size);
+    }
+    return size;
+}
+
+// Solve the system with the factor of a nearby one, by so many rounds of refinement; the solution is left in `u`.
+template <class V>
+QP_NOINLINE Accuracy<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDerivative<V>& d, int rounds) {
+    using Team = sparse::Team<V>;
+    using Mask = mask_of<V>;
+    constexpr Form FORM = Form::sparse_kkt;
+    const Parameters& P = *o.parameters;
+    Problem<Team>& problem = o;
+    auto solve = [&](const RightHandSide<Team>& right, const KktSolution<Team>& out) {
+        solve_multipliers<FORM>(problem, right.x, right.v, out.x, out.v);
+        constraints(problem, out.x, out.Kx);
+    };
+    auto is_accurate = [&](V left, V moved) -> Mask {
+        return (left <= as<V>(P.refined)) & (moved <= as<V>(P.refined_moved * P.refined));
+    };
+    auto size_of_solution = [&](const KktSolution<Team>& u) {
+        return scaled_size<Team>(problem, d, d.per_D, d.per_E, u.x, u.v);
+    };
+    V asked = size_of(o, d, d.right), moved = as<V>(1.0), last = moved;
+    solve(d.right, d.u);
+    residual<FORM>(problem, d, d.u, d.left);
+    V left = ratio(size_of(o, d, d.left), asked);
+    auto active = truth<Mask>(true);
+    for (int round = 0; round < rounds && some(active); round++) {
+        auto c = d.correction;
+        solve(d.left, c);
+        V now = ratio(size_of_solution(c), size_of_solution(d.u));
+        moved = select(active, ratio(now * now, last), moved);
+        last = now;
+        for (int j = 0; j < o.n; j++) {
+            c.x.set(j, c.x[j] + d.u.x[j]);
+        }
+        for (int i = 0; i < o.rows; i++) {
+            c.v.set(i, c.v[i] + d.u.v[i]);
+            c.Kx.set(i, c.Kx[i] + d.u.Kx[i]);
+        }
+        residual<FORM>(problem, d, c, d.left_after);
+        V after = ratio(size_of(o, d, d.left_after), asked);
+        // A factor too far off makes it worse from round to round; the best is returned.
+        active &= after < left;
+        auto take = [&](lanes::Vector<V> from, lanes::Vector<V> to, int count) {
+            for (int i = 0; i < count; i++) {
+                to.set(i, select(active, from[i], to[i]));
+            }
+        };
+        take(c.x, d.u.x, o.n), take(c.v, d.u.v, o.rows), take(c.Kx, d.u.Kx, o.rows);
+        take(d.left_after.x, d.left.x, o.n), take(d.left_after.v, d.left.v, o.rows);
+        left = select(active, after, left);
+        active &= no(is_accurate(left, moved));
+    }
+    return {left, moved};
+}
+
+// Solve the KKT system at the solution that `set_point` has been called for.
+template <class V> QP_NOINLINE void solve_kkt(SparseProblem<V>& o, SparseDerivative<V>& d) {
+    using Team = sparse::Team<V>;
+    constexpr Form FORM = Form::sparse_kkt;
+    const Parameters& P = *o.parameters;
+    Problem<Team>& problem = o;
+    for (int j = 0; j < o.n; j++) {
+        V per_D = 1.0 / o.D[j];
+        d.per_D.set(j, per_D);
+        o.per_D2.set(j, square(per_D));
+        o.rho.set(j, P.afresh_rho * square(per_D));
+    }
+    for (int i = 0; i < o.rows; i++) {
+        V E = o.E[i], per_E = 1.0 / E, theta = d.theta[i];
+        d.per_E.set(i, per_E);
+        d.share.set(i, E / larger(theta * square(E), as<V>(1.0)));
+        o.per_E2.set(i, square(per_E));
+        o.theta.set(i, larger(theta, P.least_theta * square(per_E)));
+        o.delta.set(i, V{});
+    }
+    auto factor_ok = factor<FORM>(problem);
+    Accuracy<V> accuracy = solve_with_nearby_factor(o, d, int(P.derivative_rounds));
+    mask_of<V> accurate =
+        factor_ok & (accuracy.left <= as<V>(P.factor_residual)) & (accuracy.moved <= as<V>(P.factor_moved));
+    if (every(accurate)) {
+        return;
+    }
+    std::swap(d.u, d.first);
+    raise_nearly_active(problem, d);
+    factor<FORM>(problem);
+    solve_with_nearby_factor(o, d, int(P.afresh_rounds));
+    for (int j = 0; j < o.n; j++) {
+        d.u.x.set(j, select(accurate, d.first.x[j], d.u.x[j]));
+    }
+    for (int i = 0; i < o.rows; i++) {
+        d.u.v.set(i, select(accurate, d.first.v[i], d.u.v[i]));
+    }
+}
+
+} // namespace qpdiff

@@ -1,0 +1,257 @@
+// Differentiating a batch of problems with sparse matrices of one pattern: the KKT system at the solutions, in lane
+// groups or one by one, and the gradients of the entries of the matrices, −½ (u_i x_j + x_i u_j) for Q and
+// −(v_i u_j + u_i x_j) for A and G, summed over the batch where a matrix is shared.
+#pragma once
+#include <array>
+
+#include "differentiate.hpp"
+#include "method/sparse_derivative.hpp"
+#include "sparse_workspace.hpp"
+
+namespace qpdiff {
+
+struct SparseDerivativeBatch {
+    Operands operands; // of Q, A and G the entries, in the order of the pattern
+    Shape shape;
+    const SparseKkt* kkt;
+    const Parameters* parameters;
+    bool lanes;                           // whether to solve in lane groups
+    Rows<const double> scaling;           // D, then E
+    Rows<const double> x, v, s, r_x, r_v; // the solutions and the right-hand sides
+    Rows<const int> status;
+    Rows<double> u_x, u_v;
+    double fill;                       // the solution and the gradients of problems that are not SOLVED
+    MatrixGradients<double> own, sums; // of each problem's own matrices, and of shared ones
+
+    bool solved(Index b) const { return *status.at(b) == SOLVED; }
+};
+
+// The gradients of one matrix: its rows in the pattern of Q, or in that of A and G together.
+struct SparseGradients {
+    Rows<double> out;
+    bool of_Q;
+    int first, last;
+};
+
+inline std::array<SparseGradients, 3> gradients_by_matrix(const SparseKkt& kkt, const MatrixGradients<double>& to) {
+    return {{{to.Q, true, 0, kkt.n}, {to.A, false, 0, kkt.p}, {to.G, false, kkt.p, kkt.linear}}};
+}
+
+// Call f(entry of the matrix, its gradient) for the entries in some rows of a matrix of problem b, which is solved for.
+template <class F>
+QP_INLINE void each_gradient(const SparseDerivativeBatch& batch, const SparseGradients& of, int first, int last,
+                             Index b, F f) {
+    const sparse::Pattern& pattern = of.of_Q ? batch.kkt->Q : batch.kkt->K;
+    int origin = pattern.starts[of.first];
+    if (!batch.solved(b)) {
+        for (int e = pattern.starts[first]; e < pattern.starts[last]; e++) {
+            f(e - origin, batch.fill);
+        }
+        return;
+    }
+    const double *x = batch.x.at(b), *u_x = batch.u_x.at(b);
+    const double *with_x = of.of_Q ? u_x : batch.u_v.at(b), *with_u = of.of_Q ? x : batch.v.at(b);
+    double factor = of.of_Q ? -0.5 : -1.0;
+    for (int i = first; i < last; i++) {
+        double a = factor * with_x[i], c = factor * with_u[i];
+        for (int e = pattern.starts[i]; e < pattern.starts[i + 1]; e++) {
+            int j = pattern.columns[e];
+            f(e - origin, rounded(a * x[j]) + rounded(c * u_x[j])); // the same for an entry of Q and its mirror image
+        }
+    }
+}
+
+// Solves the KKT system for the problems that one thread claims, and computes the gradients of their own matrices.
+class SparseDerivativeWorker {
+  public:
+    SparseDerivativeWorker(const SparseDerivativeBatch& batch, Queue& queue, bool calling)
+        : batch(batch), queue(queue), calling(calling), one(batch, calling), group(batch, calling) {}
+
+    void run() {
+        Index first, last;
+        while (queue.claim(first, last)) {
+            Index solved[LANES];
+            int size = 0, most = batch.lanes ? LANES : 1;
+            for (Index b = first; b < last && !queue.interrupted(calling); b++) {
+                if (batch.solved(b)) {
+                    solved[size++] = b;
+                } else {
+                    std::fill(batch.u_x.at(b), batch.u_x.at(b) + batch.shape.n, batch.fill);
+                    std::fill(batch.u_v.at(b), batch.u_v.at(b) + rows(), batch.fill);
+                    put_gradients(b);
+                }
+                if (size == most) {
+                    differentiate(solved, size);
+                    size = 0;
+                }
+            }
+            differentiate(solved, size);
+        }
+    }
+
+  private:
+    using Lanes = pack_of<double>;
+    static constexpr int LANES = entries<Lanes>;
+
+    // A workspace with the vectors of the derivative, and whether its matrices are those of all problems.
+    template <class V> struct Place {
+        BorrowedSparse<V> workspace;
+        SparseDerivative<V> derivative;
+        std::unique_ptr<Memory> memory;
+        bool ready = false;
+
+        Place(const SparseDerivativeBatch& batch, bool calling)
+            : workspace(batch.shape, *batch.kkt, batch.parameters, calling) {}
+
+        SparseProblem<V>& problem() {
+            auto& o = workspace.problem();
+            if (!memory) {
+                memory = std::make_unique<Memory>([&](Arena& arena) { lay_out(o, arena); });
+            }
+            return o;
+        }
+
+        void lay_out(const SparseProblem<V>& o, Arena& arena) {
+            auto& d = derivative;
+            auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<V>(o.n)), ...); };
+            auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<V>(o.rows)), ...); };
+            of_variables(d.right.x, d.per_D, d.left.x, d.left_after.x);
+            of_rows(d.right.v, d.v, d.s, d.theta, d.weights, d.nearly_active, d.per_E, d.share, d.left.v,
+                    d.left_after.v);
+            for (auto* u : {&d.u, &d.correction, &d.first}) {
+                of_variables(u->x);
+                of_rows(u->v, u->Kx);
+            }
+        }
+    };
+
+    const SparseDerivativeBatch& batch;
+    Queue& queue;
+    bool calling;
+    Place<double> one;
+    Place<Lanes> group;
+
+    int rows() const { return batch.shape.linear + batch.shape.n * (int(batch.shape.lower) + int(batch.shape.upper)); }
+
+    // Solve for problems that are SOLVED, and compute the gradients of their own matrices.
+    void differentiate(const Index* problems, int size) {
+        if (size < 2 || !solve(group, problems, size)) {
+            for (int k = 0; k < size && !queue.interrupted(calling); k++) {
+                solve(one, problems + k, 1);
+            }
+        }
+        for (int k = 0; k < size; k++) {
+            put_gradients(problems[k]);
+        }
+    }
+
+    // Solve for problems in the lanes of a place; return false where their constraints are not of the same kinds.
+    template <class V> bool solve(Place<V>& place, const Index* problems, int size) {
+        using Team = sparse::Team<V>;
+        SparseProblem<V>& o = place.problem();
+        Derivative<Team>& d = place.derivative;
+        bool same_kinds = true;
+        for (int lane = 0; lane < Team::PROBLEMS; lane++) {
+            same_kinds &= load_vectors<Team>(o, batch.operands, problems[std::min(lane, size - 1)], lane);
+        }
+        if (!same_kinds) {
+            return false;
+        }
+        if (!place.ready || !entries_shared(batch.operands)) {
+            load_entries(o, batch.operands, problems, size);
+            Team::take_diagonal(o.Q, o.n, o.diagonal_Q);
+            assemble(o);
+            place.ready = true;
+        }
+        for (int lane = 0; lane < Team::PROBLEMS; lane++) {
+            Index b = problems[std::min(lane, size - 1)];
+            auto read = [&](const double* from, lanes::Vector<V> to, int count) {
+                for (int i = 0; i < count; i++) {
+                    put<Team>(to.data[i], lane, from[i]);
+                }
+            };
+            read(batch.scaling.at(b), o.D, o.n);
+            read(batch.scaling.at(b) + o.n, o.E, o.rows);
+            read(batch.v.at(b), d.v, o.rows);
+            read(batch.s.at(b), d.s, o.rows);
+            read(batch.r_x.at(b), d.right.x, o.n);
+            read(batch.r_v.at(b), d.right.v, o.rows);
+        }
+        set_point<Team>(o, d);
+        solve_kkt(o, place.derivative);
+        for (int lane = 0; lane < size; lane++) {
+            auto write = [&](lanes::Vector<V> from, double* to, int count) {
+                for (int i = 0; i < count; i++) {
+                    to[i] = take<Team>(from.data[i], lane);
+                }
+            };
+            write(d.u.x, batch.u_x.at(problems[lane]), o.n);
+            write(d.u.v, batch.u_v.at(problems[lane]), o.rows);
+        }
+        return true;
+    }
+
+    // Compute the gradients of the matrices of problem b.
+    void put_gradients(Index b) {
+        for (const SparseGradients& of : gradients_by_matrix(*batch.kkt, batch.own)) {
+            if (double* out = of.out.at(b)) {
+                each_gradient(batch, of, of.first, of.last, b, [&](int e, double gradient) { out[e] = gradient; });
+            }
+        }
+    }
+};
+
+// Sums the gradients of shared matrices over the batch, once all problems are solved. A work item is a few rows of a
+// matrix; problems are summed in the order of the batch, so that the sums do not depend on the number of threads.
+class SparseSums {
+  public:
+    static constexpr int ITEM = 64; // rows in a work item
+
+    explicit SparseSums(const SparseDerivativeBatch& batch) : batch(batch) {
+        for (const SparseGradients& of : gradients_by_matrix(*batch.kkt, batch.sums)) {
+            for (int row = of.first; of.out.data && row < of.last; row += ITEM) {
+                items.push_back({of, row, std::min(row + ITEM, of.last)});
+            }
+        }
+    }
+
+    int count() const { return int(items.size()); }
+
+    // Compute the sums of the work items that one thread claims.
+    void run(Queue& queue, bool calling) const {
+        Index next, end;
+        while (queue.claim(next, end)) {
+            for (; next < end && !queue.interrupted(calling); next++) {
+                const auto& [of, first, last] = items[next];
+                const sparse::Pattern& pattern = of.of_Q ? batch.kkt->Q : batch.kkt->K;
+                double* out = of.out.data;
+                std::fill(out + pattern.starts[first] - pattern.starts[of.first],
+                          out + pattern.starts[last] - pattern.starts[of.first], 0.0);
+                for (Index b = 0; b < batch.operands.count; b++) {
+                    each_gradient(batch, of, first, last, b, [&](int e, double gradient) { out[e] += gradient; });
+                }
+            }
+        }
+    }
+
+  private:
+    struct Item {
+        SparseGradients of;
+        int first, last;
+    };
+    const SparseDerivativeBatch& batch;
+    std::vector<Item> items;
+};
+
+// Differentiate a batch; return false, with a Python error set, where the call was interrupted.
+inline bool differentiate_sparse_batch(const SparseDerivativeBatch& batch, int workers) {
+    Queue problems(batch.operands.count, batch.lanes ? entries<pack_of<double>> : 1, workers, Py_None);
+    if (!problems.run([&](bool calling) { SparseDerivativeWorker(batch, problems, calling).run(); })) {
+        return false;
+    }
+    SparseSums sums(batch);
+    Queue items(sums.count(), 1, std::min(workers, sums.count()), Py_None);
+    return sums.count() == 0 || items.run([&](bool calling) { sums.run(items, calling); });
+}
+
+} // namespace qpdiff
