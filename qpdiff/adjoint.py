@@ -30,7 +30,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .problem import MATRICES, Problem, join_rows, product, product_transposed, split_rows
+from .problem import MATRICES, Problem, join_rows, split_rows
+from .sparse import Sparse, gather
 
 
 def right_hand_side(problem: Problem, x, v, tangents: dict[str, Any]):
@@ -43,15 +44,15 @@ def right_hand_side(problem: Problem, x, v, tangents: dict[str, Any]):
     xp, blocks = problem.backend.xp, problem.blocks
     r_x = xp.zeros_like(x)
     if "Q" in tangents:
-        r_x = r_x - (product(tangents["Q"], x) + product_transposed(tangents["Q"], x)) / 2
+        r_x = r_x - (problem.product(tangents["Q"], x) + problem.product_transposed(tangents["Q"], x)) / 2
     if "q" in tangents:
         r_x = r_x - tangents["q"]
     of_rows = []
     for matrix, vector in (("A", "b"), ("G", "h")):
         r = xp.zeros_like(v[:, blocks[matrix]])
         if matrix in tangents:
-            r_x = r_x - product_transposed(tangents[matrix], v[:, blocks[matrix]])
-            r = r - product(tangents[matrix], x)
+            r_x = r_x - problem.product_transposed(tangents[matrix], v[:, blocks[matrix]])
+            r = r - problem.product(tangents[matrix], x)
         if vector in tangents:
             r = r + tangents[vector]
         of_rows.append(r)
@@ -62,7 +63,7 @@ def right_hand_side(problem: Problem, x, v, tangents: dict[str, Any]):
 
 
 def solution_vjp(problem: Problem, x, v, u_x, u_v, names=None) -> dict[str, Any]:
-    """Compute the gradients (B or 1, core) of the operands from u = K⁻¹ (x̄, v̄)."""
+    """Compute the gradients (B or 1, core) of the operands from u = K⁻¹ (x̄, v̄), sparse where the operands are."""
     return _operand_gradients(
         problem, v, names, q=-u_x, k=u_v, Q=(u_x, x), K=[(v, u_x), (u_v, x)]
     )  # fmt: skip
@@ -133,7 +134,8 @@ def _theta(problem: Problem, x, v):
 def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, Any]:
     """Compute the gradients of the operands from those of q and k, and from pairs of vectors a, b.
 
-    The gradient of the matrix of all rows is −Σ abᵀ over the pairs of K, and that of Q −½(abᵀ + baᵀ) with the one of Q.
+    The gradient of the matrix of all rows is −Σ abᵀ over the pairs of K, and that of Q −½(abᵀ + baᵀ) with the one of Q;
+    those of a sparse operand on its pattern alone.
     """
     xp, backend, blocks = problem.backend.xp, problem.backend, problem.blocks
     of_A, of_G, of_lb, of_ub = split_rows(problem, k, v)
@@ -142,7 +144,13 @@ def _operand_gradients(problem: Problem, v, names, *, q, k, Q, K) -> dict[str, A
     shared = {name: getattr(problem, name).shape[0] == 1 != problem.batch for name in names}
     out = {}
     for name in names:
-        if name == "Q":
+        if isinstance(operand := getattr(problem, name), Sparse):
+            a, b = -0.5 * Q[0], Q[1]
+            pairs = [(a, b), (b, a)] if name == "Q" else [(-a[:, blocks[name]], b) for a, b in K]
+            rows, columns = operand.pattern.rows, operand.indices
+            values = sum(gather(backend, a, rows) * gather(backend, b, columns) for a, b in pairs)
+            out[name] = operand.with_values(xp.sum(values, axis=0, keepdims=True) if shared[name] else values)
+        elif name == "Q":
             a, b = -0.5 * Q[0], Q[1]
             if shared[name]:
                 half = a.T @ b

@@ -15,10 +15,14 @@ from .engines.array.central_path import relax
 from .engines.base import Linearization
 from .problem import MATRICES, OPERANDS, Problem, join_rows, split_rows
 from .solution import Solution, Status
+from .sparse import Sparse, is_sparse, read_sparse, with_array
 
 
 class Gradients(NamedTuple):
-    """Gradients with respect to the operands, each of the caller's shape; None where an operand was not given."""
+    """Gradients with respect to the operands, each of the caller's shape; None where an operand was not given.
+
+    Those of a sparse matrix are a `Sparse` of the same pattern.
+    """
 
     Q: Any = None
     q: Any = None
@@ -77,7 +81,8 @@ def vjp(
     Gradients
         Of the shapes in which the operands were given: summed over the batch axes that an operand lacks, and over the
         entries that a number stands for. Computed in the type in which the problem was solved, returned in that of its
-        solution. The gradient with respect to Q is symmetric. Where lb = ub fixes a variable, the gradient goes to the
+        solution. The gradient with respect to Q is symmetric. That of a sparse operand is a `Sparse` of the same
+        pattern: the derivative by the entries that are stored. Where lb = ub fixes a variable, the gradient goes to the
         bound that holds it against the cost.
 
     Raises
@@ -138,7 +143,7 @@ def vjp(
             _, _, out = solve_adjoint(lin, r_x, r_v, problem.operands, unsolved=unsolved)
         if g is not None:
             of_value = objective_gradients(lin, g, problem.operands, stationary=smoothing is None, unsolved=unsolved)
-            out = {name: out[name] + value for name, value in of_value.items()} if out else of_value
+            out = {name: _sum(out[name], value) for name, value in of_value.items()} if out else of_value
         out = {name: _reduce(problem, name, value) for name, value in out.items()}
         if problem.result != problem.dtype:
             out = {name: problem.returned(value) for name, value in out.items()}
@@ -167,7 +172,8 @@ def jvp(
         Of `qpdiff.solve_qp`, as for `vjp`.
     Q, q, G, h, A, b, lb, ub : array, optional
         Tangents, each of a shape that broadcasts to that of its operand with the batch axes; None means zero. Only the
-        symmetric part of Q's counts. Where lb = ub fixes a variable, the tangent is that of the bound that holds it.
+        symmetric part of Q's counts. That of a sparse operand is a sparse matrix of its pattern or an array of values,
+        (..., nnz). Where lb = ub fixes a variable, the tangent is that of the bound that holds it.
     smoothing : float, optional
         κ > 0: differentiate the solution of the relaxed conditions s ∘ z = κ, see `vjp`.
     unsolved : {"nan", "zero"}
@@ -266,6 +272,8 @@ def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsol
         if problem.batch:
             matrices = [name for name in MATRICES if name in names]
             u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, FILL[unsolved], matrices)
+            if problem.sparse:
+                gradients = {name: with_array(getattr(problem, name), value) for name, value in gradients.items()}
         rest = [name for name in names if name not in gradients]
         if rest:
             gradients |= solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest)
@@ -314,10 +322,21 @@ def _to_rows(sol: Solution, given):
     return x, join_rows(problem, y, z, z_lb, z_ub, lin.v)
 
 
+def _sum(a, b):
+    """Add two gradients of the same operand."""
+    return a.with_values(a.values + b.values) if isinstance(a, Sparse) else a + b
+
+
 def _reduce(problem: Problem, name: str, gradient):
     """Sum a gradient (B or 1, core) over the axes that the operand lacks, in the caller's shape."""
-    xp = problem.backend.xp
     shape = problem.shapes[name]
+    if isinstance(gradient, Sparse):
+        return gradient.with_values(_reduced(problem, name, gradient.values, (*shape[:-2], gradient.nnz)))
+    return _reduced(problem, name, gradient, shape)
+
+
+def _reduced(problem: Problem, name: str, gradient, shape: tuple[int, ...]):
+    xp = problem.backend.xp
     if gradient.shape == shape:
         return gradient
     if gradient.shape == (1, *shape):
@@ -344,7 +363,10 @@ def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
             raise ValueError(f"{kind} of {name} was given, but the problem has no {name}")
         if not problem.shapes[name]:
             value = as_tangent(problem, f"{kind} of {name}", value, problem.batch_shape)[..., None]
-        shape = problem.batch_shape + getattr(problem, name).shape[1:]
+        operand = getattr(problem, name)
+        if isinstance(operand, Sparse):
+            return operand.with_values(_flat_values(problem, f"{kind} of {name}", operand, value))
+        shape = problem.batch_shape + operand.shape[1:]
     else:
         shape = getattr(sol, name).shape
     core = shape[len(problem.batch_shape) :]
@@ -355,6 +377,17 @@ def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
         return value if len(shape) == 1 + len(core) else value.reshape(problem.batch, *core)
     value = as_tangent(problem, f"{kind} of {name}", value, shape)
     return xp.reshape(value, (math.prod(problem.batch_shape), *core))
+
+
+def _flat_values(problem: Problem, label: str, operand: Sparse, value):
+    """Return the values of a tangent of a sparse operand, given as a matrix of its pattern or as values."""
+    if is_sparse(value):
+        matrix = read_sparse(label, value)
+        if matrix.pattern.key != operand.pattern.key:
+            raise ValueError(f"{label} has another pattern than the operand; pass its values, (..., {operand.nnz})")
+        value = matrix.values
+    value = as_tangent(problem, label, value, (*problem.batch_shape, operand.nnz))
+    return problem.backend.xp.reshape(value, (problem.batch, operand.nnz))
 
 
 def as_tangent(problem: Problem, label: str, value, shape):

@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple
 
 from .backend import Backend
+from .sparse import Sparse, apply, gather, stored, to_dense
 
 OPERANDS = {
     "Q": ("n", "n"),
@@ -67,6 +68,8 @@ class Layout(NamedTuple):
     upper: bool
     own: int
     """Numbers that a problem does not share with the others of its batch."""
+    sparse: bool
+    """A matrix is sparse, with which the problem is."""
 
     def problem(self, operands: dict[str, Any]) -> Problem:
         return Problem(self, operands)
@@ -75,17 +78,20 @@ class Layout(NamedTuple):
 def make_layout(backend: Backend, batch_shape, operands: dict[str, Any], rounding: float = 1e-8) -> Layout:
     """Read the layout of operands that have one batch axis and are returned in their own type."""
     shapes = tuple([(name, tuple(value.shape)) for name, value in operands.items()])
-    return _layout(backend, operands["q"].dtype, rounding, tuple(batch_shape), shapes)
+    flat = tuple([(name, tuple(stored(value).shape)) for name, value in operands.items()])
+    return _layout(backend, operands["q"].dtype, rounding, tuple(batch_shape), shapes, flat)
 
 
 @cached
-def _layout(backend: Backend, dtype, rounding: float, batch_shape, shapes) -> Layout:
+def _layout(backend: Backend, dtype, rounding: float, batch_shape, shapes, flat) -> Layout:
     """Make a layout, once for the many calls that have the same."""
-    return Layout(backend, dtype, dtype, rounding, batch_shape, shapes, **core_sizes(dict(shapes)))
+    return Layout(backend, dtype, dtype, rounding, batch_shape, shapes, sparse=shapes != flat, **core_sizes(dict(flat)))
 
 
 def core_sizes(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Return the fields of a `Layout` that follow from the shapes of operands with one batch axis."""
+    """Return the fields of a `Layout` that follow from the shapes of arrays with one batch axis: of sparse operands,
+    that of the values.
+    """
     return {
         "n": shapes["q"][-1],
         "m": shapes["h"][-1] if "h" in shapes else 0,
@@ -113,7 +119,8 @@ class Problem:
     """A batch of quadratic programs with its batch axes flattened to one.
 
     Each operand is an array whose first axis is the batch, of length `batch`, or of length 1 where the operand is
-    shared; an operand that was not given is None. It is not to be changed.
+    shared; an operand that was not given is None. Of Q, G and A any may be a `Sparse`, with values (B or 1, nnz). It is
+    not to be changed.
 
     Parameters
     ----------
@@ -134,7 +141,7 @@ class Problem:
     def __init__(self, layout: Layout, operands: dict[str, Any], row_data: RowData | None = None):
         self.layout = layout
         self.backend, self.dtype, self.result, self.rounding, self.batch_shape = layout[:5]
-        self.n, self.m, self.p = layout.n, layout.m, layout.p
+        self.n, self.m, self.p, self.sparse = layout.n, layout.m, layout.p, layout.sparse
         self.batch = math.prod(layout.batch_shape)
         self.blocks = _blocks(layout.p, layout.m, layout.n * layout.lower, layout.n * layout.upper)
         self.rows: int = self.blocks["ub"].stop
@@ -179,7 +186,21 @@ class Problem:
     @property
     def entries(self) -> int:
         """Numbers in all operands."""
-        return sum(math.prod(value.shape) for value in self.operands.values())
+        return sum(math.prod(stored(value).shape) for value in self.operands.values())
+
+    @property
+    def dense_bytes(self) -> int:
+        """Memory that the matrices of the batch take as dense ones."""
+        return 8 * sum(math.prod(getattr(self, name).shape) for name in MATRICES if name in self._operands)
+
+    def made_dense(self) -> Problem:
+        """Return the same problems with dense matrices."""
+        operands = {
+            name: to_dense(self.backend, value) if isinstance(value, Sparse) else value
+            for name, value in self.operands.items()
+        }
+        sizes = core_sizes({name: tuple(value.shape) for name, value in operands.items()})
+        return Problem(self.layout._replace(own=sizes["own"], sparse=False), operands, self._row_data)
 
     def with_operands(self, **changed) -> Problem:
         """Return the same problems but for some operands."""
@@ -193,12 +214,13 @@ class Problem:
         """Return the same problems in another floating point type."""
         if dtype == self.dtype:
             return self
-        operands = {name: self.backend.xp.astype(value, dtype) for name, value in self.operands.items()}
+        astype = self.backend.xp.astype
+        operands = {name: apply(lambda a: astype(a, dtype), value) for name, value in self.operands.items()}
         return Problem(self.layout._replace(dtype=dtype), operands)
 
     def returned(self, value):
-        """Return an array in the type of the results."""
-        return value if value.dtype == self.result else self.backend.xp.astype(value, self.result)
+        """Return an array, or a `Sparse`, in the type of the results."""
+        return value if value.dtype == self.result else apply(lambda a: self.backend.xp.astype(a, self.result), value)
 
     def reproducibly(self):
         """Return the context of work whose results the number of threads must not change."""
@@ -233,6 +255,8 @@ class Problem:
     def bytes_per_problem(self) -> int:
         """About what iterating on one problem takes: its own numbers, the reduced KKT matrix, V = F⁻ᵀKᵀ."""
         n, linear = self.n, self.m + self.p
+        if self.sparse:  # no engine iterates on chunks of these, so that it is what the checks take
+            return 8 * (self.layout.own + 24 * (n + self.rows))
         reduced = min(n, linear) if linear else n
         return 8 * (self.layout.own + 5 * reduced**2 + linear * n + 24 * (n + self.rows))
 
@@ -311,17 +335,29 @@ class Problem:
 
     # ---- products
 
+    def product(self, M, x):
+        """Compute M x for matrices (B or 1, k, n), dense or sparse, and vectors x (B, n)."""
+        if isinstance(M, Sparse):
+            return M.pattern.row_sums.sums(self.backend, M.values * gather(self.backend, x, M.indices))
+        return product(M, x)
+
+    def product_transposed(self, M, v):
+        """Compute Mᵀ v for matrices (B or 1, k, n), dense or sparse, and vectors v (B, k)."""
+        if isinstance(M, Sparse):
+            return M.pattern.column_sums.sums(self.backend, M.values * gather(self.backend, v, M.pattern.rows))
+        return product_transposed(M, v)
+
     def hessian(self, x):
         """Compute Q x."""
-        return product(self.Q, x)
+        return self.product(self.Q, x)
 
     def constraints(self, x):
         """Compute K x, the left-hand side of every row, for x (B, n)."""
         parts = []
         if self.A is not None:
-            parts.append(product(self.A, x))
+            parts.append(self.product(self.A, x))
         if self.G is not None:
-            parts.append(product(self.G, x))
+            parts.append(self.product(self.G, x))
         if self.lb is not None:
             parts.append(-x)
         if self.ub is not None:
@@ -336,7 +372,7 @@ class Problem:
         out = None
         for M, name in ((self.A, "A"), (self.G, "G")):
             if M is not None:
-                term = product_transposed(M, v[:, blocks[name]])
+                term = self.product_transposed(M, v[:, blocks[name]])
                 out = term if out is None else out + term
         if self.lb is not None:
             out = -v[:, blocks["lb"]] if out is None else out - v[:, blocks["lb"]]
@@ -461,6 +497,8 @@ def take(xp, tree, index):
     if isinstance(tree, tuple):
         leaves = (take(xp, leaf, index) for leaf in tree)
         return type(tree)(*leaves) if hasattr(tree, "_fields") else tuple(leaves)
+    if isinstance(tree, Sparse):
+        return tree.with_values(take(xp, tree.values, index))
     if tree is None or tree.shape[0] == 1:
         return tree
     return tree[index, ...] if isinstance(index, slice) else xp.take(tree, index, axis=0)

@@ -14,11 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import Backend, Kind, choose_backend, floating_types, read_dtype
-from .problem import OPERANDS, Layout, Problem, cached, core_sizes
+from .problem import MATRICES, OPERANDS, Layout, Problem, cached, core_sizes
+from .sparse import Pattern, Sparse, gather, is_sparse, read_sparse, stored
 
 SIZED_BY = {"h": "G", "b": "A", "lb": "Q", "ub": "Q"}
 """Operands that one number may stand for, and the matrix that has as many rows as they have entries."""
+EIGENVALUE_BYTES = 2**25
+"""Memory of a dense Q up to which the error about an indefinite sparse one names its smallest eigenvalue."""
 Shape = tuple[int, ...]
+_ARRAYS = frozenset({np.ndarray})
 
 
 def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=None) -> Problem:
@@ -44,11 +48,15 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
             given, missing = (matrix, vector) if operands[vector] is None else (vector, matrix)
             raise ValueError(f"{given} was given without {missing}; they come together")
     present = {name: value for name, value in operands.items() if value is not None}
+    patterns = _patterns(present)
     chosen, arrays = choose_backend(present, backend)
     described = tuple(
         [(name, tuple(value.shape), value.dtype, hasattr(present[name], "dtype")) for name, value in arrays.items()]
     )
-    layout, changes = _plan(chosen, chosen.widest_float, described, read_dtype(dtype))
+    cores = tuple([(name, pattern.shape) for name, pattern in patterns.items()]) if patterns else ()
+    layout, changes = _plan(chosen, chosen.widest_float, described, read_dtype(dtype), cores)
+    if "Q" in patterns:
+        _check_symmetric(patterns["Q"])
     xp = chosen.xp
     with chosen.context():  # what overflows in the working type is refused as infinite
         for name, value in arrays.items():
@@ -56,12 +64,35 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
                 value = xp.astype(value, layout.dtype)
             if (change := changes.get(name)) is not None:
                 value = change(xp, value)
-            arrays[name] = chosen.for_products(value)
+            arrays[name] = Sparse.of_pattern(value, patterns[name]) if name in patterns else chosen.for_products(value)
     return Problem(layout, arrays)
 
 
+def _patterns(operands: dict[str, Any]) -> dict[str, Pattern]:
+    """Replace sparse operands by their values; return the patterns by name."""
+    patterns: dict[str, Pattern] = {}
+    if _ARRAYS.issuperset(map(type, operands.values())):  # to ask each takes time in a small solve
+        return patterns
+    for name, value in operands.items():
+        if not is_sparse(value):
+            continue
+        if name not in MATRICES:
+            raise TypeError(f"{name} is a sparse matrix; expected an array: of the operands Q, G and A may be sparse")
+        matrix = read_sparse(name, value)
+        operands[name], patterns[name] = matrix.values, matrix.pattern
+    return patterns
+
+
+def _check_symmetric(pattern: Pattern) -> None:
+    """Refuse a pattern of Q that is not symmetric, also without checks of the numbers: engines rely on it."""
+    try:
+        pattern.mirror  # noqa: B018
+    except ValueError as error:
+        raise ValueError(f"Q {error}") from None
+
+
 @cached
-def _plan(backend: Backend, widest, described, dtype: str | None) -> tuple[Layout, dict[str, Callable]]:
+def _plan(backend: Backend, widest, described, dtype: str | None, cores: tuple) -> tuple[Layout, dict[str, Callable]]:
     """Check types and shapes, once for the many calls that have the same.
 
     Parameters
@@ -69,7 +100,9 @@ def _plan(backend: Backend, widest, described, dtype: str | None) -> tuple[Layou
     widest
         The widest floating point type of the library now, which a setting may change.
     described : tuple
-        Name, shape, dtype and `Kind.typed` of each operand.
+        Name, shape, dtype and `Kind.typed` of each array: of sparse operands, those of the values.
+    cores : tuple
+        Name, and rows and columns, of each sparse operand.
 
     Returns
     -------
@@ -80,22 +113,24 @@ def _plan(backend: Backend, widest, described, dtype: str | None) -> tuple[Layou
     """
     types = floating_types(backend, [Kind(name, kind, typed) for name, _, kind, typed in described], dtype)
     dtypes = {name: kind for name, _, kind, _ in described}
-    given = {name: shape for name, shape, *_ in described}
+    arrays = {name: shape for name, shape, *_ in described}
+    given = arrays | {name: arrays[name][:-1] + core for name, core in cores}
     whole = {name: _shape_of_number(name, given) or shape for name, shape in given.items()}
     _check_core_shapes(whole)
     batch_shape = _broadcast_batch(whole)
-    changes, flat = {}, {}
-    for name, shape in whole.items():
-        leading, core = shape[: -len(OPERANDS[name])], shape[-len(OPERANDS[name]) :]
+    changes, flat, stored_shapes = {}, {}, whole | {name: arrays[name] for name, _ in cores}
+    for name, shape in stored_shapes.items():
+        axes = len(whole[name]) - len(OPERANDS[name])
+        leading, core = shape[:axes], shape[axes:]
         if len(leading) == 1 and leading in (batch_shape, (1,)):
             flat[name] = shape
         elif math.prod(leading) == 1:
             flat[name] = (1, *core)
         else:
             flat[name] = (math.prod(batch_shape), *core)
-        if flat[name] != given[name]:
+        if flat[name] != arrays[name]:
             broadcast = shape if math.prod(leading) == 1 else batch_shape + core
-            changes[name] = _change(given[name], broadcast, flat[name])
+            changes[name] = _change(arrays[name], broadcast, flat[name])
     layout = Layout(
         backend=backend,
         dtype=types.working,
@@ -103,6 +138,7 @@ def _plan(backend: Backend, widest, described, dtype: str | None) -> tuple[Layou
         rounding=max(rounding(backend.xp, kind) for kind in (dtypes["Q"], types.working)),
         batch_shape=batch_shape,
         shapes=tuple(given.items()),
+        sparse=bool(cores),
         **core_sizes(flat),
     )
     return layout, changes
@@ -138,12 +174,24 @@ def symmetrized(problem: Problem) -> Problem:
     In a finer type that would be data: the engines, of which some read one triangle where others read both, would solve
     different problems. What is more than rounding stays, for `check_values`.
     """
-    Q, xp, backend = problem.Q, problem.backend.xp, problem.backend
-    if problem.rounding <= rounding(xp, problem.dtype) or backend.known_all_false(Q.mT != Q):
+    xp, backend = problem.backend.xp, problem.backend
+    if problem.rounding <= rounding(xp, problem.dtype):
         return problem
-    difference = Q.mT - Q
+    Q, transposed = _both_sides(problem)
+    if backend.known_all_false(transposed != Q):
+        return problem
+    difference = transposed - Q
     small = xp.abs(difference) < problem.rounding * _largest(problem)
-    return problem.with_operands(Q=Q + xp.where(small, difference, xp.zeros_like(Q)) / 2)
+    changed = Q + xp.where(small, difference, xp.zeros_like(Q)) / 2
+    return problem.with_operands(Q=problem.Q.with_values(changed) if isinstance(problem.Q, Sparse) else changed)
+
+
+def _both_sides(problem: Problem):
+    """Return Q and its transpose; of a sparse one the values, and those of the transpose in the same places."""
+    Q = problem.Q
+    if isinstance(Q, Sparse):
+        return Q.values, gather(problem.backend, Q.values, Q.pattern.mirror)
+    return Q, Q.mT
 
 
 def _check_core_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -232,12 +280,26 @@ def check_values(problem: Problem, convexity: bool = True) -> None:
     rule, where, part, good = next(verdict for verdict in verdicts if not bool(xp.all(verdict[-1])))
     first = int(xp.argmin(xp.astype(good, xp.int8)))
     one = part.select(slice(first, first + 1))
+    entry = _first(xp, rule.broken(one)[0, ...])
+    raise _error(problem, rule, rule.evidence(one, entry), where.start + first)
+
+
+def _error(problem: Problem, rule: Rule, evidence: str, position: int) -> ValueError:
+    """Return the error for a problem at a position of the batch that breaks a rule."""
     index = ""
     if problem.batch_shape and _depends_on_batch(problem, rule):
-        axes = [int(i) for i in np.unravel_index(where.start + first, problem.batch_shape)]
+        axes = [int(i) for i in np.unravel_index(position, problem.batch_shape)]
         index = f" (problem {axes[0] if len(axes) == 1 else tuple(axes)} of the batch)"
-    entry = _first(xp, rule.broken(one)[0, ...])
-    raise ValueError(f"{rule.operands[0]} {rule.complaint}: {rule.evidence(one, entry)}{index}")
+    return ValueError(f"{rule.operands[0]} {rule.complaint}: {evidence}{index}")
+
+
+def indefinite_error(problem: Problem, position: int) -> ValueError:
+    """Return the error for the Q at a position of the batch, which an engine has found to be indefinite."""
+    one = problem.select(slice(position, position + 1))
+    evidence = "its factorisation has negative pivots; if that is rounding, pass check=False"
+    if 8 * problem.n**2 <= EIGENVALUE_BYTES:
+        evidence = _smallest_eigenvalue(one.made_dense(), ())
+    return _error(problem, CONVEXITY, evidence, position)
 
 
 def _depends_on_batch(problem: Problem, rule: Rule) -> bool:
@@ -259,15 +321,14 @@ def _rules(problem: Problem) -> list[Rule]:
         rules.append(Rule((name,), complaint, partial(_out_of_range, name), partial(_entry, name)))
     complaint = "is not symmetric; pass (Q + Qᵀ)/2, which has the same objective"
     rules.append(Rule(("Q",), complaint, _asymmetric, _two_sides))
-    complaint = "is not positive semidefinite, so the problem is not convex"
-    rules.append(Rule(("Q",), complaint, indefinite, _smallest_eigenvalue))
+    rules.append(CONVEXITY)
     if problem.lb is not None and problem.ub is not None:
         rules.append(Rule(("lb", "ub"), "is greater than ub for a variable", _crossed, _both_bounds))
     return rules
 
 
 def _out_of_range(name: str, problem: Problem):
-    xp, value = problem.backend.xp, getattr(problem, name)
+    xp, value = problem.backend.xp, stored(getattr(problem, name))
     if name == "lb":
         return ~(value < xp.inf)
     if name in ("ub", "h"):
@@ -276,14 +337,21 @@ def _out_of_range(name: str, problem: Problem):
 
 
 def _largest(problem: Problem):
-    """Return the largest entry of Q, (B, 1, 1), or the smallest number to which rounding is relative."""
+    """Return the largest entry of Q, (B, 1, 1), or the smallest number to which rounding is relative.
+
+    Of a sparse Q, (B, 1).
+    """
     xp = problem.backend.xp
-    largest = xp.max(xp.abs(problem.Q), axis=(-2, -1), keepdims=True)
+    if isinstance(problem.Q, Sparse):
+        largest = problem.backend.norm(problem.Q.values)
+    else:
+        largest = xp.max(xp.abs(problem.Q), axis=(-2, -1), keepdims=True)
     return problem.backend.clip(largest, float(xp.finfo(problem.dtype).smallest_normal))
 
 
 def _asymmetric(problem: Problem):
-    return problem.backend.xp.abs(problem.Q - problem.Q.mT) > problem.rounding * _largest(problem)
+    Q, transposed = _both_sides(problem)
+    return problem.backend.xp.abs(Q - transposed) > problem.rounding * _largest(problem)
 
 
 def indefinite(problem: Problem):
@@ -305,11 +373,17 @@ def _first(xp, entries) -> tuple[int, ...]:
 
 
 def _entry(name: str, problem: Problem, entry) -> str:
-    return f"{name}[{', '.join(map(str, entry))}] = {float(getattr(problem, name)[(0, *entry)])}"
+    value = getattr(problem, name)
+    number = float(stored(value)[(0, *entry)])
+    if isinstance(value, Sparse):
+        (place,) = entry
+        entry = int(value.pattern.rows[place]), int(value.indices[place])
+    return f"{name}[{', '.join(map(str, entry))}] = {number}"
 
 
 def _two_sides(problem: Problem, entry) -> str:
-    return f"{_entry('Q', problem, entry)}, {_entry('Q', problem, entry[::-1])}"
+    other = (int(problem.Q.pattern.mirror[entry[0]]),) if isinstance(problem.Q, Sparse) else entry[::-1]
+    return f"{_entry('Q', problem, entry)}, {_entry('Q', problem, other)}"
 
 
 def _both_bounds(problem: Problem, entry) -> str:
@@ -324,3 +398,8 @@ def _smallest_eigenvalue(problem: Problem, entry) -> str:
         f"its smallest eigenvalue is {smallest:.3g}, {unit:.2g} of its largest entry; if that is rounding, add "
         f"{-smallest:.3g} to its diagonal or pass check=False"
     )
+
+
+CONVEXITY = Rule(
+    ("Q",), "is not positive semidefinite, so the problem is not convex", indefinite, _smallest_eigenvalue
+)  # fmt: skip

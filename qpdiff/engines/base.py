@@ -104,7 +104,8 @@ class Factors(Protocol):
         u_x, u_v
         gradients : dict
             Of the operands named in `matrices`, out of Q, A and G, those that come along at little cost, (B or 1, ·,
-            n): with the right-hand side as cotangents of the solution. The others are for the caller to compute.
+            n), of sparse ones the values (B or 1, nnz): with the right-hand side as cotangents of the solution. The
+            others are for the caller to compute.
         """
 
     def scaling(self, problem: Problem) -> Any:

@@ -10,11 +10,14 @@ from functools import cache
 from ..problem import Problem
 from .array import engine as array
 from .base import Engine
+from .densified import Densified
 
 ENGINES = ("auto", "array", "compiled")
 GPU_SWITCH = "QPDIFF_GPU_ENGINE"
 """The variable of the environment that is 1 where "auto" is to take the kernels for GPUs, which none has run yet."""
 _BUILD = "pip install --no-binary qpdiff qpdiff builds it, with a C++20 compiler"
+DENSE_BYTES = 2**31
+"""Memory up to which sparse matrices are made dense."""
 _log = logging.getLogger(__name__)
 
 
@@ -28,6 +31,12 @@ def compiled_engine():
         _log.warning("the array engine solves, and not the compiled one, which is many times faster: %s", reason)
         return None, reason
     return compiled, f"built ahead of time for {compiled.INSTRUCTIONS}"
+
+
+def sparse_engine():
+    """Return the module of the compiled engine for sparse NumPy arrays, or None, and the reason."""
+    compiled, reason = compiled_engine()
+    return (importlib.import_module(".compiled.sparse_engine", __package__) if compiled else None), reason
 
 
 def gpu_engine():
@@ -50,6 +59,10 @@ def choose_engine(name: str, problem: Problem, verbose: bool) -> Engine:
     """
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}; expected one of {', '.join(map(repr, ENGINES))}")
+    return _for_sparse(name, problem, verbose) if problem.sparse else _for_dense(name, problem, verbose)
+
+
+def _for_dense(name: str, problem: Problem, verbose: bool) -> Engine:
     on_gpu = problem.backend.gpu is not None
     if name == "array" or (name == "auto" and on_gpu and not gpu_is_switched_on()):
         return array
@@ -65,6 +78,37 @@ def choose_engine(name: str, problem: Problem, verbose: bool) -> Engine:
     return compiled
 
 
+def _for_sparse(name: str, problem: Problem, verbose: bool) -> Engine:
+    """Find the engine of sparse problems: the compiled one for sparse matrices, or one for dense ones.
+
+    That is where it takes fewer operations, as the factor fills up, and where there is no other.
+    """
+    compiled, missing = sparse_engine()
+    reason: str | None = missing
+    if name == "array":
+        reason = "engine='array' was asked for"
+    elif compiled:
+        refusal = compiled.refusal(problem, verbose)
+        reason = refusal and f"it {refusal}"
+    fits = problem.dense_bytes <= DENSE_BYTES
+    if reason is None and (not fits or compiled.suits(problem)):
+        return compiled
+    if not fits:
+        raise MemoryError(
+            f"the sparse matrices would take {problem.dense_bytes / 2**30:.1f} GiB as dense ones; the compiled engine "
+            f"takes them as they are, but {reason}"
+        )
+    engine = _for_dense(name, problem, verbose)
+    if reason is not None and name != "array":
+        _say_dense_once(reason)
+    return Densified(engine)
+
+
+@cache
+def _say_dense_once(reason: str) -> None:
+    _log.warning("sparse matrices are made dense; the compiled engine takes them as they are, but %s", reason)
+
+
 def gpu_is_switched_on() -> bool:
     """Return whether "auto" takes the kernels for GPUs."""
     return os.environ.get(GPU_SWITCH) == "1"
@@ -74,6 +118,9 @@ def explain_choice(name: str, problem: Problem, verbose: bool = False) -> str:
     """Say which engine solves these problems, on which device, and why, or why not the compiled one."""
     chosen = choose_engine(name, problem, verbose)
     on_gpu = problem.backend.gpu is not None
+    made_dense = ", matrices made dense" if isinstance(chosen, Densified) else ""
+    if isinstance(chosen, Densified):
+        chosen = chosen.engine
     compiled, reason = gpu_engine() if on_gpu else compiled_engine()
     if name == "array":
         reason = "engine='array'"
@@ -86,4 +133,4 @@ def explain_choice(name: str, problem: Problem, verbose: bool = False) -> str:
             reason = compiled.refusal(problem, verbose) or "is slower for so many problems of this size"
         reason = f"the compiled one {reason}"
     device = getattr(problem.q, "device", "cpu")  # JAX's backend leaves the device to JAX
-    return f"{'array' if chosen is array else 'compiled'} engine on {device}: {reason}"
+    return f"{'array' if chosen is array else 'compiled'} engine on {device}{made_dense}: {reason}"

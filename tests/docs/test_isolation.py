@@ -176,24 +176,28 @@ def test_optional_packages_come_on_first_use(wanted):
 
 BASE = {"engines.base", "engines.parameters", "engines.reduction"}
 ENGINES = {"engines.base", "engines.array"}
-BELOW_ADAPTERS = {"adjoint", "backend", "differentiation", "problem", "solution", "solver", "validation", *ENGINES}
+BELOW_ADAPTERS = {
+    "adjoint", "backend", "differentiation", "problem", "solution", "solver", "sparse", "validation", *ENGINES,
+}  # fmt: skip
 ALLOWED = {
     "backend": set(),
     "solution": set(),
-    "problem": {"backend"},
-    "validation": {"backend", "problem"},
-    "adjoint": {"problem"},
+    "sparse": {"backend"},
+    "problem": {"backend", "sparse"},
+    "validation": {"backend", "problem", "sparse"},
+    "adjoint": {"problem", "sparse"},
     "engines": set(),
     "engines.parameters": set(),
     "engines.base": {"problem", "engines.parameters"},
     "engines.reduction": {"problem"},
     "engines.array": {"problem", "validation", "solution", *BASE},
-    "engines.compiled": {"backend", "problem", "validation", "solution", *BASE},
-    "engines.choice": {"problem", "engines.base", "engines.array"},
+    "engines.compiled": {"backend", "problem", "sparse", "validation", "solution", *BASE},
+    "engines.densified": {"problem", "engines.base"},
+    "engines.choice": {"problem", "engines.base", "engines.array", "engines.densified"},
     "solver": {"problem", "validation", "engines.base", "engines.choice", "solution"},
-    "differentiation": {"adjoint", "backend", "problem", "solution", "engines.base", "engines.array"},
+    "differentiation": {"adjoint", "backend", "problem", "solution", "sparse", "engines.base", "engines.array"},
     **{name: BELOW_ADAPTERS | ({"engines.choice"} if name in ("jax", "torch") else set()) for name in ADAPTERS},
-    "__init__": {"solution", "solver", "differentiation"},
+    "__init__": {"solution", "solver", "differentiation", "sparse"},
     "files": {"problem", "validation"},
     "show": {"problem", "validation", "solution", *ENGINES},
     "cli": {"__init__", "problem", "engines.choice", "files", "show", "solution", "validation"},

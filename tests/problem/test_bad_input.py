@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import apply, complete, kkt_residuals, random_problem, rounded_product
@@ -25,7 +26,7 @@ from qpdiff.validation import make_problem
 
 TABLE = Path(__file__).parents[2] / "docs" / "input.md"
 ROWS = dict(re.findall(r"^\| `([\w-]+)` \| .* \| (.*) \|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE))
-ERRORS = {"ValueError": ValueError, "TypeError": TypeError, "ImportError": ImportError}
+ERRORS = {"ValueError": ValueError, "TypeError": TypeError, "ImportError": ImportError, "MemoryError": MemoryError}
 
 # Three problems with the solution (-1, -1); every operand has the batch axis.
 GOOD = {
@@ -132,6 +133,79 @@ def test_not_finite(xp, name, value):
 def test_refused(xp, row):
     with raises(row):
         qpdiff.solve_qp(**{"Q": None, "q": None} | to_library(xp, GOOD | REFUSED[row]))
+
+
+def csr(data, indices, indptr):
+    """A matrix of two columns, of scipy.sparse but with what that does not check."""
+    made = sp.csr_array((data, np.zeros_like(indices), indptr), (len(indptr) - 1, 2))
+    made.indices[:] = indices
+    return made
+
+
+REFUSED_SPARSE = {
+    "sparse-vector": {"q": sp.csr_array(np.ones((2, 1)))},
+    "sparse-format": {"Q": sp.eye_array(2)},
+    "sparse-axes": {"Q": sp.coo_array((2, 2, 2))},
+    "sparse-index": {"G": csr([1.0], [7], [0, 1])},
+    "sparse-triangle": {"Q": csr([1.0, 0.5, 1.0], [0, 1, 1], [0, 2, 3])},
+    "sparse-pattern": {
+        "Q": sp.csr_array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 1.0]]),
+        "q": np.ones(3),
+        "A": None,
+        "b": None,
+        "G": None,
+        "h": None,
+        "lb": None,
+        "ub": None,
+    },
+    "sparse-memory": {
+        "Q": sp.eye_array(200_000, format="csr"),
+        "q": np.ones(200_000),
+        "engine": "array",
+        "A": None,
+        "b": None,
+        "G": None,
+        "h": None,
+        "lb": None,
+        "ub": None,
+    },
+}
+
+
+@pytest.mark.parametrize("row", REFUSED_SPARSE)
+def test_refused_sparse(row):
+    with raises(row):
+        qpdiff.solve_qp(**(GOOD | REFUSED_SPARSE[row]))
+
+
+@pytest.mark.parametrize("row", ["sparse-triangle", "sparse-pattern"])
+def test_refused_sparse_without_checks(row):
+    with raises(row):
+        qpdiff.solve_qp(**(GOOD | REFUSED_SPARSE[row]), check=False)
+
+
+def test_sparse_batch():
+    torch = pytest.importorskip("torch")
+    starts, columns = torch.tensor([[0, 1, 2], [0, 0, 2]]), torch.tensor([[0, 1], [0, 1]])
+    G = torch.sparse_csr_tensor(starts, columns, torch.ones((2, 2), dtype=torch.float64), (2, 2, 2))
+    with raises("sparse-batch"):
+        qpdiff.solve_qp(np.eye(2), np.ones(2), G, np.ones(2), backend="numpy")
+
+
+SPARSE_TANGENTS = {"sparse-tangent": csr([1.0], [0], [0, 1]), "sparse-tangent-values": np.ones(2)}
+
+
+@pytest.mark.parametrize("row", SPARSE_TANGENTS)
+def test_refused_sparse_tangents(row):
+    sol = qpdiff.solve_qp(np.eye(2), np.ones(2), csr([1.0], [1], [0, 1]), [1.0])
+    with raises(row):
+        qpdiff.jvp(sol, G=SPARSE_TANGENTS[row])
+
+
+def test_accepted_sparse():
+    twice = sp.coo_array(([0.25, 0.75, 1.0], ([0, 0, 1], [0, 0, 1])), (2, 2))
+    sol = qpdiff.solve_qp(**(GOOD | {"Q": twice, "A": csr([1.0, -1.0], [0, 1], [0, 2])}))
+    np.testing.assert_allclose(sol.x, -1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("row", REFUSED_BY_NUMPY)

@@ -11,7 +11,7 @@ from ..parameters import DOUBLE
 from .batch import batch_order, in_batch, save_factor
 from .derivative import Factors, pack, unpack, without_factor
 from .loop import forms
-from .start import center_on_path
+from .start import center_on_path, on_path
 from .state import SubBatch, cast, make_sub_batch
 from .status import residuals
 from .step import NewtonSystem, step_length
@@ -25,6 +25,8 @@ def relax(lin: Linearization, kappa: float) -> Linearization:
 
     A problem whose point is not found counts as STALLED.
     """
+    if lin.problem.sparse:
+        return _relax_by_derivative(lin, kappa)
     backend: Any = lin.problem.backend
     if backend.traced:
         if not isinstance(lin.factors, Factors):  # those of another engine, of which the scaling is enough here
@@ -60,6 +62,44 @@ def _relax(lin: Linearization, kappa: float) -> Linearization:
     return Linearization(
         problem, Factors(saved), x, v, s, xp.where(lost, xp.full_like(lin.status, int(Status.STALLED)), lin.status)
     )
+
+
+def _relax_by_derivative(lin: Linearization, kappa: float) -> Linearization:
+    """Find the same points with nothing but the solves of the derivative, whose matrix is that of Newton's method too.
+
+    For sparse problems, whose factors are made anew at each point.
+    """
+    problem, xp, backend = lin.problem, lin.problem.backend.xp, lin.problem.backend
+    scaling = lin.factors.scaling(problem)
+    D, E = scaling[:, : problem.n], scaling[:, problem.n :]
+    solved = lin.status == int(Status.SOLVED)
+    accuracy = xp.finfo(problem.dtype).eps ** 0.5
+    v, s = on_path(problem, E, lin.v, problem.where_inequality(lin.v / E - E * lin.s, 0.0), kappa)
+
+    def move(x, v, s, *_):
+        Qx, Kx, Kv, r_x, r_v = residuals(problem, x, v, s)
+        excess = problem.where_inequality(s * v - kappa, 0.0)
+        s_, z_ = (problem.where_inequality(a, float("inf")) for a in (s, v))
+        terms_x = [backend.norm(D * a) for a in (Qx, Kv, problem.q)]
+        terms_v = [backend.norm(E * a) for a in (Kx, problem.k, s)]
+        found = (
+            (backend.norm(D * r_x) <= accuracy * sum(terms_x))
+            & (backend.norm(E * r_v) <= accuracy * sum(terms_v))
+            & (backend.norm(excess) <= accuracy * kappa)
+        )
+        at = lin._replace(x=x, v=v, s=s)
+        dx, dv, _ = lin.factors.solve(at, r_x, problem.where_inequality(r_v + excess / z_, r_v), 0.0, ())
+        ds = problem.where_inequality(-(excess + s * dv) / z_, 0.0)
+        alpha = xp.minimum(*(step_length(backend, a, da, DOUBLE.step_fraction) for a, da in ((s_, ds), (z_, dv))))
+        alpha = xp.where(found | ~solved, 0.0, alpha)
+        return x + alpha * dx, v + alpha * dv, s + alpha * ds, found | ~solved
+
+    def unfinished(x, v, s, found):
+        return ~xp.all(found)
+
+    x, v, s, found = backend.while_loop(unfinished, move, move(lin.x, v, s), CENTERING_LIMIT)
+    status = xp.where(found, lin.status, xp.full_like(lin.status, int(Status.STALLED)))
+    return lin._replace(x=x, v=v, s=s, status=status)
 
 
 def _center(sub: SubBatch, kappa: float, x, v, s):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...problem import Problem
 from ...solution import Status
 from ..base import Settings, StartingPoint
 from ..parameters import DOUBLE
@@ -161,7 +162,11 @@ def center_on_path(sub: SubBatch, v, difference, mu):
 
     Those of equalities stay.
     """
-    problem, E = sub.problem, sub.scaling.E
+    return on_path(sub.problem, sub.scaling.E, v, difference, mu)
+
+
+def on_path(problem: Problem, E, v, difference, mu):
+    """Return what `center_on_path` does, for a problem and the scale E of its constraints."""
     xp = problem.backend.xp
     large = (xp.abs(difference) + xp.sqrt(difference * difference + 4.0 * mu)) / 2.0
     small = mu / large

@@ -1,0 +1,81 @@
+"""The compiled engine for sparse problems as `engines.base.Engine`: what a call hands over to `sparse`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from ...backend import NumPyBackend
+from ...problem import Problem
+from ...sparse import Pattern as MatrixPattern
+from ...sparse import Sparse, full_pattern
+from ...validation import check_values, indefinite_error
+from ..base import Factors, Outcome, Settings, StartingPoint
+from . import sparse
+
+
+def refusal(problem: Problem, verbose: bool) -> str | None:
+    """Say why it cannot take these problems; None: it can."""
+    if not isinstance(problem.backend, NumPyBackend):
+        return "takes sparse NumPy arrays only; pass backend='numpy'"
+    if np.dtype(problem.dtype) != np.float64:
+        return "computes sparse problems in float64; leave dtype out"
+    if verbose:
+        return "takes one problem after the other; verbose needs engine='array'"
+    return None
+
+
+def suits(problem: Problem) -> bool:
+    """Return whether sparse problems take fewer operations sparse than dense."""
+    try:
+        return sparse.pays(pattern_of(problem))
+    except ValueError:  # the factor is too large
+        return False
+
+
+def solve(
+    problem: Problem, settings: Settings, start: StartingPoint | None, *, check: bool, verbose: bool, progress
+) -> tuple[Outcome, Factors]:
+    """Solve every problem of a batch, as `engines.base.Engine` says."""
+    if check and problem.batch:
+        check_values(problem, convexity=False)
+    pattern, operands = pattern_of(problem), sparse.operands_of(problem)
+    rounding = problem.rounding if check else np.inf
+
+    def solved(operands, count: int, settings: Settings, start, progress):
+        return sparse.solve(
+            pattern, operands, count, settings, start, rounding=rounding, workers=problem.backend.workers,
+            progress=progress,
+        )  # fmt: skip
+
+    done = solved(operands, problem.batch, settings, start, progress)
+    if done is None:
+        for position in range(problem.batch):
+            one = sparse.operands_of(problem.select(slice(position, position + 1)))
+            if solved(one, 1, settings._replace(max_iterations=0), None, None) is None:
+                raise indefinite_error(problem, position)
+    outcome, scaling = done
+    return outcome, without_factor(problem, scaling)
+
+
+def without_factor(problem: Problem, scaling) -> Factors:
+    """Return factors that store the scaling alone, as `engines.base.Engine` says: no others are stored here."""
+    return sparse.Factors(pattern_of(problem), scaling)
+
+
+def pattern_of(problem: Problem) -> sparse.Pattern:
+    """Return the patterns of Q, A and G together; that of a dense one is full."""
+    return _pattern(*[_matrix_pattern(problem, name) for name in ("Q", "A", "G")])
+
+
+@lru_cache(maxsize=8)
+def _pattern(*patterns: MatrixPattern) -> sparse.Pattern:
+    return sparse.pattern_of(*[sparse.Csr(each.indptr, each.indices, each.shape) for each in patterns])
+
+
+def _matrix_pattern(problem: Problem, name: str) -> MatrixPattern:
+    value = getattr(problem, name)
+    if isinstance(value, Sparse):
+        return value.pattern
+    return full_pattern(0 if value is None else value.shape[1], problem.n)

@@ -1,0 +1,241 @@
+"""Sparse problems: solutions, derivatives on the pattern against those of dense ones and central differences."""
+
+import pickle
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from problems import as_sparse, kkt_residuals, random_sparse
+
+import qpdiff
+from qpdiff import Sparse, Status
+from qpdiff.engines.choice import compiled_engine, explain_choice
+
+OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
+TIGHT = {"tol": 1e-11, "rtol": 1e-13}
+PARTS = ["", "A", "G", "lb ub", "G A lb", "G A lb ub"]
+ROUTES = ["sparse", "dense", "array"]
+
+
+@pytest.fixture(params=ROUTES, autouse=True)
+def route(request, monkeypatch):
+    """Sparse problems in the engine for them, made dense for the compiled engine, or for the array engine."""
+    if request.param == "array":
+        monkeypatch.setattr("qpdiff.engines.choice.compiled_engine", lambda: (None, "this is a test"))
+    elif compiled_engine()[0] is None:
+        pytest.skip("the compiled engine was not built")
+    else:
+        suits = request.param == "sparse"
+        monkeypatch.setattr("qpdiff.engines.compiled.sparse_engine.suits", lambda problem: suits)
+    return request.param
+
+
+def sparsely(operands, masks, names="QAG"):
+    return {name: as_sparse(a, masks[name]) if name in masks and name in names else a for name, a in operands.items()}
+
+
+def solved(operands, **options):
+    sol = qpdiff.solve_qp(**operands, **(TIGHT | options))
+    assert np.all(sol.status == Status.SOLVED)
+    return sol
+
+
+def entries(value, mask):
+    return value[..., *np.nonzero(mask)]
+
+
+def complementary(sol):
+    v, s = sol.linearization.v, sol.linearization.s
+    inequality = np.broadcast_to(sol.linearization.problem.inequality, v.shape)
+    return np.all((np.maximum(v, s) > 1e-3) | ~inequality)
+
+
+def cases(seed, count=4, **options):
+    """Problems whose solutions are differentiable, dense, with their patterns and what to differentiate along."""
+    rng = np.random.default_rng(seed)
+    found = 0
+    while found < count:
+        operands, masks = random_sparse(rng, **options)
+        sol = solved(operands)
+        if complementary(sol):
+            found += 1
+            yield rng, operands, masks, sol, {name: rng.normal(size=getattr(sol, name).shape) for name in OUTPUTS}
+
+
+def check_gradients(gradients, expected, operands, masks, names, atol=1e-6):
+    for name in operands:
+        ours, dense = getattr(gradients, name), getattr(expected, name)
+        scale = max(1.0, np.abs(dense).max())
+        if name in masks and name in names:
+            assert isinstance(ours, Sparse)
+            assert ours.shape == dense.shape
+            assert_allclose(ours.values, entries(dense, masks[name]), atol=atol * scale)
+        else:
+            assert_allclose(ours, dense, atol=atol * scale)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_kkt_conditions(parts):
+    rng = np.random.default_rng(len(parts))
+    for batch in ((), (1,), (3,), (2, 9)):
+        operands, masks = random_sparse(rng, parts, batch=batch, n=9, m=6, p=3)
+        sol = solved(sparsely(operands, masks))
+        assert sol.x.shape == (*batch, 9)
+        point = (getattr(sol, name) for name in OUTPUTS)
+        assert max(kkt_residuals(operands, *point)) < 1e-8
+        assert_allclose(sol.x, solved(operands).x, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("shared", [(), ("Q",), ("Q", "G", "A"), ("q",)], ids=lambda s: "shared-" + "".join(s))
+def test_vjp_equals_that_of_the_dense_problem(parts, shared):
+    for _, operands, masks, dense, cotangents in cases(len(shared), parts=parts, shared=shared, batch=(9,), n=8):
+        for names in ("QAG", "Q", "A", "G"):
+            if not set(names) & set(masks):
+                continue
+            given = sparsely(operands, masks, names)
+            gradients = qpdiff.vjp(solved(given), **cotangents)
+            check_gradients(gradients, qpdiff.vjp(dense, **cotangents), operands, masks, names)
+            for name in set(masks) & set(names):
+                assert getattr(gradients, name).indices is given[name].indices
+            if "Q" in names:
+                assert_array_equal(gradients.Q.values, gradients.Q.values[..., gradients.Q.pattern.mirror])
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+def test_jvp_equals_that_of_the_dense_problem(parts, batch):
+    for rng, operands, masks, dense, cotangents in cases(1, 2, parts=parts, batch=batch, n=8):
+        tangents = {name: rng.normal(size=a.shape) for name, a in operands.items()}
+        for name, mask in masks.items():
+            tangents[name] = np.where(mask, tangents[name], 0.0)
+        sol = solved(sparsely(operands, masks))
+        pushed, expected = qpdiff.jvp(sol, **sparsely(tangents, masks)), qpdiff.jvp(dense, **tangents)
+        by_values = {name: entries(a, masks[name]) if name in masks else a for name, a in tangents.items()}
+        again = qpdiff.jvp(sol, **by_values)
+        for name in OUTPUTS:
+            value = getattr(expected, name)
+            assert_allclose(getattr(pushed, name), value, atol=1e-6 * max(1.0, np.abs(value).max(initial=0)))
+            assert_array_equal(getattr(pushed, name), getattr(again, name))
+        gradients = qpdiff.vjp(sol, **cotangents)
+        pulled = sum(np.sum(getattr(gradients, name) * a) for name, a in by_values.items() if name not in masks)
+        pulled += sum(np.sum(getattr(gradients, name).values * by_values[name]) for name in masks)
+        pairs = [(cotangents[name], getattr(pushed, name)) for name in OUTPUTS]
+        size = sum(np.linalg.norm(a) * np.linalg.norm(b) for a, b in pairs)
+        assert abs(pulled - sum(np.sum(a * b) for a, b in pairs)) < 1e-7 * size
+
+
+@pytest.mark.parametrize("shared", [(), ("Q", "G", "A")], ids=lambda s: "shared-" + "".join(s))
+def test_vjp_against_central_differences(shared):
+    for rng, operands, masks, _, cotangents in cases(2, parts="G A lb ub", shared=shared, batch=(3,), n=8):
+        sol = solved(sparsely(operands, masks))
+        gradients, step = qpdiff.vjp(sol, **cotangents), 1e-5
+        for name in operands:
+            tangent = rng.normal(size=operands[name].shape)
+            if name in masks:
+                tangent = np.where(masks[name], tangent, 0.0)
+                tangent = (tangent + tangent.mT) / 2 if name == "Q" else tangent
+            moved = [
+                solved(sparsely(operands | {name: operands[name] + sign * step * tangent}, masks)) for sign in (1, -1)
+            ]
+            differences = {key: (getattr(moved[0], key) - getattr(moved[1], key)) / (2 * step) for key in OUTPUTS}
+            expected = sum(np.sum(cotangents[key] * differences[key]) for key in OUTPUTS)
+            size = sum(np.linalg.norm(cotangents[key]) * np.linalg.norm(differences[key]) for key in OUTPUTS)
+            gradient = getattr(gradients, name)
+            if name in masks:
+                gradient, tangent = gradient.values, entries(tangent, masks[name])
+            assert abs(np.sum(gradient * tangent) - expected) <= 1e-6 * size
+
+
+@pytest.mark.parametrize("shared", [(), ("Q", "A")], ids=lambda s: "shared-" + "".join(s))
+@pytest.mark.parametrize("smoothing", [None, 1e-2])
+def test_objective_and_smoothing(shared, smoothing):
+    options = {"parts": "G A lb ub", "shared": shared, "batch": (5,), "n": 8}
+    for _, operands, masks, dense, cotangents in cases(3, 2, **options):
+        sol = solved(sparsely(operands, masks))
+        for given in ({"objective": np.arange(5.0)}, cotangents, cotangents | {"objective": np.ones(5)}):
+            gradients, expected = (qpdiff.vjp(s, **given, smoothing=smoothing) for s in (sol, dense))
+            check_gradients(gradients, expected, operands, masks, "QAG")
+
+
+def test_float32_operands(route):
+    operands, masks = random_sparse(np.random.default_rng(4), "G A", batch=(3,))
+    operands = {name: value.astype(np.float32) for name, value in operands.items()}
+    sol = qpdiff.solve_qp(**sparsely(operands, masks))
+    assert sol.x.dtype == np.float32
+    gradients = qpdiff.vjp(sol, x=np.ones(6))
+    assert gradients.Q.dtype == gradients.G.dtype == gradients.h.dtype == np.float32
+    expected = qpdiff.solve_qp(**operands)
+    assert_allclose(sol.x, expected.x, atol=1e-5)
+
+
+def test_unsolved_problems():
+    operands, masks = random_sparse(np.random.default_rng(5), "G A lb ub", batch=(9,), n=8)
+    operands["h"][4] = -1e3
+    sol = qpdiff.solve_qp(**sparsely(operands, masks))
+    assert sol.status[4] == Status.PRIMAL_INFEASIBLE
+    assert np.all(np.delete(sol.status, 4) == Status.SOLVED)
+    filled = qpdiff.vjp(sol, x=np.ones(8))
+    assert np.all(np.isnan(filled.G.values[4]))
+    assert np.all(np.isnan(filled.Q.values[4]))
+    assert np.all(np.isfinite(np.delete(filled.G.values, 4, axis=0)))
+    zero = qpdiff.vjp(sol, x=np.ones(8), objective=1.0, unsolved="zero")
+    assert not zero.A.values[4].any()
+
+
+def test_warm_start():
+    operands, masks = random_sparse(np.random.default_rng(6), "G A lb ub", batch=(9,), n=8)
+    given = sparsely(operands, masks)
+    cold = solved(given)
+    warm = solved(given, warm_start=cold)
+    assert warm.iterations.mean() < cold.iterations.mean()
+    assert_allclose(warm.x, cold.x, atol=1e-6)
+
+
+def test_options_and_pickle():
+    operands, masks = random_sparse(np.random.default_rng(7), "G A lb ub", batch=(9,), n=8)
+    given, seen = sparsely(operands, masks), []
+    sol = solved(given, progress=lambda done, batch: seen.append((done, batch)))
+    assert seen[-1] == (9, 9)
+    assert np.all(qpdiff.solve_qp(**given, max_iterations=1).status == Status.MAX_ITERATIONS)
+    again = pickle.loads(pickle.dumps(sol))
+    expected, gradients = (qpdiff.vjp(each, x=np.ones(8)) for each in (sol, again))
+    assert_array_equal(gradients.G.values, expected.G.values)
+    assert gradients.G.pattern is given["G"].pattern
+
+
+def test_empty_batch():
+    operands, masks = random_sparse(np.random.default_rng(8), "G A", batch=(0,))
+    sol = qpdiff.solve_qp(**sparsely(operands, masks))
+    assert sol.x.shape == (0, 6)
+    assert qpdiff.vjp(sol, x=sol.x).G.values.shape == (0, masks["G"].sum())
+
+
+def test_the_pattern_of_a_tangent_must_fit():
+    operands, masks = random_sparse(np.random.default_rng(9), "G", batch=(3,))
+    sol = solved(sparsely(operands, masks))
+    with pytest.raises(ValueError, match=r"^tangent of G has another pattern than the operand; pass its values"):
+        qpdiff.jvp(sol, G=as_sparse(operands["G"], np.ones_like(masks["G"])))
+    with pytest.raises(ValueError, match=r"^tangent of Q has shape \(6, 6\); expected \(3, \d+\)"):
+        qpdiff.jvp(sol, Q=np.eye(6))
+
+
+@pytest.mark.parametrize("route", ["sparse"], indirect=True)
+def test_without_checks():
+    operands, masks = random_sparse(np.random.default_rng(10), "G lb ub", batch=(9,), n=8)
+    operands["Q"][3] *= -1
+    operands["q"][5] = np.nan
+    operands["lb"][6] = operands["ub"][6] + 1
+    sol = qpdiff.solve_qp(**sparsely(operands, masks), check=False)
+    assert np.all(sol.status[5:7] != Status.SOLVED)
+    assert np.all(np.delete(sol.status, [3, 5, 6]) == Status.SOLVED)
+
+
+def test_which_engine_solves(route):
+    operands, masks = random_sparse(np.random.default_rng(11), "G A", batch=(3,))
+    said = explain_choice("auto", solved(sparsely(operands, masks)).linearization.problem)
+    assert ("matrices made dense" in said) == (route != "sparse")
+    assert said.startswith("array" if route == "array" else "compiled")
+    if route == "array":
+        with pytest.raises(ImportError, match=r"^engine='compiled' cannot run"):
+            qpdiff.solve_qp(**sparsely(operands, masks), engine="compiled")
