@@ -19,6 +19,7 @@ from .backend import Backend
 from .differentiation import FILL, smoothed, solve_adjoint, solve_kkt
 from .problem import Problem, split_rows
 from .solution import Solution, Status, check_unsolved, raise_if_unsolved
+from .sparse import Sparse, apply, is_sparse, read_sparse, stored, with_array
 
 try:
     import autograd.numpy as anp
@@ -36,7 +37,8 @@ def solve_qp(
     Parameters
     ----------
     Q, q, G, h, A, b, lb, ub : array
-        As for `qpdiff.solve_qp`; any of them may be what autograd differentiates by.
+        As for `qpdiff.solve_qp`; any of them may be what autograd differentiates by, as may the values of a
+        `qpdiff.Sparse`.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients.
     smoothing : float, optional
@@ -74,7 +76,8 @@ def solve_qp(
         for name, value in operands.items()
         if value is not None
     }
-    sol = solver.solve_qp(**{name: _plain(value) for name, value in given.items()}, backend="numpy", **options)
+    given = {name: read_sparse(name, value) if is_sparse(value) else value for name, value in given.items()}
+    sol = solver.solve_qp(**{name: apply(_plain, value) for name, value in given.items()}, backend="numpy", **options)
     problem = sol.linearization.problem
     if unsolved == "raise":
         raise_if_unsolved(sol.status)
@@ -82,7 +85,7 @@ def solve_qp(
     if unsolved == "raise" and smoothing is not None:
         raise_if_unsolved(moving.linearization.status[:, 0])
     layer = _Layer(moving, tuple(given), "zero" if unsolved == "raise" else unsolved)
-    flat = {name: _one_batch_axis(problem, name, value) for name, value in given.items()}
+    flat = {name: _one_batch_axis(problem, name, stored(value)) for name, value in given.items()}
     solution = _solution(layer, *flat.values())
     if smoothing is None:
         objective = _optimal_value(layer, *flat.values())
@@ -109,11 +112,13 @@ def _plain(value):
 
 
 def _one_batch_axis(problem: Problem, name: str, value):
-    """Return an operand as the problem has it, with one batch axis, by operations that autograd differentiates."""
+    """Return the array of an operand with one batch axis, by operations that autograd differentiates."""
     if getattr(value, "dtype", problem.dtype) != problem.dtype:
         value = value.astype(problem.dtype)
-    shape = problem.shapes[name]
-    size, *core = getattr(problem, name).shape
+    operand, shape = getattr(problem, name), problem.shapes[name]
+    size, *core = stored(operand).shape
+    if isinstance(operand, Sparse):
+        shape = (*shape[:-2], *core)
     whole = (*problem.batch_shape, *core) if size != 1 else (*shape[: -len(core)], *core)
     if shape != whole:
         value = value * np.ones(whole, dtype=problem.dtype)
@@ -130,6 +135,7 @@ _OPERATIONS = SimpleNamespace(
         "bool": np.bool_,
         "concat": anp.concatenate,
         "matrix_transpose": lambda a: anp.swapaxes(a, -1, -2),
+        "take": lambda a, index, axis: anp.moveaxis(anp.moveaxis(a, axis, -1)[..., index], -1, axis),
     }
 )
 """autograd's operations by the names of the array API standard."""
@@ -142,8 +148,11 @@ class _Layer(NamedTuple):
 
     def problem(self, *operands) -> Problem:
         """Return the problem in autograd's operands and operations."""
-        named = dict(zip(self.names, operands, strict=True))
-        return self.sol.linearization.problem.layout._replace(backend=Backend(_OPERATIONS)).problem(named)
+        solved = self.sol.linearization.problem
+        named = {
+            name: with_array(getattr(solved, name), value) for name, value in zip(self.names, operands, strict=True)
+        }
+        return solved.layout._replace(backend=Backend(_OPERATIONS)).problem(named)
 
 
 @primitive
@@ -185,7 +194,7 @@ def _solution_vjp(argnums, solution, args, kwargs):
             lin = layer.sol.linearization
             with np.errstate(all="ignore"):
                 *_, gradients = solve_adjoint(lin, *_halves(layer, g), names, unsolved=layer.unsolved)
-        return [gradients[name] for name in names]
+        return [stored(gradients[name]) for name in names]
 
     return vjp
 
@@ -198,7 +207,7 @@ def _optimal_value_vjp(argnums, objective, args, kwargs):
         x, v, weights = _masked(layer, _solution(layer, *operands))
         g = anp.reshape(g, weights.shape).astype(problem.dtype) * weights
         gradients = objective_vjp(problem, x, v, g, names)
-        return [gradients[name] for name in names]
+        return [stored(gradients[name]) for name in names]
 
     return vjp
 
@@ -211,7 +220,7 @@ def _kkt_solve_vjp(argnums, u, args, kwargs):
         halves = (half for pair in (solution, u, t) for half in _halves(layer, pair))
         x_bar, v_bar, gradients = kkt_vjp(layer.problem(*operands), *halves)
         solution_bar = anp.concatenate([x_bar, v_bar], axis=-1)
-        by_argument = [None, t, solution_bar, *(gradients[name] for name in layer.names)]
+        by_argument = [None, t, solution_bar, *(stored(gradients[name]) for name in layer.names)]
         return [by_argument[i] for i in argnums]
 
     return vjp

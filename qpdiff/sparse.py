@@ -484,7 +484,14 @@ def _checked_values(name: str, values, count: int):
 
 
 def _backend_of(name: str, values):
-    return choose_backend({name: values})[0]
+    """Return the backend that brings values in another order."""
+    try:
+        return choose_backend({name: values})[0]
+    except (AttributeError, TypeError) as error:  # array-api-compat takes autograd's boxes for arrays
+        raise TypeError(
+            f"{name} has values of the type {_type(values)}, which are not sorted here; give the entries by rows, by "
+            "columns in each, and once"
+        ) from error
 
 
 @lru_cache(maxsize=REMEMBERED)

@@ -552,6 +552,16 @@ def random_sparse(rng, parts, *, density=0.2, **options):
     return operands, masks
 
 
+def smooth_sparse(seed, parts, **options):
+    """A `random_sparse` whose solutions are differentiable, with every inequality clearly active or clearly not."""
+    rng = np.random.default_rng(seed)
+    while True:
+        operands, masks = random_sparse(rng, parts, **options)
+        lin = qpdiff.solve_qp(**operands, tol=1e-11, rtol=1e-13).linearization
+        if np.all((np.maximum(lin.v, lin.s) > 2e-2) | ~lin.problem.inequality):
+            return operands, masks
+
+
 def as_sparse(value, mask):
     """A dense array of matrices as `qpdiff.Sparse` with the entries in a mask."""
     rows, columns = np.nonzero(mask)

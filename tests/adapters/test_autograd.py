@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 pytest.importorskip("autograd")
 import autograd.numpy as anp
 from autograd import grad, jacobian
 from autograd.test_util import check_grads
-from problems import mostly_active, relaxed, strictly_feasible
+from problems import as_sparse, mostly_active, relaxed, smooth_sparse, strictly_feasible
 
 import qpdiff
 import qpdiff.autograd
@@ -96,6 +97,44 @@ def test_jacobian_of_a_projection_onto_the_simplex():
 
     # Where all of the simplex's coordinates are positive the projection is onto its plane.
     np.testing.assert_allclose(jacobian(project)(np.array([0.4, 0.5, 0.3])), np.eye(3) - 1 / 3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [(), ("Q", "G", "A", "q")], ids=["batch", "shared"])
+@pytest.mark.parametrize("output", ["solution", "objective", "relaxed"])
+def test_sparse_operands(shared, output):
+    operands, masks = smooth_sparse(6, "G A lb", shared=shared, batch=(2,), n=4, m=3, p=1)
+    sparse = {name: as_sparse(operands[name], mask) for name, mask in masks.items()}
+    names = tuple(operands)
+    values = {name: sparse[name].values if name in sparse else value for name, value in operands.items()}
+
+    def loss(*values):
+        given = dict(zip(names, values, strict=True))
+        given["Q"] = (given["Q"] + given["Q"][..., sparse["Q"].pattern.mirror]) / 2
+        given |= {name: qpdiff.Sparse.like(matrix, given[name]) for name, matrix in sparse.items()}
+        sol = qpdiff.autograd.solve_qp(**given, **TIGHT, smoothing=1e-2 if output == "relaxed" else None)
+        if output == "objective":
+            return anp.sum(anp.sin(sol.objective))
+        return anp.sum(anp.sin(sol.x)) + anp.sum(sol.y**2) + anp.sum(sol.z**2) + 2 * anp.sum(sol.z_lb)
+
+    if output != "relaxed":
+        check_grads(loss, modes=["rev"], order=2)(*values.values())
+        return
+    sol = qpdiff.solve_qp(**(operands | sparse), **TIGHT)
+    expected = qpdiff.vjp(sol, x=np.cos(sol.x), y=2 * sol.y, z=2 * sol.z, z_lb=2 + 0 * sol.z_lb, smoothing=1e-2)
+    for i, name in enumerate(names):
+        gradient = getattr(expected, name)
+        gradient = gradient.values if name in sparse else gradient
+        np.testing.assert_allclose(grad(loss, i)(*values.values()), gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_sparse_matrices_beside_what_is_differentiated():
+    G, h, point = sp.csc_array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]), np.array([0.5, 3.0]), np.array([1.0, 2.0, 1.0])
+    project = lambda point, G: qpdiff.autograd.solve_qp(sp.eye_array(3).tocsr(), -point, G, h).x  # noqa: E731
+    expected = jacobian(project)(point, G.toarray())
+    np.testing.assert_allclose(jacobian(project)(point, G), expected, atol=1e-7)
+    loss = lambda values: anp.sum(project(point, qpdiff.Sparse.like(G, values)))  # noqa: E731
+    with pytest.raises(TypeError, match=r"^the matrix has values of the type autograd.*; give the entries by rows"):
+        grad(loss)(G.data)
 
 
 def test_matches_vjp():
