@@ -1,8 +1,9 @@
 """qpdiff side by side with other solvers: times, accuracy, targets, growth.
 
 Each solver runs in a process and an environment of its own, which is made once. The report goes to the terminal and,
-with pictures beside it, to the file that --output names. With --backend cupy or torch-cuda qpdiff runs on a GPU, next
-to qpth; without a GPU the exit code is 2.
+with pictures beside it, to the file that --output names; that of the sparse families to a file beside it, whose name
+ends with -sparse. With --backend cupy or torch-cuda qpdiff runs on a GPU, next to qpth; without a GPU the exit code
+is 2.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from pathlib import Path
 from environments import ROOT, interpreter
 from gpu import Gpu, find_gpu
 from measure import Limits, Result, measure
-from page import Run, write
+from page import Run, write, write_sparse
 from plots import plot
 from remote import Failed, Remote
 from report import machine
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rows import QUICK_ROWS, ROWS, Growth, Row, growths, parse
-from solvers import ON_CPU, QPDIFF, counterpart, on_gpu
+from rows import QUICK_ROWS, QUICK_SPARSE_ROWS, ROWS, SPARSE_ROWS, Growth, Row, growths, parse
+from solvers import ON_CPU, SPARSE, Solver, counterpart, on_gpu
 from verdicts import Table
 
 GROWTH_REPEATS = 3
@@ -41,9 +42,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peers",
         nargs="+",
-        choices=[s.name for s in ON_CPU],
+        choices=list(dict.fromkeys(s.name for s in (*ON_CPU, *SPARSE))),
         help="solvers beside qpdiff, else all",
     )
+    parser.add_argument("--tables", choices=["dense", "sparse"], nargs="+", help="by default both; on a GPU dense")
     parser.add_argument("--repeats", type=int, default=7, help="rounds of the rows (default: 7)")
     parser.add_argument("--growth", action=argparse.BooleanOptionalAction, default=True, help="the curves")
     parser.add_argument("--quick", action="store_true", help="small rows and two rounds, to test that it runs")
@@ -54,6 +56,10 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.repeats = min(options.repeats, 2)
+    on_cpu = options.backend == "cpu"
+    options.tables = options.tables or (["dense", "sparse"] if on_cpu and not options.rows else ["dense"])
+    if "sparse" in options.tables and not on_cpu:
+        parser.error("--tables sparse: the sparse families are measured on the CPU only")
     options.rows = options.rows or (QUICK_ROWS if options.quick else ROWS)
     suffix = "" if options.backend == "cpu" else f"-{options.backend}"
     folder = ROOT / ("build" if options.quick else "docs")
@@ -67,15 +73,39 @@ def main() -> int:
     if options.backend != "cpu" and gpu is None:
         print(f"--backend {options.backend}: this machine has no GPU that CUDA can use", file=sys.stderr)
         return 2
-    solvers = on_gpu(options.backend, gpu.cuda) if gpu else ON_CPU
     if os.getloadavg()[0] > BUSY:
         print("Something else is running here: the times of solvers with threads will be wrong.", file=sys.stderr)
-    if options.peers:
-        chosen = {QPDIFF.name, *options.peers}
-        chosen |= {counterpart(solver, solvers) for solver in solvers if solver.name in chosen}
-        solvers = [solver for solver in solvers if solver.name in chosen]
-
     options.environments.mkdir(parents=True, exist_ok=True)
+    pages = []
+    if "dense" in options.tables:
+        solvers = on_gpu(options.backend, gpu.cuda) if gpu else ON_CPU
+        pages.append((chosen(solvers, options.peers), run_dense, write, options.output))
+    if "sparse" in options.tables:
+        output = options.output.with_name(f"{options.output.stem}-sparse.md")
+        pages.append((chosen(SPARSE, options.peers), run_sparse, write_sparse, output))
+    for solvers, run, page, output in pages:
+        try:
+            report = page(with_team(options, solvers, run, gpu, output))
+        except Failed as failure:
+            print(f"qpdiff: {failure}", file=sys.stderr)
+            return 2 if gpu else 1
+        print(report, end="")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(report)
+    return 0
+
+
+def chosen(solvers: list[Solver], peers: list[str] | None) -> list[Solver]:
+    """Return the solvers that are asked for, with those of qpdiff that they are compared with; the first always."""
+    if not peers:
+        return solvers
+    names = {solvers[0].name, *peers}
+    names |= {counterpart(solver, solvers) for solver in solvers if solver.name in names}
+    return [solver for solver in solvers if solver.name in names]
+
+
+def with_team(options, solvers: list[Solver], run: Callable[..., Run], gpu: Gpu | None, output: Path) -> Run:
+    """Run a table with a process for each solver."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -85,48 +115,57 @@ def main() -> int:
                 python = interpreter(solver.environment, options.environments)
                 team.append(Remote(solver, python, options.environments / f"{solver.name}.log".replace(" ", "-")))
             try:
-                run = run_all(options, team, folder, progress, gpu)
-            except Failed as failure:
-                print(f"qpdiff: {failure}", file=sys.stderr)
-                return 2 if gpu else 1
+                return run(options, team, folder, progress, gpu, output)
             finally:
                 for remote in team:
                     remote.stop()
-    report = write(run)
-    print(report, end="")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(report)
-    return 0
 
 
-def run_all(options, team: list[Remote], folder: Path, progress: Progress, gpu: Gpu | None) -> Run:
-    """Run everything that is asked for."""
-    where = f"{machine()}; {gpu.name}" if gpu else machine()
+def run_dense(options, team: list[Remote], folder: Path, progress: Progress, gpu: Gpu | None, output: Path) -> Run:
+    """Measure the rows of the dense table, and the curves."""
     limits = Limits(options.first_limit, options.time_limit)
     curves = growths(options.quick) if options.growth else []
     points = sum(len(growth.rows) for growth in curves)
     passes = len(team) * (len(options.rows) * (1 + options.repeats) + points * (1 + GROWTH_REPEATS))
-    task = progress.add_task("", total=passes)
-
-    def step(what: str) -> None:
-        progress.update(task, advance=1, description=what)
-
+    step = steps(progress, passes)
     solvers = [remote.solver for remote in team]
-    versions = {}
-    for remote in team:
-        with contextlib.suppress(Failed):  # the reason is recorded where it is measured
-            versions |= remote.ask("about", *remote.solver.packages, limit=limits.first)
-    where += "\n\n" + ", ".join(f"{package} {version}" for package, version in sorted(versions.items()))
+    where = describe(team, limits, gpu)
     peak = team[0].ask("peak", limit=limits.first)
     rows = {row: measure(row, team, folder, options.repeats, limits, {}, step) for row in options.rows}
     grown = []
     for growth in curves:
         table = grow(growth, team, folder, limits, step)
-        picture = options.output.with_name(f"{options.output.stem}-{growth.axis}.png")
+        picture = output.with_name(f"{output.stem}-{growth.axis}.png")
         plot(growth, table, solvers, picture)
         grown.append((growth, table, picture))
     peak = max(peak, team[0].ask("peak", limit=limits.first))
     return Run(solvers, where, rows, grown, peak, options.repeats, gpu is None)
+
+
+def run_sparse(options, team: list[Remote], folder: Path, progress: Progress, gpu: Gpu | None, output: Path) -> Run:
+    """Measure the rows of the sparse table."""
+    limits = Limits(options.first_limit, options.time_limit)
+    rows = QUICK_SPARSE_ROWS if options.quick else SPARSE_ROWS
+    step = steps(progress, len(team) * len(rows) * (1 + options.repeats))
+    where = describe(team, limits, gpu)
+    table = {row: measure(row, team, folder, options.repeats, limits, {}, step) for row in rows}
+    return Run([remote.solver for remote in team], where, table, [], 0.0, options.repeats, True)
+
+
+def steps(progress: Progress, total: int) -> Callable[[str], None]:
+    """Return a function to call with what is done after each pass of a solver."""
+    task = progress.add_task("", total=total)
+    return lambda what: progress.update(task, advance=1, description=what)
+
+
+def describe(team: list[Remote], limits: Limits, gpu: Gpu | None) -> str:
+    """Describe the machine, and the releases of the solvers."""
+    where = f"{machine()}; {gpu.name}" if gpu else machine()
+    versions = {}
+    for remote in team:
+        with contextlib.suppress(Failed):  # the reason is recorded where it is measured
+            versions |= remote.ask("about", *remote.solver.packages, limit=limits.first)
+    return where + "\n\n" + ", ".join(f"{package} {version}" for package, version in sorted(versions.items()))
 
 
 def grow(growth: Growth, team: list[Remote], folder: Path, limits: Limits, step: Callable[[str], None]) -> Table:

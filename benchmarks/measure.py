@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from accuracy import ASKED, gradient_difference, residual
+from operands import save
 from remote import Failed, Remote
-from rows import Row
-from solvers import QPDIFF
+from rows import Row, SparseRow
+from solvers import QPDIFF, QPDIFF_SPARSE
 
 FORWARD, BOTH, BACKWARD = "forward", "forward_backward", "backward"
 TOLERANCES = [1e-8, 3e-9, 1e-9, 3e-10, 1e-10, 3e-11, 1e-11, 3e-12, 1e-12]
@@ -54,7 +55,7 @@ class Result:
 
 
 def measure(
-    row: Row,
+    row: Row | SparseRow,
     team: list[Remote],
     folder: Path,
     repeats: int,
@@ -68,7 +69,7 @@ def measure(
     """
     operands = row.operands()
     file = folder / "operands.npz"
-    np.savez(file, **operands)
+    save(file, operands)
     results, reference = {}, {}
     for remote in team:
         result = results[remote.solver.name] = Result(reasons=dict(reasons.get(remote.solver.name, {})))
@@ -87,7 +88,7 @@ def measure(
 
 def measures(remote: Remote) -> list[str]:
     """Return what is measured of a solver."""
-    alone = remote.solver.name == QPDIFF.name
+    alone = remote.solver.name in (QPDIFF.name, QPDIFF_SPARSE.name)
     return [FORWARD, *([BOTH] if remote.solver.differentiable else []), *([BACKWARD] if alone else [])]
 
 

@@ -11,8 +11,8 @@ from measure import BOTH, FORWARD
 from operations import operations
 from report import table
 from rows import Growth
-from solvers import QPDIFF, Solver, counterpart
-from verdicts import Table, check_targets
+from solvers import QPDIFF, QPDIFF_SPARSE, Solver, counterpart
+from verdicts import SparseTable, Table, Verdict, check_sparse_targets, check_targets
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Run:
     solvers: list[Solver]
     machine: str
     """With the releases of all solvers."""
-    rows: Table
+    rows: Table | SparseTable
     growths: list[tuple[Growth, Table, Path]]
     """With the picture of each."""
     peak: float
@@ -69,12 +69,10 @@ def write(run: Run) -> str:
     rows = list(run.rows)
     names = [solver.name for solver in run.solvers]
     differentiable = [solver.name for solver in run.solvers if solver.differentiable]
-    today = datetime.datetime.now(tz=datetime.UTC).date()
-    sections = ["# Benchmarks", f"Written by `benchmarks/bench.py` on {today}; {run.repeats} rounds."]
-    sections += [run.machine, INTRODUCTION.rstrip()]
+    sections = ["# Benchmarks", *_origin(run), INTRODUCTION.rstrip()]
     if rows:
         if run.targets:
-            sections += ["## Targets", *_verdicts(run)]
+            sections += ["## Targets", *_verdicts(check_targets(run.rows, run.solvers))]
         for title, measure, listed in (("f", FORWARD, names), ("f+b", BOTH, differentiable)):
             sections += [f"## {title} [ms]", _grid(run, listed, lambda r, m=measure: _milliseconds(r, m))]
             pairs = [(solver.name, counterpart(solver, run.solvers)) for solver in run.solvers if solver.name in listed]
@@ -134,12 +132,11 @@ def _mark(result) -> str:
     return "" if result.accurate else "*"
 
 
-def _verdicts(run: Run) -> list[str]:
-    verdicts = check_targets(run.rows, run.solvers)
+def _verdicts(verdicts: list[Verdict]) -> list[str]:
     checked = [verdict for verdict in verdicts if not verdict.outcome.startswith("not checked")]
     met = sum(verdict.outcome == "PASS" for verdict in checked)
     lines = [[v.target, v.row.title, v.own, v.against, v.measured, v.asked, v.outcome] for v in verdicts]
-    headings = ["target", "B, n, m, p", "of", "against", "measured", "asked", ""]
+    headings = ["target", "row", "of", "against", "measured", "asked", ""]
     return [f"{met} of {len(checked)} met.", table(headings, lines)] if lines else ["None applies to these rows."]
 
 
@@ -160,6 +157,46 @@ def _peak(run: Run) -> list[str]:
         "before or after the run. What qpdiff computes is counted by the formula in `benchmarks/operations.py`."
     )
     return [text, table(headings, lines)]
+
+
+SPARSE = f"""\
+Families of problems whose matrices are sparse, with one pattern for the batch (`benchmarks/families.py`). The number
+before the name is the batch B, those after it are the sizes: *mpc* horizon, states, inputs; *portfolio* assets,
+factors; *opf* buses; *tv* points; *sudoku* rows and columns of a box; *svm* examples, features.
+
+* **f** is the solution of the batch, **f+b** also the gradients of sum(x) with respect to all operands, of matrices
+  those of the entries in the pattern. The fastest pass counts.
+* *qpdiff sparse* is `qpdiff.solve_qp` and `qpdiff.vjp` with `qpdiff.Sparse` operands. Moreau is called from torch.
+  PIQP, OSQP, Clarabel and ProxSuite update the values of one set-up for each problem of the batch. The analysis of the
+  pattern is timed of no solver.
+* Accuracy is that of the [dense table](benchmarks.md): each solver runs at the loosest tolerance at which residuals and
+  gap are at most {ASKED:.0e}; a solver marked with * reaches that at none, and is not compared.
+"""
+
+
+def write_sparse(run: Run) -> str:
+    """Return the page of the sparse rows: tables with a line for each row and a column for each solver."""
+    names = [solver.name for solver in run.solvers]
+    differentiable = [solver.name for solver in run.solvers if solver.differentiable]
+
+    def grid(columns, cell):
+        lines = [[row.title, *(cell(results[name]) for name in columns)] for row, results in run.rows.items()]
+        return table(["B, family", *columns], lines)
+
+    sections = ["# Benchmarks with sparse matrices", *_origin(run), SPARSE.rstrip()]
+    sections += ["## Targets", *_verdicts(check_sparse_targets(run.rows))]
+    for title, measure, columns in (("f", FORWARD, names), ("f+b", BOTH, differentiable)):
+        sections += [f"## {title} [ms]", grid(columns, lambda r, m=measure: _milliseconds(r, m))]
+    sections += ["## Accuracy", "Largest residual or gap:", grid(names, lambda r: _number(r.residual))]
+    others = [name for name in differentiable if name != QPDIFF_SPARSE.name]
+    sections += ["Gradients differ from qpdiff's, relative to the largest entry, by:"]
+    sections += [grid(others, lambda r: _number(r.gradient)), *_reasons(run)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _origin(run: Run) -> list[str]:
+    today = datetime.datetime.now(tz=datetime.UTC).date()
+    return [f"Written by `benchmarks/bench.py` on {today}; {run.repeats} rounds.", run.machine]
 
 
 def _reasons(run: Run) -> list[str]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from families import FAMILIES
 from problems import optnet
 
 
@@ -39,6 +40,24 @@ class Row(NamedTuple):
         if self.kind == "sudoku":
             return _sudoku(rng, self.batch)
         return optnet(rng, (self.batch,), self.n, self.m, self.p)
+
+
+class SparseRow(NamedTuple):
+    """A batch of sparse problems of one pattern."""
+
+    batch: int
+    family: str
+    size: int
+    """Small, medium or large: 0, 1 or 2."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.batch}, {self.family} {', '.join(map(str, FAMILIES[self.family][1][self.size]))}"
+
+    def operands(self) -> dict:
+        """Draw NumPy arrays, and `operands.Matrices`, by the names of `qpdiff.solve_qp`, the same in every run."""
+        draw, sizes = FAMILIES[self.family]
+        return draw(np.random.default_rng(0), self.batch, *sizes[self.size])
 
 
 class Growth(NamedTuple):
@@ -84,6 +103,9 @@ ROWS = [
     Row(128, 100, 50, 10, "shared"),
 ]
 QUICK_ROWS = [Row(1, 10, 10, 0), Row(8, 50, 20, 5), Row(4, 64, 0, 40, "sudoku"), Row(8, 50, 20, 5, "shared")]
+SPARSE_ROWS = [SparseRow(batch, family, size) for family in FAMILIES for size in (0, 1) for batch in (1, 64)]
+SPARSE_ROWS += [SparseRow(1, family, 2) for family in FAMILIES]
+QUICK_SPARSE_ROWS = [SparseRow(batch, family, 0) for family in ("portfolio", "opf") for batch in (1, 4)]
 
 BATCHES, SIZES = [1, 3, 10, 30, 100, 300, 1000, 3000, 10_000], [5, 10, 20, 50, 100, 200, 500]
 

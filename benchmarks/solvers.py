@@ -57,6 +57,18 @@ ON_CPU = [
     *map(one_by_one, ("PIQP", "DAQP", "quadprog", "Clarabel", "OSQP", "ElastiQP")),
 ]
 
+QPDIFF_SPARSE = QPDIFF._replace(name="qpdiff sparse")
+SPARSE = [
+    QPDIFF_SPARSE,
+    MOREAU,
+    MOREAU._replace(name="Moreau ipm", options={"solver": "ipm"}),
+    *[
+        Solver(name, "peers.sparse:OneByOne", (name.lower(),), name.lower(), options={"solver": name.lower()})
+        for name in ("PIQP", "OSQP", "Clarabel", "ProxSuite")
+    ],
+]
+"""Those of the sparse rows."""
+
 
 def counterpart(solver: Solver, solvers: list[Solver]) -> str:
     """Return the name of the qpdiff, among the solvers, that is called the same way; without one, of the first."""

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from operands import load
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 LEAST = 0.02
@@ -47,8 +48,7 @@ class Worker:
 
     def prepare(self, file, tolerance):
         self.peer = None  # its memory goes first
-        with np.load(file) as operands:
-            self.peer = self.kind(dict(operands), tolerance, **self.options)
+        self.peer = self.kind(load(file), tolerance, **self.options)
 
     def forward(self, once=False):
         return fastest(self.peer.forward, once)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
+from operands import Matrices
 
 import qpdiff
 
@@ -16,9 +17,17 @@ class Qpdiff:
 
     def __init__(self, operands, tolerance, library="numpy", **options):
         self.arrays = arrays_of(library)
-        self.operands = {name: self.arrays.put(value) for name, value in operands.items()}
+        self.operands = {name: self._put(value) for name, value in operands.items()}
         self.options = options | {"tol": tolerance, "rtol": 0.0}
         self.cotangent = self.arrays.put(np.ones_like(operands["q"]))
+
+    def _put(self, value):
+        if isinstance(value, Matrices):
+            return qpdiff.Sparse(*value)
+        return self.arrays.put(value)
+
+    def _get(self, value):
+        return value.values if isinstance(value, qpdiff.Sparse) else self.arrays.get(value)
 
     def forward(self):
         self.gradients = None
@@ -35,10 +44,10 @@ class Qpdiff:
         self.backward()
 
     def answer(self):
-        names = ("x", "y", "z", "z_lb", "iterations")
+        names = ("x", "y", "z", "z_lb", "z_ub", "iterations")
         answer = {name: self.arrays.get(getattr(self.solution, name)) for name in names}
         if self.gradients is not None:
-            answer |= {f"grad_{name}": self.arrays.get(getattr(self.gradients, name)) for name in self.operands}
+            answer |= {f"grad_{name}": self._get(getattr(self.gradients, name)) for name in self.operands}
         return answer
 
     @staticmethod
