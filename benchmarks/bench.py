@@ -2,7 +2,7 @@
 
 Each solver runs in a process and an environment of its own, which is made once. The report goes to the terminal and,
 with pictures beside it, to the file that --output names; that of the sparse families to a file beside it, whose name
-ends with -sparse. With --backend cupy or torch-cuda qpdiff runs on a GPU, next to qpth; without a GPU the exit code
+ends with -sparse. A run of both tables also makes the table and the picture at the top of the README. With --backend cupy or torch-cuda qpdiff runs on a GPU, next to qpth; without a GPU the exit code
 is 2.
 """
 
@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import overview
 from environments import ROOT, interpreter
 from gpu import Gpu, find_gpu
 from measure import Limits, Result, measure
@@ -83,15 +84,23 @@ def main() -> int:
     if "sparse" in options.tables:
         output = options.output.with_name(f"{options.output.stem}-sparse.md")
         pages.append((chosen(SPARSE, options.peers), run_sparse, write_sparse, output))
+    runs = []
     for solvers, run, page, output in pages:
         try:
-            report = page(with_team(options, solvers, run, gpu, output))
+            runs.append(with_team(options, solvers, run, gpu, output))
         except Failed as failure:
             print(f"qpdiff: {failure}", file=sys.stderr)
             return 2 if gpu else 1
+        report = page(runs[-1])
         print(report, end="")
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(report)
+    if len(runs) == 2 and {overview.DENSE, overview.SPARSE} <= {*runs[0].rows, *runs[1].rows}:
+        panels = overview.panels(runs[0].rows, runs[0].solvers, runs[1].rows, runs[1].solvers)
+        overview.draw(panels, options.output.with_name("benchmarks-overview.png"))
+        if options.output == ROOT / "docs" / "benchmarks.md":
+            for page in (ROOT / "README.md", ROOT / "docs" / "index.md"):
+                overview.insert(page, overview.write(panels))
     return 0
 
 
