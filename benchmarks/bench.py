@@ -2,8 +2,8 @@
 
 Each solver runs in a process and an environment of its own, which is made once. The report goes to the terminal and,
 with pictures beside it, to the file that --output names; that of the sparse families to a file beside it, whose name
-ends with -sparse. A run of both tables also makes the table and the picture at the top of the README. With --backend cupy or torch-cuda qpdiff runs on a GPU, next to qpth; without a GPU the exit code
-is 2.
+ends with -sparse. A run of both tables with all solvers also makes the table and the picture at the top of the README.
+With --backend cupy or torch-cuda qpdiff runs on a GPU, next to qpth; without a GPU the exit code is 2.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main() -> int:
         print(report, end="")
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(report)
-    if len(runs) == 2 and {overview.DENSE, overview.SPARSE} <= {*runs[0].rows, *runs[1].rows}:
+    if len(runs) == 2 and not options.peers and {overview.DENSE, overview.SPARSE} <= {*runs[0].rows, *runs[1].rows}:
         panels = overview.panels(runs[0].rows, runs[0].solvers, runs[1].rows, runs[1].solvers)
         overview.draw(panels, options.output.with_name("benchmarks-overview.png"))
         if options.output == ROOT / "docs" / "benchmarks.md":
