@@ -41,17 +41,16 @@ def _of_problem(d, x, y, z, z_lb, z_ub):
 
 
 def gradient_difference(operands, reference, answer) -> float:
-    """Return the largest difference of a gradient, relative to the largest entry of the reference."""
-    return max(
-        _difference(name, value, reference[f"grad_{name}"], answer[f"grad_{name}"]) for name, value in operands.items()
-    )
+    """Return the largest difference of a gradient, relative to the largest entry of the reference's gradients."""
+    differences = [_difference(name, value, reference, answer) for name, value in operands.items()]
+    return max(differences) / max(float(np.max(np.abs(reference[f"grad_{name}"]))) for name in operands)
 
 
-def _difference(name, operand, reference, gradient) -> float:
+def _difference(name, operand, reference, answer) -> float:
+    expected, gradient = reference[f"grad_{name}"], answer[f"grad_{name}"]
     if name == "Q":  # only its symmetric part is defined
         gradient = (gradient + _transposed(operand, gradient)) / 2
-    # A gradient is zero in all entries where no constraint of an operand is active.
-    return float(np.max(np.abs(gradient - reference)) / max(np.max(np.abs(reference)), np.finfo(float).tiny))
+    return float(np.max(np.abs(gradient - expected)))
 
 
 def _transposed(operand, gradient):
