@@ -79,10 +79,17 @@ def objective_vjp(problem: Problem, x, v, g, names=None) -> dict[str, Any]:
     return _operand_gradients(problem, v, names, q=g * x, k=k, Q=(-0.5 * g * x, x), K=[(k, x)])
 
 
-def masked(xp, solved, x, v, fill: float):
-    """Return x, v and weights (B, 1) for derivatives of optimal values: zeros and `fill` in problems not SOLVED."""
-    one = xp.ones_like(x[:, :1])
-    return xp.where(solved, x, 0.0), xp.where(solved, v, 0.0), xp.where(solved, one, fill * one)
+def masked(xp, solved, *values):
+    """Return values (B, ·) with zeros in problems that are not SOLVED, whose own may be NaN: 0 · NaN is not 0."""
+    return [xp.where(solved, value, 0.0) for value in values]
+
+
+def filled(xp, solved, value, fill: float):
+    """Return values (B, 1) with `fill`, 0 or NaN, in problems that are not SOLVED; so have their derivatives."""
+    if fill == 0.0:
+        return xp.where(solved, value, 0.0)
+    one = xp.ones_like(value)
+    return xp.where(solved, one, fill * one) * value  # the derivative of where() alone would be 0
 
 
 def gradients_vjp(problem: Problem, x, v, u_x, u_v, cotangents: dict[str, Any]):
@@ -125,9 +132,12 @@ def kkt_jvp(problem: Problem, x, v, u_x, u_v, dx, dv, tangents: dict[str, Any]):
 
 
 def _theta(problem: Problem, x, v):
-    """Compute the multipliers of the inequalities, 1 in the other rows, and θ = (k − Kx)/v, 0 there."""
+    """Compute the multipliers of the inequalities, 1 in the other rows, and θ = (k − Kx)/v, 0 there.
+
+    A multiplier of an inequality is 0 in problems that are not SOLVED (`masked`), and 1 here.
+    """
     xp, inequality = problem.backend.xp, problem.inequality
-    safe_v = xp.where(inequality, v, xp.ones_like(v))
+    safe_v = xp.where(inequality & (v != 0), v, xp.ones_like(v))
     return safe_v, xp.where(inequality, (problem.k - problem.constraints(x)) / safe_v, xp.zeros_like(v))
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import solver
-from .adjoint import kkt_vjp, masked, objective_vjp, solution_vjp
+from .adjoint import filled, kkt_vjp, masked, objective_vjp, solution_vjp
 from .backend import Backend
 from .differentiation import FILL, smoothed, solve_adjoint, solve_kkt
 from .problem import Problem, split_rows
@@ -91,8 +91,9 @@ def solve_qp(
         objective = _optimal_value(layer, *flat.values())
     else:  # the relaxed point is no minimum, so the value moves with it
         in_boxes = layer.problem(*flat.values())
-        x, _, weights = _masked(layer, solution)
-        value = weights[:, 0] * anp.sum(x * (in_boxes.hessian(x) / 2 + in_boxes.q), axis=-1)
+        x, _ = _halves(layer, _at_solved(layer, solution))
+        value = anp.sum(x * (in_boxes.hessian(x) / 2 + in_boxes.q), axis=-1, keepdims=True)
+        value = filled(anp, _solved(layer), value, FILL[layer.unsolved])
         objective = _with_value(sol.objective, anp.reshape(value, problem.batch_shape))
         solution = _with_value(np.concatenate([sol.linearization.x, sol.linearization.v], axis=-1), solution)
     x, v = solution[:, : problem.n], solution[:, problem.n :]
@@ -187,8 +188,9 @@ def _solution_vjp(argnums, solution, args, kwargs):
     def vjp(g):
         names = [layer.names[i - 1] for i in argnums]
         if any(map(isbox, (g, solution, *operands))):
-            u = _kkt_solve(layer, g, solution, *operands)
-            halves = *_halves(layer, solution), *_halves(layer, u)
+            at = _at_solved(layer, solution)
+            u = _kkt_solve(layer, g, at, *operands)
+            halves = *_halves(layer, at), *_halves(layer, u)
             gradients = solution_vjp(layer.problem(*operands), *halves, names)
         else:
             lin = layer.sol.linearization
@@ -204,8 +206,9 @@ def _optimal_value_vjp(argnums, objective, args, kwargs):
 
     def vjp(g):
         problem, names = layer.problem(*operands), [layer.names[i - 1] for i in argnums]
-        x, v, weights = _masked(layer, _solution(layer, *operands))
-        g = anp.reshape(g, weights.shape).astype(problem.dtype) * weights
+        x, v = _halves(layer, _at_solved(layer, _solution(layer, *operands)))
+        solved = _solved(layer)
+        g = filled(anp, solved, anp.reshape(g, solved.shape).astype(problem.dtype), FILL[layer.unsolved])
         gradients = objective_vjp(problem, x, v, g, names)
         return [stored(gradients[name]) for name in names]
 
@@ -226,9 +229,15 @@ def _kkt_solve_vjp(argnums, u, args, kwargs):
     return vjp
 
 
-def _masked(layer: _Layer, solution):
-    x, v = _halves(layer, solution)
-    return masked(anp, layer.sol.linearization.status == int(Status.SOLVED), x, v, FILL[layer.unsolved])
+def _solved(layer: _Layer):
+    """Return the mask (B, 1) of the problems that are SOLVED."""
+    return layer.sol.linearization.status == int(Status.SOLVED)
+
+
+def _at_solved(layer: _Layer, solution):
+    """Return the solution with zeros in problems that are not SOLVED."""
+    (solution,) = masked(anp, _solved(layer), solution)
+    return solution
 
 
 def _halves(layer: _Layer, pair):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .adjoint import masked, objective_vjp, right_hand_side, solution_vjp
+from .adjoint import filled, masked, objective_vjp, right_hand_side, solution_vjp
 from .backend import from_host
 from .engines.array.central_path import relax
 from .engines.base import Linearization
@@ -267,6 +267,8 @@ def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsol
     """
     _check_fill(unsolved)
     problem = lin.problem
+    if names:
+        lin = _at_solved(lin)
     with problem.reproducibly():
         u_x, u_v, gradients = r_x, r_v, dict[str, Any]()
         if problem.batch:
@@ -299,8 +301,18 @@ def objective_gradients(
     """
     _check_fill(unsolved)
     problem, xp, solved = lin.problem, lin.problem.backend.xp, lin.status == int(Status.SOLVED)
-    x, v, weights = masked(xp, solved, lin.x, lin.v, FILL[unsolved])
-    return objective_vjp(problem, x, v if stationary else xp.zeros_like(v), weights * g, names)
+    x, v = masked(xp, solved, lin.x, lin.v)
+    g = filled(xp, solved, g, FILL[unsolved])
+    return objective_vjp(problem, x, v if stationary else xp.zeros_like(v), g, names)
+
+
+def _at_solved(lin: Linearization) -> Linearization:
+    """Return a linearization with zeros for x and v of the problems that are not SOLVED."""
+    unsolved = lin.status != int(Status.SOLVED)
+    if lin.problem.backend.known_all_false(unsolved):
+        return lin
+    x, v = masked(lin.problem.backend.xp, ~unsolved, lin.x, lin.v)
+    return lin._replace(x=x, v=v)
 
 
 def _check_fill(unsolved: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from . import solver
-from .adjoint import masked, right_hand_side
+from .adjoint import filled, masked, right_hand_side
 from .backend import Backend, choose_backend, read_dtype
 from .differentiation import FILL, check_smoothing, solve_kkt
 from .engines import choice
@@ -545,8 +545,10 @@ def _solve(method: _Method, unsolved: str, kappa: float | None, operands, start)
     problem, moving, shown = method.layout.problem(operands), outcome, outcome
     if kappa is not None:
         moving, _ = _relaxed(method, unsolved, kappa, operands, *jax.lax.stop_gradient((outcome, extra)))
-        x, _, weights = _masked(moving, moving.v, unsolved)
-        value = weights * jnp.sum(x * (problem.hessian(x) / 2 + problem.q), axis=-1, keepdims=True)
+        solved = _solved(moving)
+        (x,) = masked(jnp, solved, moving.x)
+        value = jnp.sum(x * (problem.hessian(x) / 2 + problem.q), axis=-1, keepdims=True)
+        value = filled(jnp, solved, value, FILL[_fill(unsolved)])
         moves = {"x": moving.x, "v": moving.v, "objective": value.astype(outcome.objective.dtype)}
         shown = outcome._replace(**{name: _with_value(getattr(outcome, name), part) for name, part in moves.items()})
     return solver.make_solution(problem, shown, None), outcome, extra, moving.status
@@ -587,44 +589,50 @@ def _with_value_jvp(primals, tangents):
 
 def _tangent(method: _Method, unsolved: str, operands, tangents, outcome: Outcome, extra):
     """Return the tangents of the outcome at a point and of what comes with it."""
-    problem = method.layout.problem(operands)
+    problem, solved = method.layout.problem(operands), _solved(outcome)
+    x, v = masked(jnp, solved, outcome.x, outcome.v)
     of_matrices = {name: tangent for name, tangent in tangents.items() if name in MATRICES}
     of_vectors = {name: tangent for name, tangent in tangents.items() if name not in MATRICES}
-    moved = [right_hand_side(problem, outcome.x, outcome.v, part) for part in (of_matrices, of_vectors)]
+    moved = [right_hand_side(problem, x, v, part) for part in (of_matrices, of_vectors)]
     right = [matrices + vectors for matrices, vectors in zip(*moved, strict=True)]
     dx, dv = _solve_kkt(problem, outcome, method.linearization(problem, outcome, extra), unsolved, *right)
     still, others = jax.tree.map(_zero_tangent, (outcome, extra))
-    value = _objective_tangent(problem, outcome, unsolved, *moved).astype(outcome.objective.dtype)
-    return still._replace(x=dx, v=dv, objective=value), others
+    value = filled(jnp, solved, _objective_tangent(problem, x, v, *moved), FILL[_fill(unsolved)])
+    return still._replace(x=dx, v=dv, objective=value.astype(outcome.objective.dtype)), others
 
 
-def _objective_tangent(problem: Problem, outcome: Outcome, unsolved: str, of_matrices, of_vectors):
+def _objective_tangent(problem: Problem, x, v, of_matrices, of_vectors):
     """Compute the tangents (B, 1) of the optimal values from the right-hand sides r of the KKT system.
 
     They are −rᵀ(x, v) by the envelope theorem, half of that for the matrices, which stand on both sides of r.
     """
-    x, v, weights = _masked(outcome, jnp.where(problem.exists, outcome.v, 0.0), unsolved)
+    v = jnp.where(problem.exists, v, 0.0)
 
     def along(r_x, r_v):
         r_v = jnp.where(problem.exists, r_v, 0.0)
         return jnp.sum(r_x * x, axis=-1, keepdims=True) + jnp.sum(r_v * v, axis=-1, keepdims=True)
 
-    return -weights * (along(*of_matrices) / 2 + along(*of_vectors))
+    return -(along(*of_matrices) / 2 + along(*of_vectors))
 
 
-def _masked(outcome: Outcome, v, unsolved: str):
-    fill = FILL["zero" if unsolved == "zero" else "nan"]
-    return masked(jnp, outcome.status == int(Status.SOLVED), outcome.x, v, fill)
+def _solved(outcome: Outcome):
+    """Return the mask (B, 1) of the problems that are SOLVED."""
+    return outcome.status == int(Status.SOLVED)
+
+
+def _fill(unsolved: str) -> str:
+    """Return what problems that are not SOLVED contribute; under `jit` "raise" cannot raise."""
+    return "zero" if unsolved == "zero" else "nan"
 
 
 def _solve_kkt(problem: Problem, outcome: Outcome, lin: Linearization, unsolved: str, r_x, r_v):
     """K⁻¹ r as an operation that JAX transposes, since K is symmetric, and differentiates by what K is made of."""
-    x, v, inequality = outcome.x, outcome.v, problem.inequality
-    exists = problem.exists
+    solved, exists, inequality = _solved(outcome), problem.exists, problem.inequality
+    x, v = masked(jnp, solved, outcome.x, outcome.v)
     # s is known better than k − Kx, but it moves as that does.
     slack = problem.k - problem.constraints(x)
     s = outcome.s + (slack - jax.lax.stop_gradient(slack))
-    theta = jnp.where(inequality, s / jnp.where(inequality, v, 1.0), 0.0)
+    theta = jnp.where(inequality, s / jnp.where(inequality & solved, v, 1.0), 0.0)
 
     def split(u):
         return u[:, : problem.n], u[:, problem.n :]
@@ -636,7 +644,7 @@ def _solve_kkt(problem: Problem, outcome: Outcome, lin: Linearization, unsolved:
         return jnp.concat([problem.hessian(u_x) + problem.adjoint(u_rows), right_v], axis=-1)
 
     def solve(_, r):
-        return jnp.concat(solve_kkt(lin, *split(r), unsolved="zero" if unsolved == "zero" else "nan"), axis=-1)
+        return jnp.concat(solve_kkt(lin, *split(r), unsolved=_fill(unsolved)), axis=-1)
 
     # In one array: JAX transposes a solve whose right-hand sides are all linear in what it transposes for.
     right = jnp.concat([r_x, jnp.where(exists, r_v, 0.0)], axis=-1)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import solver
-from .adjoint import gradients_vjp, kkt_jvp, kkt_vjp, masked, objective_vjp, right_hand_side, solution_vjp
+from .adjoint import filled, gradients_vjp, kkt_jvp, kkt_vjp, masked, objective_vjp, right_hand_side, solution_vjp
 from .backend import choose_backend, read_dtype
 from .differentiation import FILL, check_smoothing, smoothed, solve_adjoint
 from .engines.base import Linearization
@@ -181,6 +181,7 @@ class _Layer:
         self.solver_backend = _host_backend() if _on_host(backend.device) else backend
         self.names, self.rounding, self.unsolved, self.options = settings
         self.smoothing = self.options.get("smoothing")
+        self.fill = _fill(self.unsolved)
         self.linearization: Any = None
 
     def solution(self, batch_shape, operands, warm):
@@ -228,10 +229,9 @@ class _Layer:
         return _as_tensors(self._solve_adjoint(r_x, r_v, wanted)[2])
 
     def _solve_adjoint(self, r_x, r_v, wanted):
-        unsolved = "zero" if self.unsolved == "raise" else self.unsolved
         r_x, r_v = self.arrays((r_x, r_v))
         with self.solver_backend.no_grad():
-            u_x, u_v, gradients = solve_adjoint(self.linearization, r_x, r_v, wanted, unsolved=unsolved)
+            u_x, u_v, gradients = solve_adjoint(self.linearization, r_x, r_v, wanted, unsolved=self.fill)
         return u_x, u_v, [gradients[name] for name in wanted]
 
     def arrays(self, tensors) -> list:
@@ -250,6 +250,11 @@ class _Layer:
     def problem(self, x, operands) -> Problem:
         """Return the problem in torch's operands and operations."""
         return _problem(self.backend, self.names, x, operands)
+
+
+def _fill(unsolved: str) -> str:
+    """Return what problems that are not SOLVED contribute; with "raise" there are none."""
+    return "zero" if unsolved == "raise" else unsolved
 
 
 def _problem(backend, names, x, operands) -> Problem:
@@ -348,13 +353,15 @@ class _Solution(Function):
     def jvp(ctx, _, __, *tangents):
         layer, tangents = ctx.layer, _given(ctx.layer.names, tangents)
         *operands, x, v, status = _primals(ctx.saved_tensors)
+        solved = _solved(x, status)
+        x, v = masked(torch, solved, x, v)
         with layer.backend.in_full_precision():
             problem = layer.problem(x, operands)
             r_x, r_v = right_hand_side(problem, x, v, tangents)
         dx, dv = layer.kkt_solve((), r_x, r_v, x, v, operands)
         out = [dx, dv, *[None] * len(_OTHERS)]
         with layer.backend.in_full_precision():
-            out[_OBJECTIVE] = _objective_jvp(layer, problem, x, v, status, dx, tangents).reshape(ctx.batch_shape)
+            out[_OBJECTIVE] = _objective_jvp(layer, problem, x, v, solved, dx, tangents).reshape(ctx.batch_shape)
         return *out, *([] if layer.smoothing is None else [dx.clone(), dv.clone(), None])
 
     @staticmethod
@@ -426,13 +433,16 @@ def _solution_backward(layer, needed, cotangents, x, v, status, operands):
     """Return the gradients of the operands from the cotangents of the first function's results."""
     wanted, gradients = _wanted(layer.names, needed), dict[str, Any]()
     (g_x, g_v), g = cotangents[:2], cotangents[_OBJECTIVE]
+    if g is not None or _records():
+        solved = _solved(x, status)
+        x, v = masked(torch, solved, x, v)
     if layer.smoothing is not None:
         g_x, g_v = _sum(g_x, cotangents[_LAST]), _sum(g_v, cotangents[_LAST + 1])
     if g is not None:
         with layer.backend.in_full_precision():
             problem = layer.problem(x, operands)
-            g = g.reshape(x.shape[0], 1).to(x.dtype)
-            gradients = objective_vjp(problem, *_weighted(layer, x, v, status, g), wanted)
+            g = filled(torch, solved, g.reshape(x.shape[0], 1).to(x.dtype), FILL[layer.fill])
+            gradients = objective_vjp(problem, x, _of_value(layer, v), g, wanted)
             if layer.smoothing is not None:  # the relaxed point is no minimum, so the value moves with it
                 g_x = _sum(g_x, g * (problem.hessian(x) + problem.q))
     if g_x is not None or g_v is not None:
@@ -445,31 +455,30 @@ def _solution_backward(layer, needed, cotangents, x, v, status, operands):
     return map(gradients.get, layer.names)
 
 
-def _objective_jvp(layer, problem, x, v, status, dx, tangents):
+def _objective_jvp(layer, problem, x, v, solved, dx, tangents):
     """Compute the tangents (B, 1) of the optimal values, the transpose of `_solution_backward`.
 
     They are −rᵀ(x, v) with the right-hand side r of the KKT system, half of that for the matrices, which stand on both
     sides.
     """
-    x, v, weight = _weighted(layer, x, v, status, torch.ones_like(x[:, :1]))
-    total = torch.zeros_like(weight)
+    v, total = _of_value(layer, v), torch.zeros_like(x[:, :1])
     for matrices, factor in ((True, 0.5), (False, 1.0)):
         part = {name: tangent for name, tangent in tangents.items() if (name in MATRICES) == matrices}
         for r, vector in zip(right_hand_side(problem, x, v, part), (x, v), strict=True):
             total = total - factor * (r * vector).sum(-1, keepdim=True)
     if layer.smoothing is not None:
         total = total + ((problem.hessian(x) + problem.q) * dx).sum(-1, keepdim=True)
-    return (weight * total).double()
+    return filled(torch, solved, total, FILL[layer.fill]).double()
 
 
-def _weighted(layer, x, v, status, g):
-    """Return x, v and the cotangents g of the optimal values for its derivative, v = 0 at a relaxed point.
+def _solved(x, status):
+    """Return the mask (B, 1) of the problems that are SOLVED."""
+    return status.reshape(x.shape[0], 1) == int(Status.SOLVED)
 
-    Problems that are not SOLVED get zeros, and `unsolved` as their g.
-    """
-    solved = status.reshape(x.shape[0], 1) == int(Status.SOLVED)
-    x, v, weights = masked(torch, solved, x, v, FILL["nan" if layer.unsolved == "nan" else "zero"])
-    return x, v if layer.smoothing is None else torch.zeros_like(v), weights * g
+
+def _of_value(layer, v):
+    """Return the multipliers for the derivative of the optimal value, 0 at a relaxed point."""
+    return v if layer.smoothing is None else torch.zeros_like(v)
 
 
 def _kkt_backward(layer, needed, g_x, g_v, of_gradients, x, v, operands, u_x, u_v):
@@ -627,7 +636,7 @@ class _Operators:
     def __init__(self, backend, settings: _Settings, point=()):
         self.backend: Any = backend
         self.settings, self.names, self.unsolved = settings, settings.names, settings.unsolved
-        self.smoothing = settings.options.get("smoothing")
+        self.smoothing, self.fill = settings.options.get("smoothing"), _fill(settings.unsolved)
         self.point = point
         """Slacks of all rows (B, rows), status (B), equilibration (B, n + rows), for the second function."""
 

@@ -181,6 +181,28 @@ def test_unsolved():
         loss(q, "ignore")
 
 
+@pytest.mark.parametrize("smoothing", [None, 0.1])
+def test_a_problem_without_numbers_leaves_derivatives_by_shared_operands_alone(smoothing):
+    shared = {name: value[0] for name, value in strictly_feasible(np.random.default_rng(3), "A G").items()}
+    q = np.random.default_rng(4).normal(size=(3, 5))
+    directions = {name: np.random.default_rng(5).normal(size=shared[name].shape) for name in ("Q", "G", "A")}
+    directions["Q"] = directions["Q"] + directions["Q"].mT
+
+    def derivatives(h):
+        def loss(t):
+            moved = {name: shared[name] + t * direction for name, direction in directions.items()}
+            operands = shared | moved | {"q": q, "h": h}
+            sol = qpdiff.autograd.solve_qp(**operands, unsolved="zero", smoothing=smoothing, check=False, **TIGHT)
+            return sum(anp.sum(anp.sin(value[[0, 2]])) for value in (sol.x, sol.z, sol.objective)) + 0 * anp.sum(sol.x)
+
+        return grad(loss)(0.0), grad(grad(loss))(0.0)
+
+    h = np.ones((3, 4))
+    expected = derivatives(h)
+    h[1] = np.nan
+    np.testing.assert_allclose(derivatives(h), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("parts", ["G", "A G lb ub"])
 @pytest.mark.parametrize("kappa", [0.01, 1.0])
 def test_smoothing_against_differences_of_the_relaxed_solution(parts, kappa):

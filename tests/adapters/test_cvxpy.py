@@ -388,6 +388,21 @@ def test_statuses_and_the_value_of_what_has_no_solution(sense):
     assert np.isfinite(layer.vjp(solution, np.ones(2), unsolved="zero")[1]).all()
 
 
+def test_a_problem_without_numbers_leaves_the_gradients_of_shared_parameters_alone():
+    x, A, b = cp.Variable(2), cp.Parameter((3, 2)), cp.Parameter(3)
+    layer = qpdiff.from_cvxpy(cp.Problem(cp.Minimize(cp.norm1(A @ x - b) + cp.sum_squares(x))), [A, b])
+    rng = np.random.default_rng(0)
+    matrix, sides = rng.normal(size=(3, 2)), rng.normal(size=(BATCH, 3))
+    cotangents = rng.normal(size=(BATCH, 2)) * [[1.0], [0.0], [1.0]]
+    expected, _ = layer.vjp(layer(matrix, sides), cotangents)
+    sides[1] = np.nan
+    solution = layer(matrix, sides, check=False)
+    assert solution.status[1] != Status.SOLVED
+    found, of_sides = layer.vjp(solution, cotangents, unsolved="zero")
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(of_sides[1], 0.0)
+
+
 def test_parameters_that_are_not_listed_keep_their_value():
     problem, parameters, values, variables = make(nearest_matrices)
     solution = qpdiff.from_cvxpy(problem, parameters, variables)(*values)

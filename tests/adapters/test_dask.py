@@ -344,6 +344,19 @@ def test_unsolved():
         np.testing.assert_array_equal(tangent[3:5], 0.0)
 
 
+def test_a_problem_without_numbers_leaves_the_gradients_of_shared_operands_alone():
+    operands = random_problem(np.random.default_rng(7), "A G", batch=(4,), shared=("Q", "G", "A"))
+    x = np.ones((4, 1)) * [[1.0], [0.0], [1.0], [1.0]]
+    expected = qpdiff.vjp(qpdiff.solve_qp(**operands), x=x)
+    operands["h"][1] = np.nan
+    lazy = operands | {"q": da.from_array(operands["q"], chunks=(2, -1))}
+    sol = qpdiff.dask.solve_qp(**lazy, unsolved="zero", check=False)
+    found = qpdiff.dask.vjp(sol, x=x)
+    assert np.isnan(sync(sol.z)[0][1]).any()
+    for name in ("Q", "G", "A"):
+        np.testing.assert_allclose(sync(getattr(found, name))[0], getattr(expected, name), rtol=1e-9, atol=1e-12)
+
+
 # ---- processes
 
 

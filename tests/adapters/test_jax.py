@@ -642,3 +642,21 @@ def test_unsolved_problems_add_nothing_to_the_gradient_of_a_smoothed_value(calle
     of_Q = jax.grad
     np.testing.assert_allclose(of_Q(loss)(jnp.zeros((2, 2)), q, "zero"), np.full((2, 2), -0.005), atol=1e-6)
     assert np.all(np.isnan(of_Q(loss)(jnp.zeros((2, 2)), q, "nan")))
+
+
+@pytest.mark.parametrize("smoothing", [None, 0.1])
+def test_a_problem_without_numbers_leaves_derivatives_by_shared_operands_alone(on_host, smoothing):
+    shared = {name: value[0] for name, value in strictly_feasible(np.random.default_rng(3), "A G", n=3, m=2).items()}
+    q = np.random.default_rng(4).normal(size=(3, 3))
+    directions = {name: np.random.default_rng(5).normal(size=shared[name].shape) for name in ("Q", "G", "A")}
+    directions["Q"] = directions["Q"] + directions["Q"].mT
+
+    def loss(t, h):
+        moved = {name: shared[name] + t * direction for name, direction in directions.items()}
+        sol = on_host(**shared | moved | {"q": q, "h": h}, unsolved="zero", smoothing=smoothing, **TIGHT)
+        return sum(jnp.sum(jnp.sin(value[jnp.array([0, 2])])) for value in (sol.x, sol.z, sol.objective))
+
+    h = jnp.ones((3, 2))
+    for derivative in (jax.grad(loss), jax.jacfwd(loss), jax.hessian(loss)):
+        expected, found = (jax.jit(derivative)(0.0, side) for side in (h, h.at[1].set(jnp.nan)))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -600,6 +600,36 @@ def test_optimal_value_of_unsolved_problems(solved_by, smoothing):
         torch.testing.assert_close(first, torch.tensor([0.5], dtype=DOUBLE))
 
 
+@pytest.mark.parametrize("smoothing", [None, 0.1])
+def test_a_problem_without_numbers_leaves_derivatives_by_shared_operands_alone(solved_by, smoothing):
+    """They are those of the loss of the other problems, to the second order and in both modes."""
+    shared = {
+        name: torch.tensor(value[0]) for name, value in strictly_feasible(np.random.default_rng(3), "A G").items()
+    }
+    q = torch.tensor(np.random.default_rng(4).normal(size=(3, 5)))
+    hs = torch.ones(3, 4, dtype=DOUBLE), torch.ones(3, 4, dtype=DOUBLE)
+    hs[1][1] = torch.nan
+
+    def derivatives(h):
+        def loss(Q, G, A):
+            operands = shared | {"Q": symmetric(Q), "G": G, "A": A, "q": q, "h": h}
+            sol = qpdiff.torch.solve_qp(**operands, unsolved="zero", smoothing=smoothing, check=False, **TIGHT)
+            if h is hs[1]:
+                assert sol.z[1].isnan().any()
+            kept = [value[[0, 2]] for value in (sol.x, sol.y, sol.z, sol.objective)]
+            return sum(value.sin().sum() for value in kept) + 0 * sol.x.sum()  # the last is NaN
+
+        values = tuple(shared[name].clone().requires_grad_() for name in ("Q", "G", "A"))
+        first = torch.autograd.grad(loss(*values), values, create_graph=True)
+        second = torch.autograd.grad(sum(value.square().sum() for value in first), values)
+        pushed = torch.func.jvp(lambda Q: loss(Q, *values[1:]), values[:1], (torch.eye(5, dtype=DOUBLE),))[1]
+        return *first, *second, pushed
+
+    expected, found = (derivatives(h) for h in hs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
 # ---- smoothing
 
 

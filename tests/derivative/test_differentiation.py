@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from problems import strictly_feasible
 
 import qpdiff
 
@@ -353,3 +354,31 @@ def test_optimal_value_of_unsolved_problems(with_x):
         qpdiff.vjp(sol, objective=1.0, unsolved="no")
     with pytest.raises(ValueError, match="cotangent of objective has shape"):
         qpdiff.vjp(sol, objective=np.ones(3))
+
+
+@pytest.mark.parametrize("smoothing", [None, 0.1])
+def test_a_problem_without_numbers_leaves_the_gradients_of_shared_operands_alone(xp, smoothing):
+    """They are those of a batch whose second problem has zeros as its cotangents."""
+    if smoothing is not None and xp.name in ("jax", "array-api-strict"):
+        pytest.skip("takes long")
+    rng = np.random.default_rng(21)
+    operands = {name: value[0] for name, value in strictly_feasible(rng, "A G", n=3, m=2, p=1).items()}
+    operands |= {"q": rng.normal(size=(3, 3)), "h": np.ones((3, 2))}
+    one_without = operands | {"h": np.where([[False], [True], [False]], np.nan, operands["h"])}
+    with_numbers, without = (
+        qpdiff.solve_qp(**{name: xp.asarray(value) for name, value in each.items()}, check=False)
+        for each in (operands, one_without)
+    )
+    assert np.isnan(xp.to_numpy(without.z)[1]).all()
+    cotangents = {"x": rng.normal(size=(3, 3)), "z": rng.normal(size=(3, 2)), "objective": rng.normal(size=3)}
+    for names in (("x", "z"), ("objective",), ("x", "objective")):
+        gradients = []
+        for sol, fill in ((with_numbers, 0.0), (without, np.nan)):  # those of a loss are NaN where the solution is
+            for name in names:
+                cotangents[name][1] = fill
+            given = {name: xp.asarray(cotangents[name]) for name in names}
+            gradients.append(qpdiff.vjp(sol, **given, smoothing=smoothing, unsolved="zero"))
+        for name in operands:
+            expected, found = (xp.to_numpy(getattr(each, name)) for each in gradients)
+            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9, err_msg=f"{name} of {names}")
+        assert np.isnan(xp.to_numpy(qpdiff.vjp(without, **given, smoothing=smoothing).G)).all()
