@@ -79,6 +79,37 @@ def objective_vjp(problem: Problem, x, v, g, names=None) -> dict[str, Any]:
     return _operand_gradients(problem, v, names, q=g * x, k=k, Q=(-0.5 * g * x, x), K=[(k, x)])
 
 
+def right_hand_sides(problem: Problem, x, v, tangents: dict[str, Any]):
+    """Compute the right-hand sides for tangents of the matrices and for those of the vectors, whose sum is for all."""
+    of_matrices = {name: tangent for name, tangent in tangents.items() if name in MATRICES}
+    of_vectors = {name: tangent for name, tangent in tangents.items() if name not in MATRICES}
+    return right_hand_side(problem, x, v, of_matrices), right_hand_side(problem, x, v, of_vectors)
+
+
+def objective_jvp(problem: Problem, x, v, of_matrices, of_vectors):
+    """Compute the tangents (B, 1) of the optimal values from `right_hand_sides` r, as the transpose of `objective_vjp`.
+
+    They are −rᵀ(x, v), half of that for the matrices, which stand on both sides.
+    """
+    xp = problem.backend.xp
+
+    def along(r_x, r_v):
+        return xp.sum(r_x * x, axis=-1, keepdims=True) + xp.sum(r_v * v, axis=-1, keepdims=True)
+
+    return -(along(*of_matrices) / 2 + along(*of_vectors))
+
+
+def cost_jvp(problem: Problem, x, dx, tangents: dict[str, Any]):
+    """Compute the tangents (B, 1) of ½ xᵀQx + qᵀx where x moves by dx, at a point that need not be a minimum."""
+    xp = problem.backend.xp
+    total = (problem.hessian(x) + problem.q) * dx
+    if "Q" in tangents:
+        total = total + product(tangents["Q"], x) * x / 2
+    if "q" in tangents:
+        total = total + tangents["q"] * x
+    return xp.sum(total, axis=-1, keepdims=True)
+
+
 def masked(xp, solved, *values):
     """Return values (B, ·) with zeros in problems that are not SOLVED, whose own may be NaN: 0 · NaN is not 0."""
     return [xp.where(solved, value, 0.0) for value in values]

@@ -251,7 +251,8 @@ def jvp(
     Returns
     -------
     Tangents
-        Dask arrays in the blocks of the solution.
+        Dask arrays in the blocks of the solution. ``dask.compute`` of it computes the five entries of the tuple; name
+        its `objective` beside it: ``dask.compute(tangents, tangents.objective)``.
 
     Raises
     ------
@@ -280,7 +281,9 @@ def jvp(
         given[name] = _fitting(f"tangent of {name}", value, shape, blocks)
     core = {name: len(_core(name, blocks.shapes[name])) for name in given}
     pushed = blocks.map(_jvp_block, given, core, options, "qpdiff-jvp")
-    return Tangents(*(blocks.read(pushed, name, getattr(empty, name)) for name in Tangents._fields))
+    out = Tangents(*(blocks.read(pushed, name, getattr(empty, name)) for name in Tangents._fields))
+    out.objective = blocks.read(pushed, "objective", empty.objective)
+    return out
 
 
 # ---- the blocks

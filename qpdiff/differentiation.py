@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .adjoint import filled, masked, objective_vjp, right_hand_side, solution_vjp
+from .adjoint import cost_jvp, filled, masked, objective_jvp, objective_vjp, right_hand_sides, solution_vjp
 from .backend import from_host
 from .engines.array.central_path import relax
 from .engines.base import Linearization
@@ -34,14 +34,24 @@ class Gradients(NamedTuple):
     ub: Any = None
 
 
-class Tangents(NamedTuple):
-    """Tangents of the solution, of the shapes of its x, y, z, z_lb and z_ub."""
-
+class _Tangents(NamedTuple):
     x: Any
     y: Any
     z: Any
     z_lb: Any
     z_ub: Any
+
+
+class Tangents(_Tangents):
+    """Tangents of the solution, of the shapes of its x, y, z, z_lb and z_ub: a tuple of these five.
+
+    Attributes
+    ----------
+    objective : array (*batch)
+        Tangent of the optimal value, in its type. It is not among the entries of the tuple.
+    """
+
+    objective: Any = None
 
 
 def vjp(
@@ -194,8 +204,9 @@ def jvp(
     >>> import numpy as np
     >>> import qpdiff
     >>> sol = qpdiff.solve_qp(np.eye(2), np.zeros(2), A=np.ones((1, 2)), b=[1.0])
-    >>> np.round(qpdiff.jvp(sol, b=np.array([1.0])).x, 6).tolist()
-    [0.5, 0.5]
+    >>> tangents = qpdiff.jvp(sol, b=np.array([1.0]))
+    >>> np.round(tangents.x, 6).tolist(), round(float(tangents.objective), 6)
+    ([0.5, 0.5], 0.5)
     """
     with _no_grad(sol), sol.linearization.problem.reproducibly():
         sol = smoothed(sol, smoothing)
@@ -205,12 +216,21 @@ def jvp(
         tangents = {
             name: _flat(problem, sol, name, value, "tangent") for name, value in given.items() if value is not None
         }
-        dx, dv = solve_kkt(lin, *right_hand_side(problem, lin.x, lin.v, tangents), unsolved=unsolved)
+        at = _at_solved(lin)
+        parts = right_hand_sides(problem, at.x, at.v, tangents)
+        dx, dv = solve_kkt(lin, *[a + b for a, b in zip(*parts, strict=True)], unsolved=unsolved)
+        if smoothing is None:
+            of_value = objective_jvp(problem, at.x, at.v, *parts)
+        else:
+            of_value = cost_jvp(problem, at.x, dx, tangents)
+        of_value = filled(xp, lin.status == int(Status.SOLVED), of_value, FILL[unsolved])
 
         def shaped(value):
             return xp.reshape(problem.returned(value), (*problem.batch_shape, value.shape[-1]))
 
-        return Tangents(shaped(dx), *map(shaped, split_rows(problem, dv, lin.v)))
+        out = Tangents(shaped(dx), *map(shaped, split_rows(problem, dv, lin.v)))
+        out.objective = xp.reshape(xp.astype(of_value, sol.objective.dtype), problem.batch_shape)
+        return out
 
 
 # ---- the point at which to differentiate

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from . import solver
-from .adjoint import filled, masked, right_hand_side
+from .adjoint import filled, masked, objective_jvp, right_hand_sides
 from .backend import Backend, choose_backend, read_dtype
 from .differentiation import FILL, check_smoothing, solve_kkt
 from .engines import choice
@@ -591,28 +591,14 @@ def _tangent(method: _Method, unsolved: str, operands, tangents, outcome: Outcom
     """Return the tangents of the outcome at a point and of what comes with it."""
     problem, solved = method.layout.problem(operands), _solved(outcome)
     x, v = masked(jnp, solved, outcome.x, outcome.v)
-    of_matrices = {name: tangent for name, tangent in tangents.items() if name in MATRICES}
-    of_vectors = {name: tangent for name, tangent in tangents.items() if name not in MATRICES}
-    moved = [right_hand_side(problem, x, v, part) for part in (of_matrices, of_vectors)]
-    right = [matrices + vectors for matrices, vectors in zip(*moved, strict=True)]
+    exists = problem.exists
+    parts = [(r_x, jnp.where(exists, r_v, 0.0)) for r_x, r_v in right_hand_sides(problem, x, v, tangents)]
+    right = [a + b for a, b in zip(*parts, strict=True)]
     dx, dv = _solve_kkt(problem, outcome, method.linearization(problem, outcome, extra), unsolved, *right)
     still, others = jax.tree.map(_zero_tangent, (outcome, extra))
-    value = filled(jnp, solved, _objective_tangent(problem, x, v, *moved), FILL[_fill(unsolved)])
+    value = objective_jvp(problem, x, jnp.where(exists, v, 0.0), *parts)
+    value = filled(jnp, solved, value, FILL[_fill(unsolved)])
     return still._replace(x=dx, v=dv, objective=value.astype(outcome.objective.dtype)), others
-
-
-def _objective_tangent(problem: Problem, x, v, of_matrices, of_vectors):
-    """Compute the tangents (B, 1) of the optimal values from the right-hand sides r of the KKT system.
-
-    They are −rᵀ(x, v) by the envelope theorem, half of that for the matrices, which stand on both sides of r.
-    """
-    v = jnp.where(problem.exists, v, 0.0)
-
-    def along(r_x, r_v):
-        r_v = jnp.where(problem.exists, r_v, 0.0)
-        return jnp.sum(r_x * x, axis=-1, keepdims=True) + jnp.sum(r_v * v, axis=-1, keepdims=True)
-
-    return -(along(*of_matrices) / 2 + along(*of_vectors))
 
 
 def _solved(outcome: Outcome):
@@ -647,7 +633,7 @@ def _solve_kkt(problem: Problem, outcome: Outcome, lin: Linearization, unsolved:
         return jnp.concat(solve_kkt(lin, *split(r), unsolved=_fill(unsolved)), axis=-1)
 
     # In one array: JAX transposes a solve whose right-hand sides are all linear in what it transposes for.
-    right = jnp.concat([r_x, jnp.where(exists, r_v, 0.0)], axis=-1)
+    right = jnp.concat([r_x, r_v], axis=-1)
     return split(jax.lax.custom_linear_solve(matvec, right, solve, symmetric=True))
 
 

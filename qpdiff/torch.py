@@ -25,7 +25,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import solver
-from .adjoint import filled, gradients_vjp, kkt_jvp, kkt_vjp, masked, objective_vjp, right_hand_side, solution_vjp
+from .adjoint import (
+    cost_jvp,
+    filled,
+    gradients_vjp,
+    kkt_jvp,
+    kkt_vjp,
+    masked,
+    objective_jvp,
+    objective_vjp,
+    right_hand_sides,
+    solution_vjp,
+)
 from .backend import choose_backend, read_dtype
 from .differentiation import FILL, check_smoothing, smoothed, solve_adjoint
 from .engines.base import Linearization
@@ -357,11 +368,17 @@ class _Solution(Function):
         x, v = masked(torch, solved, x, v)
         with layer.backend.in_full_precision():
             problem = layer.problem(x, operands)
-            r_x, r_v = right_hand_side(problem, x, v, tangents)
+            parts = right_hand_sides(problem, x, v, tangents)
+            r_x, r_v = (a + b for a, b in zip(*parts, strict=True))
         dx, dv = layer.kkt_solve((), r_x, r_v, x, v, operands)
         out = [dx, dv, *[None] * len(_OTHERS)]
         with layer.backend.in_full_precision():
-            out[_OBJECTIVE] = _objective_jvp(layer, problem, x, v, solved, dx, tangents).reshape(ctx.batch_shape)
+            if layer.smoothing is None:
+                value = objective_jvp(problem, x, v, *parts)
+            else:
+                value = cost_jvp(problem, x, dx, tangents)
+            value = filled(torch, solved, value, FILL[layer.fill])
+            out[_OBJECTIVE] = value.reshape(ctx.batch_shape).double()
         return *out, *([] if layer.smoothing is None else [dx.clone(), dv.clone(), None])
 
     @staticmethod
@@ -442,7 +459,8 @@ def _solution_backward(layer, needed, cotangents, x, v, status, operands):
         with layer.backend.in_full_precision():
             problem = layer.problem(x, operands)
             g = filled(torch, solved, g.reshape(x.shape[0], 1).to(x.dtype), FILL[layer.fill])
-            gradients = objective_vjp(problem, x, _of_value(layer, v), g, wanted)
+            at_v = v if layer.smoothing is None else torch.zeros_like(v)
+            gradients = objective_vjp(problem, x, at_v, g, wanted)
             if layer.smoothing is not None:  # the relaxed point is no minimum, so the value moves with it
                 g_x = _sum(g_x, g * (problem.hessian(x) + problem.q))
     if g_x is not None or g_v is not None:
@@ -455,30 +473,9 @@ def _solution_backward(layer, needed, cotangents, x, v, status, operands):
     return map(gradients.get, layer.names)
 
 
-def _objective_jvp(layer, problem, x, v, solved, dx, tangents):
-    """Compute the tangents (B, 1) of the optimal values, the transpose of `_solution_backward`.
-
-    They are −rᵀ(x, v) with the right-hand side r of the KKT system, half of that for the matrices, which stand on both
-    sides.
-    """
-    v, total = _of_value(layer, v), torch.zeros_like(x[:, :1])
-    for matrices, factor in ((True, 0.5), (False, 1.0)):
-        part = {name: tangent for name, tangent in tangents.items() if (name in MATRICES) == matrices}
-        for r, vector in zip(right_hand_side(problem, x, v, part), (x, v), strict=True):
-            total = total - factor * (r * vector).sum(-1, keepdim=True)
-    if layer.smoothing is not None:
-        total = total + ((problem.hessian(x) + problem.q) * dx).sum(-1, keepdim=True)
-    return filled(torch, solved, total, FILL[layer.fill]).double()
-
-
 def _solved(x, status):
     """Return the mask (B, 1) of the problems that are SOLVED."""
     return status.reshape(x.shape[0], 1) == int(Status.SOLVED)
-
-
-def _of_value(layer, v):
-    """Return the multipliers for the derivative of the optimal value, 0 at a relaxed point."""
-    return v if layer.smoothing is None else torch.zeros_like(v)
 
 
 def _kkt_backward(layer, needed, g_x, g_v, of_gradients, x, v, operands, u_x, u_v):

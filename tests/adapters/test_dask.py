@@ -92,7 +92,7 @@ def test_the_same_as_without_dask(seed):
     for name in FIELDS:
         one, other = getattr(sol, name), getattr(expected, name)
         assert (one.shape, one.dtype) == (other.shape, other.dtype), name
-    found, found_gradients, found_tangents = sync(sol, gradients, pushed)
+    found, found_gradients, found_tangents, found_slope = sync(sol, gradients, pushed, pushed.objective)
     for name in FIELDS:
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-7, err_msg=name)
     residuals = kkt_residuals(eager, found.x, found.y, found.z, found.z_lb, found.z_ub)
@@ -103,9 +103,12 @@ def test_the_same_as_without_dask(seed):
         if value is not None:
             assert (one.shape, one.dtype) == (eager[name].shape, value.dtype)
             np.testing.assert_allclose(getattr(found_gradients, name), value, rtol=1e-5, atol=1e-5, err_msg=name)
-    for name, value in qpdiff.jvp(expected, **tangents)._asdict().items():
+    tangents = qpdiff.jvp(expected, **tangents)
+    for name, value in tangents._asdict().items():
         assert getattr(pushed, name).shape == value.shape
         np.testing.assert_allclose(getattr(found_tangents, name), value, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert (pushed.objective.shape, pushed.objective.dtype) == (tangents.objective.shape, tangents.objective.dtype)
+    np.testing.assert_allclose(found_slope, tangents.objective, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -1,5 +1,8 @@
 """The derivative against central differences, against itself by duality, and where it must not break."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from problems import strictly_feasible
@@ -313,6 +316,10 @@ def test_optimal_value_against_differences(xp, parts, shared):
         assert gradient.shape == value.shape
         pulled += float(np.sum(gradient * tangents[name]))
     assert abs(pulled - difference) <= 1e-6 * (1 + abs(difference))
+    pushed = qpdiff.jvp(sol, **{name: xp.asarray(value) for name, value in tangents.items()}).objective
+    assert pushed.dtype == sol.objective.dtype
+    slope = (plus.objective - minus.objective) / (2 * step)
+    np.testing.assert_allclose(xp.to_numpy(pushed), slope, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shared", [(), ("Q", "q", "G")])
@@ -350,6 +357,8 @@ def test_optimal_value_of_unsolved_problems(with_x):
     assert np.isnan(qpdiff.vjp(sol, **cotangents).Q).all()
     zeros = qpdiff.vjp(sol, **cotangents, unsolved="zero")
     assert zeros.lb[1, 0] == zeros.h[1, 0] == 0.0 != zeros.lb[0, 0]
+    assert np.isnan(qpdiff.jvp(sol, lb=np.ones(1)).objective).tolist() == [False, True]
+    assert qpdiff.jvp(sol, lb=np.ones(1), unsolved="zero").objective[1] == 0.0
     with pytest.raises(ValueError, match="unsolved is 'no'"):
         qpdiff.vjp(sol, objective=1.0, unsolved="no")
     with pytest.raises(ValueError, match="cotangent of objective has shape"):
@@ -382,3 +391,15 @@ def test_a_problem_without_numbers_leaves_the_gradients_of_shared_operands_alone
             expected, found = (xp.to_numpy(getattr(each, name)) for each in gradients)
             np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9, err_msg=f"{name} of {names}")
         assert np.isnan(xp.to_numpy(qpdiff.vjp(without, **given, smoothing=smoothing).G)).all()
+
+
+def test_the_tangent_of_the_optimal_value_is_beside_the_other_five():
+    """Code that unpacks five tangents stays right."""
+    sol = qpdiff.solve_qp(np.eye(2), [-1.0, 2.0], lb=0.0)
+    tangents = qpdiff.jvp(sol, q=np.array([1.0, 0.0]))
+    x, _, _, z_lb, _ = tangents
+    np.testing.assert_allclose([*x, *z_lb], [-1.0, 0.0, 0.0, 0.0], atol=1e-6)
+    assert len(tangents) == 5
+    for copied in (tangents, copy.deepcopy(tangents), pickle.loads(pickle.dumps(tangents))):
+        np.testing.assert_allclose(copied.objective, 1.0, atol=1e-6)
+    assert qpdiff.jvp(qpdiff.solve_qp(np.eye(2), np.ones((0, 2)))).objective.shape == (0,)

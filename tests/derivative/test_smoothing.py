@@ -113,6 +113,7 @@ def test_bad_smoothing(smoothing):
 def test_optimal_value_of_the_relaxed_solution(parts):
     rng = np.random.default_rng(8)
     operands, kappa = strictly_feasible(rng, parts), 0.1
+    values = []
     g, cotangent = rng.normal(size=3), rng.normal(size=operands["q"].shape)
     sol = qpdiff.solve_qp(**operands)
     tangents = {name: rng.normal(size=value.shape) for name, value in operands.items()}
@@ -123,9 +124,13 @@ def test_optimal_value_of_the_relaxed_solution(parts):
         for i in range(3):
             d = {name: value[i] for name, value in moved.items()}
             x = relaxed(d, kappa)[0]
-            total += g[i] * (0.5 * x @ d["Q"] @ x + d["q"] @ x) + cotangent[i] @ x
+            values.append(0.5 * x @ d["Q"] @ x + d["q"] @ x)
+            total += g[i] * values[-1] + cotangent[i] @ x
         sides.append(total)
     difference = (sides[0] - sides[1]) / 2e-6
     gradients = qpdiff.vjp(sol, x=cotangent, objective=g, smoothing=kappa)
     pulled = sum(np.sum(getattr(gradients, name) * tangents[name]) for name in operands)
     assert abs(pulled - difference) <= 1e-5 * (1 + abs(difference))
+    pushed = qpdiff.jvp(sol, **tangents, smoothing=kappa).objective
+    slopes = np.subtract(values[:3], values[3:]) / 2e-6
+    np.testing.assert_allclose(pushed, slopes, rtol=1e-5, atol=1e-5)
