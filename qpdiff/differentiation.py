@@ -254,7 +254,8 @@ def check_smoothing(smoothing) -> None:
     """Raise a ValueError where `smoothing` is neither a positive number nor None."""
     if smoothing is None:
         return
-    if not isinstance(smoothing, (int, float, np.number)) or not 0 < smoothing < float("inf"):
+    number = isinstance(smoothing, (int, float, np.number)) and not isinstance(smoothing, bool)
+    if not number or not 0 < smoothing < float("inf"):
         raise ValueError(f"smoothing is {smoothing!r}; expected a number > 0, or None for the derivative itself")
 
 

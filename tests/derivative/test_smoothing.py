@@ -98,7 +98,7 @@ def test_float32():
         np.testing.assert_allclose(actual.q, exact.q, atol=atol)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, -1.0, np.nan, np.inf, "much"])
+@pytest.mark.parametrize("smoothing", [0.0, -1.0, np.nan, np.inf, "much", True])
 def test_bad_smoothing(smoothing):
     sol = qpdiff.solve_qp(np.eye(2), np.ones(2))
     for call in (
