@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
 from .engines.base import MAX_ITERATIONS, Linearization, Outcome, Settings, StartingPoint, make_settings
-from .engines.choice import choose_engine, explain_choice
+from .engines.choice import check_engine, choose_engine, explain_choice
 from .problem import INFINITE, Problem, join_rows, split_rows
 from .solution import Solution, Status, whole_solution
 from .validation import broadcasts, make_problem, symmetrized
@@ -168,8 +171,7 @@ def solve_problem(
     if problem.backend.traced:
         _refuse_traced(problem, verbose)
     settings = read_settings(problem, tol, rtol, max_iterations)
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
+    _check_progress(progress)
     chosen = choose_engine(engine, problem, verbose)
     if _log.isEnabledFor(logging.DEBUG):
         sizes = problem.batch_shape, problem.n, problem.m, problem.p
@@ -181,6 +183,30 @@ def solve_problem(
         if read_only:
             problem.backend.make_read_only(outcome[:4])  # x, v, s and status: copies would take longer in small solves
         return make_solution(problem, outcome, factors)
+
+
+OPTIONS = frozenset(inspect.signature(solve_problem).parameters) - {"problem", "read_only"}
+"""The options of `solve_problem` that users may pass through an adapter."""
+
+
+def check_names(function: str, options: Collection[str]) -> None:
+    """Raise a TypeError for an option that is unknown, in Python's words for the function that the user has called."""
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def check_options(function: str, options: dict[str, Any]) -> None:
+    """Refuse options that a solve with them would refuse, whatever the problem."""
+    check_names(function, options)
+    _check_limits(**{name: options[name] for name in ("tol", "rtol", "max_iterations") if name in options})
+    _check_progress(options.get("progress"))
+    check_engine(options.get("engine", "auto"))
+
+
+def _check_progress(progress) -> None:
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers")
 
 
 def _refuse_traced(problem: Problem, verbose: bool) -> None:
@@ -195,13 +221,17 @@ def _refuse_traced(problem: Problem, verbose: bool) -> None:
 
 def read_settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
     """Check the caller's tolerances and limit, and make the settings of them."""
+    _check_limits(tol, rtol, max_iterations)
+    return make_settings(problem, tol, rtol, min(int(max_iterations), 2**31 - 1))  # the engines count in 32 bits
+
+
+def _check_limits(tol=None, rtol=None, max_iterations=MAX_ITERATIONS) -> None:
     for name, value in (("tol", tol), ("rtol", rtol)):
         number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value < float("inf")):
             raise ValueError(f"{name} is {value!r}; expected a number ≥ 0")
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, (int, np.integer)) or max_iterations < 0:
         raise ValueError(f"max_iterations is {max_iterations!r}; expected an integer ≥ 0")
-    return make_settings(problem, tol, rtol, min(int(max_iterations), 2**31 - 1))  # the engines count in 32 bits
 
 
 def warm_point(problem: Problem, sol: Solution | None) -> StartingPoint | None:

@@ -110,6 +110,7 @@ def solve_qp(
     """
     check_unsolved(unsolved)
     check_smoothing(smoothing)
+    solver.check_names("solve_qp", [name for name in options if name != "dtype"])
     options["smoothing"] = None if smoothing is None else float(smoothing)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     operands = {name: _stacked(value) for name, value in operands.items()}
@@ -911,6 +912,10 @@ class OptNet(nn.Module):
         super().__init__()
         if not eps > 0:
             raise ValueError(f"eps is {eps!r}; expected a number > 0, which makes the solution unique")
+        for_solver = dict(options)
+        check_unsolved(for_solver.pop("unsolved", "raise"))
+        check_smoothing(for_solver.pop("smoothing", None))
+        solver.check_options("OptNet", for_solver)
         self.nonnegative, self.eps, self.options = nonnegative, eps, options
         shapes = {"L": (n, n), "G": (m, n), "A": (p, n), "z0": (n,) if m or p else (0,), "s0": (m,)}
         for name, shape in shapes.items():

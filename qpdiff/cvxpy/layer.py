@@ -227,6 +227,10 @@ class Layer:
         TypeError, ValueError
             For a parameter of a wrong shape or with wrong numbers, naming it, and for what `qpdiff.solve_qp` refuses.
         """
+        for name in ("smoothing", "unsolved"):
+            if name in options:
+                raise TypeError(f"{name} is an option of the layer's vjp and jvp, and of solve_qp in torch and JAX")
+        solver.check_names("layer", options)
         backend, types, arrays = self._arrays(parameters, backend, dtype)
         xp = backend.xp
         coarsest = [max(rounding(xp, array.dtype), rounding(xp, types.working)) for array in arrays]
@@ -245,7 +249,7 @@ class Layer:
             value = xp.where(sol.status == int(status), sign * self._sense * xp.inf, value)
         return LayerSolution(self.values(sol.x), value, sol.status, sol, self, arrays)
 
-    def vjp(self, solution: LayerSolution, *cotangents, **options) -> tuple:
+    def vjp(self, solution: LayerSolution, *cotangents, smoothing=None, unsolved: str = "nan") -> tuple:
         """Pull cotangents of the variables back to the parameters.
 
         Parameters
@@ -254,8 +258,8 @@ class Layer:
             Of this layer.
         *cotangents : array, optional
             One for each variable, of a shape that broadcasts to that of its value; None means zero.
-        **options
-            `smoothing` and `unsolved`, as in `qpdiff.vjp`.
+        smoothing, unsolved
+            As in `qpdiff.vjp`.
 
         Returns
         -------
@@ -273,9 +277,10 @@ class Layer:
         problem = self._problem(solution)
         given = self._tangents("cotangent", problem, self.variables, cotangents)
         x = self.values_adjoint(*(given.get(i) for i in range(len(self.variables))))
-        return self.operands_adjoint(differentiation.vjp(solution.solution, x=x, **options), *solution.parameters)
+        gradients = differentiation.vjp(solution.solution, x=x, smoothing=smoothing, unsolved=unsolved)
+        return self.operands_adjoint(gradients, *solution.parameters)
 
-    def jvp(self, solution: LayerSolution, *tangents, **options) -> tuple:
+    def jvp(self, solution: LayerSolution, *tangents, smoothing=None, unsolved: str = "nan") -> tuple:
         """Push tangents of the parameters forward to the variables.
 
         Parameters
@@ -286,8 +291,8 @@ class Layer:
             One for each parameter, of a shape that broadcasts to that of the parameter with the batch axes; None means
             zero. The symmetric part of that of a symmetric (PSD, NSD) parameter counts, and of a diagonal or sparse one
             what may differ from zero.
-        **options
-            `smoothing` and `unsolved`, as in `qpdiff.jvp`.
+        smoothing, unsolved
+            As in `qpdiff.jvp`.
 
         Returns
         -------
@@ -304,7 +309,7 @@ class Layer:
         given = self._tangents("tangent", problem, self.parameters, tangents)
         flat = {i: _flattened(problem.backend.xp, value, self.parameters[i].shape) for i, value in given.items()}
         moved = {name: self._maps[name].linear(problem.backend, flat) for name in OPERANDS if name in self._maps}
-        return self.values(differentiation.jvp(solution.solution, **moved, **options).x)
+        return self.values(differentiation.jvp(solution.solution, **moved, smoothing=smoothing, unsolved=unsolved).x)
 
     # ---- the linear maps before and after the QP
 

@@ -49,6 +49,12 @@ def gpu_engine():
     return (None, missing) if missing else (gpu, "its kernels are compiled at first use")
 
 
+def check_engine(name) -> None:
+    """Raise a ValueError for an unknown name."""
+    if name not in ENGINES:
+        raise ValueError(f"engine is {name!r}; expected one of {', '.join(map(repr, ENGINES))}")
+
+
 def choose_engine(name: str, problem: Problem, verbose: bool) -> Engine:
     """Find the engine that solves these problems.
 
@@ -57,8 +63,7 @@ def choose_engine(name: str, problem: Problem, verbose: bool) -> Engine:
     ValueError, ImportError
         For an unknown name, and where the compiled engine is asked for but cannot be had.
     """
-    if name not in ENGINES:
-        raise ValueError(f"engine is {name!r}; expected one of {', '.join(map(repr, ENGINES))}")
+    check_engine(name)
     return _for_sparse(name, problem, verbose) if problem.sparse else _for_dense(name, problem, verbose)
 
 

@@ -1173,8 +1173,23 @@ def test_ensembles_of_optnet():
 
 
 def test_optnet_refuses():
-    with pytest.raises(ValueError, match="eps is 0"):
-        qpdiff.torch.OptNet(3, eps=0)
+    for message, options in (
+        ("eps is 0", {"eps": 0}),
+        (r"OptNet\(\) got an unexpected keyword argument 'tolerance'", {"tolerance": 1e-9}),
+        ("tol is -1", {"tol": -1}),
+        ("max_iterations is 0.5", {"max_iterations": 0.5}),
+        ("smoothing is True", {"smoothing": True}),
+        ("unsolved is 'drop'", {"unsolved": "drop"}),
+        ("engine is 'fast'", {"engine": "fast"}),
+        ("progress is a int", {"progress": 1}),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            qpdiff.torch.OptNet(3, **options)
+
+
+def test_unknown_options_are_those_of_the_function_that_was_called():
+    with pytest.raises(TypeError, match=r"solve_qp\(\) got an unexpected keyword argument 'tolerance'"):
+        qpdiff.torch.solve_qp(torch.eye(2), torch.ones(2), tolerance=1e-9)
 
 
 # ---- QPFunction
