@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("cvxpy")
 import cvxpy as cp
-from problems import rounded_product
+from problems import relaxed, rounded_product
 
 import qpdiff
 from qpdiff import Status
@@ -369,6 +369,96 @@ def test_composed_with_the_jax_adapter():
         gradients = jax.grad(loss, argnums=range(len(values)))(*map(jax.numpy.asarray, values))
     for mine, theirs in zip(layer.vjp(solution, cotangent), gradients, strict=True):
         np.testing.assert_allclose(theirs, mine, atol=1e-6)
+
+
+# ---- smoothing, where the gradient of a linear program is zero almost everywhere
+
+
+KAPPA = 0.1
+
+
+def smoothed_line(seed):
+    """A linear program, two points of its parameters with the line between them, and the relaxed value on it.
+
+    The value is a weighted sum of the variable at the relaxed points of the canonical program, each found by the test's
+    own barrier method.
+    """
+    rng = np.random.default_rng(seed)
+    x, cost, limit = cp.Variable(4), cp.Parameter(4), cp.Parameter(3)
+    rows = rng.uniform(0.2, 1.0, size=(3, 4))
+    constraints = [rows @ x <= limit, x >= -1, x <= 1]
+    layer = qpdiff.from_cvxpy(cp.Problem(cp.Maximize(cost @ x), constraints), [cost, limit])
+    start = rng.normal(size=(BATCH, 4)), rng.uniform(0.5, 1.0, size=(BATCH, 3))
+    directions = rng.normal(size=(BATCH, 4)), rng.normal(size=(BATCH, 3))
+    weights = rng.normal(size=(BATCH, 4))
+
+    def at_relaxed(t):
+        operands = layer.operands(*(a + t * d for a, d in zip(start, directions, strict=True)))
+        total = 0.0
+        for i in range(BATCH):
+            one = {k: v[i] if v.ndim > len(OPERANDS[k]) else v for k, v in operands.items()}
+            total += weights[i] @ layer.values(relaxed(one, KAPPA)[0])[0]
+        return total
+
+    step = 1e-4
+    below, at, above = (at_relaxed(t) for t in (-step, 0.0, step))
+    return layer, start, directions, weights, (above - below) / (2 * step), (above - 2 * at + below) / step**2
+
+
+def test_smoothed_derivatives_of_a_layer():
+    layer, start, directions, weights, first, _ = smoothed_line(0)
+    solution = layer(*start)
+    gradients = layer.vjp(solution, weights, smoothing=KAPPA)
+    pulled = sum(np.sum(g * d) for g, d in zip(gradients, directions, strict=True))
+    (pushed,) = layer.jvp(solution, *directions, smoothing=KAPPA)
+    np.testing.assert_allclose([pulled, np.sum(weights * pushed)], first, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer.vjp(solution, weights)[0], 0.0, atol=1e-6)  # at a vertex
+
+
+def test_smoothed_derivatives_of_a_layer_in_torch():
+    torch = pytest.importorskip("torch")
+    from qpdiff.torch import solve_qp
+
+    layer, start, directions, weights, first, second = smoothed_line(1)
+    start, directions, weights = (
+        [torch.tensor(a) for a in start], [torch.tensor(a) for a in directions], torch.tensor(weights)
+    )  # fmt: skip
+
+    def loss(t):
+        operands = layer.operands(*(a + t * d for a, d in zip(start, directions, strict=True)))
+        return (weights * layer.values(solve_qp(**operands, smoothing=KAPPA, **TIGHT).x)[0]).sum()
+
+    t = torch.tensor(0.0, dtype=torch.float64)
+    for derivative in (torch.func.grad(loss), torch.func.jacfwd(loss)):
+        np.testing.assert_allclose(derivative(t), first, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(torch.func.hessian(loss)(t), second, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(torch.func.grad(torch.func.grad(loss))(t), second, rtol=1e-3, atol=1e-3)
+
+
+def test_smoothed_derivatives_of_a_layer_in_jax():
+    jax = pytest.importorskip("jax")
+    from qpdiff.jax import solve_qp
+
+    layer, start, directions, weights, first, second = smoothed_line(2)
+
+    @jax.jit
+    def loss(t):
+        operands = layer.operands(*(jax.numpy.asarray(a) + t * d for a, d in zip(start, directions, strict=True)))
+        return jax.numpy.sum(weights * layer.values(solve_qp(**operands, smoothing=KAPPA).x)[0])
+
+    with jax.enable_x64(True):
+        for derivative in (jax.grad(loss), jax.jacfwd(loss)):
+            np.testing.assert_allclose(derivative(0.0), first, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(jax.hessian(loss)(0.0), second, rtol=1e-3, atol=1e-3)
+
+
+def test_smoothing_and_unsolved_are_for_the_derivatives_of_a_layer():
+    layer, start, *_ = smoothed_line(0)
+    for options in ({"smoothing": KAPPA}, {"unsolved": "zero"}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))} is an option of the layer's vjp and jvp"):
+            layer(*start, **options)
+    with pytest.raises(TypeError, match=r"layer\(\) got an unexpected keyword argument 'tolerance'"):
+        layer(*start, tolerance=1e-9)
 
 
 # ---- what became of the problems
