@@ -15,7 +15,7 @@ import platform
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -32,9 +32,7 @@ import qpdiff
 
 from .engines.choice import GPU_SWITCH, compiled_engine, explain_choice, gpu_engine, gpu_is_switched_on
 from .files import LARGEST, printable, read_problem
-from .problem import OPERANDS
 from .solution import FIELDS
-from .validation import check_values, make_problem
 
 console, errors = Console(), Console(stderr=True)
 UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer releases of typer have
@@ -74,8 +72,6 @@ app = typer.Typer(
 )
 
 ROWS_SHOWN, VARIABLES_SHOWN = 20, 10
-BLOCK = 256
-"""Problems solved between two moves of the progress bar."""
 FileArgument = Annotated[
     Path, typer.Argument(help="a .npz with Q, q and any of G, h, A, b, lb, ub; or .mps, .qps, .lp")
 ]
@@ -120,21 +116,22 @@ def solve(
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
     in_double_precision(backend)
-    with bad_input_exits(file), written(file, output, (".npz",)) as target:
+    with bad_input_exits(file), prepared(file, output, (".npz",)) as write:
         problem = read_problem(file, in_bytes(max_size))
-        result = solve_in_blocks(problem.operands, options)
+        with progress_bar("problems") as report:
+            sol = qpdiff.solve_qp(**problem.operands, **options, progress=report)
+        result = {name: to_numpy(getattr(sol, name)) for name in FIELDS}
         result["objective"] = problem.objective(result["objective"])
-        if target is not None:
-            np.savez(target, allow_pickle=False, **result)
+        write(lambda target: np.savez(target, allow_pickle=False, **result))
     if as_json:
         print(to_json(result))
     else:
         if result["status"].size <= ROWS_SHOWN:
-            console.print(problem_table(result))
+            console.print(problem_table(file, result))
             for line in variable_lines(result):
                 console.print(line, soft_wrap=True)
         else:
-            console.print(summary_table(result))
+            console.print(summary_table(file, result))
         if output is not None:
             console.print(f"{printable(output)} written", markup=False, highlight=False, soft_wrap=True)
     if np.any(result["status"] != qpdiff.Status.SOLVED):
@@ -192,17 +189,18 @@ def check(
         )
         return
     table = Table(
-        "operand", "largest relative error", "verdict", title=f"gradients of sum(c·x), {escape(printable(file.name))}"
-    )
-    with progress_bar("differences", len(operands) * directions) as advance:
-        for name in operands:
+        "operand", "largest relative error", "verdict",
+        title=f"Gradients of c·x and finite differences, {escape(printable(file.name))}",
+    )  # fmt: skip
+    with progress_bar("differences") as report:
+        for position, name in enumerate(operands):
             worst, kinks = 0.0, 0
-            for _ in range(directions):
+            for count in range(directions):
                 tangents = direction(rng, name, operands, step)
                 slope, right, left = slopes(loss, here, tangents, operands, to_numpy(sol.x), step)
                 pulled = float(sum(np.sum(gradients[other] * tangent) for other, tangent in tangents.items()))
                 size = max(abs(pulled), abs(slope), 1e-2 * float(np.linalg.norm(cotangent)))
-                advance()
+                report(position * directions + count + 1, len(operands) * directions)
                 if abs(right - left) <= 0.01 * size and np.isfinite(slope):
                     worst = max(worst, abs(slope - pulled) / size)
                 else:
@@ -229,18 +227,18 @@ def show(
 ) -> None:
     """Draw how the problems of FILE are solved: their convergence and, in two variables, the way to the solution."""
     output = output or Path(f"{file.stem}.png")
-    with bad_input_exits(file), written(file, output, (".png", ".svg")) as target:
+    with bad_input_exits(file), prepared(file, output, (".png", ".svg")) as write:
         from .show import draw  # only here: Matplotlib is not needed for the rest
 
         figure = draw(read_problem(file, in_bytes(max_size)).operands)
-        figure.savefig(target, dpi=150, format=output.suffix[1:].lower())
+        write(lambda target: figure.savefig(target, dpi=150, format=output.suffix[1:].lower()))
     console.print(f"{printable(output)} written", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: qpdiff info")
 def info() -> None:
     """Tell what is installed, which backends and engine run, and the threads and GPU they have."""
-    table = Table("what", "version", "note", title="qpdiff")
+    table = Table("what", "version", "note", title="Versions, backends and engines")
     table.add_row("qpdiff", qpdiff.__version__, "")
     table.add_row("Python", platform.python_version(), platform.platform())
     table.add_row("processors", str(os.cpu_count()), blas_threads())
@@ -264,30 +262,6 @@ def to_numpy(value) -> np.ndarray:
     if hasattr(value, "get"):
         return value.get()
     return np.asarray(value.cpu() if hasattr(value, "cpu") else value)
-
-
-def solve_in_blocks(operands: dict[str, np.ndarray], options: dict) -> dict[str, np.ndarray]:
-    """Solve along the first batch axis in blocks, with a progress bar where there are many."""
-    leading = {name: value.shape[: value.ndim - len(OPERANDS[name])] for name, value in operands.items()}
-    batch = np.broadcast_shapes(*leading.values())
-    if not batch or int(np.prod(batch)) <= BLOCK:
-        sol = qpdiff.solve_qp(**operands, **options)
-        return {name: to_numpy(getattr(sol, name)) for name in FIELDS}
-    rows = max(1, BLOCK // int(np.prod(batch[1:])))
-    batched = {name for name, shape in leading.items() if len(shape) == len(batch) and shape[0] != 1}
-    parts = []
-    with progress_bar("problems", int(np.prod(batch))) as advance:
-        for start in range(0, batch[0], rows):
-            block = {k: v[start : start + rows] if k in batched else v for k, v in operands.items()}
-            try:
-                sol = qpdiff.solve_qp(**block, **options)
-            except ValueError:
-                if options.get("check", True):  # say the number of the problem in the file, not that in the block
-                    check_values(make_problem({name: operands.get(name) for name in OPERANDS}, backend="numpy"))
-                raise
-            parts.append({name: to_numpy(getattr(sol, name)) for name in FIELDS})
-            advance(parts[-1]["status"].size)
-    return {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
 
 
 def direction(rng: np.random.Generator, name: str, operands, step: float) -> dict[str, np.ndarray]:
@@ -351,10 +325,11 @@ def keeps_definite(Q: np.ndarray, change: np.ndarray) -> bool:
 # ---- what is printed
 
 
-def problem_table(result: dict[str, np.ndarray]) -> Table:
+def problem_table(file: Path, result: dict[str, np.ndarray]) -> Table:
     """Make a table with a row for each problem."""
     # So narrow that 80 columns, as a pipe has, hold the longest of every column.
-    table = Table(title="primal and dual residual, duality gap", box=box.SIMPLE_HEAD, padding=0)
+    title = f"Solutions of {escape(printable(file.name))}, their residuals and gaps"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
     for heading in ("problem", "status", "iterations", "objective", "primal", "dual", "gap"):
         table.add_column(heading, no_wrap=True)
     for index in np.ndindex(result["status"].shape):
@@ -392,11 +367,13 @@ def to_json(result: dict[str, np.ndarray]) -> str:
     return json.dumps(fields | {"status": np.asarray(names[result["status"]]).tolist()})
 
 
-def summary_table(result: dict[str, np.ndarray]) -> Table:
+def summary_table(file: Path, result: dict[str, np.ndarray]) -> Table:
     """Make a table with a row for each status, and the first few problems that have it where it is not SOLVED."""
     table = Table(
-        "status", "problems", "iterations (min, median, max)", "worst primal", "worst dual", "worst gap", "first"
-    )
+        "status", "problems", "iterations (min, median, max)", "primal residual", "dual residual", "gap",
+        "first problems",
+        title=f"Statuses of {escape(printable(file.name))}, with the largest residuals and gap",
+    )  # fmt: skip
     for status in qpdiff.Status:
         chosen = result["status"] == status
         if not np.any(chosen):
@@ -418,12 +395,12 @@ def summary_table(result: dict[str, np.ndarray]) -> Table:
 
 
 @contextmanager
-def progress_bar(what: str, total: int) -> Iterator:
-    """Show a progress bar on standard error where that is a terminal; the value is the function that moves it."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def progress_bar(what: str) -> Iterator:
+    """Show a progress bar on standard error where that is a terminal; the value moves it to (done, total)."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count=1: progress.advance(task, count)
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager
@@ -460,13 +437,14 @@ def in_bytes(size: float) -> int:
 
 
 @contextmanager
-def written(file: Path, output: Path | None, suffixes: tuple[str, ...]) -> Iterator:
-    """Open a temporary file beside `output`, which it replaces once all is written; None without output.
+def prepared(file: Path, output: Path | None, suffixes: tuple[str, ...]) -> Iterator:
+    """Open a temporary file beside `output`; the value is a function that has it written and renamed to `output`.
 
-    A place that cannot be written to is found before the solve, and a file is never left half written.
+    The function takes what writes to an open file, and without output does nothing. A place that cannot be written to
+    is found before the solve, and a file is never left half written.
     """
     if output is None:
-        yield None
+        yield lambda save: None
         return
     if output.suffix.lower() not in suffixes:
         raise ValueError(f"{output} does not end in {' or '.join(suffixes)}")
@@ -477,13 +455,27 @@ def written(file: Path, output: Path | None, suffixes: tuple[str, ...]) -> Itera
     try:
         target = temporary.open("xb")
     except OSError as error:
-        raise OSError(f"{output} cannot be written: {error.strerror}") from error
+        raise unwritable(output, error) from error
+
+    def write(save) -> None:
+        try:
+            with target:  # closed here, as a full disk may show only then
+                save(target)
+            temporary.replace(output)
+        except OSError as error:
+            raise unwritable(output, error) from error
+
     try:
-        with target:
-            yield target
-        temporary.replace(output)
+        yield write
     finally:
+        with suppress(OSError):
+            target.close()
         temporary.unlink(missing_ok=True)
+
+
+def unwritable(output: Path, error: OSError) -> OSError:
+    """Return an error that names the file that the user asked for, and not the temporary one."""
+    return OSError(f"{output} cannot be written: {error.strerror or error}")
 
 
 # ---- what is installed

@@ -1,20 +1,25 @@
 """The command line, run in process."""
 
+import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("typer")
 from problems import random_problem
+from rich.console import Console
 from typer.testing import CliRunner
 
 import qpdiff
+from qpdiff import cli
 from qpdiff.cli import app
 from qpdiff.engines.choice import compiled_engine
 
@@ -83,13 +88,14 @@ def test_an_unsolved_problem_is_exit_code_1(run, save):
 
 
 @pytest.mark.parametrize("batch", [(600,), (3, 200)])
-def test_a_large_batch_is_solved_in_blocks(run, save, tmp_path, batch):
+def test_a_large_batch_has_a_row_a_status(run, save, tmp_path, batch):
     operands = random_problem(np.random.default_rng(1), "A G", batch=batch, shared=("Q", "A"), n=4, m=3, p=1)
     operands["G"] = operands["G"][:1]
     operands["h"] = np.ones(3) + np.abs(operands["h"])
     result = run("solve", save(operands), "-o", tmp_path / "out.npz", "--tol", "1e-9")
     assert result.exit_code == 0, result.output
-    assert "600" in result.output
+    assert "Statuses of problem.npz" in result.output
+    assert re.search(r"SOLVED +│ 600 ", result.output)
     with np.load(tmp_path / "out.npz") as out:
         np.testing.assert_allclose(out["x"], qpdiff.solve_qp(**operands, tol=1e-9).x, atol=1e-7)
 
@@ -233,6 +239,44 @@ def test_output_that_cannot_be_written_is_refused_and_leaves_nothing(run, save, 
         assert len(result.output.splitlines()) == 1
     assert file.read_bytes() == before
     assert sorted(tmp_path.iterdir()) == files
+
+
+@pytest.mark.parametrize(("command", "name"), [("solve", "x.npz"), ("show", "x.png"), ("show", "x.svg")])
+def test_a_full_disk_is_one_line_and_leaves_nothing(run, save, tmp_path, monkeypatch, command, name):
+    file = save({"Q": np.eye(2), "q": np.ones((1000, 2))})
+    before = sorted(tmp_path.iterdir())
+    opened = Path.open
+
+    def on_a_full_disk(path, mode="r", *rest, **more):
+        handle = opened(path, mode, *rest, **more)
+        if mode == "xb":
+            handle.close()
+            return io.BufferedWriter(FullDisk(path, "wb"))
+        return handle
+
+    monkeypatch.setattr(Path, "open", on_a_full_disk)
+    result = run(command, file, "-o", tmp_path / name)
+    assert result.exit_code == 2
+    assert result.output.endswith(f"{tmp_path / name} cannot be written: No space left on device\n")
+    assert len(result.output.splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk that has 1000 bytes left."""
+
+    def write(self, data):
+        if self.tell() + len(data) > 1000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+def test_a_progress_bar_for_a_few_problems_where_there_is_a_terminal(run, save, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(cli, "errors", Console(file=screen, force_terminal=True, width=100))
+    assert run("solve", save({"Q": np.eye(2), "q": np.ones((3, 2))})).exit_code == 0
+    assert "problems" in screen.getvalue()
+    assert "3/3" in screen.getvalue()
 
 
 def test_a_bad_problem_has_its_number_in_the_file(run, save):
