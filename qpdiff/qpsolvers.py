@@ -48,6 +48,7 @@ def solve_problem(problem, initvals=None, verbose: bool = False, **options):
     initvals : array, optional
         Not used: a warm start needs multipliers too, and is the option `warm_start`.
     verbose : bool
+        As for `qpdiff.solve_qp`.
     **options
         Further options of `qpdiff.solve_qp`.
 
@@ -139,6 +140,7 @@ def to_solution(problem, sol: Solution):
     Parameters
     ----------
     problem : qpsolvers.Problem
+        The one that was solved.
     sol : Solution
         Of `qpdiff.solve_qp` with the operands `from_problem(problem)`.
 

@@ -58,9 +58,11 @@ def solve_qp(
     Q : array (..., n, n)
         Symmetric positive semidefinite; zeros for a linear program.
     q : array (..., n)
+        Linear term of the cost.
     G, h : array (..., m, n), (..., m), optional
-        h may have +inf.
+        Inequalities; a row whose h is +inf is absent.
     A, b : array (..., p, n), (..., p), optional
+        Equalities.
     lb, ub : array (..., n), optional
         May be infinite, and are where they are 1e20 or more away from 0, as h is; lb = ub fixes a variable.
     backend : {"numpy", "cupy", "torch", "jax"}, optional
@@ -101,6 +103,7 @@ def solve_qp(
     Returns
     -------
     Solution
+        Of all problems, with a status for each.
 
     Raises
     ------

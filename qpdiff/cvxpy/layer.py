@@ -56,6 +56,7 @@ def from_cvxpy(problem, parameters, variables=None) -> Layer:
     Returns
     -------
     Layer
+        The function.
 
     Raises
     ------
@@ -221,6 +222,7 @@ class Layer:
         Returns
         -------
         LayerSolution
+            The values of the variables and the objective, with a status for each problem.
 
         Raises
         ------

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import inspect
 import re
 import subprocess
 import sys
@@ -22,10 +23,14 @@ CODE = {
     for page in PAGES
 }
 NEEDED = {
+    "autograd.md": ["autograd"],
     "coming-from.md": ["cvxpy", "jax", "qpsolvers", "torch"],
     "cvxpy.md": ["cvxpy", "torch"],
+    "index.md": ["torch"],
     "jax.md": ["jax"],
+    "projection.md": ["jax", "torch"],
     "torch.md": ["torch"],
+    "troubleshooting.md": ["torch"],
     "tutorial.md": ["torch"],
 }
 
@@ -64,22 +69,92 @@ def test_every_page_is_in_the_navigation():
     assert pages - set(nav) == {"README.md"}
 
 
-def test_the_page_of_the_command_line_has_every_command_and_option():
+def sections(path):
+    """Return the text below each heading of the second level of a page."""
+    return dict(part.split("\n", 1) for part in path.read_text(encoding="utf-8").split("\n## ")[1:])
+
+
+def command_options():
+    """Return the options of each command."""
     typer = pytest.importorskip("typer")
     from qpdiff.cli import app
 
-    commands = {
-        name: {
-            name
-            for option in command.params
-            if option.param_type_name == "option"
-            for name in option.opts + option.secondary_opts
-        }
+    return {
+        name: [option for option in command.params if option.param_type_name == "option"]
         for name, command in typer.main.get_command(app).commands.items()
     }
-    text = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
-    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
-    assert {name: set(re.findall(r"`(--?[\w-]+)`", section)) for name, section in sections.items()} == commands
+
+
+def test_the_page_of_the_command_line_has_every_command_and_option():
+    commands = {
+        command: {name for option in options for name in option.opts + option.secondary_opts}
+        for command, options in command_options().items()
+    }
+    page = sections(ROOT / "docs" / "reference" / "cli.md")
+    assert {name: set(re.findall(r"`(--?[\w-]+)`", section)) for name, section in page.items()} == commands
+
+
+OPTIONS = sections(ROOT / "docs" / "options.md")
+ADAPTERS = ("torch", "jax", "autograd", "dask")
+DATA = {"Q", "q", "G", "h", "A", "b", "lb", "ub", "sol", "x", "y", "z", "z_lb", "z_ub"}
+
+
+def options_of(function):
+    """Return the options of a function, all arguments that are no data, and their defaults."""
+    return {
+        each.name: each.default for each in inspect.signature(function).parameters.values() if each.name not in DATA
+    }
+
+
+@pytest.mark.parametrize("name", [title.strip("`") for title in OPTIONS if title.startswith("`")])
+def test_the_page_of_options_has_every_option_and_default(name):
+    module, _, function = name.rpartition(".")
+    function = getattr(pytest.importorskip(module, exc_type=ImportError), function)
+    options = options_of(function)
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", OPTIONS[f"`{name}`"], re.MULTILINE))
+    assert set(rows) == set(options)
+    for option, default in options.items():
+        written = rows[option].strip("`").split("`")[0]
+        given = default not in (None, inspect.Parameter.empty)
+        assert not given or written == str(default) or ast.literal_eval(written) == default, option
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_page_of_options_says_which_an_adapter_takes(adapter):
+    solve_qp = pytest.importorskip(f"qpdiff.{adapter}", exc_type=ImportError).solve_qp
+    takes = set(options_of(solve_qp))
+    if "options" in takes:
+        takes = takes - {"options"} | set(options_of(qpdiff.solve_qp)) - {"backend"}
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", OPTIONS["The adapters"], re.MULTILINE)
+    column = {name: cells.split(" | ")[ADAPTERS.index(adapter)] for name, cells in rows}
+    assert {name for name, cell in column.items() if cell == "yes"} == takes
+    assert set(column) >= set(options_of(qpdiff.solve_qp))
+
+
+def test_the_page_of_options_has_the_options_of_the_command_line():
+    rows = re.findall(r"^\| `(\w+)` \| `(--[\w-]+)` \|", OPTIONS["The command line"], re.MULTILINE)
+    options = [(name, option.opts[-1]) for name, options in command_options().items() for option in options]
+    assert sorted(rows) == sorted(options)
+
+
+REFERENCE = [
+    path
+    for page in sorted((ROOT / "docs" / "reference").glob("*.md"))
+    for path in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("path", REFERENCE)
+def test_every_parameter_of_the_reference_is_described(path):
+    module, _, object_name = path.rpartition(".")
+    described = getattr(pytest.importorskip(module, exc_type=ImportError), object_name)
+    methods = vars(described).values() if inspect.isclass(described) else ()
+    texts = [inspect.getdoc(each) or "" for each in (described, *filter(inspect.isfunction, methods))]
+    for text in texts:
+        parts = re.split(r"^(\w[\w ]*)\n-+\n", text, flags=re.MULTILINE)[1:]
+        for title, part in zip(parts[::2], parts[1::2], strict=True):
+            if title in ("Parameters", "Returns", "Raises", "Attributes"):
+                assert not re.findall(r"^(\S.*)(?:\Z|\n(?! ))", part.strip(), re.MULTILINE), title
 
 
 SOURCES = [*(ROOT / "qpdiff").rglob("*.py"), *(ROOT / "qpdiff").rglob("src/**/*.[ch]*")]
