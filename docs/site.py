@@ -1,7 +1,11 @@
-"""Add pages for files of the root and for linked source files to the site, so that links work as on GitHub."""
+"""Add pages for files of the root and for linked source files to the site, so that links work as on GitHub.
+
+The link to the repository, and from each page to its source there, is that of pyproject.toml, where it has one.
+"""
 
 import os
 import re
+import tomllib
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -12,10 +16,21 @@ ROOT_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
 LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
+def on_config(config):
+    """Link to the repository that the project's metadata name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    config.repo_url = project.get("urls", {}).get("Repository")
+    if config.repo_url:
+        config.edit_uri = "edit/main/docs/"
+    return config
+
+
 def on_files(files, config):
     """Add the pages that are not in docs/."""
     for name in ROOT_PAGES:
-        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+        page = File.generated(config, name, abs_src_path=str(ROOT / name))
+        page.edit_uri = f"../{name}"
+        files.append(page)
     pages = [Path(file.abs_src_path) for file in files.documentation_pages()]
     links = [(page, link) for page in pages for link, _ in LINK.findall(page.read_text(encoding="utf-8"))]
     linked = {path for page, link in links if (path := target(page, link))}
