@@ -16,13 +16,19 @@ from qpdiff.problem import OPERANDS
 from qpdiff.validation import make_problem
 
 HERE = Path(__file__).parent
-matplotlib.rcParams["svg.hashsalt"] = "qpdiff"  # the same picture is the same file
+matplotlib.rcParams["svg.hashsalt"] = (
+    "qpdiff"  # the same picture is the same file
+)
 matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, and files small
 
 
 def save(figure: Figure, name: str) -> None:
     """Write a figure without what differs from run to run."""
-    figure.savefig(HERE / name, dpi=80, metadata={"Date": None} if name.endswith(".svg") else None)
+    figure.savefig(
+        HERE / name,
+        dpi=80,
+        metadata={"Date": None} if name.endswith(".svg") else None,
+    )
 
 
 def random_problems(rng, batch: int, n: int, m: int) -> dict[str, np.ndarray]:
@@ -30,7 +36,12 @@ def random_problems(rng, batch: int, n: int, m: int) -> dict[str, np.ndarray]:
     L, G = rng.normal(size=(batch, n, n)), rng.normal(size=(batch, m, n))
     inside = rng.normal(size=(batch, n, 1))
     h = (G @ inside)[..., 0] + rng.uniform(size=(batch, m))
-    return {"Q": L @ L.mT / n + 1e-2 * np.eye(n), "q": rng.normal(size=(batch, n)), "G": G, "h": h}
+    return {
+        "Q": L @ L.mT / n + 1e-2 * np.eye(n),
+        "q": rng.normal(size=(batch, n)),
+        "G": G,
+        "h": h,
+    }
 
 
 def convergence() -> None:
@@ -41,16 +52,33 @@ def convergence() -> None:
     axes = figure.subplots()
     for i in range(64):
         states = show.history(whole.select(slice(i, i + 1)))
-        axes.semilogy([state.worst.item() for state in states], color="tab:blue", alpha=0.35, linewidth=1)
+        axes.semilogy(
+            [state.worst.item() for state in states],
+            color="tab:blue",
+            alpha=0.35,
+            linewidth=1,
+        )
     axes.axhline(1e-8, color="tab:red", linewidth=1)
-    axes.annotate("tol", (0, 1e-8), xytext=(2, 3), textcoords="offset points", color="tab:red")
-    axes.set(xlabel="iteration", ylabel="largest residual", title="64 problems, n = 20, m = 30")
+    axes.annotate(
+        "tol",
+        (0, 1e-8),
+        xytext=(2, 3),
+        textcoords="offset points",
+        color="tab:red",
+    )
+    axes.set(
+        xlabel="iteration",
+        ylabel="largest residual",
+        title="64 problems, n = 20, m = 30",
+    )
     axes.grid(alpha=0.3)
     save(figure, "convergence.svg")
 
 
 POLYGON = {
-    "G": np.array([[1.0, 0.3], [0.2, 1.0], [-1.0, 0.6], [-0.5, -1.0], [0.8, -1.0]]),
+    "G": np.array(
+        [[1.0, 0.3], [0.2, 1.0], [-1.0, 0.6], [-0.5, -1.0], [0.8, -1.0]]
+    ),
     "h": np.array([1.5, 1.2, 1.3, 1.2, 1.4]),
 }
 
@@ -64,22 +92,54 @@ def central_path() -> None:
     problem = {"Q": np.diag([1.0, 0.4]), "q": np.array([-2.5, -1.2]), **POLYGON}
     one = make_problem({name: problem.get(name) for name in OPERANDS})
     sol = qpdiff.solve_qp(**problem, engine="array")
-    curve = np.concat([relax(sol.linearization, kappa).x for kappa in np.logspace(2, -8, 60)])
-    grid = np.stack(np.meshgrid(*(np.linspace(low, high, 200) for low, high in window.T)), axis=-1)
+    curve = np.concat(
+        [relax(sol.linearization, kappa).x for kappa in np.logspace(2, -8, 60)]
+    )
+    grid = np.stack(
+        np.meshgrid(*(np.linspace(low, high, 200) for low, high in window.T)),
+        axis=-1,
+    )
     cost = np.sum(grid * (grid @ problem["Q"] / 2 + problem["q"]), axis=-1)
-    left.contour(grid[..., 0], grid[..., 1], cost, 14, colors="0.8", linewidths=0.7, linestyles="solid")
+    left.contour(
+        grid[..., 0],
+        grid[..., 1],
+        cost,
+        14,
+        colors="0.8",
+        linewidths=0.7,
+        linestyles="solid",
+    )
     left.plot(*curve.T, color="tab:green", linewidth=2, label="central path")
-    left.plot(*show.path(show.history(one)).T, "o", color="black", markersize=3, label="iterates")
+    left.plot(
+        *show.path(show.history(one)).T,
+        "o",
+        color="black",
+        markersize=3,
+        label="iterates",
+    )
     left.plot(*sol.x, "*", color="tab:red", markersize=13, label="solution")
 
-    points = np.stack(np.meshgrid(np.linspace(-2.4, 2.4, 17), np.linspace(-2.1, 2.1, 15)), axis=-1)
+    points = np.stack(
+        np.meshgrid(np.linspace(-2.4, 2.4, 17), np.linspace(-2.1, 2.1, 15)),
+        axis=-1,
+    )
     projections = qpdiff.solve_qp(np.eye(2), -points, **POLYGON)
-    gradients = -qpdiff.vjp(projections, x=projections.x).q  # of ½‖x‖² by the point, which is −q
-    right.quiver(*np.moveaxis(points, -1, 0), *np.moveaxis(-gradients, -1, 0), angles="xy", color="0.2", width=0.004)
+    gradients = -qpdiff.vjp(
+        projections, x=projections.x
+    ).q  # of ½‖x‖² by the point, which is −q
+    right.quiver(
+        *np.moveaxis(points, -1, 0),
+        *np.moveaxis(-gradients, -1, 0),
+        angles="xy",
+        color="0.2",
+        width=0.004,
+    )
 
     corners = show.feasible_polygon(one, window)
     for axes in (left, right):
-        axes.fill(*corners.T, facecolor="tab:blue", edgecolor="tab:blue", alpha=0.25)
+        axes.fill(
+            *corners.T, facecolor="tab:blue", edgecolor="tab:blue", alpha=0.25
+        )
         axes.set(xlim=window[:, 0], ylim=window[:, 1], aspect="equal")
     left.set(xlabel="x₁", ylabel="x₂")
     right.set(xlabel="c₁", ylabel="c₂")
@@ -108,7 +168,9 @@ def cost() -> None:
     axes = figure.subplots()
     for name, values in seconds.items():
         axes.loglog(sizes, 1e6 * np.array(values), "o-", label=name)
-    axes.set(xlabel="n = m", ylabel="µs a problem", xticks=sizes, xticklabels=sizes)
+    axes.set(
+        xlabel="n = m", ylabel="µs a problem", xticks=sizes, xticklabels=sizes
+    )
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
@@ -120,7 +182,12 @@ def cost() -> None:
 def shown() -> None:
     """Draw what `qpdiff show` writes for the file of docs/reference/cli.md."""
     rng = np.random.default_rng(0)
-    problem = {"Q": np.eye(2), "q": rng.normal(size=(3, 2)), "G": rng.normal(size=(4, 2)), "h": np.ones(4)}
+    problem = {
+        "Q": np.eye(2),
+        "q": rng.normal(size=(3, 2)),
+        "G": rng.normal(size=(4, 2)),
+        "h": np.ones(4),
+    }
     save(show.draw(problem), "show.png")
 
 

@@ -18,7 +18,9 @@ LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 def on_config(config):
     """Link to the repository that the project's metadata name."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads(
+        (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    )["project"]
     config.repo_url = project.get("urls", {}).get("Repository")
     if config.repo_url:
         config.edit_uri = "edit/main/docs/"
@@ -32,11 +34,17 @@ def on_files(files, config):
         page.edit_uri = f"../{name}"
         files.append(page)
     pages = [Path(file.abs_src_path) for file in files.documentation_pages()]
-    links = [(page, link) for page in pages for link, _ in LINK.findall(page.read_text(encoding="utf-8"))]
+    links = [
+        (page, link)
+        for page in pages
+        for link, _ in LINK.findall(page.read_text(encoding="utf-8"))
+    ]
     linked = {path for page, link in links if (path := target(page, link))}
     for path in sorted(linked):
         if uri(path).startswith("source/"):
-            files.append(File.generated(config, uri(path), content=source_page(path)))
+            files.append(
+                File.generated(config, uri(path), content=source_page(path))
+            )
     return files
 
 
