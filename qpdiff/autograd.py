@@ -64,9 +64,10 @@ def solve_qp(
     >>> from autograd import grad
     >>> import qpdiff.autograd
     >>> def squared_distance(point):
-    ...     projection = qpdiff.autograd.solve_qp(np.eye(2), -point, lb=np.zeros(2)).x
+    ...     projection = qpdiff.autograd.solve_qp(np.eye(2), -point, lb=0.0).x
     ...     return np.sum((projection - point) ** 2)
-    >>> np.abs(np.round(grad(squared_distance)(np.array([2.0, -3.0])), 6)).tolist()
+    >>> gradient = grad(squared_distance)(np.array([2.0, -3.0]))
+    >>> np.abs(np.round(gradient, 6)).tolist()
     [0.0, 6.0]
     """
     check_unsolved(unsolved)

@@ -48,9 +48,11 @@ class LayerSolver(SolverInterface):
     >>> import torch
     >>> from cvxpylayers.torch import CvxpyLayer
     >>> x, point = cp.Variable(3), cp.Parameter(3)
-    >>> problem = cp.Problem(cp.Minimize(cp.sum_squares(x - point)), [cp.sum(x) == 1, x >= 0])
-    >>> layer = CvxpyLayer(problem, parameters=[point], variables=[x], solver=LayerSolver())
-    >>> (values,) = layer(torch.tensor([[0.4, 0.5, 0.3], [2.0, 0.0, 0.0]], dtype=torch.float64))
+    >>> cost, simplex = cp.sum_squares(x - point), [cp.sum(x) == 1, x >= 0]
+    >>> problem = cp.Problem(cp.Minimize(cost), simplex)
+    >>> layer = CvxpyLayer(problem, [point], [x], solver=LayerSolver())
+    >>> points = torch.tensor([[0.4, 0.5, 0.3], [2.0, 0.0, 0.0]]).double()
+    >>> (values,) = layer(points)
     >>> values.numpy().round(4).tolist()
     [[0.3333, 0.4333, 0.2333], [1.0, 0.0, 0.0]]
     """

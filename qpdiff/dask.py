@@ -90,7 +90,8 @@ def solve_qp(
     >>> import numpy as np
     >>> import qpdiff.dask
     >>> points = da.from_array(np.linspace(-2.0, 2.0, 10)[:, None], chunks=(4, 1))
-    >>> sol = qpdiff.dask.solve_qp(np.eye(1), -points, lb=[-1.0], ub=[1.0])  # projections onto [-1, 1]
+    >>> # projections onto [-1, 1]
+    >>> sol = qpdiff.dask.solve_qp(np.eye(1), -points, lb=[-1.0], ub=[1.0])
     >>> sol.x
     dask.array<qpdiff-x, shape=(10, 1), dtype=float64, chunksize=(4, 1), chunktype=numpy.ndarray>
     >>> bool(abs(sol.x - da.clip(points, -1.0, 1.0)).max().compute() < 1e-6)
@@ -150,10 +151,12 @@ def persist(sol: Solution, **options) -> Solution:
     >>> import dask.array as da
     >>> import numpy as np
     >>> import qpdiff.dask
-    >>> sol = qpdiff.dask.solve_qp(np.eye(2), da.ones((6, 2), chunks=(3, 2)), A=[[1.0, 1.0]], b=[1.0])
+    >>> q = da.ones((6, 2), chunks=(3, 2))
+    >>> sol = qpdiff.dask.solve_qp(np.eye(2), q, A=[[1.0, 1.0]], b=[1.0])
     >>> sol = qpdiff.dask.persist(sol)
     >>> x = sol.x.compute()
-    >>> qpdiff.dask.vjp(sol, x=x).b.compute().round(6).tolist()  # the sum over the six problems of 2·½·½
+    >>> # the sum over the six problems of 2·½·½
+    >>> qpdiff.dask.vjp(sol, x=x).b.compute().round(6).tolist()
     [3.0]
     """
     blocks = copy.copy(_blocks_of(sol))
@@ -202,7 +205,8 @@ def vjp(
     >>> import dask.array as da
     >>> import numpy as np
     >>> import qpdiff.dask
-    >>> sol = qpdiff.dask.solve_qp(np.eye(2), da.ones((6, 2), chunks=(3, 2)), A=[[1.0, 1.0]], b=[1.0])
+    >>> q = da.ones((6, 2), chunks=(3, 2))
+    >>> sol = qpdiff.dask.solve_qp(np.eye(2), q, A=[[1.0, 1.0]], b=[1.0])
     >>> grads = qpdiff.dask.vjp(sol, x=[1.0, 0.0])
     >>> grads.q.chunks, grads.b.chunks
     (((3, 3), (2,)), ((1,),))
@@ -265,7 +269,8 @@ def jvp(
     >>> import dask.array as da
     >>> import numpy as np
     >>> import qpdiff.dask
-    >>> sol = qpdiff.dask.solve_qp(np.eye(2), da.ones((2, 2), chunks=(1, 2)), A=[[1.0, 1.0]], b=[1.0])
+    >>> q = da.ones((2, 2), chunks=(1, 2))
+    >>> sol = qpdiff.dask.solve_qp(np.eye(2), q, A=[[1.0, 1.0]], b=[1.0])
     >>> qpdiff.dask.jvp(sol, b=[1.0]).x.compute().round(6).tolist()
     [[0.5, 0.5], [0.5, 0.5]]
     """

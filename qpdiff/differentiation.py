@@ -119,15 +119,18 @@ def vjp(
 
     >>> import numpy as np
     >>> import qpdiff
-    >>> sol = qpdiff.solve_qp(np.eye(3), -np.ones(3), A=np.ones((1, 3)), b=[1.0])
+    >>> row = np.ones((1, 3))
+    >>> sol = qpdiff.solve_qp(np.eye(3), -np.ones(3), A=row, b=[1.0])
     >>> grads = qpdiff.vjp(sol, x=np.array([1.0, 0.0, 0.0]))
     >>> np.round(-grads.q, 6).tolist()
     [0.666667, -0.333333, -0.333333]
 
     The optimal value moves with the right-hand side of a constraint by minus its multiplier:
 
-    >>> qpdiff.vjp(sol, objective=1.0).b.round(6).tolist(), sol.y.round(6).tolist()
-    ([-0.666667], [0.666667])
+    >>> qpdiff.vjp(sol, objective=1.0).b.round(6).tolist()
+    [-0.666667]
+    >>> sol.y.round(6).tolist()
+    [0.666667]
 
     With x ≥ 0 far from active, a bound has no influence but through smoothing:
 
@@ -203,9 +206,10 @@ def jvp(
     --------
     >>> import numpy as np
     >>> import qpdiff
-    >>> sol = qpdiff.solve_qp(np.eye(2), np.zeros(2), A=np.ones((1, 2)), b=[1.0])
-    >>> tangents = qpdiff.jvp(sol, b=np.array([1.0]))
-    >>> np.round(tangents.x, 6).tolist(), round(float(tangents.objective), 6)
+    >>> row = np.ones((1, 2))
+    >>> sol = qpdiff.solve_qp(np.eye(2), np.zeros(2), A=row, b=[1.0])
+    >>> moved = qpdiff.jvp(sol, b=np.array([1.0]))
+    >>> np.round(moved.x, 6).tolist(), round(float(moved.objective), 6)
     ([0.5, 0.5], 0.5)
     """
     with _no_grad(sol), sol.linearization.problem.reproducibly():

@@ -109,7 +109,8 @@ def solve_qp(
     >>> import qpdiff.jax
     >>> def project(point):
     ...     return qpdiff.jax.solve_qp(jnp.eye(2), -point, lb=jnp.zeros(2)).x
-    >>> jnp.round(jax.jit(jax.jacrev(project))(jnp.array([2.0, -3.0])), 3).tolist()
+    >>> jacobian = jax.jit(jax.jacrev(project))(jnp.array([2.0, -3.0]))
+    >>> jnp.round(jacobian, 3).tolist()
     [[1.0, 0.0], [0.0, 0.0]]
     """
     check_unsolved(unsolved)

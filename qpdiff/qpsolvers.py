@@ -28,7 +28,8 @@ def register() -> None:
     >>> import numpy as np
     >>> import qpsolvers
     >>> register()
-    >>> x = qpsolvers.solve_qp(np.eye(2), -np.ones(2), lb=np.zeros(2), ub=np.array([0.5, 2.0]), solver="qpdiff")
+    >>> P, q, ub = np.eye(2), -np.ones(2), np.array([0.5, 2.0])
+    >>> x = qpsolvers.solve_qp(P, q, ub=ub, solver="qpdiff")
     >>> np.round(x, 6).tolist()
     [0.5, 1.0]
     """
@@ -91,7 +92,8 @@ def from_problem(problem) -> dict[str, np.ndarray]:
     --------
     >>> import numpy as np
     >>> import qpsolvers
-    >>> sorted(from_problem(qpsolvers.Problem(np.eye(2), np.ones(2), lb=np.zeros(2))))
+    >>> problem = qpsolvers.Problem(np.eye(2), np.ones(2), lb=np.zeros(2))
+    >>> sorted(from_problem(problem))
     ['Q', 'lb', 'q']
     """
     values = dict(zip(("Q", *list(OPERANDS)[1:]), problem.unpack(), strict=True))

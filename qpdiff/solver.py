@@ -138,7 +138,7 @@ def solve_qp(
 
     >>> import numpy as np
     >>> points = np.array([[0.4, 0.4, 0.2], [2.0, 0.0, 0.0]])
-    >>> sol = solve_qp(np.eye(3), -points, A=np.ones((1, 3)), b=[1.0], lb=np.zeros(3))
+    >>> sol = solve_qp(np.eye(3), -points, A=np.ones((1, 3)), b=[1.0], lb=0.0)
     >>> np.allclose(sol.x, [[0.4, 0.4, 0.2], [1.0, 0.0, 0.0]], atol=1e-6)
     True
     >>> sol.status.tolist()

@@ -103,7 +103,7 @@ def solve_qp(
     >>> import torch
     >>> import qpdiff.torch
     >>> point = torch.tensor([2.0, -3.0], requires_grad=True)
-    >>> projection = qpdiff.torch.solve_qp(torch.eye(2), -point, lb=torch.zeros(2)).x
+    >>> projection = qpdiff.torch.solve_qp(torch.eye(2), -point, lb=0.0).x
     >>> torch.sum((projection - point) ** 2).backward()
     >>> point.grad.round(decimals=3).abs().tolist()
     [0.0, 6.0]
@@ -895,7 +895,8 @@ class OptNet(nn.Module):
     --------
     >>> import torch
     >>> import qpdiff.torch
-    >>> net = torch.nn.Sequential(torch.nn.Linear(5, 3), qpdiff.torch.OptNet(3, m=4))
+    >>> layer = qpdiff.torch.OptNet(3, m=4)
+    >>> net = torch.nn.Sequential(torch.nn.Linear(5, 3), layer)
     >>> net(torch.randn(10, 5)).shape
     torch.Size([10, 3])
     """
@@ -1012,8 +1013,9 @@ def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolv
     --------
     >>> import torch
     >>> from qpdiff.torch import QPFunction
-    >>> e = torch.Tensor()
-    >>> QPFunction()(torch.eye(2), torch.tensor([1.0, -1.0]), -torch.eye(2), torch.zeros(2), e, e).round(decimals=2) + 0
+    >>> e, p = torch.Tensor(), torch.tensor([1.0, -1.0])
+    >>> x = QPFunction()(torch.eye(2), p, -torch.eye(2), torch.zeros(2), e, e)
+    >>> x.round(decimals=2) + 0
     tensor([[0., 1.]])
     """
 

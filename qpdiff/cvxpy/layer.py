@@ -83,8 +83,10 @@ def from_cvxpy(problem, parameters, variables=None) -> Layer:
     >>> import cvxpy as cp
     >>> import numpy as np
     >>> import qpdiff
-    >>> x, A, b = cp.Variable(2, nonneg=True), cp.Parameter((3, 2)), cp.Parameter(3)
-    >>> layer = qpdiff.from_cvxpy(cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b))), parameters=[A, b])
+    >>> x = cp.Variable(2, nonneg=True)
+    >>> A, b = cp.Parameter((3, 2)), cp.Parameter(3)
+    >>> problem = cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b)))
+    >>> layer = qpdiff.from_cvxpy(problem, parameters=[A, b])
     >>> matrix = np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     >>> solution = layer(matrix, np.array([[1.0, 2.0, 3.0], [-1.0, 1.0, 0.0]]))
     >>> np.abs(solution[x].round(6)).tolist()
