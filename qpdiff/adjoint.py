@@ -104,7 +104,7 @@ def cost_jvp(problem: Problem, x, dx, tangents: dict[str, Any]):
     xp = problem.backend.xp
     total = (problem.hessian(x) + problem.q) * dx
     if "Q" in tangents:
-        total = total + product(tangents["Q"], x) * x / 2
+        total = total + problem.product(tangents["Q"], x) * x / 2
     if "q" in tangents:
         total = total + tangents["q"] * x
     return xp.sum(total, axis=-1, keepdims=True)
