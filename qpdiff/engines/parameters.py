@@ -61,6 +61,9 @@ class Parameters:
     the wrong sign, is a rounding error."""
     sparse_pivot: float = 1e-6
     """What takes the place of such a pivot."""
+    sparse_pivot_errors: float = 30.0
+    """In the derivative, so does a pivot that is no more than so many rounding errors of its terms; then at least the
+    square of as many takes its place. In a step that is worse than the pivot as it is."""
 
     # ---- starting points
     least_centrality: float = 0.01
@@ -165,6 +168,15 @@ class Parameters:
     """with so many attempts."""
     afresh_rounds: int = 12
     """Rounds of refinement with it."""
+    sparse_smallest: float = 1e-8
+    """The same limits, for the sparse KKT matrix, which needs no more where no active constraints are dependent;"""
+    sparse_largest: float = 1e-5
+    """with these, refinement gains five digits a round."""
+    sparse_equality: float = 1e-9
+    """A smaller one leaves less of the terms that cancel where an equality is eliminated before its variables."""
+    sparse_settled: float = 1e-9
+    """A second correction that moves the variables by no more than this against the solution changes nothing but how
+    dependent constraints share."""
 
 
 DOUBLE = Parameters()

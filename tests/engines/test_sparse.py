@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 from numpy.testing import assert_allclose
+from problems import DEGENERATE, apply
 
 import qpdiff
 from qpdiff.engines.base import Linearization, StartingPoint, _settings
@@ -301,6 +302,48 @@ def test_derivative_is_that_of_the_solution():
     found = sum((gradients[name] * changes[name]).sum(-1) for name in operands)
     expected = (x_bar * (moved[1].x - moved[0].x)).sum(-1) / (2 * step)
     assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def with_pattern(dense):
+    """Return the pattern of the entries of dense operands that are not 0 in the whole batch, and sparse operands."""
+    from qpdiff.engines.compiled.sparse import Csr, pattern_of
+
+    n = dense["q"].shape[1]
+    empty = {name: np.zeros((1, 0, n)) for name in "AG"} | {name: np.zeros((1, 0)) for name in "bh"}
+    operands, patterns = dict.fromkeys(NAMES) | empty | dense, {}
+    for name in "QAG":
+        full = operands[name]
+        pattern = sp.csr_array((full != 0).any(0))
+        patterns[name] = Csr(pattern.indptr, pattern.indices, pattern.shape)
+        rows = np.repeat(np.arange(len(pattern.indptr) - 1), np.diff(pattern.indptr))
+        operands[name] = np.ascontiguousarray(full[:, rows, pattern.indices])
+    return pattern_of(*[patterns[name] for name in "QAG"]), operands
+
+
+UNIQUE = [kind for kind in DEGENERATE if kind.__name__ != "optimal_face"]
+
+
+@pytest.mark.parametrize("kind", UNIQUE, ids=lambda kind: kind.__name__)
+def test_degenerate_derivatives(kind):
+    """They are the dense engine's at the same point, for cotangents of x, or of the sums of duplicated variables."""
+    from qpdiff.engines.compiled import engine
+
+    degenerate = kind(np.random.default_rng(1), (40,), 6)
+    dense = degenerate.operands
+    lin = linearize(*with_pattern(dense), 40)
+    assert (lin.status == qpdiff.Status.SOLVED).all()
+    problem = qpdiff.solve_qp(**dense, engine="compiled").linearization.problem
+    duplicated = "duplicated" in kind.__name__
+    r_x = np.ones_like(lin.x) if duplicated else right_hand_sides(lin)[0]
+    found = lin.factors.solve(lin, r_x, np.zeros_like(lin.v), np.nan, ())
+    other = lin._replace(problem=problem, factors=engine.without_factor(problem, lin.factors.equilibration))
+    expected = other.factors.solve(other, r_x, np.zeros_like(lin.v), np.nan, ())
+    # How dependent constraints share differs a little, and how duplicated variables do.
+    for a, b, share in zip(found[:2], expected[:2], (0.0, 1e-2), strict=True):
+        if duplicated and a is found[0]:
+            a, b = apply(degenerate.back, a), apply(degenerate.back, b)
+        size = abs(b).max(-1, keepdims=True) + 1
+        assert_allclose(a / size, b / size, atol=max(1e-6, share * (not duplicated)))
 
 
 def test_gradients_of_shared_matrices_are_sums():

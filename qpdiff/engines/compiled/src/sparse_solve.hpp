@@ -70,6 +70,7 @@ class SparseWorker {
     template <class V> SparseProblem<V>& problem_of(Place<V>& place) {
         SparseProblem<V>& o = place.workspace.problem();
         o.settings = &batch.settings;
+        o.pivot_errors = 0;
         return o;
     }
 

@@ -95,11 +95,13 @@ class LdlPattern {
     }
 };
 
-// The pivots that a factorisation has to end with, against rounding errors.
+// The pivots that a factorisation has to end with, against rounding errors. One below `least` units, of the other sign
+// or below `errors` rounding errors of the terms that it is the sum of becomes `replacement` units, and at least
+// `errors`² rounding errors.
 template <class V> struct Pivots {
-    const scalar_of<V>* signs;       // 1 or −1 for each pivot
-    const V* units;                  // positive: what its size is measured in
-    scalar_of<V> least, replacement; // a pivot below `least` units, or of the other sign, becomes `replacement` units
+    const scalar_of<V>* signs; // 1 or −1 for each pivot
+    const V* units;            // positive: what its size is measured in
+    scalar_of<V> least, replacement, errors;
 };
 
 // The arrays that a factorisation fills.
@@ -116,7 +118,7 @@ QP_NOINLINE mask_of<V> factor(const LdlPattern& p, const V* M, const Pivots<V>& 
     V* y = f.work;
     auto factor_ok = truth<mask_of<V>>(true);
     for (int k = 0; k < p.n; k++) {
-        V d{};
+        V d{}, size{};
         for (int entry = p.starts[k]; entry < p.starts[k + 1]; entry++) {
             int i = p.rows[entry];
             (i == k ? d : y[i]) = M[entry];
@@ -128,13 +130,16 @@ QP_NOINLINE mask_of<V> factor(const LdlPattern& p, const V* M, const Pivots<V>& 
             for (int place = L_starts[column]; place < end; place++) {
                 y[L_rows[place]] -= f.L[place] * value;
             }
-            V scaled = value * f.inverse[column];
-            d -= value * scaled;
+            V scaled = value * f.inverse[column], part = value * scaled;
+            d -= part;
+            size += absolute(part);
             f.L[end] = scaled;
         }
         auto sign = pivots.signs[k];
         V unit = pivots.units[k];
-        d = select(d * sign <= pivots.least * unit, sign * pivots.replacement * unit, d); // NaN stays
+        V error = pivots.errors * EPS * size;
+        d = select(d * sign <= larger(pivots.least * unit, error),
+                   sign * larger(pivots.replacement * unit, pivots.errors * error), d); // NaN stays
         factor_ok &= is_finite(d);
         f.inverse[k] = scalar_of<V>(1) / d;
     }

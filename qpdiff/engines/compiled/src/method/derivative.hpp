@@ -263,24 +263,29 @@ template <class Team> QP_INLINE bool pivots_are_significant(const Problem<Team>&
     return Team::pivots_exceed(o.U, o.n, std::numeric_limits<typename Team::Real>::epsilon(), o.columns);
 }
 
-// Fill θ and δ of a factor made for the purpose: θ is raised at nearly active constraints
-// (engines/array/derivative.py explains how).
-template <class Team> QP_INLINE void raise_nearly_active(Problem<Team>& o, const Derivative<Team>& d) {
+// The θ of a factor made for the purpose in the scaled problem: the limits between which those of nearly active
+// inequalities are raised, and that of equalities.
+struct RaisedTheta {
+    double smallest, largest, equality;
+};
+
+// Fill θ and δ of a factor made for the purpose (engines/array/derivative.py explains how).
+template <class Team>
+QP_INLINE void raise_nearly_active(Problem<Team>& o, const Derivative<Team>& d, const RaisedTheta& to) {
     using N = typename Team::Entry;
     using S = typename Team::Number;
     using Real = typename Team::Real;
-    const Parameters& P = *o.parameters;
-    N smallest = as<N>(Real(P.afresh_smallest)), largest = as<N>(Real(P.afresh_largest)), top_{};
+    N smallest = as<N>(Real(to.smallest)), largest = as<N>(Real(to.largest)), top_{};
     auto raised = [&](auto i, N scaled) { return o.kind.inequality(i) & (scaled < largest); };
     Team::each(o.rows, [&](auto i) {
         N scaled = d.theta[i] * square(o.E[i]);
         top_ = larger(select(raised(i, scaled), scaled, N{}), top_);
     });
-    S top = Team::largest(top_), lift = Real(P.afresh_largest) / select(top > S{}, top, as<S>(Real(1)));
+    S top = Team::largest(top_), lift = Real(to.largest) / select(top > S{}, top, as<S>(Real(1)));
     Team::each(o.rows, [&](auto i) {
         N E2 = square(o.E[i]), scaled = d.theta[i] * E2;
         N level = select(raised(i, scaled), smaller(larger(scaled * lift, smallest), largest), scaled);
-        o.theta.set(i, select(o.kind.equality(i), Real(P.afresh_equality), level) / E2);
+        o.theta.set(i, select(o.kind.equality(i), Real(to.equality), level) / E2);
         o.delta.set(i, N{});
     });
 }
@@ -289,7 +294,7 @@ template <class Team> QP_INLINE void raise_nearly_active(Problem<Team>& o, const
 template <class Team> QP_NOINLINE void solve_afresh(Problem<Team>& o, Derivative<Team>& d) {
     using Real = typename Team::Real;
     const Parameters& P = *o.parameters;
-    raise_nearly_active(o, d);
+    raise_nearly_active(o, d, {P.afresh_smallest, P.afresh_largest, P.afresh_equality});
     Real rho = Real(P.afresh_rho);
     for (int attempt = 0; attempt < int(P.afresh_attempts); attempt++) {
         Team::each(o.np, [&](auto j) { o.rho.set(j, rho / square(o.D[j])); });

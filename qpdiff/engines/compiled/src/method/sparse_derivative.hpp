@@ -1,7 +1,6 @@
-// The KKT system at the solution of problems with sparse matrices, solved with factors made for the purpose: first with
-// θ as it is, but for a lower limit, then, where that is not accurate, with θ raised as the dense forms raise it
-// (derivative.hpp, engines/array/derivative.py). Refinement takes both back to the system itself. For one problem or
-// one in each lane.
+// The KKT system at the solution of problems with sparse matrices, solved with a factor made for the purpose. It raises
+// the smallest θ (engines/array/derivative.py explains how), a little at first, and where refinement does not take that
+// back accurately, as much as the dense forms do. For one problem or one in each lane.
 #pragma once
 #include "derivative.hpp"
 #include "sparse_kkt.hpp"
@@ -29,8 +28,12 @@ V size_of(const SparseProblem<V>& o, const SparseDerivative<V>& d, const RightHa
 }
 
 // Solve the system with the factor of a nearby one, by so many rounds of refinement; the solution is left in `u`.
+// Return where it is accurate.
+//
+// Where active constraints are dependent, the multipliers that cancel each other converge slowly if at all: how they
+// share what is asked of them is decided by the raised θ. Corrections that do not move the variables are of that kind.
 template <class V>
-QP_NOINLINE Accuracy<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDerivative<V>& d, int rounds) {
+QP_NOINLINE mask_of<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDerivative<V>& d, int rounds) {
     using Team = sparse::Team<V>;
     using Mask = mask_of<V>;
     constexpr Form FORM = Form::sparse_kkt;
@@ -40,9 +43,6 @@ QP_NOINLINE Accuracy<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDeri
         solve_multipliers<FORM>(problem, right.x, right.v, out.x, out.v);
         constraints(problem, out.x, out.Kx);
     };
-    auto is_accurate = [&](V left, V moved) -> Mask {
-        return (left <= as<V>(P.refined)) & (moved <= as<V>(P.refined_moved * P.refined));
-    };
     auto size_of_solution = [&](const KktSolution<Team>& u) {
         return scaled_size<Team>(problem, d, d.per_D, d.per_E, u.x, u.v);
     };
@@ -50,14 +50,15 @@ QP_NOINLINE Accuracy<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDeri
     solve(d.right, d.u);
     residual<FORM>(problem, d, d.u, d.left);
     V left = ratio(size_of(o, d, d.left), asked);
-    auto active = truth<Mask>(true);
+    auto active = truth<Mask>(true), settled = no(active);
     for (int round = 0; round < rounds && some(active); round++) {
         auto c = d.correction;
         solve(d.left, c);
-        V now = ratio(size_of_solution(c), size_of_solution(d.u));
+        V size = size_of_solution(d.u), now = ratio(size_of_solution(c), size), now_x{};
         moved = select(active, ratio(now * now, last), moved);
         last = now;
         for (int j = 0; j < o.n; j++) {
+            now_x = larger(absolute(c.x[j] * d.per_D[j]), now_x);
             c.x.set(j, c.x[j] + d.u.x[j]);
         }
         for (int i = 0; i < o.rows; i++) {
@@ -66,6 +67,8 @@ QP_NOINLINE Accuracy<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDeri
         }
         residual<FORM>(problem, d, c, d.left_after);
         V after = ratio(size_of(o, d, d.left_after), asked);
+        settled |= active & (ratio(now_x, size) <= as<V>(P.sparse_settled)) & (left <= as<V>(P.afresh_largest)) &
+                   truth<Mask>(round > 0);
         // A factor too far off makes it worse from round to round; the best is returned.
         active &= after < left;
         auto take = [&](lanes::Vector<V> from, lanes::Vector<V> to, int count) {
@@ -76,9 +79,9 @@ QP_NOINLINE Accuracy<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDeri
         take(c.x, d.u.x, o.n), take(c.v, d.u.v, o.rows), take(c.Kx, d.u.Kx, o.rows);
         take(d.left_after.x, d.left.x, o.n), take(d.left_after.v, d.left.v, o.rows);
         left = select(active, after, left);
-        active &= no(is_accurate(left, moved));
+        active &= no(settled | ((left <= as<V>(P.refined)) & (moved <= as<V>(P.refined_moved * P.refined))));
     }
-    return {left, moved};
+    return settled | ((left <= as<V>(P.factor_residual)) & (moved <= as<V>(P.factor_moved)));
 }
 
 // Solve the KKT system at the solution that `set_point` has been called for.
@@ -87,6 +90,7 @@ template <class V> QP_NOINLINE void solve_kkt(SparseProblem<V>& o, SparseDerivat
     constexpr Form FORM = Form::sparse_kkt;
     const Parameters& P = *o.parameters;
     Problem<Team>& problem = o;
+    o.pivot_errors = P.sparse_pivot_errors;
     for (int j = 0; j < o.n; j++) {
         V per_D = 1.0 / o.D[j];
         d.per_D.set(j, per_D);
@@ -98,18 +102,15 @@ template <class V> QP_NOINLINE void solve_kkt(SparseProblem<V>& o, SparseDerivat
         d.per_E.set(i, per_E);
         d.share.set(i, E / larger(theta * square(E), as<V>(1.0)));
         o.per_E2.set(i, square(per_E));
-        o.theta.set(i, larger(theta, P.least_theta * square(per_E)));
-        o.delta.set(i, V{});
     }
+    raise_nearly_active(problem, d, {P.sparse_smallest, P.sparse_largest, P.sparse_equality});
     auto factor_ok = factor<FORM>(problem);
-    Accuracy<V> accuracy = solve_with_nearby_factor(o, d, int(P.derivative_rounds));
-    mask_of<V> accurate =
-        factor_ok & (accuracy.left <= as<V>(P.factor_residual)) & (accuracy.moved <= as<V>(P.factor_moved));
+    mask_of<V> accurate = factor_ok & solve_with_nearby_factor(o, d, int(P.derivative_rounds));
     if (every(accurate)) {
         return;
     }
     std::swap(d.u, d.first);
-    raise_nearly_active(problem, d);
+    raise_nearly_active(problem, d, {P.afresh_smallest, P.afresh_largest, P.afresh_equality});
     factor<FORM>(problem);
     solve_with_nearby_factor(o, d, int(P.afresh_rounds));
     for (int j = 0; j < o.n; j++) {

@@ -86,6 +86,7 @@ template <class V> struct SparseProblem : Problem<sparse::Team<V>> {
     V* units = nullptr;  // what its pivots are measured in: 1/D², 1/E²
     V* right = nullptr;  // a right-hand side in the order of elimination
     sparse::Factor<V> ldl;
+    double pivot_errors; // `errors` of its pivots
 };
 
 // Put the entries of Q and K that are not on the diagonal into the KKT matrix.
@@ -134,7 +135,7 @@ template <class V> QP_NOINLINE mask_of<V> convex(SparseProblem<V>& o, double rou
         o.matrix[place] = V{};
     }
     std::fill(o.units, o.units + kkt.ldl.n, as<V>(1.0));
-    auto factor_ok = sparse::factor<V>(kkt.ldl, o.matrix, {kkt.signs.data(), o.units, 0, NOT_A_NUMBER}, o.ldl);
+    auto factor_ok = sparse::factor<V>(kkt.ldl, o.matrix, {kkt.signs.data(), o.units, 0, NOT_A_NUMBER, 0}, o.ldl);
     assemble(o);
     return factor_ok;
 }
@@ -158,7 +159,7 @@ QP_NOINLINE mask_of<V> factor(Problem<sparse::Team<V>>& problem) {
         o.matrix[kkt.diagonal[o.n + i]] = -select(is_finite(entry), entry, largest_root<double>);
         o.units[kkt.place[o.n + i]] = o.per_E2[i];
     }
-    sparse::Pivots<V> pivots{kkt.signs.data(), o.units, P.least_sparse_pivot, P.sparse_pivot};
+    sparse::Pivots<V> pivots{kkt.signs.data(), o.units, P.least_sparse_pivot, P.sparse_pivot, o.pivot_errors};
     return sparse::factor<V>(kkt.ldl, o.matrix, pivots, o.ldl);
 }
 
