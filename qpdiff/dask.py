@@ -92,8 +92,8 @@ def solve_qp(
     >>> points = da.from_array(np.linspace(-2.0, 2.0, 10)[:, None], chunks=(4, 1))
     >>> # projections onto [-1, 1]
     >>> sol = qpdiff.dask.solve_qp(np.eye(1), -points, lb=[-1.0], ub=[1.0])
-    >>> sol.x
-    dask.array<qpdiff-x, shape=(10, 1), dtype=float64, chunksize=(4, 1), chunktype=numpy.ndarray>
+    >>> sol.x.shape, sol.x.chunks
+    ((10, 1), ((4, 4, 2), (1,)))
     >>> bool(abs(sol.x - da.clip(points, -1.0, 1.0)).max().compute() < 1e-6)
     True
     """
