@@ -23,6 +23,7 @@ CODE = {
     for page in PAGES
 }
 NEEDED = {
+    "README.md": ["torch"],
     "autograd.md": ["autograd"],
     "coming-from.md": ["cvxpy", "jax", "qpsolvers", "torch"],
     "cvxpy.md": ["cvxpy", "torch"],
