@@ -23,7 +23,7 @@ def on_config(config):
     )["project"]
     config.repo_url = project.get("urls", {}).get("Repository")
     if config.repo_url:
-        config.edit_uri = "edit/main/docs/"
+        config.repo_name, config.edit_uri = project["name"], "edit/main/docs/"
     return config
 
 
