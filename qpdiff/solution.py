@@ -12,6 +12,8 @@ import numpy as np
 class Status(enum.IntEnum):
     """The status of a problem at the end of a solve.
 
+    Examples
+    --------
     >>> Status(0).name
     'SOLVED'
     """

@@ -84,7 +84,7 @@ def solve_qp(
         so that rtol decides only where rounding or bad conditioning is in the way of tol. ``rtol=0`` insists on tol.
         Norms are infinity norms, freshly computed.
     max_iterations : int
-        Limit on the interior-point iterations.
+        Limit on the interior-point iterations, 200 by default.
     warm_start : Solution, optional
         Of neighbouring problems with the same constraints present, whose batch axes broadcast to those of these
         problems. The iteration starts close to it, the closer the better it fits; where that does not end SOLVED, the
