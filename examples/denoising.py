@@ -163,11 +163,12 @@ def train(model, signals: Signals, test: Signals, *, epochs: int, batch: int, ra
 def plot(histories: dict[str, History], models: dict[str, nn.Module], test: Signals, path: str) -> None:
     """Draw test errors while training, and three signals denoised by total variation and the best learned layer."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    colors = {name: f"C{k}" for k, name in enumerate(histories)}
     for name, history in histories.items():
         if len(history.test) == 1:
-            axes[0, 0].axhline(history.test[0], color="black", linewidth=1, label=name)
+            axes[0, 0].axhline(history.test[0], color=colors[name], linewidth=1, label=name)
         else:
-            axes[0, 0].semilogy(np.linspace(0, 1, len(history.test)), history.test, label=name)
+            axes[0, 0].semilogy(np.linspace(0, 1, len(history.test)), history.test, color=colors[name], label=name)
     axes[0, 0].set(xlabel="share of the training", ylabel="mean squared error (test)", title="Learning")
     axes[0, 0].legend()
     learned = min((name for name in histories if name != TV), key=lambda name: histories[name].test[-1])
@@ -176,7 +177,7 @@ def plot(histories: dict[str, History], models: dict[str, nn.Module], test: Sign
         axis.plot(clean, color="black", linewidth=1, label="clean")
         with torch.no_grad():
             for name in (TV, learned):
-                axis.plot(models[name](noisy), linewidth=1.2, label=name)
+                axis.plot(models[name](noisy), color=colors[name], linewidth=1.2, label=name)
         axis.set(xlabel="position", ylabel="signal", title=f"Test signal {number}")
     figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower right", ncols=4)
     figure.savefig(path, dpi=120)

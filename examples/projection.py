@@ -223,6 +223,8 @@ def plot(results: dict[str, list[list[Quality]]], path: str) -> None:
     )
     axes[1].set(xlabel="epoch", ylabel="root mean squared error [MW]", title="Projected answers to test cases")
     axes[1].locator_params(axis="x", integer=True)
+    for ticks in (axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter):
+        ticks("{x:g}")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(results))
     figure.savefig(path, dpi=100)
 

@@ -324,7 +324,7 @@ def plot(histories: dict[str, list[History]], rules: list[tuple[Rules, Rules]], 
     for axis in axes[:2]:
         axis.locator_params(axis="x", integer=True)
     axes[1].legend()
-    axes[2].legend()
+    axes[2].legend(loc="center")
     figure.savefig(path, dpi=100)
 
 
