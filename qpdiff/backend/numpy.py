@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -82,7 +82,13 @@ class NumPyBackend(Backend):
             return
         with single_threaded_blas(), ThreadPoolExecutor(workers) as threads:
             try:
-                for future in [threads.submit(_on_one_thread(function), item) for item in items]:
+                futures = [threads.submit(_on_one_thread(function), item) for item in items]
+            except RuntimeError:  # no memory for a thread
+                threads.shutdown(cancel_futures=True)
+                yield from super().map(function, items, 1)
+                return
+            try:
+                for future in futures:
                     yield future.result()
             finally:
                 threads.shutdown(cancel_futures=True)
@@ -114,7 +120,9 @@ class NumPyBackend(Backend):
             work()
             return
         with single_threaded_blas():
-            helpers = [pool().submit(_on_one_thread(work)) for _ in range(threads - 1)]
+            helpers = []
+            with suppress(RuntimeError):  # no memory for a thread: with fewer
+                helpers += (pool().submit(_on_one_thread(work)) for _ in range(threads - 1))
             work()
             for helper in helpers:
                 if not helper.cancel():  # it has begun

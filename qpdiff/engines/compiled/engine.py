@@ -43,6 +43,9 @@ THREAD_OPERATIONS = 1e6
 """Operations that take about as long as it takes to start a thread."""
 SOLVE_COST, DERIVATIVE_COST = 10, 1
 """Rough cost of a call for each problem, in steps of the iteration."""
+BLAS_BUFFER, THREAD_BYTES, MATRICES_BYTES = 33 * 2**20, 75 * 2**20, 64
+"""Bytes of the buffer that OpenBLAS allocates for each thread that calls it, of the stack and the heap of a thread, and
+of its workspace for each entry of a matrix."""
 FEW = 2**10
 """Number of entries of x in a batch up to which recycling of memory takes longer than it saves."""
 STORED_BYTES = 2**26, 2**29
@@ -89,7 +92,7 @@ class Factors(NamedTuple):
             tuple(map(problem.operands.get, OPERANDS)), self.stored,
             (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
             (u_x, u_v, *[gradients.get(name) for name in MATRICES]), PARAMETERS[dtype], self.form, fill,
-            workers_for(problem, count, DERIVATIVE_COST),
+            workers_with_memory(problem, workers_for(problem, count, DERIVATIVE_COST)),
         )  # fmt: skip
         if "Q" in gradients and problem.Q.shape[0] < count:
             gradients["Q"] = gradients["Q"] + gradients["Q"].mT
@@ -132,7 +135,7 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
     done = outcome, Factors(form, stored)
     if count == 0:
         return done
-    workers = workers_for(problem, count, SOLVE_COST)
+    workers = workers_with_memory(problem, workers_for(problem, count, SOLVE_COST))
     longest = max(n, problem.m + problem.p)
     in_lanes = start is None and longest <= SMALL and count >= ENOUGH * workers and dtype.itemsize == 8
     call = (
@@ -165,6 +168,23 @@ def workers_for(problem: Problem, count: int, cost: int) -> int:
 def as_many_as_pay(workers: int, count: int, operations: float) -> int:
     """Return up to so many threads for a number of problems of so many operations each."""
     return max(1, min(workers, count, int(count * operations / THREAD_OPERATIONS)))
+
+
+def workers_with_memory(problem: Problem, workers: int) -> int:
+    """Return for how many of these threads there is memory where they call BLAS; raise a MemoryError where for none.
+
+    OpenBLAS does not report that there is none: it tries again without end, or ends the process. Memory that is not
+    written to costs nothing but address space, which `ulimit -v` limits.
+    """
+    longest = max(problem.n, problem.m + problem.p)
+    if longest <= _core.BLOCK:
+        return workers
+    each = BLAS_BUFFER + MATRICES_BYTES * longest**2
+    with suppress(MemoryError):
+        np.empty(workers * each + (workers - 1) * THREAD_BYTES, np.uint8)
+        return workers
+    np.empty(each, np.uint8)
+    return 1
 
 
 def _operations(problem: Problem) -> float:
