@@ -7,7 +7,6 @@ engine's own pass, and higher ones from autograd's operations.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -17,8 +16,8 @@ from . import solver
 from .adjoint import filled, kkt_vjp, masked, objective_vjp, solution_vjp
 from .backend import Backend
 from .differentiation import FILL, smoothed, solve_adjoint, solve_kkt
-from .problem import Problem, split_rows
-from .solution import Solution, Status, check_unsolved, raise_if_unsolved
+from .problem import Problem, join_rows, split_rows
+from .solution import Solution, Status, check_unsolved, raise_if_unsolved, whole_solution
 from .sparse import Sparse, apply, is_sparse, read_sparse, stored, with_array
 
 try:
@@ -86,24 +85,19 @@ def solve_qp(
     if unsolved == "raise" and smoothing is not None:
         raise_if_unsolved(moving.linearization.status[:, 0])
     layer = _Layer(moving, tuple(given), "zero" if unsolved == "raise" else unsolved)
-    flat = {name: _one_batch_axis(problem, name, stored(value)) for name, value in given.items()}
-    solution = _solution(layer, *flat.values())
+    flat = [_one_batch_axis(problem, name, stored(value)) for name, value in given.items()]
+    solution = _solution(layer, *flat)
     if smoothing is None:
-        objective = _optimal_value(layer, *flat.values())
+        objective = _optimal_value(layer, *flat)
     else:  # the relaxed point is no minimum, so the value moves with it
-        in_boxes = layer.problem(*flat.values())
+        in_boxes = layer.problem(*flat)
         x, _ = _halves(layer, _at_solved(layer, solution))
         value = anp.sum(x * (in_boxes.hessian(x) / 2 + in_boxes.q), axis=-1, keepdims=True)
         value = filled(anp, _solved(layer), value, FILL[layer.unsolved])
         objective = _with_value(sol.objective, anp.reshape(value, problem.batch_shape))
         solution = _with_value(np.concatenate([sol.linearization.x, sol.linearization.v], axis=-1), solution)
-    x, v = solution[:, : problem.n], solution[:, problem.n :]
-    parts = dict(zip(("y", "z", "z_lb", "z_ub"), split_rows(layer.problem(*flat.values()), v, v), strict=True))
-    parts["x"] = x
-    shapes = {name: (*problem.batch_shape, part.shape[-1]) for name, part in parts.items()}
-    returned = layer.problem(*flat.values()).returned
-    parts = {name: anp.reshape(returned(part), shapes[name]) for name, part in parts.items()}
-    return replace(sol, **parts, objective=objective)
+    fields = {name: _field(layer, name, solution) for name in ("x", *_OF_ROWS)}
+    return whole_solution(**sol.__dict__ | fields | {"objective": objective})
 
 
 def _plain(value):
@@ -124,7 +118,7 @@ def _one_batch_axis(problem: Problem, name: str, value):
     whole = (*problem.batch_shape, *core) if size != 1 else (*shape[: -len(core)], *core)
     if shape != whole:
         value = value * np.ones(whole, dtype=problem.dtype)
-    return anp.reshape(value, (size, *core))
+    return value if value.shape == (size, *core) else anp.reshape(value, (size, *core))
 
 
 # ---- the primitives; operands have one batch axis, of length 1 where shared
@@ -161,6 +155,38 @@ class _Layer(NamedTuple):
 def _solution(layer, *operands):
     """Return the variables and all rows' multipliers, (B, n + rows)."""
     return np.concatenate([layer.sol.linearization.x, layer.sol.linearization.v], axis=-1)
+
+
+_OF_ROWS = ("y", "z", "z_lb", "z_ub")
+"""The fields of a solution that are made of the multipliers of all rows, in the order of `split_rows`."""
+
+
+@primitive
+def _field(layer, name, solution):
+    """Return a field of the solution as the caller gets it, a linear map of the variables and the multipliers."""
+    lin, (x, v) = layer.sol.linearization, _halves(layer, solution)
+    value = x if name == "x" else split_rows(lin.problem, v, lin.v)[_OF_ROWS.index(name)]
+    return lin.problem.returned(value).reshape(*lin.problem.batch_shape, value.shape[-1])
+
+
+@primitive
+def _field_adjoint(layer, name, g):
+    """Return the adjoint of `_field`, (B, n + rows)."""
+    lin = layer.sol.linearization
+    problem, n = lin.problem, lin.problem.n
+    g = g.reshape(problem.batch, g.shape[-1])
+    out = np.zeros((problem.batch, n + problem.rows), problem.dtype)
+    if name == "x":
+        out[:, :n] = g
+        return out
+    zero = np.zeros((problem.batch, 1), problem.dtype)
+    of_rows = [np.broadcast_to(zero, (problem.batch, size)) for size in (problem.p, problem.m, n, n)]
+    of_rows[_OF_ROWS.index(name)] = g
+    out[:, n:] = join_rows(problem, *of_rows, lin.v)
+    if problem.fixed is not None:  # whose multiplier is in the row of lb alone
+        upper = out[:, n:][:, problem.blocks["ub"]]
+        upper[...] = np.where(problem.fixed, 0.0, upper)
+    return out
 
 
 @primitive
@@ -249,5 +275,7 @@ def _halves(layer: _Layer, pair):
 
 defvjp_argnums(_solution, _solution_vjp)
 defvjp_argnums(_optimal_value, _optimal_value_vjp)
+defvjp(_field, lambda result, layer, name, solution: lambda g: _field_adjoint(layer, name, g), argnums=(2,))
+defvjp(_field_adjoint, lambda result, layer, name, g: lambda pair: _field(layer, name, pair), argnums=(2,))
 defvjp(_with_value, lambda result, value, moving: lambda g: g.astype(moving.dtype), argnums=(1,))
 defvjp_argnums(_kkt_solve, _kkt_solve_vjp)

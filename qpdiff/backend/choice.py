@@ -64,6 +64,10 @@ def choose_backend(operands, name=None):
     ImportError
         For a library that is not installed; the message names the extra to install.
     """
+    # What comes next would take most of a small solve.
+    known = all(type(value) is np.ndarray and value.dtype is _DOUBLE for value in operands.values())
+    if known and (name is None or name == "numpy"):
+        return _numpy_backend(), dict(operands)
     if name is not None:
         xp = _namespace(name)
         kind = _kind(xp)
@@ -73,9 +77,6 @@ def choose_backend(operands, name=None):
         backend = _backend(xp, next(iter(there.values())) if there else kind.current_device(xp))
         stay = own if name != "numpy" else {}  # of NumPy's arrays some are of kinds that are refused
         return backend, {k: v if k in stay else _move(k, v, backend, name) for k, v in operands.items()}
-    # What comes next would take most of a small solve.
-    if all(type(value) is np.ndarray and value.dtype is _DOUBLE for value in operands.values()):
-        return _numpy_backend(), dict(operands)
     arrays = {
         key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))
     }
