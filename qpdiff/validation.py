@@ -181,7 +181,7 @@ def symmetrized(problem: Problem) -> Problem:
     if backend.known_all_false(transposed != Q):
         return problem
     difference = transposed - Q
-    small = xp.abs(difference) < problem.rounding * _largest(problem)
+    small = xp.abs(difference) < problem.rounding * _largest(backend, problem.Q)
     changed = Q + xp.where(small, difference, xp.zeros_like(Q)) / 2
     return problem.with_operands(Q=problem.Q.with_values(changed) if isinstance(problem.Q, Sparse) else changed)
 
@@ -336,29 +336,31 @@ def _out_of_range(name: str, problem: Problem):
     return ~xp.isfinite(value)
 
 
-def _largest(problem: Problem):
+def _largest(backend: Backend, Q):
     """Return the largest entry of Q, (B, 1, 1), or the smallest number to which rounding is relative.
 
     Of a sparse Q, (B, 1).
     """
-    xp = problem.backend.xp
-    if isinstance(problem.Q, Sparse):
-        largest = problem.backend.norm(problem.Q.values)
-    else:
-        largest = xp.max(xp.abs(problem.Q), axis=(-2, -1), keepdims=True)
-    return problem.backend.clip(largest, float(xp.finfo(problem.dtype).smallest_normal))
+    xp = backend.xp
+    largest = backend.norm(Q.values) if isinstance(Q, Sparse) else xp.max(xp.abs(Q), axis=(-2, -1), keepdims=True)
+    return backend.clip(largest, float(xp.finfo(Q.dtype).smallest_normal))
 
 
 def _asymmetric(problem: Problem):
     Q, transposed = _both_sides(problem)
-    return problem.backend.xp.abs(Q - transposed) > problem.rounding * _largest(problem)
+    return problem.backend.xp.abs(Q - transposed) > problem.rounding * _largest(problem.backend, problem.Q)
 
 
 def indefinite(problem: Problem):
-    """Return a mask (B, 1) of the Q with an eigenvalue negative beyond rounding: the shifted Q has no factor."""
+    """Return a mask (B, 1) of the Q with an eigenvalue negative beyond rounding."""
+    return has_negative_eigenvalue(problem.backend, problem.Q, problem.rounding)
+
+
+def has_negative_eigenvalue(backend: Backend, Q, tolerance: float):
+    """Return a mask (B, 1) of symmetric matrices that have no factor when shifted by a part of their largest entry."""
     # Divided by its largest entry, because the shift would overflow with huge and vanish with denormal numbers.
-    shift = problem.rounding * problem.backend.eye(problem.n, problem.dtype)
-    _, positive = problem.backend.factor(problem.Q / _largest(problem) + shift)
+    shift = tolerance * backend.eye(Q.shape[-1], Q.dtype)
+    _, positive = backend.factor(Q / _largest(backend, Q) + shift)
     return ~positive
 
 
@@ -391,7 +393,7 @@ def _both_bounds(problem: Problem, entry) -> str:
 
 
 def _smallest_eigenvalue(problem: Problem, entry) -> str:
-    xp, largest = problem.backend.xp, _largest(problem)
+    xp, largest = problem.backend.xp, _largest(problem.backend, problem.Q)
     unit = float(xp.min(xp.linalg.eigvalsh(problem.Q / largest)))
     smallest = unit * float(largest[0, 0, 0])
     return (

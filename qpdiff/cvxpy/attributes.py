@@ -7,6 +7,8 @@ import math
 import numpy as np
 import scipy.sparse as sp
 
+from ..validation import has_negative_eigenvalue
+
 ROUNDING = 1e-10
 """By how much a number may miss its sign, its bounds or its zero, as in CVXPY."""
 
@@ -22,8 +24,8 @@ def check_parameter(backend, parameter, value, tolerance: float) -> None:
     if value.dtype not in (xp.float32, backend.widest_float):  # integers, and half precision, which has no eigenvalues
         value = xp.astype(value, backend.widest_float)
     for what, wrong in _violations(backend, parameter, value, tolerance):
-        problems = xp.any(xp.reshape(wrong, (math.prod(batch), -1)), axis=-1)
-        if bool(xp.any(problems)):
+        if bool(xp.any(wrong)):
+            problems = xp.any(xp.reshape(wrong, (math.prod(batch), -1)), axis=-1)
             first = [int(i) for i in np.unravel_index(int(xp.argmax(xp.astype(problems, xp.int8))), batch)]
             where = f" (problem {first[0] if len(first) == 1 else tuple(first)} of the batch)" if batch else ""
             raise ValueError(f"parameter {parameter.name()} {what}{where}")
@@ -59,5 +61,5 @@ def _violations(backend, parameter, value, tolerance: float):
         yield "is declared symmetric (PSD, NSD), but is not", xp.abs(value - value.mT) > tolerance * largest
         for kind, sign in (("PSD", 1.0), ("NSD", -1.0)):
             if has[kind]:
-                eigenvalues = xp.linalg.eigvalsh(sign * (value + value.mT) / 2)
-                yield f"is declared {kind}, but is not", eigenvalues < -tolerance * largest[..., 0]
+                symmetric = xp.reshape(sign * (value + value.mT) / 2, (-1, *value.shape[-2:]))
+                yield f"is declared {kind}, but is not", has_negative_eigenvalue(backend, symmetric, tolerance)

@@ -13,6 +13,7 @@ NeurIPS 2019.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -236,6 +237,7 @@ class Layer:
                 raise TypeError(f"{name} is an option of the layer's vjp and jvp, and of solve_qp in torch and JAX")
         solver.check_names("layer", options)
         backend, types, arrays = self._arrays(parameters, backend, dtype)
+        backend.reuse_freed_memory()  # for the operands, whose memory takes longer to get than they take to compute
         xp = backend.xp
         coarsest = [max(rounding(xp, array.dtype), rounding(xp, types.working)) for array in arrays]
         if check:
@@ -338,14 +340,14 @@ class Layer:
         xp, dtype = backend.xp, floating_types(backend, kinds_of(given, given)).result
         out = []
         for i, (parameter, value) in enumerate(zip(self.parameters, parameters, strict=True)):
-            total = backend.full(tuple(value.shape), 0.0, dtype)
+            parts = []
             for name, gradient in given.items():
                 shape, _, matrices = self._maps[name]
                 if i in matrices:
                     part = matrices[i].T.product(backend, _flattened(xp, gradient, shape))
                     part = xp.reshape(part, (*part.shape[:-1], *parameter.shape))
-                    total = total + summed(xp, part, total.shape)
-            out.append(total)
+                    parts.append(summed(xp, part, tuple(value.shape)))
+            out.append(sum(parts[1:], parts[0]) if parts else backend.full(tuple(value.shape), 0.0, dtype))
         return tuple(out)
 
     def values(self, x) -> tuple:
@@ -423,4 +425,4 @@ class Layer:
 def _flattened(xp, value, core: tuple[int, ...]):
     """Return an array (..., *core) with its core axes made one, in row-major order."""
     leading = value.shape[: value.ndim - len(core)]
-    return xp.reshape(value, (*leading, int(np.prod(core))))
+    return xp.reshape(value, (*leading, math.prod(core)))

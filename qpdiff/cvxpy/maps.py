@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+
+FEW = 8
+"""Number of entries up to which a row counts as one with few."""
 
 
 class SparseMatrix:
@@ -14,7 +17,8 @@ class SparseMatrix:
 
     The array API standard has no sparse matrices and no scatter. So the entries of a row are gathered and summed, all
     rows of about the same number of entries at once: a few operations that every library has, and that those which
-    differentiate and trace do so with.
+    differentiate and trace do so with. Of rows with few entries, as most are that CVXPY makes, one entry of each row is
+    gathered after the other: sums along a short axis take many times as long.
     """
 
     def __init__(self, matrix):
@@ -29,19 +33,28 @@ class SparseMatrix:
     def product(self, backend, x):
         """Compute M x for vectors x (..., columns)."""
         xp, (blocks, place) = backend.xp, self._blocks
-        zero = backend.full((*x.shape[:-1], 1), 0.0, x.dtype)
-        padded, sums = xp.concat([x, zero], axis=-1), []
-        for columns, values in blocks:
-            gathered = xp.take(padded, backend.asarray(columns.ravel()), axis=-1)
-            gathered = xp.reshape(gathered, (*x.shape[:-1], *columns.shape))
-            sums.append(xp.sum(gathered * backend.asarray(values, dtype=x.dtype), axis=-1))
+        needed = place is not None or blocks[0].padded
+        zero = backend.full((*x.shape[:-1], 1), 0.0, x.dtype) if needed else None
+        if any(block.padded for block in blocks):
+            x = xp.concat([x, zero], axis=-1)
+        sums = []
+        for columns, values, _ in blocks:
+            if len(columns) <= FEW:
+                terms = [_term(backend, x, *each) for each in zip(columns, values, strict=True)]
+                sums.append(sum(terms[1:], terms[0]))
+            else:
+                shape = columns.T.shape
+                gathered = xp.reshape(_term(backend, x, columns.T.ravel(), values.T.ravel()), (*x.shape[:-1], *shape))
+                sums.append(xp.sum(gathered, axis=-1))
+        if place is None:
+            return sums[0]
         return xp.take(xp.concat([*sums, zero], axis=-1), backend.asarray(place), axis=-1)
 
     @cached_property
     def _blocks(self):
         """Rows by the number of their entries, up to a power of two, and the place of each row among all of these.
 
-        What a row lacks is a column after the last, which is zero; the place of an empty row is after the last.
+        The place of an empty row is after the last. It is None where the only block has all rows in their order.
         """
         counts, (rows, columns) = np.diff(self.matrix.indptr), self.matrix.shape
         widths = np.where(counts > 0, 2 ** np.ceil(np.log2(np.maximum(counts, 1))), 0).astype(int)
@@ -53,9 +66,27 @@ class SparseMatrix:
             index, values = np.full(entry.shape, columns), np.zeros(entry.shape)
             index[entry], values[entry] = self.matrix.indices[source], self.matrix.data[source]
             place[members] = done + np.arange(len(members))
-            blocks.append((index, values))
+            each = [None if np.all(row == 1.0) else row for row in values.T.copy()] if width <= FEW else values.T
+            blocks.append(_Block(index.T.copy(), each, not entry.all()))
             done += len(members)
-        return blocks, place
+        return blocks, None if len(blocks) == 1 and done == rows else place
+
+
+class _Block(NamedTuple):
+    """Rows of about the same number of entries."""
+
+    columns: np.ndarray
+    """(entries, rows)."""
+    values: Any
+    """Likewise, or a list that has None for entries that are all 1."""
+    padded: bool
+    """Some rows have fewer entries; what they lack is in a column after the last, which is zero."""
+
+
+def _term(backend, x, columns, values):
+    """Gather entries of x, and multiply them by those of the matrix."""
+    gathered = backend.xp.take(x, backend.asarray(columns), axis=-1)
+    return gathered if values is None else gathered * backend.asarray(values, dtype=x.dtype)
 
 
 class AffineMap(NamedTuple):
