@@ -325,14 +325,14 @@ def objective_gradients(
         By name, (B or 1, core).
     """
     _check_fill(unsolved)
-    problem, xp, solved = lin.problem, lin.problem.backend.xp, lin.status == int(Status.SOLVED)
-    x, v = masked(xp, solved, lin.x, lin.v)
-    g = filled(xp, solved, g, FILL[unsolved])
-    return objective_vjp(problem, x, v if stationary else xp.zeros_like(v), g, names)
+    problem, xp, at = lin.problem, lin.problem.backend.xp, _at_solved(lin)
+    if at is not lin:
+        g = filled(xp, lin.status == int(Status.SOLVED), g, FILL[unsolved])
+    return objective_vjp(problem, at.x, at.v if stationary else xp.zeros_like(at.v), g, names)
 
 
 def _at_solved(lin: Linearization) -> Linearization:
-    """Return a linearization with zeros for x and v of the problems that are not SOLVED."""
+    """Return a linearization with zeros for x and v of problems that are not SOLVED; the same one without such."""
     unsolved = lin.status != int(Status.SOLVED)
     if lin.problem.backend.known_all_false(unsolved):
         return lin

@@ -38,7 +38,7 @@ from .adjoint import (
     solution_vjp,
 )
 from .backend import choose_backend, read_dtype
-from .differentiation import FILL, check_smoothing, smoothed, solve_adjoint
+from .differentiation import FILL, check_smoothing, objective_gradients, smoothed, solve_adjoint
 from .engines.base import Linearization
 from .engines.choice import choose_engine
 from .problem import MATRICES, Problem, make_layout, split_rows
@@ -246,6 +246,14 @@ class _Layer:
             u_x, u_v, gradients = solve_adjoint(self.linearization, r_x, r_v, wanted, unsolved=self.fill)
         return u_x, u_v, [gradients[name] for name in wanted]
 
+    def objective_gradients(self, wanted, g):
+        """Return the gradients of the operands that are wanted from cotangents of the optimal values."""
+        (g,) = self.arrays((g.reshape(-1, 1),))
+        with self.solver_backend.no_grad():
+            g = self.solver_backend.asarray(g, dtype=self.linearization.problem.dtype)
+            gradients = objective_gradients(self.linearization, g, wanted, unsolved=self.fill)
+        return _as_tensors([gradients[name] for name in wanted])
+
     def arrays(self, tensors) -> list:
         """Return what the solver takes for tensors: on the CPU, the NumPy arrays in the same memory."""
         try:
@@ -451,7 +459,10 @@ def _solution_backward(layer, needed, cotangents, x, v, status, operands):
     """Return the gradients of the operands from the cotangents of the first function's results."""
     wanted, gradients = _wanted(layer.names, needed), dict[str, Any]()
     (g_x, g_v), g = cotangents[:2], cotangents[_OBJECTIVE]
-    if g is not None or _records():
+    records = _records()
+    if g is not None and layer.linearization is not None and layer.smoothing is None and not records:
+        gradients, g = dict(zip(wanted, layer.objective_gradients(wanted, g), strict=True)), None
+    if g is not None or records:
         solved = _solved(x, status)
         x, v = masked(torch, solved, x, v)
     if layer.smoothing is not None:
@@ -466,7 +477,7 @@ def _solution_backward(layer, needed, cotangents, x, v, status, operands):
                 g_x = _sum(g_x, g * (problem.hessian(x) + problem.q))
     if g_x is not None or g_v is not None:
         r_x, r_v = _or_zeros(g_x, x), _or_zeros(g_v, v)
-        if _records():
+        if records:
             _, _, *of_solution = layer.kkt_solve(wanted, r_x, r_v, x, v, operands)
         else:  # which spares a part of the time of a small problem
             of_solution = layer.gradients(wanted, r_x, r_v, x, v, operands)
@@ -630,6 +641,8 @@ _OPTIONS = "float? tol, float? rtol, int max_iterations, bool check, bool verbos
 
 class _Operators:
     """Both functions for tensors that may have no numbers yet: calls of the operators, which have the same rules."""
+
+    linearization = None
 
     def __init__(self, backend, settings: _Settings, point=()):
         self.backend: Any = backend
