@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from .problem import OPERANDS
 from .solution import Solution, Status
 from .solver import solve_qp
+from .validation import make_problem
 
 try:
     import qpsolvers
@@ -114,8 +115,8 @@ def to_problem(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None):
 
     Raises
     ------
-    ValueError
-        For operands with batch axes.
+    TypeError, ValueError
+        For operands that `qpdiff.solve_qp` refuses, and for batch axes.
 
     Examples
     --------
@@ -125,6 +126,7 @@ def to_problem(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None):
     """
     given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     arrays = {name: None if value is None else np.asarray(value, dtype=float) for name, value in given.items()}
+    make_problem(arrays)  # for its errors
     for name, value in arrays.items():
         if value is not None and value.ndim > len(OPERANDS[name]):
             raise ValueError(f"{name} has shape {value.shape}; qpsolvers states one problem, without batch axes")

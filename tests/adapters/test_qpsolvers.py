@@ -119,6 +119,13 @@ def test_numbers_stand_for_all_entries():
     np.testing.assert_allclose(qpsolvers.solve_problem(problem, "qpdiff").x, [0.5, 0.5], atol=1e-7)
 
 
+def test_what_solve_qp_refuses_is_no_problem_of_theirs():
+    with pytest.raises(ValueError, match="h was given without G"):
+        qpdiff.qpsolvers.to_problem(np.eye(2), np.ones(2), h=np.ones(1))
+    with pytest.raises(ValueError, match=r"b has shape \(2,\)"):
+        qpdiff.qpsolvers.to_problem(np.eye(2), np.ones(2), A=np.ones((1, 2)), b=np.ones(2))
+
+
 def test_a_batch_is_no_problem_of_theirs():
     with pytest.raises(ValueError, match=r"q has shape \(3, 2\)"):
         to_problem(np.eye(2), np.zeros((3, 2)))
