@@ -86,6 +86,26 @@ class Solution:
     linearization: Any = field(default=None, repr=False, compare=False)
     """The problem and the last factorisation, for the derivative (not part of the public interface)."""
 
+    def __getstate__(self):
+        """Add the names of the arrays that are read-only, which NumPy's own pickles and copies do not tell."""
+        return self.__dict__ | {_READ_ONLY: [name for name in FIELDS if _is_read_only(getattr(self, name))]}
+
+    def __setstate__(self, state):
+        names = state.pop(_READ_ONLY, ())
+        self.__dict__.update(state)
+        arrays = [getattr(self, name) for name in names]
+        if names and self.linearization is not None:  # whose x, v, s and status no longer share memory with all of them
+            arrays += self.linearization[2:]
+        for array in arrays:
+            array.setflags(write=False)
+
+
+_READ_ONLY = "read-only fields"
+
+
+def _is_read_only(value) -> bool:
+    return isinstance(value, np.ndarray) and not value.flags.writeable
+
 
 POINT = ("x", "y", "z", "z_lb", "z_ub", "s")
 """The fields of a solution that are in the type of the results; what tells how exact it is, is in float64."""

@@ -1,5 +1,8 @@
 """Solutions against the KKT conditions, other solvers and themselves, on every array library."""
 
+import copy
+import dataclasses
+import pickle
 import re
 
 import clarabel
@@ -13,6 +16,7 @@ from problems import apply, complete, gap_rounding, kkt_residuals, optnet, rando
 
 import qpdiff
 from qpdiff import Status
+from qpdiff.solution import FIELDS
 
 pytestmark = pytest.mark.usefixtures("each_engine")
 
@@ -403,6 +407,19 @@ def test_no_change_of_a_solution_changes_its_derivative(parts, batch):
             array[...] = 1
     for mine, theirs in zip(qpdiff.vjp(sol, x=cotangent), before, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda sol: pickle.loads(pickle.dumps(sol))], ids=["copy", "pickle"])
+def test_copies_of_a_solution_are_read_only_where_it_is(made, dtype, each_engine):
+    sol = qpdiff.solve_qp(np.eye(2, dtype=dtype), np.ones((3, 2), dtype), [[1.0, 0.0]], [0.5], lb=-1.0)
+    copied = made(sol)
+    for name in FIELDS:
+        assert getattr(copied, name).flags.writeable == getattr(sol, name).flags.writeable, name
+    for array in copied.linearization[2:]:
+        assert not array.flags.writeable
+    np.testing.assert_array_equal(qpdiff.vjp(copied, x=np.ones(2)).q, qpdiff.vjp(sol, x=np.ones(2)).q)
+    assert made(dataclasses.replace(sol, linearization=None)).linearization is None
 
 
 def test_the_choice_of_the_engine_is_logged(caplog, each_engine):
