@@ -83,7 +83,7 @@ def solve_qp(
         raise_if_unsolved(sol.status)
     moving = smoothed(sol, smoothing)
     if unsolved == "raise" and smoothing is not None:
-        raise_if_unsolved(moving.linearization.status[:, 0])
+        raise_if_unsolved(moving.linearization.status.reshape(sol.status.shape), relaxed=True)
     layer = _Layer(moving, tuple(given), "zero" if unsolved == "raise" else unsolved)
     flat = [_one_batch_axis(problem, name, stored(value)) for name, value in given.items()]
     solution = _solution(layer, *flat)

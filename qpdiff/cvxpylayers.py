@@ -18,6 +18,10 @@ OTHER_CONES = {
     "p3d": "power cone", "pnd": "power cone of several dimensions",
 }  # fmt: skip
 """The cones that are no constraints of a QP, by their names in CVXPY's dimensions."""
+ADVICE = (
+    "The function of qpdiff.from_cvxpy goes on without them: it returns a status, and its vjp takes unsolved='zero'"
+)
+"""A layer of cvxpylayers has a value for every problem of a batch, or none."""
 
 
 class LayerSolver(SolverInterface):
@@ -119,7 +123,7 @@ class LayerSolver(SolverInterface):
                 operand = (operand + np.swapaxes(operand, -1, -2)) / 2
             operands[name] = operand[0] if constant else operand
         sol = solve_qp(**operands, **solver_args)
-        raise_if_unsolved(sol.status)
+        raise_if_unsolved(sol.status, advice=ADVICE)
         return sol.x, np.concat([sol.y, sol.z], axis=-1), (sol, None if P is None else P.shape, A.shape)
 
     def derivative_numpy_batch(self, dprimal, ddual, saved_state):

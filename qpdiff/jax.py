@@ -141,7 +141,8 @@ def solve_qp(
             numbers = {name: np.asarray(value) for name, value in numbers.items()}
             check_values(symmetrized(method.problem(numbers, ())))
         if unsolved == "raise":
-            raise_if_unsolved(np.asarray(relaxed).reshape(problem.batch_shape))
+            raise_if_unsolved(status.reshape(problem.batch_shape))
+            raise_if_unsolved(np.asarray(relaxed).reshape(problem.batch_shape), relaxed=True)
     return replace(sol, linearization=method.linearization(problem, outcome, extra))
 
 

@@ -126,15 +126,24 @@ def check_unsolved(unsolved: str) -> None:
         raise ValueError(f"unsolved is {unsolved!r}; expected 'raise', 'nan' or 'zero'")
 
 
-def raise_if_unsolved(status: np.ndarray) -> None:
-    """Raise a RuntimeError that counts the problems that are not SOLVED and names the first, if there are any."""
+GO_ON = "Pass unsolved='nan' or 'zero' to go on without their gradients"
+"""Advice to the callers of an adapter that takes `unsolved`."""
+
+
+def raise_if_unsolved(status: np.ndarray, *, relaxed: bool = False, advice: str = GO_ON) -> None:
+    """Raise a RuntimeError that counts the problems that are not SOLVED and names the first, if there are any.
+
+    With `relaxed` the status tells for which of problems that are SOLVED the relaxed point was found.
+    """
     if not np.count_nonzero(status):  # SOLVED is 0, and this is called in every small solve
         return
     bad = np.argwhere(np.atleast_1d(status) != Status.SOLVED)
     first = tuple(bad[0].tolist())
     name = Status(int(np.atleast_1d(status)[first])).name
     where = f"; the first is problem {first[0] if len(first) == 1 else first}" if status.ndim else ""
-    raise RuntimeError(
-        f"{len(bad)} of {status.size} problems not solved{where}: {name}. Pass unsolved='nan' or 'zero' to go on "
-        "without their gradients"
-    )
+    if relaxed:
+        raise RuntimeError(
+            f"relaxed point of {len(bad)} of {status.size} problems not found{where}. With a smaller smoothing it is "
+            f"closer to the solution. {advice}"
+        )
+    raise RuntimeError(f"{len(bad)} of {status.size} problems not solved{where}: {name}. {advice}")

@@ -219,14 +219,14 @@ class _Layer:
         if self.smoothing is not None:
             with self.solver_backend.no_grad():
                 lin = smoothed(sol, self.smoothing).linearization
-            self._refuse(lin.status.reshape(sol.status.shape))
+            self._refuse(lin.status.reshape(sol.status.shape), relaxed=True)
             arrays += [lin.x, lin.v, lin.status]
         self.linearization = lin
         return tuple(_as_tensors(arrays))
 
-    def _refuse(self, status):
+    def _refuse(self, status, relaxed=False):
         if self.unsolved == "raise":
-            raise_if_unsolved(status if isinstance(status, np.ndarray) else status.cpu().numpy())
+            raise_if_unsolved(status if isinstance(status, np.ndarray) else status.cpu().numpy(), relaxed=relaxed)
 
     def solve_adjoint(self, wanted, r_x, r_v, *_):
         """Return the solution of the KKT system, and the gradients of the operands that are wanted."""

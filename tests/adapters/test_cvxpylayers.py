@@ -137,5 +137,8 @@ def test_a_solver_serves_one_layer():
 
 
 def test_an_infeasible_problem_raises():
-    with pytest.raises(RuntimeError, match="1 of 2 problems not solved; the first is problem 1: PRIMAL_INFEASIBLE"):
+    message = (
+        r"1 of 2 problems not solved; the first is problem 1: PRIMAL_INFEASIBLE\. The function of qpdiff\.from_cvxpy"
+    )
+    with pytest.raises(RuntimeError, match=message):
         in_torch(linear_program, [np.ones((2, 3)), np.array([1.0, -1.0])], LayerSolver())

@@ -739,7 +739,14 @@ def test_smoothing_of_a_layer():
     assert "smoothing=0.1" in repr(smooth)
 
 
-@pytest.mark.parametrize("smoothing", [0, -1.0, float("inf"), "much"])
+def test_a_relaxed_point_that_is_not_found_is_named():
+    """Where neither cost nor bounds hold x ≥ 0, its logarithmic barrier has no minimum."""
+    message = "relaxed point of 1 of 2 problems not found; the first is problem 1. With a smaller smoothing"
+    with pytest.raises(RuntimeError, match=message):
+        qpdiff.torch.solve_qp(torch.zeros(1, 1), torch.tensor([[1.0], [0.0]]), lb=0.0, smoothing=0.1)
+
+
+@pytest.mark.parametrize("smoothing", [0, -1.0, float("inf"), "much", True])
 def test_bad_smoothing(smoothing):
     with pytest.raises(ValueError, match="smoothing is"):
         qpdiff.torch.solve_qp(torch.eye(2), torch.ones(2), smoothing=smoothing)
