@@ -29,7 +29,7 @@ from .engines.array.central_path import relax
 from .engines.array.derivative import pack, saved_together
 from .engines.array.traced import solve_traced
 from .engines.base import Linearization, Outcome, Settings, StartingPoint
-from .engines.choice import choose_engine, compiled_engine
+from .engines.choice import choose_engine, compiled_engine, explain_choice
 from .problem import MATRICES, OPERANDS, Layout, Problem, make_layout
 from .solution import FIELDS, Solution, Status, check_unsolved, raise_if_unsolved
 from .validation import check_values, make_problem, symmetrized
@@ -120,7 +120,9 @@ def solve_qp(
     problem = symmetrized(problem)
     dtype = np.dtype(read_dtype(dtype) or "float64")
     device = _device(problem.operands.values())
-    chosen = _choose_engine(engine, problem.with_layout(backend=_inside_callbacks(device), dtype=dtype), device)
+    in_callbacks = problem.with_layout(backend=_inside_callbacks(device), dtype=dtype)
+    chosen = _choose_engine(engine, in_callbacks, device)
+    solver.log_choice(problem, lambda: _explain_choice(engine, in_callbacks, device))
     working = problem.layout if chosen is array else problem.layout._replace(dtype=dtype)
     settings = solver.read_settings(problem.with_layout(dtype=working.dtype), tol, rtol, max_iterations)
     start = jax.lax.stop_gradient(solver.warm_point(problem, warm_start))
@@ -163,6 +165,13 @@ def _choose_engine(name: str, problem: Problem, device) -> Any:
             "engine='auto'"
         )
     return array
+
+
+def _explain_choice(name: str, problem: Problem, device) -> str:
+    """Say which engine solves a problem on a device, and why."""
+    if device.platform == "cpu" or problem.backend.gpu is not None or name == "array":
+        return explain_choice(name, problem, device=device)
+    return f"array engine on {device}: the compiled one works on the CPU and on NVIDIA's GPUs"
 
 
 def _inside_callbacks(device) -> Backend:

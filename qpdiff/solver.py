@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -176,9 +176,7 @@ def solve_problem(
     settings = read_settings(problem, tol, rtol, max_iterations)
     _check_progress(progress)
     chosen = choose_engine(engine, problem, verbose)
-    if _log.isEnabledFor(logging.DEBUG):
-        sizes = problem.batch_shape, problem.n, problem.m, problem.p
-        _log.debug("batch %s, n = %d, m = %d, p = %d: %s", *sizes, explain_choice(engine, problem, verbose))
+    log_choice(problem, lambda: explain_choice(engine, problem, verbose))
     with problem.backend.no_grad(), problem.reproducibly():
         problem = symmetrized(problem)
         start = warm_point(problem, warm_start)
@@ -186,6 +184,13 @@ def solve_problem(
         if read_only:
             problem.backend.make_read_only(outcome[:4])  # x, v, s and status: copies would take longer in small solves
         return make_solution(problem, outcome, factors)
+
+
+def log_choice(problem: Problem, explain: Callable[[], str]) -> None:
+    """Log the sizes of the problems, and which engine solves them."""
+    if _log.isEnabledFor(logging.DEBUG):
+        sizes = problem.batch_shape, problem.n, problem.m, problem.p
+        _log.debug("batch %s, n = %d, m = %d, p = %d: %s", *sizes, explain())
 
 
 OPTIONS = frozenset(inspect.signature(solve_problem).parameters) - {"problem", "read_only"}

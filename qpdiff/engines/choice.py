@@ -119,8 +119,11 @@ def gpu_is_switched_on() -> bool:
     return os.environ.get(GPU_SWITCH) == "1"
 
 
-def explain_choice(name: str, problem: Problem, verbose: bool = False) -> str:
-    """Say which engine solves these problems, on which device, and why, or why not the compiled one."""
+def explain_choice(name: str, problem: Problem, verbose: bool = False, device=None) -> str:
+    """Say which engine solves these problems, on which device, and why, or why not the compiled one.
+
+    By default the device is that of the operands.
+    """
     chosen = choose_engine(name, problem, verbose)
     on_gpu = problem.backend.gpu is not None
     made_dense = ", matrices made dense" if isinstance(chosen, Densified) else ""
@@ -137,5 +140,6 @@ def explain_choice(name: str, problem: Problem, verbose: bool = False) -> str:
         else:
             reason = compiled.refusal(problem, verbose) or "is slower for so many problems of this size"
         reason = f"the compiled one {reason}"
-    device = getattr(problem.q, "device", "cpu")  # JAX's backend leaves the device to JAX
+    if device is None:
+        device = getattr(problem.q, "device", "cpu")  # JAX's backend leaves the device to JAX
     return f"{'array' if chosen is array else 'compiled'} engine on {device}{made_dense}: {reason}"

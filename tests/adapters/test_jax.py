@@ -660,3 +660,22 @@ def test_a_problem_without_numbers_leaves_derivatives_by_shared_operands_alone(o
     for derivative in (jax.grad(loss), jax.jacfwd(loss), jax.hessian(loss)):
         expected, found = (jax.jit(derivative)(0.0, side) for side in (h, h.at[1].set(jnp.nan)))
         np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_relaxed_point_that_is_not_found_is_named(on_host):
+    with pytest.raises(RuntimeError, match=r"relaxed point of 1 of 2 problems not found; the first is problem 1\."):
+        on_host(jnp.zeros((1, 1)), jnp.array([[1.0], [0.0]]), lb=0.0, smoothing=0.1)
+
+
+def test_the_choice_of_the_engine_is_logged(caplog, on_host, monkeypatch):
+    operands = {"Q": jnp.eye(2), "q": jnp.ones((3, 2)), "lb": jnp.zeros(2)}
+    with caplog.at_level("DEBUG", logger="qpdiff"):
+        qpdiff.jax.solve_qp(**operands)
+        jax.jit(partial(qpdiff.jax.solve_qp, engine="array"))(**operands)
+        monkeypatch.setattr(qpdiff.jax, "_device", lambda operands: SimpleNamespace(platform="tpu"))
+        jax.eval_shape(qpdiff.jax.solve_qp, **operands)
+    compiled, array, other = (record.getMessage() for record in caplog.records)
+    device = jax.devices()[0]
+    assert compiled.startswith(f"batch (3,), n = 2, m = 0, p = 0: compiled engine on {device}: built ahead of time")
+    assert array == f"batch (3,), n = 2, m = 0, p = 0: array engine on {device}: engine='array'"
+    assert other.endswith("the compiled one works on the CPU and on NVIDIA's GPUs")
