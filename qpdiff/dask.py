@@ -19,6 +19,7 @@ from .backend import choose_backend, floating_types, from_host, kinds_of, read_d
 from .differentiation import Gradients, Tangents
 from .problem import OPERANDS, Problem
 from .solution import FIELDS, POINT, Solution, check_unsolved, raise_if_unsolved
+from .sparse import Pattern, Sparse, check_pattern, is_sparse, read_sparse, stored
 from .validation import broadcasts, make_problem
 
 try:
@@ -59,7 +60,8 @@ def solve_qp(
     Q, q, G, h, A, b, lb, ub : dask array, array or list
         As for `qpdiff.solve_qp`; the blocks of dask arrays may be NumPy's or CuPy's. The batch is in blocks as the dask
         arrays are, those of different operands unified; if there is no dask array, it is one block. A block has all of
-        an operand's core axes. An operand without batch axes is shared: one task output, which every block reads.
+        an operand's core axes. An operand without batch axes is shared: one task output, which every block reads. The
+        values of a `qpdiff.Sparse` may be a dask array.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise where the block is computed, or give them NaN or zero
         gradients. Only the last two let `Solution.status` tell which they are.
@@ -100,6 +102,9 @@ def solve_qp(
     check_unsolved(unsolved)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     given = {name: value for name, value in operands.items() if value is not None}
+    matrices = {name: read_sparse(name, value) for name, value in given.items() if is_sparse(value)}
+    patterns = {name: matrix.pattern for name, matrix in matrices.items()}
+    given |= {name: matrix.values for name, matrix in matrices.items()}
     metas = {name: value._meta if isinstance(value, da.Array) else value for name, value in given.items()}
     backend, arrays = choose_backend(metas)
     result = floating_types(backend, kinds_of(arrays, metas), read_dtype(dtype)).result
@@ -108,25 +113,28 @@ def solve_qp(
             arrays[name] = given[name]
         elif not hasattr(given[name], "dtype") and backend.xp.isdtype(value.dtype, "real floating"):
             arrays[name] = backend.xp.astype(value, result)  # a list has no type, but the array that is made of it has
-    problem = _with_shapes_of(arrays)
+    problem = _with_shapes_of(arrays, patterns)
+    shapes = {name: tuple(value.shape) for name, value in arrays.items()}
 
     options = {"tol": tol, "rtol": rtol, "max_iterations": max_iterations, "check": check, "engine": engine}
     name = np.dtype(result).name
     options["dtype"] = None if dtype is None and name == "float32" else name
-    none = {k: backend.full((0, *_core(k, v.shape)) if v.ndim else (), 0, v.dtype) for k, v in arrays.items()}
-    empty = solver.solve_qp(**none, **options)
-    chunks = _batch_chunks(arrays, problem.batch_shape)
+    cores = {name: _core(name, shape, name in patterns) for name, shape in shapes.items()}
+    none = {k: backend.full((0, *cores[k]) if v.ndim else (), 0, v.dtype) for k, v in arrays.items()}
+    empty = solver.solve_qp(**_with_patterns(none, patterns), **options)
+    chunks = _batch_chunks(arrays, {name: len(core) for name, core in cores.items()}, problem.batch_shape)
     warm = _warm_parts(warm_start, problem)
-    parts = [(name, value, len(_core(name, value.shape))) for name, value in arrays.items()]
+    parts = [(name, value, len(cores[name])) for name, value in arrays.items()]
     parts += [(f"warm_start.{name}", value, _CORE[name]) for name, value in warm.items()]
     axes = _batch_axes(len(chunks))
     where = (ArraySliceDep(chunks), axes) if chunks else ((), None)
     solutions = da.blockwise(
         _solve_block, axes, *where, *_block_arguments(parts, chunks),
-        names=tuple(arrays), warm=tuple(warm), unsolved=unsolved, options=options, adjust_chunks=dict.fromkeys(axes, 1),
-        align_arrays=False, dtype=object, meta=np.empty((0,) * len(axes), object), token="qpdiff-solve",
+        names=tuple(arrays), patterns=patterns, warm=tuple(warm), unsolved=unsolved, options=options,
+        adjust_chunks=dict.fromkeys(axes, 1), align_arrays=False, dtype=object, meta=np.empty((0,) * len(axes), object),
+        token="qpdiff-solve",
     )  # fmt: skip
-    return _fields(Blocks(solutions, problem.shapes, chunks, empty, unsolved))
+    return _fields(Blocks(solutions, shapes, patterns, chunks, empty, unsolved))
 
 
 def persist(sol: Solution, **options) -> Solution:
@@ -194,6 +202,7 @@ def vjp(
     Gradients
         Dask arrays of the shapes in which the operands were given, in the blocks of the solution along the batch axes.
         The gradient of an operand that the blocks share is summed within each of them, and then over them as a tree.
+        That of a sparse operand is a `qpdiff.Sparse` whose values are a dask array.
 
     Raises
     ------
@@ -282,9 +291,13 @@ def jvp(
     for name, value in given.items():
         if name not in blocks.shapes:
             raise ValueError(f"tangent of {name} was given, but the problem has no {name}")
-        shape = sol.status.shape + _core(name, blocks.shapes[name])
-        given[name] = _fitting(f"tangent of {name}", value, shape, blocks)
-    core = {name: len(_core(name, blocks.shapes[name])) for name in given}
+        pattern, label = blocks.patterns.get(name), f"tangent of {name}"
+        if pattern is not None and is_sparse(value):
+            value = read_sparse(label, value)
+            check_pattern(label, value, pattern)
+            value = value.values
+        given[name] = _fitting(label, value, sol.status.shape + blocks.core(name), blocks)
+    core = {name: len(blocks.core(name)) for name in given}
     pushed = blocks.map(_jvp_block, given, core, options, "qpdiff-jvp")
     out = Tangents(*(blocks.read(pushed, name, getattr(empty, name)) for name in Tangents._fields))
     out.objective = blocks.read(pushed, "objective", empty.objective)
@@ -304,7 +317,9 @@ class Blocks:
     solutions : dask array
         With the batch axes; each of its blocks is no array but the `Solution` of a block.
     shapes : dict
-        In which the operands were given.
+        In which the arrays of the operands were given; of a sparse one the values.
+    patterns : dict
+        Of the sparse operands.
     chunks : tuple
         Of the batch axes.
     empty : Solution
@@ -312,9 +327,18 @@ class Blocks:
     unsolved : str
     """
 
-    def __init__(self, solutions, shapes: dict[str, tuple[int, ...]], chunks, empty: Solution, unsolved: str):
+    def __init__(
+        self,
+        solutions,
+        shapes: dict[str, tuple[int, ...]],
+        patterns: dict[str, Pattern],
+        chunks,
+        empty: Solution,
+        unsolved: str,
+    ):
         self.solutions = solutions
         self.shapes = shapes
+        self.patterns = patterns
         self.chunks = chunks
         self.empty = empty
         self.unsolved = unsolved
@@ -328,6 +352,10 @@ class Blocks:
     def fill(self) -> str:
         """The contribution to derivatives of problems that are not SOLVED; those of "raise" do not get there."""
         return "zero" if self.unsolved == "zero" else "nan"
+
+    def core(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an operand's array without its batch axes."""
+        return _core(name, self.shapes[name], name in self.patterns)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -368,7 +396,7 @@ def _blocks_of(sol) -> Blocks:
 
 def _gradient(blocks: Blocks, pulled, name: str, empty):
     """Return the gradient of an operand: read from each block, summed over the batch axes that the operand lacks."""
-    shape, axes = blocks.shapes[name], blocks.axes
+    shape, axes, empty = blocks.shapes[name], blocks.axes, stored(empty)
     core = empty.shape[1:]
     leading = (1,) * (len(axes) + len(core) - len(shape)) + shape[: len(shape) - len(core)]
     lacking = tuple(i for i, sizes in enumerate(blocks.chunks) if leading[i] != sum(sizes))
@@ -380,13 +408,14 @@ def _gradient(blocks: Blocks, pulled, name: str, empty):
     )  # fmt: skip
     if lacking:
         gradient = gradient.sum(axis=lacking, keepdims=True)
-    return gradient[(0,) * (gradient.ndim - len(shape))]
+    gradient = gradient[(0,) * (gradient.ndim - len(shape))]
+    return Sparse.of_pattern(gradient, blocks.patterns[name]) if name in blocks.patterns else gradient
 
 
 # ---- in a task
 
 
-def _solve_block(where, *values, names, warm, unsolved: str, options) -> Solution:
+def _solve_block(where, *values, names, patterns, warm, unsolved: str, options) -> Solution:
     """Solve the block at the slices `where`; the values are those of the operands and of a warm start, by name."""
     parts = [_whole(value) for value in values]
     if warm:
@@ -394,7 +423,7 @@ def _solve_block(where, *values, names, warm, unsolved: str, options) -> Solutio
         options = options | {"warm_start": Solution(**start)}
     try:
         with single_threaded():
-            sol = solver.solve_qp(**dict(zip(names, parts, strict=False)), **options)
+            sol = solver.solve_qp(**_with_patterns(dict(zip(names, parts, strict=False)), patterns), **options)
         if unsolved == "raise":
             raise_if_unsolved(array_api_compat.to_device(sol.status, "cpu"))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -416,7 +445,7 @@ def _jvp_block(sol: Solution, *values, names, options) -> Tangents:
 
 
 def _read_gradient(gradients: Gradients, operand: str, dims: int):
-    value = getattr(gradients, operand)
+    value = stored(getattr(gradients, operand))
     return value.reshape((1,) * (dims - value.ndim) + value.shape)
 
 
@@ -439,28 +468,34 @@ def _size_of_solution(sol: Solution) -> int:
 
 @sizeof.register(Problem)
 def _size_of_problem(problem: Problem) -> int:
-    return sizeof(problem.operands)
+    return sizeof({name: stored(value) for name, value in problem.operands.items()})
 
 
 # ---- shapes and chunks
 
 
-def _with_shapes_of(arrays) -> Problem:
+def _with_patterns(arrays: dict, patterns: dict[str, Pattern]) -> dict:
+    """Return operands, sparse where there is a pattern, of their arrays."""
+    return arrays | {name: Sparse.of_pattern(arrays[name], pattern) for name, pattern in patterns.items()}
+
+
+def _with_shapes_of(arrays, patterns) -> Problem:
     """Make the problem of these shapes, which it checks, with one number in place of the data."""
     for name, value in arrays.items():
         if any(size != size for size in value.shape):
             raise ValueError(
                 f"{name} has shape {value.shape}, with sizes that Dask does not know; call compute_chunk_sizes() on it"
             )
-    return make_problem({k: np.broadcast_to(0.0, arrays[k].shape) if k in arrays else None for k in OPERANDS})
+    zeros = {k: np.broadcast_to(0.0, arrays[k].shape) if k in arrays else None for k in OPERANDS}
+    return make_problem(_with_patterns(zeros, patterns))
 
 
-def _batch_chunks(arrays, batch_shape) -> tuple[tuple[int, ...], ...]:
+def _batch_chunks(arrays, cores: dict[str, int], batch_shape) -> tuple[tuple[int, ...], ...]:
     """Return the blocks of the batch axes: those of the dask arrays that have them, unified."""
     pairs = []
     for name, value in arrays.items():
         if isinstance(value, da.Array) and value.ndim:
-            core = len(OPERANDS[name])
+            core = cores[name]
             whole = value.rechunk(dict.fromkeys(range(value.ndim - core, value.ndim), -1))
             pairs += [whole, _index(name, value, core, len(batch_shape))]
     known, _ = unify_chunks(*pairs)
@@ -487,9 +522,9 @@ def _index(name: str, value, core: int, batch: int):
     return _batch_axes(batch)[batch - leading :] + _core_axes(name, value.shape[leading:])
 
 
-def _core(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of an operand without its batch axes; a number that stands for all entries has no axes."""
-    return shape[max(0, len(shape) - len(OPERANDS[name])) :]
+def _core(name: str, shape: tuple[int, ...], sparse: bool) -> tuple[int, ...]:
+    """Return the shape of an operand's array without its batch axes; a number that stands for all entries has none."""
+    return shape[max(0, len(shape) - (1 if sparse else len(OPERANDS[name]))) :]
 
 
 def _batch_axes(count: int) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from .engines.array.central_path import relax
 from .engines.base import Linearization
 from .problem import MATRICES, OPERANDS, Problem, join_rows, split_rows
 from .solution import Solution, Status
-from .sparse import Sparse, is_sparse, read_sparse, with_array
+from .sparse import Sparse, check_pattern, is_sparse, read_sparse, with_array
 
 
 class Gradients(NamedTuple):
@@ -420,8 +420,7 @@ def _flat_values(problem: Problem, label: str, operand: Sparse, value):
     """Return the values of a tangent of a sparse operand, given as a matrix of its pattern or as values."""
     if is_sparse(value):
         matrix = read_sparse(label, value)
-        if matrix.pattern.key != operand.pattern.key:
-            raise ValueError(f"{label} has another pattern than the operand; pass its values, (..., {operand.nnz})")
+        check_pattern(label, matrix, operand.pattern)
         value = matrix.values
     value = as_tangent(problem, label, value, (*problem.batch_shape, operand.nnz))
     return problem.backend.xp.reshape(value, (problem.batch, operand.nnz))

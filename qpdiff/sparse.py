@@ -339,6 +339,12 @@ def read_sparse(name: str, value) -> Sparse:
     return value if isinstance(value, Sparse) else _read(name, value)
 
 
+def check_pattern(name: str, matrix: Sparse, pattern: Pattern) -> None:
+    """Refuse a tangent that has another pattern than its operand."""
+    if matrix.pattern.key != pattern.key:
+        raise ValueError(f"{name} has another pattern than the operand; pass its values, (..., {len(pattern.indices)})")
+
+
 def _read(name: str, matrix, values=None) -> Sparse:
     """Return a sparse matrix, or other values in the order of its own, as a `Sparse`."""
     if isinstance(matrix, Sparse):

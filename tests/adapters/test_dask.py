@@ -13,7 +13,7 @@ import dask
 import dask.array as da
 from dask.array.utils import assert_eq
 from dask.sizeof import sizeof
-from problems import kkt_residuals, random_problem
+from problems import as_sparse, kkt_residuals, random_problem, random_sparse
 
 import qpdiff
 import qpdiff.dask
@@ -51,6 +51,21 @@ def draw(seed):
         else value
         for name, value in eager.items()
     }
+    return rng, eager, lazy
+
+
+def sparse_operands(seed):
+    """Sparse operands of every kind: shared or not, with values of NumPy or Dask."""
+    rng = np.random.default_rng(seed)
+    shared = [name for name in ("Q", "G", "A") if rng.uniform() < 0.4]
+    operands, masks = random_sparse(rng, "A G lb ub", batch=(2, 5), shared=shared, n=7)
+    eager = {name: as_sparse(value, masks[name]) if name in masks else value for name, value in operands.items()}
+    lazy = {}
+    for name, value in eager.items():
+        array = value.values if name in masks else value
+        if rng.uniform() < 0.7:
+            array = da.from_array(array, chunks=blocks(rng, array.shape))
+        lazy[name] = value.with_values(array) if name in masks else array
     return rng, eager, lazy
 
 
@@ -471,3 +486,42 @@ def test_errors_arrive_with_their_notes(client):
     with pytest.raises(ValueError, match=r"q has NaN .*problem 1 of the batch") as error:
         dask.compute(sol.x, scheduler=client)
     assert "the block [2:4] of the batch" in error.value.__notes__[0]
+
+
+# ---- sparse operands
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sparse_operands(seed):
+    rng, eager, lazy = sparse_operands(seed)
+    sol, expected = qpdiff.dask.solve_qp(**lazy, **TIGHT), qpdiff.solve_qp(**eager, **TIGHT)
+    np.testing.assert_allclose(sync(sol.x)[0], expected.x, atol=1e-7)
+    cotangent = rng.normal(size=expected.x.shape)
+    options = {"x": cotangent, "smoothing": 1e-3 if seed % 2 else None}
+    gradients, by_hand = qpdiff.dask.vjp(sol, **options), qpdiff.vjp(expected, **options)
+    for name, value in eager.items():
+        ours, theirs = getattr(gradients, name), getattr(by_hand, name)
+        assert ours.shape == theirs.shape
+        if isinstance(value, qpdiff.Sparse):
+            assert ours.pattern is value.pattern
+            ours, theirs = ours.values, theirs.values
+        np.testing.assert_allclose(sync(ours)[0], theirs, atol=1e-6 * max(1, np.abs(theirs).max()))
+    values = rng.normal(size=eager["G"].nnz)
+    expected = qpdiff.jvp(expected, G=values).x
+    for tangent in (values, da.from_array(values), eager["G"].with_values(values)):
+        pushed = sync(qpdiff.dask.jvp(sol, G=tangent).x)[0]
+        np.testing.assert_allclose(pushed, expected, atol=1e-6 * max(1, np.abs(expected).max()))
+
+
+def test_sparse_operands_go_to_other_processes():
+    _, eager, lazy = sparse_operands(1)
+    sol = pickle.loads(pickle.dumps(qpdiff.dask.solve_qp(**lazy)))
+    gradient = sync(qpdiff.dask.vjp(sol, x=np.ones(7)).G.values)[0]
+    np.testing.assert_allclose(gradient, qpdiff.vjp(qpdiff.solve_qp(**eager), x=np.ones(7)).G.values, atol=1e-6)
+
+
+def test_sparse_tangents_of_another_pattern():
+    _, eager, lazy = sparse_operands(2)
+    sol = qpdiff.dask.solve_qp(**lazy)
+    with pytest.raises(ValueError, match=r"^tangent of G has another pattern than the operand"):
+        qpdiff.dask.jvp(sol, G=as_sparse(np.ones(eager["G"].shape), np.ones(eager["G"].shape[-2:], bool)))
