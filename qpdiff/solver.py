@@ -180,7 +180,8 @@ def solve_problem(
     with problem.backend.no_grad(), problem.reproducibly():
         problem = symmetrized(problem)
         start = warm_point(problem, warm_start)
-        outcome, factors = chosen.solve(problem, settings, start, check=check, verbose=verbose, progress=progress)
+        options = {"check": bool(check), "verbose": bool(verbose)}  # which NumPy may have made
+        outcome, factors = chosen.solve(problem, settings, start, progress=progress, **options)
         if read_only:
             problem.backend.make_read_only(outcome[:4])  # x, v, s and status: copies would take longer in small solves
         return make_solution(problem, outcome, factors)

@@ -385,6 +385,11 @@ def test_layouts_and_read_only_arrays():
             np.testing.assert_array_equal(value, copies[name])
 
 
+def test_options_that_are_numbers_of_numpys():
+    options = {"tol": np.float32(1e-9), "max_iterations": np.int64(50), "check": np.bool_(True), "verbose": np.False_}
+    np.testing.assert_allclose(qpdiff.solve_qp(np.eye(2), -np.ones(2), **options).x, 1.0, atol=1e-6)
+
+
 def test_verbose_prints_a_line_an_iteration(capsys):
     sol = solve(random_problem(np.random.default_rng(11), "A G"), verbose=True)
     lines = capsys.readouterr().out.splitlines()
