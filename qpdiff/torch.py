@@ -109,6 +109,8 @@ def solve_qp(
     [0.0, 6.0]
     """
     check_unsolved(unsolved)
+    if torch.compiler.is_compiling():
+        _refuse_arrays(options | {"smoothing": smoothing})
     check_smoothing(smoothing)
     solver.check_names("solve_qp", [name for name in options if name != "dtype"])
     options["smoothing"] = None if smoothing is None else float(smoothing)
@@ -153,6 +155,8 @@ def _half(operands):
     kinds = [value.dtype for value in operands.values() if isinstance(value, torch.Tensor)]
     if _HALF.isdisjoint(kinds):
         return None
+    arrays = [value for value in operands.values() if isinstance(value, (np.ndarray, np.generic))]
+    kinds += [getattr(torch, value.dtype.name) for value in arrays if value.dtype.name in ("float32", "float64")]
     return functools.reduce(torch.promote_types, [kind for kind in kinds if kind.is_floating_point])
 
 
@@ -710,16 +714,28 @@ def _whole(Q, q, G, h, A, b, lb, ub, warm, unsolved, dtype, *values):
     return list(_solve(operands, warm or None, unsolved, in_operator=True, dtype=dtype, **options))
 
 
+def _refuse_arrays(options) -> None:
+    """Refuse numbers of NumPy's as options: torch.compile traces them as tensors, so that nothing is known of them."""
+    for name in ("tol", "rtol", "max_iterations", "check", "verbose", "smoothing"):
+        if isinstance(options.get(name), (torch.Tensor, np.ndarray)):
+            raise TypeError(
+                f"{name} is a number of NumPy's or torch's, which torch.compile traces; pass one of Python's"
+            )
+
+
 def _solve_in_graph(operands, warm, unsolved, *, dtype=None, **options):
     """Return the fields of the solution in a program that torch.compile or torch.export is making."""
-    given = [value for value in operands.values() if isinstance(value, torch.Tensor)]
+    device = next((value.device for value in operands.values() if isinstance(value, torch.Tensor)), None)
+    # A number of NumPy's is an array here.
+    typed = [isinstance(value, (torch.Tensor, np.ndarray)) for value in operands.values()]
     tensors = [
         value
         if value is None or isinstance(value, torch.Tensor)
-        else torch.as_tensor(value, dtype=torch.float64, device=given[0].device if given else None)
-        for value in operands.values()
+        else torch.as_tensor(value, dtype=None if own else torch.float64, device=device)
+        for value, own in zip(operands.values(), typed, strict=True)
     ]
     fields = _OPERATORS.solve_qp(*tensors, warm or [], unsolved, read_dtype(dtype), *_in_order(options))
+    given = [tensor for tensor, own in zip(tensors, typed, strict=True) if own]
     kinds = [value.dtype for value in given if value.is_floating_point()]
     if dtype is None and kinds and len(given) < len([value for value in tensors if value is not None]):
         kind = functools.reduce(torch.promote_types, kinds)  # numbers and lists have no say in this

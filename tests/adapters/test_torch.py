@@ -189,6 +189,8 @@ def test_half_precision_with_other_types():
     Q, q = torch.eye(2), torch.ones(2, dtype=torch.bfloat16)
     assert qpdiff.torch.solve_qp(Q, q).x.dtype == torch.float32
     assert qpdiff.torch.solve_qp(Q.double(), q).x.dtype == DOUBLE
+    assert qpdiff.torch.solve_qp(Q.numpy(), q).x.dtype == torch.float32
+    assert qpdiff.torch.solve_qp(Q.tolist(), q).x.dtype == torch.bfloat16
     assert qpdiff.torch.solve_qp(Q.half(), q.half(), lb=0.5).x.dtype == torch.float16
 
 

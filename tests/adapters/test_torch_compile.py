@@ -97,6 +97,21 @@ def test_types(compiled, kind):
     compare(compiled(solve), solve, q)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("other", [np.float32, np.float64, int, list])
+def test_types_beside_arrays_of_numpys(kind, other):
+    """An array and a number of NumPy's have a type that counts, as in eager calls; a list has none."""
+    Q = np.eye(2).tolist() if other is list else np.eye(2, dtype=other)
+    lb = 0 if other is list else Q[0, 1]
+
+    def solve(q):
+        return qpdiff.torch.solve_qp(Q, q, lb=lb).x
+
+    q = torch.tensor([-1.0, 0.5], dtype=kind)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(solve, fullgraph=True, backend="eager")(q), solve(q))
+
+
 def test_lists_and_other_arguments(compiled):
     def solve(q):
         return (
@@ -181,6 +196,11 @@ def test_vmap_inside(compiled):
 def test_what_a_program_does_not_take(compiled):
     with pytest.raises(Exception, match=r"progress, which torch\.compile and torch\.export do not take"):
         compiled(lambda q: qpdiff.torch.solve_qp(torch.eye(2), q, progress=print).x)(torch.ones(2))
+    for name, number in {"tol": np.float64(1e-9), "max_iterations": np.int64(9), "smoothing": np.float32(0.1)}.items():
+        options = {name: number}
+        assert qpdiff.torch.solve_qp(torch.eye(2), torch.ones(2), **options).x.isfinite().all()
+        with pytest.raises(Exception, match=f"{name} is a number of NumPy's or torch's, which torch.compile traces"):
+            compiled(lambda q, options=options: qpdiff.torch.solve_qp(torch.eye(2), q, **options).x)(torch.ones(2))
 
 
 # ---- torch.export
