@@ -240,12 +240,17 @@ class _Layer:
         pairs = zip(wanted, gradients, strict=True)
         return u_x, u_v, *[value.clone() if name in ("h", "b", "ub") else value for name, value in pairs]
 
-    def gradients(self, wanted, r_x, r_v, *_):
-        """Return those gradients alone."""
+    def gradients(self, wanted, r_x, r_v, x, v, operands):
+        """Return those gradients alone; None is zero."""
         return _as_tensors(self._solve_adjoint(r_x, r_v, wanted)[2])
 
     def _solve_adjoint(self, r_x, r_v, wanted):
-        r_x, r_v = self.arrays((r_x, r_v))
+        problem = self.linearization.problem
+        pairs = (r_x, problem.n), (r_v, problem.rows)
+        r_x, r_v = (
+            self.solver_backend.zeros_of_all(problem.batch, size, problem.dtype) if r is None else self.arrays([r])[0]
+            for r, size in pairs
+        )
         with self.solver_backend.no_grad():
             u_x, u_v, gradients = solve_adjoint(self.linearization, r_x, r_v, wanted, unsolved=self.fill)
         return u_x, u_v, [gradients[name] for name in wanted]
@@ -480,11 +485,11 @@ def _solution_backward(layer, needed, cotangents, x, v, status, operands):
             if layer.smoothing is not None:  # the relaxed point is no minimum, so the value moves with it
                 g_x = _sum(g_x, g * (problem.hessian(x) + problem.q))
     if g_x is not None or g_v is not None:
-        r_x, r_v = _or_zeros(g_x, x), _or_zeros(g_v, v)
         if records:
+            r_x, r_v = _or_zeros(g_x, x), _or_zeros(g_v, v)
             _, _, *of_solution = layer.kkt_solve(wanted, r_x, r_v, x, v, operands)
         else:  # which spares a part of the time of a small problem
-            of_solution = layer.gradients(wanted, r_x, r_v, x, v, operands)
+            of_solution = layer.gradients(wanted, g_x, g_v, x, v, operands)
         gradients = {name: _sum(gradients.get(name), value) for name, value in zip(wanted, of_solution, strict=True)}
     return map(gradients.get, layer.names)
 
@@ -670,9 +675,9 @@ class _Operators:
             options.get("engine", "auto"),
         )  # fmt: skip
 
-    def gradients(self, *args):
-        """Return the gradients alone."""
-        return self.kkt_solve(*args)[2:]
+    def gradients(self, wanted, r_x, r_v, x, v, operands):
+        """Return the gradients alone; None is zero."""
+        return self.kkt_solve(wanted, _or_zeros(r_x, x), _or_zeros(r_v, v), x, v, operands)[2:]
 
     def problem(self, x, operands) -> Problem:
         """Return the problem in torch's operands and operations."""

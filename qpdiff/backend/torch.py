@@ -62,6 +62,8 @@ class TorchBackend(Backend):
         return super().asarray(value, dtype)
 
     def zeros_of_all(self, batch: int, n: int, dtype):
+        if batch == 1:  # an operation of torch's takes a good part of a small solve
+            return torch.zeros((1, n), dtype=dtype, device=self.device)
         return torch.zeros((1, n), dtype=dtype, device=self.device).expand(batch, n)
 
     def no_grad(self):
