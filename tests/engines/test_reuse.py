@@ -1,5 +1,6 @@
 """Memory of the compiled engine's results: used again once nothing holds on to it, and never before."""
 
+import sys
 import threading
 
 import numpy as np
@@ -15,11 +16,17 @@ SHAPE = (memory.SMALLEST // 8 + 5,)
 
 @pytest.fixture(autouse=True)
 def _nothing_kept():
-    memory._free.clear()
+    memory._pool.clear()
 
 
 def kept():
-    return sum(block.size for block in memory._free)
+    """Return the bytes of the free buffers in the pool."""
+    size = 0
+    for _ in range(len(memory._pool)):
+        buffer, references = memory._next(memory._pool)
+        size += buffer.size - memory.ALIGNMENT if references == memory.ALONE else 0
+        memory._pool.append(buffer)
+    return size
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.bool_])
@@ -57,6 +64,22 @@ def test_a_view_holds_on(view):
     del array
     assert kept() == 0
     assert not np.shares_memory(part, memory.empty(SHAPE, np.float64))
+
+
+def test_no_function_is_called_when_memory_becomes_free():
+    """Python would handle Ctrl-C in there, and ignore the KeyboardInterrupt."""
+    array, events = memory.empty(SHAPE, np.float64), []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    del array
+    sys.setprofile(None)
+    assert "call" not in events
+
+
+def test_what_is_not_free_does_not_fill_the_pool():
+    arrays = [memory.empty((memory.LARGEST // 8,), np.float64) for _ in range(10)]
+    assert kept() == 0
+    test_free_memory_is_used_again()
+    del arrays
 
 
 def test_little_is_kept():

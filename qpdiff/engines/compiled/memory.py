@@ -7,6 +7,7 @@ a few milliseconds, as in a training loop.
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from contextlib import suppress
 
@@ -15,36 +16,16 @@ import numpy as np
 SMALLEST, LARGEST = 2**16, 2**25
 """Bytes of the arrays that are recycled: for smaller ones it saves nothing, larger ones would hold too much memory."""
 HELD = 2**27
-"""Largest number of bytes of free buffers in the pool."""
+"""Largest number of bytes of the buffers in the pool, free or not."""
 ALIGNMENT = 64
 """Bytes of a cache line: vectors that cross two take twice as long to load."""
 
+_pool: deque[np.ndarray] = deque()
+"""The buffers that were used last, free or not. Each change is one atomic operation, as any thread may make it.
 
-class _Buffer(np.ndarray):
-    """A buffer that can be recycled.
-
-    It has a class of its own because NumPy shortens chains of views: an array refers to the base of its base instead,
-    where that is of the array's own class. With a plain array as buffer, an array in a `_Block` would refer to the
-    buffer alone, and the block, which returns it to the pool, would be finalised at once.
-    """
-
-
-class _Block(np.ndarray):
-    """The owner of the buffer of an array and its views; its finaliser returns the buffer to the pool."""
-
-    buffer: _Buffer | None = None
-    """None in views of a block, which are of this class too."""
-
-    def __del__(self):
-        if self.buffer is not None:
-            _free.append(self.buffer)
-            with suppress(IndexError):
-                while sum(buffer.size for buffer in list(_free)) > HELD:
-                    _free.popleft()
-
-
-_free: deque[_Buffer] = deque()
-"""The free buffers. Each change is one atomic operation: an array may be finalised at any time, in any thread."""
+A buffer is free when nothing but the pool refers to it. That is asked of its count of references and not told by a
+finaliser: Python would handle a signal that is pending in there, and ignore the KeyboardInterrupt.
+"""
 
 
 def empty(shape, dtype) -> np.ndarray:
@@ -53,25 +34,29 @@ def empty(shape, dtype) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if not SMALLEST <= size <= LARGEST:
         return np.empty(shape, dtype)
-    buffer = _take(size)
-    block = _Block(size, np.uint8, buffer)
-    block.buffer = buffer
-    return np.ndarray(shape, dtype, block)
+    buffer = _take(size + ALIGNMENT)
+    _pool.append(buffer)
+    return np.ndarray(shape, dtype, buffer, -buffer.ctypes.data % ALIGNMENT)
 
 
-def _take(size: int) -> _Buffer:
-    """Take a free buffer of this size from the pool, or make one."""
+def _take(size: int) -> np.ndarray:
+    """Take a free buffer of this size out of the pool, or make one, for which the oldest ones leave the pool."""
     with suppress(IndexError):
-        for _ in range(len(_free)):
-            buffer = _free.popleft()
-            if buffer.size == size:
+        for _ in range(len(_pool)):
+            buffer, references = _next(_pool)
+            if references == ALONE and buffer.size == size:
                 return buffer
-            _free.append(buffer)
-    return _aligned(size).view(_Buffer)
+            _pool.append(buffer)
+        while sum(buffer.size for buffer in list(_pool)) + size > HELD:
+            _pool.popleft()
+    return np.zeros(size, np.uint8)
 
 
-def _aligned(size: int) -> np.ndarray:
-    """Make an array of bytes that begins at a cache line."""
-    array = np.zeros(size + ALIGNMENT, np.uint8)
-    start = -array.ctypes.data % ALIGNMENT
-    return array[start : start + size]
+def _next(pool: deque[np.ndarray]) -> tuple[np.ndarray, int]:
+    """Take the oldest buffer out of a pool, and count the references to it."""
+    buffer = pool.popleft()
+    return buffer, sys.getrefcount(buffer)
+
+
+ALONE = _next(deque([np.zeros(1, np.uint8)]))[1]
+"""The count of a buffer that nothing refers to; how many are `_next`'s own depends on the release of Python."""
