@@ -23,10 +23,6 @@ def pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qpdiff")
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=pool.cache_clear)  # threads do not survive a fork
-
-
 @cache
 def _controller():
     """Return what sets the number of threads, or None where threadpoolctl is not installed."""
@@ -38,31 +34,38 @@ def _controller():
 
 
 _lock = threading.Lock()
-_users = 0
+_users: list[int] = []
+"""The threads that are in the context, as often as each is."""
 _limit: Any = None
 
 
 @contextmanager
 def single_threaded_blas() -> Iterator[None]:
     """Hold BLAS to one thread a call, from when the first of any Python threads enters until the last has left."""
-    global _users, _limit
+    global _limit
     if _controller() is None:
         yield
         return
+    user = threading.get_ident()
     with _lock:
-        if _users == 0:
+        if not _users:
             _release_control()
             _limit = _controller().limit(limits=1, user_api="blas")
-        _users += 1
+        _users.append(user)
     try:
         yield
     finally:
         with _lock:
-            _users -= 1
-            if _users == 0:
-                _release_control()
-                _limit.restore_original_limits()
-                _release_control()
+            _users.remove(user)
+            if not _users:
+                _lift_limit()
+
+
+def _lift_limit() -> None:
+    """Give BLAS back the number of threads that it had."""
+    _release_control()
+    _limit.restore_original_limits()
+    _release_control()
 
 
 def _release_control() -> None:
@@ -75,6 +78,21 @@ def _release_control() -> None:
 
     if hasattr(OpenBLASController, "clear_controlling_thread"):
         OpenBLASController.clear_controlling_thread(force=True)
+
+
+def _begin_in_child() -> None:
+    """Forget the threads that the child of a fork does not have, one of which may have held the lock."""
+    global _lock
+    pool.cache_clear()
+    _lock = threading.Lock()
+    if _users:
+        _users[:] = [user for user in _users if user == threading.get_ident()]
+        if not _users:
+            _lift_limit()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)
 
 
 @contextmanager

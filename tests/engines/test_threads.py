@@ -249,6 +249,37 @@ def test_children_of_a_fork_get_the_same(chosen):
     subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", FORKED, chosen], check=True, timeout=300)
 
 
+HELD = """
+import os, threading
+import numpy as np
+import qpdiff
+from qpdiff.backend import threads
+
+begun = threading.Event()
+
+def hold():
+    with threads.single_threaded_blas(), threads._lock:
+        begun.set()
+        threading.Event().wait()
+
+threading.Thread(target=hold, daemon=True).start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    with threads.single_threaded_blas():
+        sol = qpdiff.solve_qp(np.eye(2), -np.ones(2))
+    os._exit(int(not np.allclose(sol.x, 1.0)))
+assert os.waitpid(child, 0)[1] == 0
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_does_not_wait_for_a_thread_that_it_does_not_have():
+    pytest.importorskip("threadpoolctl")
+    subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", HELD], check=True, timeout=60)
+
+
 # ---- without memory
 
 QUEUE = """
