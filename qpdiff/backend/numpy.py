@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
@@ -120,7 +120,7 @@ class NumPyBackend(Backend):
             work()
             return
         with single_threaded_blas():
-            helpers = []
+            helpers: list[Future] = []
             with suppress(RuntimeError):  # no memory for a thread: with fewer
                 helpers += (pool().submit(_on_one_thread(work)) for _ in range(threads - 1))
             work()
