@@ -106,7 +106,7 @@ class Factors(NamedTuple):
 def refusal(problem: Problem, verbose: bool) -> str | None:
     """Say why it cannot take these problems; None: it can."""
     if not isinstance(problem.backend, NumPyBackend):
-        return "takes NumPy arrays only; pass backend='numpy', or engine='auto'"
+        return "takes NumPy arrays only; pass backend='numpy'"
     if verbose:
         return "takes one problem after the other; verbose needs engine='array'"
     return None
