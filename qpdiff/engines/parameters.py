@@ -56,7 +56,7 @@ class Parameters:
     """The diagonal dual form is safe where no diagonal entry of the scaled Q is smaller."""
     diagonal_regularization: float = 1e-10
     """The diagonal dual form's own regularisation: so small a share of Q that it need not follow the solver's."""
-    least_sparse_pivot: float = 1e-13
+    least_sparse_pivot: float = 1e-15
     """A pivot of the sparse KKT matrix that is smaller in the scaled problem, where none is smaller than ρ or δ, or of
     the wrong sign, is a rounding error."""
     sparse_pivot: float = 1e-6

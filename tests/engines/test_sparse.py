@@ -97,8 +97,8 @@ FAMILIES = [general, mpc, total_variation, portfolio, linear_program]
 NAMES = "Q", "q", "A", "b", "G", "h", "lb", "ub"
 
 
-def make_batch(problems):
-    """Return the pattern, the operands as the engine takes them, and dense ones by name."""
+def make_batch(problems, full=True):
+    """Return the pattern, the operands as the engine takes them, and with `full` dense ones by name."""
     from qpdiff.engines.compiled.sparse import Csr, pattern_of
 
     by_name = {name: values for name, *values in zip(NAMES, *problems, strict=True) if values[0] is not None}
@@ -111,7 +111,7 @@ def make_batch(problems):
                 assert np.array_equal(M.indices, matrices[0].indices)
             patterns[name] = Csr(matrices[0].indptr, matrices[0].indices, matrices[0].shape)
             operands[name] = np.stack([M.data for M in matrices])
-            dense[name] = np.stack([M.toarray() for M in matrices])
+            dense[name] = np.stack([M.toarray() for M in matrices]) if full else None
         else:
             operands[name] = dense[name] = np.stack(values)
     return pattern_of(*[patterns[name] for name in "QAG"]), operands, dense
@@ -194,6 +194,43 @@ def test_statuses():
     pattern, operands, _ = make_batch(list(linear_program(np.random.default_rng(6))))
     operands["lb"], operands["ub"] = None, None
     assert (solve(pattern, operands).status == qpdiff.Status.DUAL_INFEASIBLE).any()
+
+
+def test_large_multipliers_do_not_look_like_an_unbounded_cost():
+    """Flows on a grid, free at its border, whose start for a fraction of the cost takes the place of the ordinary one."""
+    N = 100
+    D = sp.diags_array([-np.ones(N), np.ones(N)], offsets=[0, 1], shape=(N, N + 1))
+    A = sp.hstack([sp.kron(sp.eye_array(N), D), sp.kron(D, sp.eye_array(N))]).tocsr()
+    inside = np.r_[0.0, np.ones(N - 1), 0.0]
+    inside = np.r_[np.tile(inside, N), np.repeat(inside, N)]
+    b, none = np.ones(N * N), (sp.csr_array((0, A.shape[1])), np.zeros(0))
+    Q = sp.diags_array(inside)
+    pattern, operands, _ = make_batch([(Q, -inside, A, b, *none, None, None)], full=False)
+    outcome = solve(pattern, operands, 1, tol=1e-6)
+    assert outcome.status == qpdiff.Status.SOLVED
+    assert abs(A @ outcome.x[0] - b).max() < 1e-8
+    assert abs(Q @ outcome.x[0] - inside + A.T @ outcome.v[0]).max() < 1e-6
+
+
+def test_gap_of_many_terms():
+    """Thousands of terms that cancel do not hide that the gap is within the tolerance."""
+    n = 20_000
+    rng = np.random.default_rng(18)
+    none = sp.csr_array((0, n)), np.zeros(0)
+    Q, q = sp.diags_array(rng.uniform(1, 2, n)), 1e3 * rng.normal(size=n)
+    pattern, operands, _ = make_batch([(Q, q, *none, *none, np.full(n, -1.0), np.full(n, 1.0))], full=False)
+    assert solve(pattern, operands, 1).status == qpdiff.Status.SOLVED
+
+
+def test_multipliers_without_a_limit():
+    """Third differences that are bounded below, of a sequence that is not: the multipliers grow by r/δ a step."""
+    n = 2000
+    D = sp.diags_array([-1.0, 3.0, -3.0, 1.0], offsets=range(4), shape=(n - 3, n)).tocsr()
+    point = np.linspace(0, 1, n)
+    target = point**3 - point**2 + 0.1 * np.sin(7 * np.arange(n))
+    none = sp.csr_array((0, n)), np.zeros(0)
+    pattern, operands, _ = make_batch([(sp.eye_array(n), -target, *none, -D, np.zeros(n - 3), None, None)], full=False)
+    assert solve(pattern, operands, 1, tol=1e-6).status == qpdiff.Status.SOLVED
 
 
 def test_refuses_what_is_not_convex():

@@ -470,6 +470,7 @@ template <class T> struct Team : Algebra<T> {
     using Matrix = qpdiff::Matrix<T>;
     using Kinds = block::Kinds;
     using Indices = block::Vector<int>;
+    static constexpr bool SPARSE = false;
     static constexpr bool lanes = false;
     static constexpr int PROBLEMS = 1;
 

@@ -295,6 +295,7 @@ struct Team : Algebra<pack_of<double>> {
     using Stored = Number;
     using ExactStored = Number;
     static constexpr bool lanes = true;
+    static constexpr bool SPARSE = false;
     static constexpr int PROBLEMS = entries<Number>;
 
     static QP_INLINE int padded(int n) { return n; }

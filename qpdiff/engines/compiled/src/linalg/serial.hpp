@@ -766,6 +766,7 @@ template <class T> struct Team : Tiles<T> {
     using Matrix = qpdiff::Matrix<T>;
     using Kinds = serial::Kinds<T>;
     using Indices = int*;
+    static constexpr bool SPARSE = false;
     using Stored = T; // an element of a vector in memory
     using ExactStored = double;
     static constexpr bool lanes = false;

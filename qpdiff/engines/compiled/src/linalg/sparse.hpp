@@ -188,6 +188,7 @@ template <class V> struct Team {
     using ExactVector = Vector;
     using Matrix = sparse::Matrix<V>;
     using Kinds = sparse::Kinds<V>;
+    static constexpr bool SPARSE = true;
     using Indices = int*;
     using Stored = V;
     using ExactStored = V;

@@ -189,6 +189,7 @@ template <class Team, bool FLAT = !Team::lanes> QP_NOINLINE typename Team::Numbe
             slope = measure_residual_units(o);
         }
     }
+    o.cost = as<typename Team::Number>(Real(1));
     auto primal = o.primal_unit, dual = o.dual_unit;
     if (o.lower && o.upper) {
         Team::each(o.np, [&](auto j) {
@@ -212,6 +213,7 @@ template <class Team> QP_NOINLINE void scale_cost(Problem<Team>& o, typename Tea
     o.primal_unit = o.primal_unit / factor;
     o.dual_unit = o.dual_unit * factor;
     o.reach = o.reach / factor;
+    o.cost = o.cost * c;
 }
 
 // Without curvature, scale the cost to the size of the right-hand sides: their geometric mean, which no single one

@@ -138,6 +138,7 @@ template <class Team_> struct Problem {
     Vector per_D2, per_E2;         // 1/D², 1/E²
     Number primal_unit, dual_unit, gap_unit;
     Number reach;                      // upper estimate of |x/D|
+    Number cost;                       // how many times as large the cost counts (`scale_cost`)
     Number curvature, least_curvature; // the largest and the smallest length of a row of DQD
 
     // ---- the reduced KKT system

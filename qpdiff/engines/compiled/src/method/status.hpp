@@ -145,7 +145,11 @@ QP_NOINLINE Direction<E> descent_direction(Problem<Team>& o, const Iterate<Team>
     E uphill, hidden, cost;
     Team::reduce(Largest{uphill_, uphill}, Largest{hidden_, hidden}, Largest{cost_, cost});
     E residual = larger(uphill, EPS * hidden), scaled_q = larger(cost, as<E>(o.dual_unit));
-    return {select(falls, fall / (residual * scaled_q), E{}), fall};
+    E ratio = fall / (residual * scaled_q);
+    if constexpr (Team::SPARSE) {
+        ratio *= as<E>(o.cost); // as if the cost were not scaled, which changes the curvature of the scaled problem
+    }
+    return {select(falls, ratio, E{}), fall};
 }
 
 // Compare the last step in the multipliers, stored in `farkas`, with a Farkas certificate. `scaled_k` is the size of
@@ -186,6 +190,33 @@ QP_NOINLINE Direction<E> farkas_certificate(Problem<Team>& o, const Iterate<Team
 }
 
 // ---- the assessment of an iterate
+
+// A sum of products with its rounding error, which is added at the end (Knuth's TwoSum; Ogita, Rump & Oishi, 2005).
+template <class N> struct ExactSum {
+    N sum{}, error{};
+    QP_INLINE void add(N a, N b) {
+#if defined(__clang__)
+#pragma clang fp reassociate(off)
+#endif
+        N term = rounded(a * b), total = rounded(sum + term), added = rounded(total - sum);
+        // The error of the product is known where the processor fuses it with a sum; else it counts as 0.
+        error += rounded(a * b - term) + (rounded(sum - rounded(total - added)) + rounded(term - added));
+        sum = total;
+    }
+};
+
+// Return the duality gap xᵀ(Qx + q) + kᵀv. Its terms cancel: added one by one they leave an error that grows with their
+// number, and would hide a gap within the tolerance where there are thousands.
+template <class Team> QP_NOINLINE typename Team::Exact exact_gap(const Problem<Team>& o, const Iterate<Team>& current) {
+    using N = typename Team::ExactEntry;
+    ExactSum<N> gap;
+    Team::each_exactly(o.np, [&](auto j) {
+        gap.add(current.x[j], current.Qx[j]);
+        gap.add(current.x[j], o.q[j]);
+    });
+    Team::each_exactly(o.rows, [&](auto i) { gap.add(current.v[i], o.k[i]); });
+    return Team::sum(gap.sum + gap.error);
+}
 
 // Compute the residuals of `current` afresh and return its state, after `state` of the last iterate. Steps from
 // `previous` may go along a direction that proves that there is no solution; a certificate takes the place of x or v.
@@ -258,6 +289,9 @@ QP_NOINLINE State<Team> assess(Problem<Team>& o, Iterate<Team>& current, const I
     scaled_k = larger(scaled_k, as<E>(o.primal_unit));
     // By blocks, each summed by itself, the last first: terms that cancel do so in the same way everywhere.
     E kv = of_G + of_A + of_upper + of_lower, absolute_gap = xQx + qx + of_G + of_A + of_upper + of_lower;
+    if constexpr (Team::SPARSE) {
+        absolute_gap = exact_gap(o, current);
+    }
     E per_unit = per_gap_unit(o);
     absolute_gap = absolute(absolute_gap);
     E gap = per_unit * absolute_gap;

@@ -188,7 +188,15 @@ QP_NOINLINE typename Team::Truth constraints_are_accurate(const Problem<Team>& o
     });
     E before, after, by_delta, left;
     Team::reduce(Largest{before_, before}, Largest{after_, after}, Largest{by_delta_, by_delta}, Largest{left_, left});
-    limiting = (by_delta > P.delta_share * after) & (after > P.delta_stuck * before) & (after > as<E>(o.settings->tol));
+    limiting = (by_delta > P.delta_share * after) & (after > P.delta_stuck * before);
+    auto matters = after > as<E>(o.settings->tol);
+    if constexpr (Team::SPARSE) {
+        // Large multipliers make a gap of a small residual.
+        N share{};
+        Team::each_exactly(o.rows, [&](auto i) { share += current.v[i] * current.r_v[i]; });
+        matters |= per_gap_unit(o) * absolute(Team::sum(share)) > as<E>(o.settings->tol);
+    }
+    limiting &= matters;
     if (some(limiting)) {
         N multipliers{}, products{};
         Team::each_exactly(o.rows, [&](auto i) {
