@@ -62,8 +62,8 @@ class Parameters:
     sparse_pivot: float = 1e-6
     """What takes the place of such a pivot."""
     sparse_pivot_errors: float = 30.0
-    """In the derivative, so does a pivot that is no more than so many rounding errors of its terms; then at least the
-    square of as many takes its place. In a step that is worse than the pivot as it is."""
+    """A pivot of a row is significant above so many rounding errors of its terms. Where one is not, how dependent
+    constraints share is not known, and the derivative takes another factor."""
 
     # ---- starting points
     least_centrality: float = 0.01
@@ -169,14 +169,16 @@ class Parameters:
     afresh_rounds: int = 12
     """Rounds of refinement with it."""
     sparse_smallest: float = 1e-8
-    """The same limits, for the sparse KKT matrix, which needs no more where no active constraints are dependent;"""
+    """The same limits for the first factor of the sparse KKT matrix, with which refinement is fast;"""
     sparse_largest: float = 1e-5
-    """with these, refinement gains five digits a round."""
+    """and from above."""
     sparse_equality: float = 1e-9
     """A smaller one leaves less of the terms that cancel where an equality is eliminated before its variables."""
     sparse_settled: float = 1e-9
     """A second correction that moves the variables by no more than this against the solution changes nothing but how
     dependent constraints share."""
+    sparse_better: float = 0.1
+    """The solution with the first factor stays, accurate or not, where it leaves this share of what the second does."""
 
 
 DOUBLE = Parameters()

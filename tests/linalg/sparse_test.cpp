@@ -39,7 +39,7 @@ int ldl(int n, const int* starts, const int* rows, const double* values, const d
     Numbers<V> M(starts[n], values), right(n, x), L(p.size()), inverse(n), work(n), units(n);
     std::fill(units.data.get(), units.data.get() + n, V{} + 1.0);
     sparse::Factor<V> f{L, inverse, work};
-    bool factor_ok = every(sparse::factor<V>(p, M, {signs, units, 1e-13, 1e-6, 0}, f));
+    bool factor_ok = every(sparse::factor<false, V>(p, M, {signs, units, 1e-13, 1e-6}, f).ok);
     sparse::solve<V>(p, f, right);
     right.give(x);
     return factor_ok ? p.size() : -1;

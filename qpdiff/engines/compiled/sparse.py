@@ -7,8 +7,6 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.sparse as sp
-from scipy.sparse.linalg import splu
 
 from ...problem import MATRICES, OPERANDS, Problem
 from ..base import Linearization, Outcome, Settings, StartingPoint
@@ -18,9 +16,6 @@ LARGEST_LANES = 10**6
 """Entries of L from which on problems are solved one by one, as the factors of a lane group leave the cache."""
 DENSE_SPEED = 0.1
 """Time of an operation of the dense engine against that of one in the factorisation of a sparse matrix."""
-DOMINANT = 1e4
-"""Diagonal of the matrix that SuperLU orders: so large against its other entries, 1, that no pivoting changes the
-order."""
 
 
 class Csr(NamedTuple):
@@ -41,43 +36,21 @@ class Pattern:
 
     @cached_property
     def kkt(self) -> Any:
-        """The symbolic factorisation of the KKT matrix: the order with fewer entries in L of the two that SuperLU's
-        permutation can mean.
-        """
-        order = minimum_degree(self.Q, self.K)
-        inverse = np.empty_like(order)
-        inverse[order] = np.arange(len(order), dtype=order.dtype)
-        analysed = [self._analysed(place) for place in (order, inverse)]
-        fitting = [kkt for kkt in analysed if kkt.fits]
-        if not fitting:
+        """The symbolic factorisation of the KKT matrix."""
+        indices = self.Q.indptr, self.Q.indices, self.K.indptr, self.K.indices
+        kkt = _core.SparseKkt(self.A.shape[0], *[np.ascontiguousarray(a, np.int32) for a in indices])
+        if not kkt.fits:
             raise ValueError("the KKT matrix of this pattern has too many entries in its factor; pass dense operands")
-        return min(fitting, key=lambda kkt: kkt.size)
+        return kkt
 
     def __reduce__(self):
         return pattern_of, (self.Q, self.A, self.G)
-
-    def _analysed(self, place) -> Any:
-        arrays = self.Q.indptr, self.Q.indices, self.K.indptr, self.K.indices, place
-        return _core.SparseKkt(self.A.shape[0], *[np.ascontiguousarray(a, np.int32) for a in arrays])
 
 
 def pays(pattern: Pattern) -> bool:
     """Return whether problems of this pattern are solved faster as sparse than as dense ones."""
     n, linear = pattern.Q.shape[0], pattern.K.shape[0]
     return pattern.kkt.operations < DENSE_SPEED * (n**3 / 3 + n * n * linear)
-
-
-def minimum_degree(Q: Csr, K: Csr) -> np.ndarray:
-    """Return an order of the KKT matrix with few entries in its factor, by SuperLU's minimum degree on M + Mᵀ.
-
-    SciPy gives the order of a factorisation alone, so this factors a matrix of the same pattern.
-    """
-    n, rows = Q.shape[0], K.shape[0]
-    of_Q, of_K = (sp.csr_array((np.ones(len(M.indices)), M.indices, M.indptr), M.shape) for M in (Q, K))
-    blocks = sp.block_array([[of_Q, of_K.T], [of_K, None]]) if rows else of_Q
-    matrix = sp.csc_array(blocks + DOMINANT * sp.eye_array(n + rows))
-    factor = splu(matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
-    return np.asarray(factor.perm_c, np.int32)
 
 
 @lru_cache(maxsize=8)

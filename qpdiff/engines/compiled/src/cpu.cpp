@@ -203,12 +203,11 @@ std::vector<int> read_indices(nb::handle object) {
     return {indices.data, indices.data + array.size(0)};
 }
 
-// Analyse the pattern of Q, and of A and G together, in compressed rows; `place` is that of each variable and row in
-// the order of elimination.
+// Analyse the pattern of Q, and of A and G together, in compressed rows.
 void analyse_pattern(SparseKkt* self, int p, nb::handle Q_starts, nb::handle Q_columns, nb::handle K_starts,
-                     nb::handle K_columns, nb::handle place) {
-    new (self) SparseKkt(p, read_indices(Q_starts), read_indices(Q_columns), read_indices(K_starts),
-                         read_indices(K_columns), read_indices(place));
+                     nb::handle K_columns) {
+    new (self)
+        SparseKkt(p, read_indices(Q_starts), read_indices(Q_columns), read_indices(K_starts), read_indices(K_columns));
 }
 
 // Read the operands of problems with sparse matrices.

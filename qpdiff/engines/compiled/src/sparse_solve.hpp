@@ -70,7 +70,6 @@ class SparseWorker {
     template <class V> SparseProblem<V>& problem_of(Place<V>& place) {
         SparseProblem<V>& o = place.workspace.problem();
         o.settings = &batch.settings;
-        o.pivot_errors = 0;
         return o;
     }
 

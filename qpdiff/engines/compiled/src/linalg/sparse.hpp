@@ -95,13 +95,11 @@ class LdlPattern {
     }
 };
 
-// The pivots that a factorisation has to end with, against rounding errors. One below `least` units, of the other sign
-// or below `errors` rounding errors of the terms that it is the sum of becomes `replacement` units, and at least
-// `errors`² rounding errors.
+// The pivots that a factorisation has to end with, against rounding errors.
 template <class V> struct Pivots {
-    const scalar_of<V>* signs; // 1 or −1 for each pivot
-    const V* units;            // positive: what its size is measured in
-    scalar_of<V> least, replacement, errors;
+    const scalar_of<V>* signs;       // 1 or −1 for each pivot
+    const V* units;                  // positive: what its size is measured in
+    scalar_of<V> least, replacement; // a pivot below `least` units, or of the other sign, becomes `replacement` units
 };
 
 // The arrays that a factorisation fills.
@@ -111,12 +109,20 @@ template <class V> struct Factor {
     V* work = nullptr;    // n zeros, which are zeros again afterwards
 };
 
-// Factor a matrix with entries in the order of `LdlPattern::rows`; return where all pivots are finite.
-template <class V>
-QP_NOINLINE mask_of<V> factor(const LdlPattern& p, const V* M, const Pivots<V>& pivots, Factor<V> f) {
+// What the pivots of a factorisation turned out to be.
+template <class V> struct Factored {
+    mask_of<V> ok;          // whether all are finite
+    mask_of<V> significant; // whether all are above so many rounding errors of their terms as was asked for
+};
+
+// Factor a matrix with entries in the order of `LdlPattern::rows`. With `COMPARED`, compare each pivot with so many
+// rounding errors of the terms that it is the sum of.
+template <bool COMPARED = false, class V>
+QP_NOINLINE Factored<V> factor(const LdlPattern& p, const V* M, const Pivots<V>& pivots, Factor<V> f,
+                               scalar_of<V> errors = 0) {
     const int *L_starts = p.L_starts.data(), *L_rows = p.L_rows.data();
     V* y = f.work;
-    auto factor_ok = truth<mask_of<V>>(true);
+    auto factor_ok = truth<mask_of<V>>(true), significant = factor_ok;
     for (int k = 0; k < p.n; k++) {
         V d{}, size{};
         for (int entry = p.starts[k]; entry < p.starts[k + 1]; entry++) {
@@ -132,18 +138,21 @@ QP_NOINLINE mask_of<V> factor(const LdlPattern& p, const V* M, const Pivots<V>& 
             }
             V scaled = value * f.inverse[column], part = value * scaled;
             d -= part;
-            size += absolute(part);
+            if constexpr (COMPARED) {
+                size += absolute(part);
+            }
             f.L[end] = scaled;
         }
         auto sign = pivots.signs[k];
         V unit = pivots.units[k];
-        V error = pivots.errors * EPS * size;
-        d = select(d * sign <= larger(pivots.least * unit, error),
-                   sign * larger(pivots.replacement * unit, pivots.errors * error), d); // NaN stays
+        if constexpr (COMPARED) {
+            significant &= (d * sign > errors * scalar_of<V>(EPS) * size) | truth<mask_of<V>>(sign > 0);
+        }
+        d = select(d * sign <= pivots.least * unit, sign * pivots.replacement * unit, d); // NaN stays
         factor_ok &= is_finite(d);
         f.inverse[k] = scalar_of<V>(1) / d;
     }
-    return factor_ok;
+    return {factor_ok, significant};
 }
 
 // Solve with the factor, in place.

@@ -27,13 +27,19 @@ V size_of(const SparseProblem<V>& o, const SparseDerivative<V>& d, const RightHa
     return size;
 }
 
+// How accurate a refined solution is: whether as a whole, or but for how dependent constraints share; and its residual
+// against the right-hand side.
+template <class V> struct Refined {
+    mask_of<V> accurate, settled;
+    V left;
+};
+
 // Solve the system with the factor of a nearby one, by so many rounds of refinement; the solution is left in `u`.
-// Return where it is accurate.
 //
 // Where active constraints are dependent, the multipliers that cancel each other converge slowly if at all: how they
 // share what is asked of them is decided by the raised θ. Corrections that do not move the variables are of that kind.
 template <class V>
-QP_NOINLINE mask_of<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDerivative<V>& d, int rounds) {
+QP_NOINLINE Refined<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDerivative<V>& d, int rounds) {
     using Team = sparse::Team<V>;
     using Mask = mask_of<V>;
     constexpr Form FORM = Form::sparse_kkt;
@@ -81,7 +87,8 @@ QP_NOINLINE mask_of<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDeriv
         left = select(active, after, left);
         active &= no(settled | ((left <= as<V>(P.refined)) & (moved <= as<V>(P.refined_moved * P.refined))));
     }
-    return settled | ((left <= as<V>(P.factor_residual)) & (moved <= as<V>(P.factor_moved)));
+    Mask accurate = (left <= as<V>(P.factor_residual)) & (moved <= as<V>(P.factor_moved));
+    return {accurate, settled, left};
 }
 
 // Solve the KKT system at the solution that `set_point` has been called for.
@@ -90,29 +97,46 @@ template <class V> QP_NOINLINE void solve_kkt(SparseProblem<V>& o, SparseDerivat
     constexpr Form FORM = Form::sparse_kkt;
     const Parameters& P = *o.parameters;
     Problem<Team>& problem = o;
-    o.pivot_errors = P.sparse_pivot_errors;
+    V rho = as<V>(P.afresh_rho);
+    auto set_rho = [&] {
+        for (int j = 0; j < o.n; j++) {
+            o.rho.set(j, rho * o.per_D2[j]);
+        }
+    };
     for (int j = 0; j < o.n; j++) {
         V per_D = 1.0 / o.D[j];
         d.per_D.set(j, per_D);
         o.per_D2.set(j, square(per_D));
-        o.rho.set(j, P.afresh_rho * square(per_D));
     }
     for (int i = 0; i < o.rows; i++) {
-        V E = o.E[i], per_E = 1.0 / E, theta = d.theta[i];
+        V E = o.E[i], per_E = 1.0 / E;
         d.per_E.set(i, per_E);
-        d.share.set(i, E / larger(theta * square(E), as<V>(1.0)));
+        d.share.set(i, E / larger(d.theta[i] * square(E), as<V>(1.0)));
         o.per_E2.set(i, square(per_E));
     }
     raise_nearly_active(problem, d, {P.sparse_smallest, P.sparse_largest, P.sparse_equality});
-    auto factor_ok = factor<FORM>(problem);
-    mask_of<V> accurate = factor_ok & solve_with_nearby_factor(o, d, int(P.derivative_rounds));
+    set_rho();
+    auto factored = factor_kkt<true>(o);
+    auto [accurate, settled, left] = solve_with_nearby_factor(o, d, int(P.derivative_rounds));
+    // Between dependent constraints the smallest pivots decide.
+    accurate = (accurate | settled) & factored.significant;
     if (every(accurate)) {
         return;
     }
     std::swap(d.u, d.first);
     raise_nearly_active(problem, d, {P.afresh_smallest, P.afresh_largest, P.afresh_equality});
-    factor<FORM>(problem);
-    solve_with_nearby_factor(o, d, int(P.afresh_rounds));
+    for (int attempt = 0; attempt < int(P.afresh_attempts); attempt++) {
+        set_rho();
+        factored = factor_kkt<true>(o);
+        mask_of<V> usable = accurate | (factored.ok & factored.significant);
+        if (every(usable)) {
+            break;
+        }
+        rho = select(usable, rho, P.afresh_growth * rho);
+    }
+    // Where θ was raised too much for constraints that are nearly dependent, the first solution is the better one.
+    auto again = solve_with_nearby_factor(o, d, int(P.afresh_rounds));
+    accurate |= no(settled) & (left < P.sparse_better * again.left);
     for (int j = 0; j < o.n; j++) {
         d.u.x.set(j, select(accurate, d.first.x[j], d.u.x[j]));
     }

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../linalg/minimum_degree.hpp"
 #include "../linalg/sparse.hpp"
 #include "reduced_forms.hpp"
 
@@ -33,11 +34,12 @@ class SparseKkt {
 
     // Analyse symmetric Q and K given in compressed rows.
     SparseKkt(int p, std::vector<int> Q_starts_, std::vector<int> Q_columns_, std::vector<int> K_starts_,
-              std::vector<int> K_columns_, std::vector<int> place_)
+              std::vector<int> K_columns_)
         : n(int(Q_starts_.size()) - 1), p(p), linear(int(K_starts_.size()) - 1), Q_starts(std::move(Q_starts_)),
           Q_columns(std::move(Q_columns_)), K_starts(std::move(K_starts_)), K_columns(std::move(K_columns_)),
-          Q{Q_starts.data(), Q_columns.data()}, K{K_starts.data(), K_columns.data()}, place(std::move(place_)),
-          of_Q(Q_columns.size()), of_K(K_columns.size()), diagonal(n + linear), signs(n + linear) {
+          Q{Q_starts.data(), Q_columns.data()}, K{K_starts.data(), K_columns.data()},
+          place(sparse::MinimumDegree(neighbours()).order()), of_Q(Q_columns.size()), of_K(K_columns.size()),
+          diagonal(n + linear), signs(n + linear) {
         int size = n + linear;
         std::vector<int> starts(size + 1, 0);
         each_entry([&](int&, int, int column) { starts[column + 1]++; });
@@ -58,6 +60,25 @@ class SparseKkt {
     SparseKkt(const SparseKkt&) = delete;
 
   private:
+    // Return the graph of the KKT matrix.
+    std::vector<std::vector<int>> neighbours() const {
+        std::vector<std::vector<int>> of(n + linear);
+        for (int i = 0; i < n; i++) {
+            for (int e = Q_starts[i]; e < Q_starts[i + 1]; e++) {
+                if (i != Q_columns[e]) {
+                    of[i].push_back(Q_columns[e]);
+                }
+            }
+        }
+        for (int i = 0; i < linear; i++) {
+            for (int e = K_starts[i]; e < K_starts[i + 1]; e++) {
+                of[n + i].push_back(K_columns[e]);
+                of[K_columns[e]].push_back(n + i);
+            }
+        }
+        return of;
+    }
+
     // Call f(where its place is stored, row, column) for each entry of the upper triangle in the order of elimination.
     template <class F> void each_entry(F f) {
         auto entry = [&](int& at, int a, int b) { f(at, std::min(place[a], place[b]), std::max(place[a], place[b])); };
@@ -86,7 +107,6 @@ template <class V> struct SparseProblem : Problem<sparse::Team<V>> {
     V* units = nullptr;  // what its pivots are measured in: 1/D², 1/E²
     V* right = nullptr;  // a right-hand side in the order of elimination
     sparse::Factor<V> ldl;
-    double pivot_errors; // `errors` of its pivots
 };
 
 // Put the entries of Q and K that are not on the diagonal into the KKT matrix.
@@ -135,23 +155,21 @@ template <class V> QP_NOINLINE mask_of<V> convex(SparseProblem<V>& o, double rou
         o.matrix[place] = V{};
     }
     std::fill(o.units, o.units + kkt.ldl.n, as<V>(1.0));
-    auto factor_ok = sparse::factor<V>(kkt.ldl, o.matrix, {kkt.signs.data(), o.units, 0, NOT_A_NUMBER, 0}, o.ldl);
+    auto factored = sparse::factor<false, V>(kkt.ldl, o.matrix, {kkt.signs.data(), o.units, 0, NOT_A_NUMBER}, o.ldl);
     assemble(o);
-    return factor_ok;
+    return factored.ok;
 }
 
-// Factor the KKT matrix for θ, ρ and δ; return whether its pivots are finite.
-template <Form FORM, class V>
-    requires(FORM == Form::sparse_kkt)
-QP_NOINLINE mask_of<V> factor(Problem<sparse::Team<V>>& problem) {
-    auto& o = static_cast<SparseProblem<V>&>(problem);
+// Factor the KKT matrix for θ, ρ and δ. With `COMPARED`, find where the pivots are significant.
+template <bool COMPARED, class V> QP_NOINLINE sparse::Factored<V> factor_kkt(SparseProblem<V>& o) {
     const SparseKkt& kkt = *o.kkt;
     const Parameters& P = *o.parameters;
     for (int i = 0; i < o.rows; i++) {
         o.weights.set(i, 1.0 / (o.theta[i] + o.delta[i]));
     }
     for (int j = 0; j < o.n; j++) {
-        o.matrix[kkt.diagonal[j]] = o.diagonal_Q[j] + o.rho[j] + bound_weights(problem, j);
+        V weights = bound_weights(static_cast<Problem<sparse::Team<V>>&>(o), j);
+        o.matrix[kkt.diagonal[j]] = o.diagonal_Q[j] + o.rho[j] + weights;
         o.units[kkt.place[j]] = o.per_D2[j];
     }
     for (int i = 0; i < o.linear; i++) {
@@ -159,8 +177,15 @@ QP_NOINLINE mask_of<V> factor(Problem<sparse::Team<V>>& problem) {
         o.matrix[kkt.diagonal[o.n + i]] = -select(is_finite(entry), entry, largest_root<double>);
         o.units[kkt.place[o.n + i]] = o.per_E2[i];
     }
-    sparse::Pivots<V> pivots{kkt.signs.data(), o.units, P.least_sparse_pivot, P.sparse_pivot, o.pivot_errors};
-    return sparse::factor<V>(kkt.ldl, o.matrix, pivots, o.ldl);
+    sparse::Pivots<V> pivots{kkt.signs.data(), o.units, P.least_sparse_pivot, P.sparse_pivot};
+    return sparse::factor<COMPARED, V>(kkt.ldl, o.matrix, pivots, o.ldl, P.sparse_pivot_errors);
+}
+
+// Factor the KKT matrix for θ, ρ and δ; return whether its pivots are finite.
+template <Form FORM, class V>
+    requires(FORM == Form::sparse_kkt)
+QP_INLINE mask_of<V> factor(Problem<sparse::Team<V>>& problem) {
+    return factor_kkt<false>(static_cast<SparseProblem<V>&>(problem)).ok;
 }
 
 // Solve for dx and dv.
