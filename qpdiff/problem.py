@@ -78,14 +78,15 @@ class Layout(NamedTuple):
 def make_layout(backend: Backend, batch_shape, operands: dict[str, Any], rounding: float = 1e-8) -> Layout:
     """Read the layout of operands that have one batch axis and are returned in their own type."""
     shapes = tuple([(name, tuple(value.shape)) for name, value in operands.items()])
-    flat = tuple([(name, tuple(stored(value).shape)) for name, value in operands.items()])
-    return _layout(backend, operands["q"].dtype, rounding, tuple(batch_shape), shapes, flat)
+    of_values = tuple([(k, tuple(value.values.shape)) for k, value in operands.items() if isinstance(value, Sparse)])
+    return _layout(backend, operands["q"].dtype, rounding, tuple(batch_shape), shapes, of_values)
 
 
 @cached
-def _layout(backend: Backend, dtype, rounding: float, batch_shape, shapes, flat) -> Layout:
+def _layout(backend: Backend, dtype, rounding: float, batch_shape, shapes, of_values) -> Layout:
     """Make a layout, once for the many calls that have the same."""
-    return Layout(backend, dtype, dtype, rounding, batch_shape, shapes, sparse=shapes != flat, **core_sizes(dict(flat)))
+    sizes = core_sizes(dict(shapes) | dict(of_values))
+    return Layout(backend, dtype, dtype, rounding, batch_shape, shapes, sparse=bool(of_values), **sizes)
 
 
 def core_sizes(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable
 from functools import cache, cached_property, lru_cache
 from typing import Any, cast
@@ -323,9 +324,10 @@ def is_sparse(value) -> bool:
     if isinstance(value, Sparse):
         return True
     family = _family(type(value))  # type: ignore[arg-type]  # of type itself
-    return family is not None and (
-        family != "torch" or str(getattr(value, "layout", "torch.strided")) != "torch.strided"
-    )
+    if family == "torch":
+        dense = sys.modules["torch"].strided
+        return getattr(value, "layout", dense) is not dense
+    return family is not None
 
 
 def read_sparse(name: str, value) -> Sparse:

@@ -43,6 +43,7 @@ from .engines.base import Linearization
 from .engines.choice import choose_engine
 from .problem import MATRICES, Problem, make_layout, split_rows
 from .solution import FIELDS, POINT, Solution, Status, check_unsolved, raise_if_unsolved
+from .sparse import Pattern, Sparse, is_sparse, read_sparse, stored
 from .validation import make_problem, symmetrized
 
 try:
@@ -75,7 +76,8 @@ def solve_qp(
     ----------
     Q, q, G, h, A, b, lb, ub : tensor
         As for `qpdiff.solve_qp`; any of them may require a gradient. Arrays, lists and numbers become tensors on the
-        device of the others.
+        device of the others. Of Q, G and A any may be a tensor in the layout CSR, whose gradient is one too, or a
+        `qpdiff.Sparse` with a tensor of values, through which derivatives of any order go.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients.
     smoothing : float, optional
@@ -127,15 +129,19 @@ def solve_qp(
 
 def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options):
     """Return the fields of the solution; an operator has to call others where a transform of torch.func calls it."""
-    result = _half(operands) if dtype is None else None
+    operands |= {name: read_sparse(name, operands[name]) for name in MATRICES if is_sparse(operands[name])}
+    result = _half(map(stored, operands.values())) if dtype is None else None
     problem = make_problem(operands, backend="torch", dtype=dtype if result is None else torch.float64)
     if warm is not None:
         given = (value.detach() if isinstance(value, torch.Tensor) else value for value in warm)
         warm = [problem.backend.asarray(value) for value in given]
-    batch_shape, tensors = problem.batch_shape, problem.operands.values()
-    settings = _Settings(tuple(problem.operands), problem.rounding, unsolved, options)
+    batch_shape, tensors = problem.batch_shape, [stored(value) for value in problem.operands.values()]
+    patterns = {name: value.pattern for name, value in problem.operands.items() if isinstance(value, Sparse)}
+    settings = _Settings(tuple(problem.operands), problem.rounding, unsolved, options, patterns)
     # In a dispatch mode tensors may have no numbers yet.
     traced = is_in_torch_dispatch_mode() or (in_operator and _transforms())
+    if traced and patterns:
+        raise _not_in_programs(next(iter(patterns)))
     layer = (_Operators if traced else _Layer)(problem.backend, settings)
     x, v, s, *constants = layer.solution(batch_shape, tensors, warm or ())[:_LAST]
     parts = [x, *split_rows(problem, v, v)]
@@ -150,13 +156,14 @@ def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options
 _HALF = frozenset({torch.float16, torch.bfloat16})
 
 
-def _half(operands):
+def _half(arrays):
     """Return the type of the results where operands are in half precision, else None."""
-    kinds = [value.dtype for value in operands.values() if isinstance(value, torch.Tensor)]
+    arrays = list(arrays)
+    kinds = [value.dtype for value in arrays if isinstance(value, torch.Tensor)]
     if _HALF.isdisjoint(kinds):
         return None
-    arrays = [value for value in operands.values() if isinstance(value, (np.ndarray, np.generic))]
-    kinds += [getattr(torch, value.dtype.name) for value in arrays if value.dtype.name in ("float32", "float64")]
+    on_host = [value for value in arrays if isinstance(value, (np.ndarray, np.generic))]
+    kinds += [getattr(torch, value.dtype.name) for value in on_host if value.dtype.name in ("float32", "float64")]
     return functools.reduce(torch.promote_types, [kind for kind in kinds if kind.is_floating_point])
 
 
@@ -187,6 +194,8 @@ class _Settings(NamedTuple):
     rounding: float
     unsolved: str
     options: dict[str, Any]
+    patterns: dict[str, Pattern]
+    """Of the sparse operands, of which the functions take the values."""
 
 
 class _Layer:
@@ -194,8 +203,9 @@ class _Layer:
 
     def __init__(self, backend, settings: _Settings):
         self.backend: Any = backend
-        self.solver_backend = _host_backend() if _on_host(backend.device) else backend
-        self.names, self.rounding, self.unsolved, self.options = settings
+        self.names, self.rounding, self.unsolved, self.options, self.patterns = settings
+        # Of the engines for NumPy arrays one takes sparse problems; there is none on a GPU.
+        self.solver_backend = _host_backend() if self.patterns or _on_host(backend.device) else backend
         self.smoothing = self.options.get("smoothing")
         self.fill = _fill(self.unsolved)
         self.linearization: Any = None
@@ -211,7 +221,7 @@ class _Layer:
     def solve(self, batch_shape, operands, warm):
         """Return the variables (B, n), the multipliers of all rows (B, rows), and the others (*batch_shape, ·)."""
         options = {name: value for name, value in self.options.items() if name != "smoothing"}
-        arrays = dict(zip(self.names, self.arrays(operands), strict=True))
+        arrays = self.operands(self.names, self.arrays(operands))
         if warm:
             known = dict.fromkeys(_OTHERS) | dict(zip(_WARM, self.arrays(warm), strict=True))
             options = options | {"warm_start": Solution(**known)}
@@ -226,7 +236,7 @@ class _Layer:
             self._refuse(lin.status.reshape(sol.status.shape), relaxed=True)
             arrays += [lin.x, lin.v, lin.status]
         self.linearization = lin
-        return tuple(_as_tensors(arrays))
+        return tuple(self.tensors(arrays))
 
     def _refuse(self, status, relaxed=False):
         if self.unsolved == "raise":
@@ -235,14 +245,14 @@ class _Layer:
     def solve_adjoint(self, wanted, r_x, r_v, *_):
         """Return the solution of the KKT system, and the gradients of the operands that are wanted."""
         u_x, u_v, gradients = self._solve_adjoint(r_x, r_v, wanted)
-        u_x, u_v, *gradients = _as_tensors([u_x, u_v, *gradients])
+        u_x, u_v, *gradients = self.tensors([u_x, u_v, *gradients])
         # Those of h, b and ub may be slices of u: a change of them in place must not change u.
         pairs = zip(wanted, gradients, strict=True)
         return u_x, u_v, *[value.clone() if name in ("h", "b", "ub") else value for name, value in pairs]
 
     def gradients(self, wanted, r_x, r_v, x, v, operands):
         """Return those gradients alone; None is zero."""
-        return _as_tensors(self._solve_adjoint(r_x, r_v, wanted)[2])
+        return self.tensors(self._solve_adjoint(r_x, r_v, wanted)[2])
 
     def _solve_adjoint(self, r_x, r_v, wanted):
         problem = self.linearization.problem
@@ -253,7 +263,16 @@ class _Layer:
         )
         with self.solver_backend.no_grad():
             u_x, u_v, gradients = solve_adjoint(self.linearization, r_x, r_v, wanted, unsolved=self.fill)
-        return u_x, u_v, [gradients[name] for name in wanted]
+        return u_x, u_v, [stored(gradients[name]) for name in wanted]
+
+    def operands(self, names, arrays) -> dict[str, Any]:
+        """Return operands, or tangents of them, by name, those that are sparse with their patterns."""
+        return _with_patterns(dict(zip(names, arrays, strict=False)), self.patterns)
+
+    def tensors(self, arrays) -> list:
+        """Return the tensors of arrays of the solver, on the device of the operands."""
+        tensors = _as_tensors(arrays)
+        return [tensor.to(self.backend.device) for tensor in tensors] if self.patterns else tensors
 
     def objective_gradients(self, wanted, g):
         """Return the gradients of the operands that are wanted from cotangents of the optimal values."""
@@ -261,7 +280,7 @@ class _Layer:
         with self.solver_backend.no_grad():
             g = self.solver_backend.asarray(g, dtype=self.linearization.problem.dtype)
             gradients = objective_gradients(self.linearization, g, wanted, unsolved=self.fill)
-        return _as_tensors([gradients[name] for name in wanted])
+        return self.tensors([stored(gradients[name]) for name in wanted])
 
     def arrays(self, tensors) -> list:
         """Return what the solver takes for tensors: on the CPU, the NumPy arrays in the same memory."""
@@ -278,7 +297,7 @@ class _Layer:
 
     def problem(self, x, operands) -> Problem:
         """Return the problem in torch's operands and operations."""
-        return _problem(self.backend, self.names, x, operands)
+        return _problem(self.backend, x, self.operands(self.names, operands))
 
 
 def _fill(unsolved: str) -> str:
@@ -286,9 +305,14 @@ def _fill(unsolved: str) -> str:
     return "zero" if unsolved == "raise" else unsolved
 
 
-def _problem(backend, names, x, operands) -> Problem:
-    named = dict(zip(names, operands, strict=True))
-    return make_layout(backend, (x.shape[0],), named).problem(named)
+def _with_patterns(arrays: dict[str, Any], patterns: dict[str, Pattern]) -> dict[str, Any]:
+    if not patterns:
+        return arrays
+    return {k: Sparse.of_pattern(v, patterns[k]) if k in patterns and v is not None else v for k, v in arrays.items()}
+
+
+def _problem(backend, x, operands: dict[str, Any]) -> Problem:
+    return make_layout(backend, (x.shape[0],), operands).problem(operands)
 
 
 def _on_host(device) -> bool:
@@ -380,7 +404,7 @@ class _Solution(Function):
     @staticmethod
     @_pushed_forward
     def jvp(ctx, _, __, *tangents):
-        layer, tangents = ctx.layer, _given(ctx.layer.names, tangents)
+        layer, tangents = ctx.layer, _given(ctx.layer, ctx.layer.names, tangents)
         *operands, x, v, status = _primals(ctx.saved_tensors)
         solved = _solved(x, status)
         x, v = masked(torch, solved, x, v)
@@ -425,7 +449,7 @@ class _KKTSolve(Function):
     @staticmethod
     def backward(ctx, g_x, g_v, *of_gradients):
         x, v, *operands, u_x, u_v = ctx.saved_tensors
-        of_gradients = _given(ctx.wanted, of_gradients)
+        of_gradients = _given(ctx.layer, ctx.wanted, of_gradients)
         of_vectors, of_operands = _kkt_backward(
             ctx.layer, ctx.needs_input_grad[6:], g_x, g_v, of_gradients, x, v, operands, u_x, u_v
         )
@@ -439,8 +463,8 @@ class _KKTSolve(Function):
         dr_x, dr_v, dx, dv = (_or_zeros(d, value) for d, value in ((dr_x, x), (dr_v, v), (dx, x), (dv, v)))
         with layer.backend.in_full_precision():
             problem = layer.problem(x, operands)
-            r_x, r_v = kkt_jvp(problem, x, v, u_x, u_v, dx, dv, _given(layer.names, tangents))
-            moved = solution_vjp(problem, dx, dv, u_x, u_v, [name for name in wanted if name in MATRICES])
+            r_x, r_v = kkt_jvp(problem, x, v, u_x, u_v, dx, dv, _given(layer, layer.names, tangents))
+            moved = _gradients(solution_vjp, problem, dx, dv, u_x, u_v, [name for name in wanted if name in MATRICES])
         du_x, du_v, *gradients = layer.kkt_solve(wanted, dr_x + r_x, dr_v + r_v, x, v, operands)
         named = zip(wanted, gradients, strict=True)
         return du_x, du_v, *[d + moved[name] if name in moved else d for name, d in named]
@@ -481,7 +505,7 @@ def _solution_backward(layer, needed, cotangents, x, v, status, operands):
             problem = layer.problem(x, operands)
             g = filled(torch, solved, g.reshape(x.shape[0], 1).to(x.dtype), FILL[layer.fill])
             at_v = v if layer.smoothing is None else torch.zeros_like(v)
-            gradients = objective_vjp(problem, x, at_v, g, wanted)
+            gradients = _gradients(objective_vjp, problem, x, at_v, g, wanted)
             if layer.smoothing is not None:  # the relaxed point is no minimum, so the value moves with it
                 g_x = _sum(g_x, g * (problem.hessian(x) + problem.q))
     if g_x is not None or g_v is not None:
@@ -508,6 +532,7 @@ def _kkt_backward(layer, needed, g_x, g_v, of_gradients, x, v, operands, u_x, u_
     t_x, t_v, *_ = layer.kkt_solve((), s_x, s_v, x, v, operands)
     with layer.backend.in_full_precision():
         x_bar, v_bar, gradients = kkt_vjp(problem, x, v, u_x, u_v, t_x, t_v, _wanted(layer.names, needed))
+    gradients = {name: stored(value) for name, value in gradients.items()}
     return (t_x, t_v, x_bar + x_moved, v_bar + v_moved), map(gradients.get, layer.names)
 
 
@@ -550,7 +575,7 @@ def _vjp_of_each(layer, names, u, pairs):
     tensors, in_dims = zip(*pairs, strict=True)
 
     def gradients(u_x, u_v, x, v, *operands):
-        return solution_vjp(layer.problem(x, operands), x, v, u_x, u_v, names)
+        return _gradients(solution_vjp, layer.problem(x, operands), x, v, u_x, u_v, names)
 
     with layer.backend.in_full_precision():
         return torch.func.vmap(gradients, (0, 0, *in_dims))(*u, *tensors)
@@ -580,8 +605,14 @@ def _wanted(names, needed) -> tuple[str, ...]:
     return tuple([name for name, flag in zip(names, needed, strict=False) if flag])
 
 
-def _given(names, tangents) -> dict[str, Any]:
-    return {name: t for name, t in zip(names, tangents, strict=False) if t is not None}
+def _given(layer, names, tangents) -> dict[str, Any]:
+    given = {name: t for name, t in zip(names, tangents, strict=False) if t is not None}
+    return layer.operands(given.keys(), given.values())
+
+
+def _gradients(vjp, *args) -> dict[str, Any]:
+    """Return the tensors of the gradients that a function of `adjoint` computes: of sparse operands the values."""
+    return {name: stored(value) for name, value in vjp(*args).items()}
 
 
 def _sum(one, other):
@@ -662,14 +693,14 @@ class _Operators:
 
     def solution(self, batch_shape, operands, warm):
         """Call the first function, whose last results are slacks of all rows and equilibration here."""
-        names, rounding, unsolved, options = self.settings
+        names, rounding, unsolved, options, _ = self.settings
         return _OPERATORS.solve(
             list(operands), " ".join(names), batch_shape, list(warm), rounding, unsolved, *_in_order(options)
         )
 
     def kkt_solve(self, wanted, r_x, r_v, x, v, operands):
         """Call the second function."""
-        names, rounding, unsolved, options = self.settings
+        names, rounding, unsolved, options, _ = self.settings
         return _OPERATORS.solve_kkt(
             r_x, r_v, x, v, list(operands), " ".join(names), " ".join(wanted), *self.point, rounding, unsolved,
             options.get("engine", "auto"),
@@ -681,7 +712,11 @@ class _Operators:
 
     def problem(self, x, operands) -> Problem:
         """Return the problem in torch's operands and operations."""
-        return _problem(self.backend, self.names, x, operands)
+        return _problem(self.backend, x, self.operands(self.names, operands))
+
+    def operands(self, names, tensors) -> dict[str, Any]:
+        """Return operands, or tangents of them, by name."""
+        return dict(zip(names, tensors, strict=False))
 
 
 def _in_order(options):
@@ -691,9 +726,13 @@ def _in_order(options):
     return (_DEFAULTS | options).values()
 
 
+def _not_in_programs(name: str) -> TypeError:
+    return TypeError(f"{name} is sparse, which torch.compile and torch.export do not take; pass a dense tensor")
+
+
 def _settings(names, rounding, unsolved, *values, **options) -> _Settings:
     options |= zip(_DEFAULTS, values, strict=False)
-    return _Settings(tuple(names.split()), rounding, unsolved, options)
+    return _Settings(tuple(names.split()), rounding, unsolved, options, {})
 
 
 def _backend_of(operands):
@@ -730,6 +769,9 @@ def _refuse_arrays(options) -> None:
 
 def _solve_in_graph(operands, warm, unsolved, *, dtype=None, **options):
     """Return the fields of the solution in a program that torch.compile or torch.export is making."""
+    for name, value in operands.items():
+        if isinstance(value, Sparse) or (isinstance(value, torch.Tensor) and value.layout != torch.strided):
+            raise _not_in_programs(name)
     device = next((value.device for value in operands.values() if isinstance(value, torch.Tensor)), None)
     # A number of NumPy's is an array here.
     typed = [isinstance(value, (torch.Tensor, np.ndarray)) for value in operands.values()]
@@ -828,7 +870,7 @@ def _kkt_backward_op(ctx, cotangents):
     layer = _Operators(_backend_of(operands), ctx.settings, tuple(point))
     g_x, g_v, *of_gradients = cotangents
     of_vectors, of_operands = _kkt_backward(
-        layer, ctx.needs_input_grad[4], g_x, g_v, _given(ctx.wanted, of_gradients), x, v, operands, u_x, u_v
+        layer, ctx.needs_input_grad[4], g_x, g_v, _given(layer, ctx.wanted, of_gradients), x, v, operands, u_x, u_v
     )
     return *of_vectors, list(of_operands), *[None] * 8
 

@@ -10,8 +10,17 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from emulated_gpu import pose
-from problems import mostly_active, random_problem, relaxed, rounded_product, strictly_feasible
+from problems import (
+    as_sparse,
+    mostly_active,
+    random_problem,
+    relaxed,
+    rounded_product,
+    smooth_sparse,
+    strictly_feasible,
+)
 
 pytest.importorskip("torch")
 import torch
@@ -1463,3 +1472,115 @@ def test_unsolved_on_a_gpu(gpu):
     q = operands["q"].requires_grad_()
     (gradient,) = torch.autograd.grad(qpdiff.torch.solve_qp(**operands, unsolved="nan").x.sum(), q)
     assert gradient.isnan().flatten().tolist() == [False, True]
+
+
+# ---- sparse operands
+
+
+def sparse_problem(seed, shared=(), parts="G A lb"):
+    """Sparse matrices, and tensors by name of which those of the matrices are the values."""
+    operands, masks = smooth_sparse(seed, parts, shared=shared, batch=(2,), n=4, m=3, p=1)
+    matrices = {name: as_sparse(operands[name], mask) for name, mask in masks.items()}
+    arrays = operands | {name: matrix.values for name, matrix in matrices.items()}
+    return matrices, {name: torch.tensor(value, requires_grad=True) for name, value in arrays.items()}
+
+
+def sparse_outputs(matrices, names, **options):
+    def outputs(*values):
+        given = dict(zip(names, values, strict=True))
+        mirror = torch.tensor(matrices["Q"].pattern.mirror)
+        given["Q"] = (given["Q"] + given["Q"][..., mirror]) / 2
+        given |= {name: qpdiff.Sparse.like(matrix, given[name]) for name, matrix in matrices.items()}
+        sol = qpdiff.torch.solve_qp(**given, **TIGHT, **options)
+        return sol.x, sol.y, sol.z, sol.z_lb, sol.objective
+
+    return outputs
+
+
+@pytest.mark.parametrize("shared", [(), ("Q", "G", "A", "q")], ids=["batch", "shared"])
+def test_derivatives_of_sparse_problems(shared):
+    matrices, tensors = sparse_problem(1, shared)
+    outputs = sparse_outputs(matrices, tuple(tensors))
+    assert gradcheck(outputs, tuple(tensors.values()), check_forward_ad=True, check_batched_grad=False)
+    assert gradgradcheck(outputs, tuple(tensors.values()), check_fwd_over_rev=True)
+
+
+def test_relaxed_derivatives_of_sparse_problems():
+    matrices, tensors = sparse_problem(2)
+    values = {name: value.detach().numpy() for name, value in tensors.items()}
+    given = values | {name: matrix.with_values(values[name]) for name, matrix in matrices.items()}
+    sol = qpdiff.solve_qp(**given, **TIGHT)
+    expected = qpdiff.vjp(sol, x=np.ones(4), z=np.ones(3), smoothing=1e-2)
+    x, _, z, *_ = sparse_outputs(matrices, tuple(tensors), smoothing=1e-2)(*tensors.values())
+    (x.sum() + z.sum()).backward()
+    for name, tensor in tensors.items():
+        gradient = getattr(expected, name)
+        gradient = gradient.values if name in matrices else gradient
+        np.testing.assert_allclose(tensor.grad, gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_hessian_and_vmap_of_sparse_problems():
+    matrices, tensors = sparse_problem(3)
+    outputs, names = sparse_outputs(matrices, tuple(tensors)), tuple(tensors)
+    values = [tensor.detach() for tensor in tensors.values()]
+
+    def loss(*values):
+        return outputs(*values)[0].square().sum()
+
+    forward = hessian(loss, argnums=names.index("G"))(*values)
+    backward = jacrev(jacrev(loss, argnums=names.index("G")), argnums=names.index("G"))(*values)
+    torch.testing.assert_close(forward, backward, rtol=1e-6, atol=1e-7)
+    at = [torch.stack([value, 1.01 * value]) for value in values]
+    together = vmap(grad(loss, argnums=names.index("A")))(*at)
+    one_by_one = [grad(loss, argnums=names.index("A"))(*[value[i] for value in at]) for i in range(2)]
+    torch.testing.assert_close(together, torch.stack(one_by_one), rtol=1e-6, atol=1e-7)
+    only_q = [0 if name == "q" else None for name in names]
+    gradients = vmap(grad(loss, argnums=names.index("G")), in_dims=tuple(only_q))
+    at = [torch.stack([v, 1.01 * v]) if name == "q" else v for name, v in zip(names, values, strict=True)]
+    expected = [
+        grad(loss, argnums=names.index("G"))(*[v[i] if name == "q" else v for name, v in zip(names, at, strict=True)])
+        for i in range(2)
+    ]
+    torch.testing.assert_close(gradients(*at), torch.stack(expected), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("shared", [(), ("Q", "G", "A")], ids=["batch", "shared"])
+def test_gradients_of_tensors_in_the_layout_csr(shared):
+    matrices, tensors = sparse_problem(4, shared)
+    given, leaves = {}, {}
+    for name, value in tensors.items():
+        given[name] = leaves[name] = value.detach().requires_grad_()
+        if name in matrices:
+            copies = () if name in shared else (2, 1)
+            indptr, indices = (
+                torch.tensor(a).repeat(copies or 1) for a in (matrices[name].indptr, matrices[name].indices)
+            )
+            csr = torch.sparse_csr_tensor(indptr, indices, value.detach(), matrices[name].shape)
+            given[name] = leaves[name] = csr.requires_grad_()
+    sol = qpdiff.torch.solve_qp(**given, **TIGHT)
+    (sol.x.sum() + sol.objective.sum()).backward()
+    x, *_, objective = sparse_outputs(matrices, tuple(tensors))(*tensors.values())
+    (x.sum() + objective.sum()).backward()
+    for name, leaf in leaves.items():
+        gradient = leaf.grad.values() if name in matrices else leaf.grad
+        torch.testing.assert_close(gradient, tensors[name].grad, rtol=1e-6, atol=1e-8)
+
+
+def test_scipy_matrices_and_half_precision():
+    G = sp.csr_array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    q = torch.tensor([-1.0, -2.0, -1.0], requires_grad=True)
+    sol = qpdiff.torch.solve_qp(sp.eye_array(3, format="csc"), q, G, torch.tensor([0.5, 3.0]))
+    assert sol.x.dtype == DOUBLE
+    sol.x[1].backward()
+    torch.testing.assert_close(q.grad, torch.tensor([0.0, -0.5, 0.5]), atol=1e-4, rtol=0)
+    half = qpdiff.Sparse(torch.ones(3, dtype=torch.float16), [0, 1, 2], [0, 1, 2, 3], (3, 3))
+    assert qpdiff.torch.solve_qp(half, -torch.ones(3, dtype=torch.float16)).x.dtype == torch.float16
+
+
+def test_programs_refuse_sparse_operands():
+    matrices, tensors = sparse_problem(5)
+    Q = matrices["Q"].with_values(tensors["Q"].detach())
+    program = torch.compile(lambda q: qpdiff.torch.solve_qp(Q, q).x, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"Q is sparse, which torch.compile and torch.export do not take"):
+        program(tensors["q"])
