@@ -30,8 +30,10 @@ from .engines.array.derivative import pack, saved_together
 from .engines.array.traced import solve_traced
 from .engines.base import Linearization, Outcome, Settings, StartingPoint
 from .engines.choice import choose_engine, compiled_engine, explain_choice
+from .engines.densified import Densified, OfDense
 from .problem import MATRICES, OPERANDS, Layout, Problem, make_layout
 from .solution import FIELDS, Solution, Status, check_unsolved, raise_if_unsolved
+from .sparse import Sparse, apply, stored
 from .validation import check_values, make_problem, symmetrized
 
 try:
@@ -45,6 +47,11 @@ except ImportError as error:
     raise ImportError("qpdiff.jax needs JAX: pip install 'qpdiff[jax]'") from error
 
 jax.tree_util.register_dataclass(Solution, data_fields=FIELDS, meta_fields=[], drop_fields=["linearization"])
+jax.tree_util.register_pytree_node(
+    Sparse,
+    lambda matrix: ((matrix.values,), matrix.pattern),
+    lambda pattern, leaves: Sparse.of_pattern(*leaves, pattern),
+)
 
 
 def solve_qp(
@@ -72,7 +79,8 @@ def solve_qp(
     Parameters
     ----------
     Q, q, G, h, A, b, lb, ub : array
-        As for `qpdiff.solve_qp`, concrete or traced.
+        As for `qpdiff.solve_qp`, concrete or traced. Of a BCSR or BCOO array the data may be traced, but not the
+        indices; a `qpdiff.Sparse` is a pytree whose values differentiate, to any order.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients. Inside `jit` or `vmap`
         no status is known yet and nothing can raise: "raise" acts as "nan" there.
@@ -118,17 +126,19 @@ def solve_qp(
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     problem = make_problem({name: _joined(value) for name, value in operands.items()}, backend="jax", dtype=dtype)
     problem = symmetrized(problem)
-    dtype = np.dtype(read_dtype(dtype) or "float64")
-    device = _device(problem.operands.values())
+    dtype, given = np.dtype(read_dtype(dtype) or "float64"), problem
+    device = _device(map(stored, problem.operands.values()))
     in_callbacks = problem.with_layout(backend=_inside_callbacks(device), dtype=dtype)
     chosen = _choose_engine(engine, in_callbacks, device)
     solver.log_choice(problem, lambda: _explain_choice(engine, in_callbacks, device))
+    if isinstance(chosen, Densified):
+        chosen, problem = chosen.engine, problem.made_dense()
     working = problem.layout if chosen is array else problem.layout._replace(dtype=dtype)
     settings = solver.read_settings(problem.with_layout(dtype=working.dtype), tol, rtol, max_iterations)
     start = jax.lax.stop_gradient(solver.warm_point(problem, warm_start))
     numbers = jax.lax.stop_gradient(problem.operands)
-    check = bool(check and problem.batch and not any(map(problem.backend.is_tracer, numbers.values())))
-    on_host = chosen is compiled_engine()[0]
+    check = bool(check and problem.batch and not any(map(problem.backend.is_tracer, map(stored, numbers.values()))))
+    on_host = problem.sparse or chosen is compiled_engine()[0]
     if check and not on_host:
         check_values(problem.with_operands(**numbers))
     method: _Method = _Traced(problem.layout, settings)
@@ -140,12 +150,15 @@ def solve_qp(
     if not problem.backend.is_tracer(outcome.status):
         status = np.asarray(outcome.status)
         if isinstance(method, _Compiled) and np.any(status == REFUSED):
-            numbers = {name: np.asarray(value) for name, value in numbers.items()}
-            check_values(symmetrized(method.problem(numbers, ())))
+            numbers = {name: apply(np.asarray, value) for name, value in numbers.items()}
+            _raise_refusal(symmetrized(method.problem(numbers, ())), settings)
         if unsolved == "raise":
             raise_if_unsolved(status.reshape(problem.batch_shape))
             raise_if_unsolved(np.asarray(relaxed).reshape(problem.batch_shape), relaxed=True)
-    return replace(sol, linearization=method.linearization(problem, outcome, extra))
+    lin = method.linearization(problem, outcome, extra)
+    if given.sparse and not problem.sparse:
+        lin = lin._replace(problem=given, factors=OfDense(lin.factors))
+    return replace(sol, linearization=lin)
 
 
 def _joined(value):
@@ -218,6 +231,21 @@ class _Traced(NamedTuple):
 # Under vmap every argument has leading axes, of length 1 where it is not mapped. The callbacks make one batch of them.
 
 
+def _engine(problem: Problem) -> Any:
+    """Return the module of the compiled engine that solves on the host."""
+    return choice.sparse_engine()[0] if problem.sparse else compiled_engine()[0]
+
+
+def _raise_refusal(problem: Problem, settings: Settings) -> None:
+    """Raise the error about an operand that breaks a rule, which a callback has found."""
+    if problem.sparse:
+        _engine(problem).solve(
+            problem, settings._replace(max_iterations=0), None, check=True, verbose=False, progress=None
+        )
+    else:
+        check_values(problem)
+
+
 _HOST = choose_backend({})[0]
 REFUSED = -1
 """The status of all problems where an operand breaks a rule of `check_values`."""
@@ -249,7 +277,7 @@ class _Compiled(NamedTuple):
         shapes = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in point]
         callback: Any = _Relax(self, kappa)
         call = buffer_callback(callback, shapes, vmap_method="expand_dims")
-        x, v, s, status = call(problem.operands, point)
+        x, v, s, status = call(problem.operands, (*point, scaling))
         return outcome._replace(x=x, v=v, s=s, status=status), scaling
 
     def linearization(self, problem: Problem, outcome: Outcome, scaling) -> Linearization:
@@ -260,10 +288,15 @@ class _Compiled(NamedTuple):
         dtype = self.on_host.dtype
         _HOST.reuse_freed_memory()  # for copies in another type
         if not axes:
-            operands = {name: value.astype(dtype, copy=False) for name, value in operands.items()}
+            operands = {k: apply(lambda a: a.astype(dtype, copy=False), value) for k, value in operands.items()}
             return self.on_host.problem(operands)
         batch_shape = *axes, *self._batch
-        flat = {name: _flat(value, batch_shape, len(OPERANDS[name]), dtype) for name, value in operands.items()}
+        flat = {
+            name: value.with_values(_flat(value.values, batch_shape, 1, dtype))
+            if isinstance(value, Sparse)
+            else _flat(value, batch_shape, len(OPERANDS[name]), dtype)
+            for name, value in operands.items()
+        }
         layout = make_layout(_HOST, (math.prod(batch_shape),), flat, rounding=self.on_host.rounding)
         return layout.problem(flat)
 
@@ -285,7 +318,7 @@ class _Solve(NamedTuple):
             batch_shape, kinds = (*axes, *self.method._batch), (problem.dtype, problem.dtype, np.bool_)
             start = start._make(_flat(part, batch_shape, 1, kind) for part, kind in zip(start, kinds, strict=True))
         try:
-            outcome, factors = compiled_engine()[0].solve(
+            outcome, factors = _engine(problem).solve(
                 problem, self.method.settings, start, check=self.method.check, verbose=False, progress=None
             )
         except ValueError:
@@ -294,7 +327,7 @@ class _Solve(NamedTuple):
             for to in out:
                 to[...] = REFUSED
             return
-        for to, value in zip(out, (*outcome, factors.stored.scaling), strict=True):
+        for to, value in zip(out, (*outcome, factors.scaling(problem)), strict=True):
             to[...] = value.reshape(to.shape)
 
 
@@ -308,9 +341,10 @@ class _Relax(NamedTuple):
         operands, point, out = jax.tree.map(np.asarray, (operands, point, out))
         axes = _mapped_axes(operands, point)
         problem = symmetrized(self.method.problem(operands, axes))
-        *numbers, status = (_of_each(part, problem.batch, axes) for part in point)
-        x, v, s = (part.astype(problem.dtype, copy=False) for part in numbers)
-        relaxed = relax(Linearization(problem, _Factors(self.method, None), x, v, s, status), self.kappa)
+        *numbers, status, scaling = (_of_each(part, problem.batch, axes) for part in point)
+        x, v, s, scaling = (part.astype(problem.dtype, copy=False) for part in (*numbers, scaling))
+        factors = _engine(problem).without_factor(problem, scaling)
+        relaxed = relax(Linearization(problem, factors, x, v, s, status), self.kappa)
         for to, name in zip(out, ("x", "v", "s", "status"), strict=True):
             to[...] = getattr(relaxed, name).reshape(to.shape)
 
@@ -348,7 +382,7 @@ class _KKTSolve(NamedTuple):
         problem = self.method.problem(operands, axes)
         *numbers, status, scaling = (_of_each(part, problem.batch, axes) for part in point)
         x, v, s = (part.astype(problem.dtype, copy=False) for part in numbers)
-        factors = compiled_engine()[0].without_factor(problem, scaling.astype(problem.dtype, copy=False))
+        factors = _engine(problem).without_factor(problem, scaling.astype(problem.dtype, copy=False))
         lin = Linearization(problem, factors, x, v, s, status)
         # Along the axes that only right-hand sides are mapped over, one solve after the other with the same matrices.
         mapped = np.broadcast_shapes(*(r.shape[:-2] for r in right)) if axes else ()

@@ -425,6 +425,11 @@ def _on_host(name: str, value) -> np.ndarray:
     try:
         array = np.asarray(value)
     except Exception as error:  # of JAX's tracers, ragged lists
+        if "Tracer" in type(error).__name__:
+            raise TypeError(
+                f"{name} has indices that JAX traces; let the function close over them, or pass it a qpdiff.Sparse, a "
+                "pytree of which only the values are traced"
+            ) from error
         raise TypeError(f"{name} has indices that are no array of numbers: {error}") from error
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name} has indices of dtype {array.dtype}; expected integers")

@@ -11,7 +11,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp
 from emulated_gpu import pose
 from jax.test_util import check_grads
-from problems import random_problem, relaxed, rounded_product, strictly_feasible
+from problems import as_sparse, random_problem, relaxed, rounded_product, smooth_sparse, strictly_feasible
 
 import qpdiff
 import qpdiff.jax
@@ -679,3 +679,109 @@ def test_the_choice_of_the_engine_is_logged(caplog, on_host, monkeypatch):
     assert compiled.startswith(f"batch (3,), n = 2, m = 0, p = 0: compiled engine on {device}: built ahead of time")
     assert array == f"batch (3,), n = 2, m = 0, p = 0: array engine on {device}: engine='array'"
     assert other.endswith("the compiled one works on the CPU and on NVIDIA's GPUs")
+
+
+# ---- sparse operands
+
+
+@pytest.fixture(params=["sparse", "dense"])
+def solve_sparse(request, monkeypatch):
+    """The compiled engine for sparse problems, or that for dense ones."""
+    solve = with_engine("compiled")
+    monkeypatch.setattr("qpdiff.engines.compiled.sparse_engine.suits", lambda problem: request.param == "sparse")
+    return solve
+
+
+def sparse_loss(solve_qp, matrices, names, **options):
+    mirror = matrices["Q"].pattern.mirror
+
+    def loss(*values):
+        given = dict(zip(names, values, strict=True))
+        given |= {name: qpdiff.Sparse.like(matrix, given[name]) for name, matrix in matrices.items()}
+        given["Q"] = given["Q"].with_values((given["Q"].values + given["Q"].values[..., mirror]) / 2)
+        sol = solve_qp(**given, **TIGHT, **options)
+        parts = [jnp.sum(jnp.sin(getattr(sol, name))) for name in (*OUTPUTS, "objective")]
+        return sum(parts)
+
+    return loss
+
+
+@pytest.mark.parametrize("solve_sparse", ["sparse"], indirect=True)
+@pytest.mark.parametrize("shared", [(), ("Q", "G", "A", "q")], ids=["batch", "shared"])
+def test_derivatives_of_sparse_problems(solve_sparse, shared):
+    operands, masks = smooth_sparse(1, "G A lb", shared=shared, batch=(2,), n=4, m=3, p=1)
+    matrices = {name: as_sparse(operands[name], mask) for name, mask in masks.items()}
+    values = {name: matrices[name].values if name in matrices else value for name, value in operands.items()}
+    loss, arrays = sparse_loss(solve_sparse, matrices, tuple(values)), [jnp.asarray(a) for a in values.values()]
+    check_grads(jax.jit(loss), arrays, order=2, rtol=1e-5, atol=1e-5)
+    sol = qpdiff.solve_qp(**(operands | matrices), **TIGHT)
+    cotangents = {name: np.cos(getattr(sol, name)) for name in (*OUTPUTS, "objective")}
+    expected = qpdiff.vjp(sol, **cotangents)
+    found = jax.grad(loss, argnums=range(len(arrays)))(*arrays)
+    for name, gradient in zip(values, found, strict=True):
+        by_hand = getattr(expected, name)
+        by_hand = by_hand.values if name in matrices else by_hand
+        np.testing.assert_allclose(gradient, by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_sparse_pytrees_and_their_linearization(solve_sparse):
+    operands, masks = smooth_sparse(2, "G A lb", batch=(3,), n=4, m=3, p=1)
+    matrices = {name: as_sparse(operands[name], mask) for name, mask in masks.items()}
+    given = jax.tree.map(jnp.asarray, operands | matrices)
+    solve = lambda given: solve_sparse(**given, **TIGHT).x.sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(solve))(given)["G"]
+    sol = solve_sparse(**given, **TIGHT)
+    by_hand = qpdiff.vjp(sol, x=jnp.ones(4)).G
+    assert gradient.pattern is by_hand.pattern is matrices["G"].pattern
+    np.testing.assert_allclose(gradient.values, by_hand.values, rtol=1e-6, atol=1e-8)
+    expected = qpdiff.solve_qp(**(operands | matrices), **TIGHT)
+    np.testing.assert_allclose(sol.x, expected.x, atol=1e-7)
+    pushed = qpdiff.jvp(sol, G=matrices["G"]).x
+    np.testing.assert_allclose(pushed, qpdiff.jvp(expected, G=matrices["G"]).x, atol=1e-6)
+    batched = jax.vmap(jax.grad(solve))(given)["G"]
+    np.testing.assert_allclose(batched.values, gradient.values, rtol=1e-6, atol=1e-8)
+    shared = given | {"G": jax.tree.map(lambda a: a[0], given["G"])}
+    axes = ({name: None if name == "G" else 0 for name in shared},)
+    of_shared = jax.vmap(jax.grad(solve), in_axes=axes)(shared)["G"].values
+    np.testing.assert_allclose(of_shared[0], gradient.values[0], rtol=1e-6, atol=1e-8)
+    smooth = qpdiff.vjp(expected, x=np.ones(4), smoothing=1e-2).G
+    relaxed = jax.grad(lambda given: solve_sparse(**given, **TIGHT, smoothing=1e-2).x.sum())(given)["G"]
+    np.testing.assert_allclose(relaxed.values, smooth.values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solve_sparse", ["sparse"], indirect=True)
+def test_bcsr_and_bcoo(solve_sparse):
+    from jax.experimental.sparse import BCOO, BCSR
+
+    dense = jnp.asarray([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    q, h = -jnp.asarray([1.0, 2.0, 1.0]), jnp.asarray([0.5, 3.0])
+    expected = jax.grad(lambda G: solve_sparse(jnp.eye(3), q, G, h, **TIGHT).x[1])(dense)[dense != 0]
+    for kind in (BCSR, BCOO):
+        G = kind.fromdense(dense)
+
+        def second(data, G=G, kind=kind):
+            places = (data, G.indices, G.indptr) if kind is BCSR else (data, G.indices)
+            return solve_sparse(jnp.eye(3), q, kind(places, shape=G.shape), h, **TIGHT).x[1]
+
+        np.testing.assert_allclose(jax.grad(second)(G.data), expected, atol=1e-6)
+        with pytest.raises(TypeError, match=r"^G has indices that JAX traces; let the function close over them"):
+            jax.jit(lambda G: solve_sparse(jnp.eye(3), q, G, h).x)(G)
+
+
+def test_bad_values_in_sparse_operands(solve_sparse):
+    Q = qpdiff.Sparse(jnp.asarray([1.0, -1.0]), [0, 1], [0, 1, 2], (2, 2))
+    with pytest.raises(ValueError, match=r"^Q is not positive semidefinite, so the problem is not convex"):
+        solve_sparse(Q, jnp.ones(2))
+    with pytest.raises(ValueError, match=r"^Q has NaN or infinite entries; all must be finite: Q\[1, 1\] = nan"):
+        solve_sparse(Q.with_values(jnp.asarray([1.0, jnp.nan])), jnp.ones(2))
+
+
+def test_sparse_operands_in_the_array_engine():
+    G = qpdiff.Sparse(jnp.asarray([1.0, 1.0, 1.0]), [1, 2, 0], [0, 2, 3], (2, 3))
+    given = (jnp.eye(3), -jnp.asarray([1.0, 2.0, 1.0]), G, jnp.asarray([0.5, 3.0]))
+    solve = partial(qpdiff.jax.solve_qp, engine="array")
+    sol, expected = solve(*given), qpdiff.solve_qp(np.eye(3), *map(np.asarray, (given[1], G.toarray(), given[3])))
+    of_dense = qpdiff.vjp(expected, x=[0.0, 1.0, 0.0]).G
+    by_grad = jax.grad(lambda G: solve(*given[:2], G, given[3]).x[1])(G)
+    for gradient in (qpdiff.vjp(sol, x=jnp.asarray([0.0, 1.0, 0.0])).G, by_grad):
+        np.testing.assert_allclose(gradient.values, of_dense[G.pattern.rows, G.indices], atol=1e-6)

@@ -197,6 +197,7 @@ ALLOWED = {
     "solver": {"problem", "validation", "engines.base", "engines.choice", "solution"},
     "differentiation": {"adjoint", "backend", "problem", "solution", "sparse", "engines.base", "engines.array"},
     **{name: BELOW_ADAPTERS | ({"engines.choice"} if name in ("jax", "torch") else set()) for name in ADAPTERS},
+    "jax": BELOW_ADAPTERS | {"engines.choice", "engines.densified"},
     "__init__": {"solution", "solver", "differentiation", "sparse"},
     "files": {"problem", "validation"},
     "show": {"problem", "validation", "solution", *ENGINES},
