@@ -163,7 +163,7 @@ def check(
     tight = {"backend": backend, "dtype": "float64", "tol": 1e-12, "rtol": 1e-12}
     in_double_precision(backend)
     with bad_input_exits(file):
-        operands = read_problem(file, in_bytes(max_size)).operands
+        operands = read_problem(file, in_bytes(max_size)).dense_operands(in_bytes(max_size))
         sol = qpdiff.solve_qp(**operands, **tight)
         if {"lb", "ub"} <= set(operands):  # of one shape, because they move together where they are equal
             operands["lb"], operands["ub"] = np.broadcast_arrays(operands["lb"], operands["ub"])
@@ -230,7 +230,7 @@ def show(
     with bad_input_exits(file), prepared(file, output, (".png", ".svg")) as write:
         from .show import draw  # only here: Matplotlib is not needed for the rest
 
-        figure = draw(read_problem(file, in_bytes(max_size)).operands)
+        figure = draw(read_problem(file, in_bytes(max_size)).dense_operands(in_bytes(max_size)))
         write(lambda target: figure.savefig(target, dpi=150, format=output.suffix[1:].lower()))
     console.print(f"{printable(output)} written", markup=False, highlight=False, soft_wrap=True)
 

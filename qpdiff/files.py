@@ -12,7 +12,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -25,7 +25,7 @@ MODELS = {".mps": ".mps", ".qps": ".mps", ".lp": ".lp"}
 OLDEST = (1, 14)
 """The first HiGHS that reads either triangle of a Hessian; those before silently drop one."""
 LARGEST = 8 * 2**30
-"""Bytes that a file may take unpacked, and that its dense matrices may take, by default."""
+"""Bytes that a file may take unpacked by default, and its matrices as dense ones."""
 MINIMIZE = ("MIN", "MINIMIZE", "MINIMISE", "MINIMUM")
 MAXIMIZE = ("MAX", "MAXIMIZE", "MAXIMISE", "MAXIMUM")
 """The words for the sense of the objective, in any case: of OBJSENSE in an MPS file, and the first of an LP file."""
@@ -34,8 +34,8 @@ MAXIMIZE = ("MAX", "MAXIMIZE", "MAXIMISE", "MAXIMUM")
 class FileProblem(NamedTuple):
     """A problem, or a batch of them, as a file states it."""
 
-    operands: dict[str, np.ndarray]
-    """The operands of `qpdiff.solve_qp` by name, which minimises."""
+    operands: dict[str, Any]
+    """The operands of `qpdiff.solve_qp` by name, which minimises; the matrices of an MPS or LP file are sparse."""
     sense: float = 1.0
     """−1 where the file maximises: the operands are those of its negative."""
     offset: float = 0.0
@@ -44,6 +44,22 @@ class FileProblem(NamedTuple):
     def objective(self, minimum):
         """Return the objective that the file states, of the `objective` of a solution."""
         return self.sense * minimum + self.offset
+
+    def dense_operands(self, limit: int = LARGEST) -> dict[str, np.ndarray]:
+        """Return the operands with dense matrices.
+
+        Raises
+        ------
+        ValueError
+            For matrices that take more bytes than the limit.
+        """
+        size = sum(8 * math.prod(value.shape) for value in self.operands.values() if sp.issparse(value))
+        if size > limit:
+            raise ValueError(
+                f"the dense matrices of the problem take {size / 2**30:.1f} GiB; expected at most "
+                f"{limit / 2**30:.3g} GiB"
+            )
+        return {name: value.toarray() if sp.issparse(value) else value for name, value in self.operands.items()}
 
 
 def read_problem(file, limit: int = LARGEST) -> FileProblem:
@@ -59,13 +75,14 @@ def read_problem(file, limit: int = LARGEST) -> FileProblem:
     ----------
     file : str or path
     limit : int
-        Bytes that the file may take unpacked, and that its dense matrices may take; 8 GiB by default.
+        Bytes that the file may take unpacked; 8 GiB by default.
 
     Returns
     -------
     FileProblem
-        Of an MPS or LP file the variables and rows are in the order of the file. Rows with equal sides are those of A;
-        those with an upper side, and then those with a lower side, with the opposite sign, are those of G.
+        Of an MPS or LP file the variables and rows are in the order of the file, and the matrices those of
+        scipy.sparse. Rows with equal sides are those of A; those with an upper side, and then those with a lower side,
+        with the opposite sign, are those of G.
 
     Raises
     ------
@@ -74,7 +91,7 @@ def read_problem(file, limit: int = LARGEST) -> FileProblem:
     ValueError
         For a file of another kind, or one that cannot be read, naming it; for a sense of the objective that is not
         known; for a quadratic objective that is maximised and not concave; for integer variables; and for a file that
-        is larger than the limit unpacked, or whose dense matrices, n² numbers for Q and n for each row of G and A, are.
+        is larger than the limit unpacked.
     ImportError
         For an MPS or LP file without HiGHS, naming the extra to install.
 
@@ -117,7 +134,7 @@ def read_problem(file, limit: int = LARGEST) -> FileProblem:
     ...     file = pathlib.Path(folder) / "qptest.qps"
     ...     _ = file.write_text(text)
     ...     problem = read_problem(file)
-    >>> problem.operands["G"].tolist(), problem.operands["h"].tolist()
+    >>> problem.operands["G"].toarray().tolist(), problem.operands["h"].tolist()
     ([[-1.0, 2.0], [-2.0, -1.0]], [6.0, -2.0])
     >>> solution = qpdiff.solve_qp(**problem.operands)
     >>> round(float(problem.objective(solution.objective)), 6)
@@ -198,24 +215,18 @@ def _read_model(file: Path, suffix: str, opened, limit: int) -> FileProblem:
     n, lower, upper = lp.num_col_, np.asarray(lp.row_lower_), np.asarray(lp.row_upper_)
     equal = lower == upper
     above, below = ~equal & (upper < np.inf), ~equal & (lower > -np.inf)
-    rows = int(np.sum(equal) + np.sum(above) + np.sum(below))
-    size = 8 * n * (n + rows)
-    if size > limit:
-        raise ValueError(
-            f"{file} has {n} variables and {rows} rows, whose dense matrices take {size / 2**30:.1f} GiB; expected at "
-            f"most {limit / 2**30:.3g} GiB"
-        )
     sense = -1.0 if lp.sense_ == highspy.ObjSense.kMaximize else 1.0
     operands = {"Q": sense * _hessian(highspy, hessian, n), "q": sense * np.asarray(lp.col_cost_)}
     if sense < 0 and hessian.dim_:
-        _check_concave(file, operands)
+        _check_concave(file, operands, limit)
     matrix = lp.a_matrix_
     kind = sp.csc_array if matrix.format_ == highspy.MatrixFormat.kColwise else sp.csr_array
     K = sp.csr_array(kind((matrix.value_, matrix.index_, matrix.start_), (lp.num_row_, n)))
     if np.any(equal):
-        operands |= {"A": K[equal].toarray(), "b": upper[equal]}
+        operands |= {"A": K[equal], "b": upper[equal]}
     if np.any(above) or np.any(below):
-        operands |= {"G": sp.vstack([K[above], -K[below]]).toarray(), "h": np.concat([upper[above], -lower[below]])}
+        operands["G"] = sp.vstack([K[above], -K[below]], format="csr")
+        operands["h"] = np.concat([upper[above], -lower[below]])
     for name, bound in (("lb", np.asarray(lp.col_lower_)), ("ub", np.asarray(lp.col_upper_))):
         if np.any(np.isfinite(bound)):
             operands[name] = bound
@@ -335,9 +346,14 @@ def _maximizes(what: str, sense: str) -> bool:
     return sense.upper() in MAXIMIZE
 
 
-def _check_concave(file: Path, operands: dict[str, np.ndarray]) -> None:
-    """Refuse an objective that is maximised and not concave; the operands are those of its negative."""
-    problem = make_problem(dict.fromkeys(OPERANDS) | operands)
+def _check_concave(file: Path, operands: dict[str, Any], limit: int) -> None:
+    """Refuse an objective that is maximised and not concave; the operands are those of its negative.
+
+    One that is too large as a dense matrix is left to the solver to refuse.
+    """
+    if 8 * math.prod(operands["Q"].shape) > limit:
+        return
+    problem = make_problem(dict.fromkeys(OPERANDS) | operands | {"Q": operands["Q"].toarray()})
     with problem.backend.no_grad():
         if np.any(indefinite(problem)):
             raise ValueError(
@@ -346,12 +362,14 @@ def _check_concave(file: Path, operands: dict[str, np.ndarray]) -> None:
             )
 
 
-def _hessian(highspy, hessian, n: int) -> np.ndarray:
+def _hessian(highspy, hessian, n: int) -> sp.csr_array:
     """Return the matrix Q of ½ xᵀQx, of which HiGHS keeps the lower triangle."""
-    Q = np.zeros((n, n))
-    if hessian.dim_:
-        half = sp.csc_array((hessian.value_, hessian.index_, hessian.start_), (hessian.dim_, hessian.dim_)).toarray()
-        if hessian.format_ == highspy.HessianFormat.kTriangular:
-            half = half + np.tril(half, -1).T
-        Q[: hessian.dim_, : hessian.dim_] = half
-    return Q
+    if not hessian.dim_:
+        return sp.csr_array((n, n))
+    starts = np.append(hessian.start_, [hessian.start_[-1]] * (n - hessian.dim_))
+    half = sp.csc_array((hessian.value_, hessian.index_, starts), (n, n))
+    if hessian.format_ == highspy.HessianFormat.kTriangular:
+        half = half + sp.tril(half, -1).T
+    half = sp.csr_array(half)
+    half.eliminate_zeros()
+    return half
