@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from .problem import OPERANDS
 from .solution import Solution, Status
 from .solver import solve_qp
+from .sparse import is_sparse, read_sparse
 from .validation import make_problem
 
 try:
@@ -46,7 +47,6 @@ def solve_problem(problem, initvals=None, verbose: bool = False, **options):
     Parameters
     ----------
     problem : qpsolvers.Problem
-        Sparse matrices are converted to dense ones.
     initvals : array, optional
         Not used: a warm start needs multipliers too, and is the option `warm_start`.
     verbose : bool
@@ -82,12 +82,12 @@ def from_problem(problem) -> dict[str, np.ndarray]:
     Parameters
     ----------
     problem : qpsolvers.Problem
-        Sparse matrices are converted to dense ones.
 
     Returns
     -------
     dict
         Arrays by name: Q (n, n), its P; q (n); and G (m, n), h (m), A (p, n), b (p), lb (n), ub (n) where it has them.
+        Sparse matrices stay sparse.
 
     Examples
     --------
@@ -98,11 +98,13 @@ def from_problem(problem) -> dict[str, np.ndarray]:
     ['Q', 'lb', 'q']
     """
     values = dict(zip(("Q", *list(OPERANDS)[1:]), problem.unpack(), strict=True))
-    dense = {name: value.toarray() if sp.issparse(value) else value for name, value in values.items()}
+    given = {name: sp.csr_array(value) if sp.issparse(value) else value for name, value in values.items()}
     for matrix, name in (("G", "h"), ("A", "b")):  # a constraint of one row may be a vector, and its side a number
-        if dense[matrix] is not None:
-            dense[matrix], dense[name] = np.atleast_2d(dense[matrix]), np.atleast_1d(dense[name])
-    return {name: value for name, value in dense.items() if value is not None}
+        if given[matrix] is not None:
+            given[name] = np.atleast_1d(given[name])
+            if not sp.issparse(given[matrix]):
+                given[matrix] = np.atleast_2d(given[matrix])
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def to_problem(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None):
@@ -111,7 +113,8 @@ def to_problem(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None):
     Parameters
     ----------
     Q, q, G, h, A, b, lb, ub : array
-        As for `qpdiff.solve_qp`, without batch axes. A number for h, b, lb or ub stands for all of its entries.
+        As for `qpdiff.solve_qp`, without batch axes. A number for h, b, lb or ub stands for all of its entries. Sparse
+        matrices become those of scipy.sparse in columns (CSC), as qpsolvers wants them.
 
     Raises
     ------
@@ -125,17 +128,31 @@ def to_problem(Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None):
     [0.0, 0.0]
     """
     given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
-    arrays = {name: None if value is None else np.asarray(value, dtype=float) for name, value in given.items()}
+    arrays = {name: _of_qpsolvers(name, value) for name, value in given.items()}
     make_problem(arrays)  # for its errors
     for name, value in arrays.items():
         if value is not None and value.ndim > len(OPERANDS[name]):
             raise ValueError(f"{name} has shape {value.shape}; qpsolvers states one problem, without batch axes")
     n = len(arrays["q"])
-    sizes = {"lb": n, "ub": n} | {side: len(arrays[m]) for m, side in (("G", "h"), ("A", "b")) if given[m] is not None}
+    sizes = {"lb": n, "ub": n}
+    sizes |= {side: arrays[m].shape[0] for m, side in (("G", "h"), ("A", "b")) if given[m] is not None}
     for name, size in sizes.items():
         if arrays[name] is not None and arrays[name].ndim == 0:
             arrays[name] = np.full(size, arrays[name])
     return qpsolvers.Problem(*arrays.values())
+
+
+def _of_qpsolvers(name: str, value):
+    """Return an operand as an array or a matrix of scipy.sparse."""
+    if value is None:
+        return None
+    if not is_sparse(value):
+        return np.asarray(value, dtype=float)
+    matrix = read_sparse(name, value)
+    if matrix.values.ndim > 1:
+        return matrix  # with batch axes, for the caller to refuse
+    csr = sp.csr_matrix((np.asarray(matrix.values, dtype=float), matrix.indices, matrix.indptr), matrix.pattern.shape)
+    return csr.tocsc()
 
 
 def to_solution(problem, sol: Solution):

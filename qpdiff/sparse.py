@@ -121,6 +121,10 @@ class Sparse:
         return (*self.values.shape[:-1], *self.pattern.shape)
 
     @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
     def dtype(self):
         """The type of the values."""
         return self.values.dtype

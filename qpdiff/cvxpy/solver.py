@@ -6,6 +6,7 @@ import time
 
 import cvxpy.settings as s
 import numpy as np
+import scipy.sparse as sp
 from cvxpy.reductions.solution import Solution, failure_solution
 from cvxpy.reductions.solvers import utilities
 from cvxpy.reductions.solvers.qp_solvers.qp_solver import QpSolver
@@ -28,7 +29,7 @@ INACCURATE = 1e-4
 class CVXPYSolver(QpSolver):
     """`qpdiff.solve_qp` as a solver of CVXPY's.
 
-    For the quadratic and linear programs that CVXPY makes of problems, in dense matrices. Options of ``problem.solve``
+    For the quadratic and linear programs that CVXPY makes of problems, in sparse matrices. Options of ``problem.solve``
     that CVXPY does not take for itself go to `qpdiff.solve_qp`: `tol`, `rtol`, `max_iterations`, `dtype` and `engine`.
     With ``warm_start=True``, CVXPY's default, a problem that was solved before starts from its last solution.
 
@@ -75,8 +76,9 @@ class CVXPYSolver(QpSolver):
         options = {name: value for name, value in solver_opts.items() if name != "use_quad_obj"}  # CVXPY's own
         last = solver_cache.get(self.name()) if warm_start and solver_cache is not None else None
         start = time.perf_counter()
+        P = sp.csr_array(data[s.P] + data[s.P].T) / 2  # where an entry is stored, the one across the diagonal is too
         solution = solve_qp(
-            data[s.P].toarray(), data[s.Q], data[s.F].toarray(), data[s.G], data[s.A].toarray(), data[s.B],
+            P, data[s.Q], sp.csr_array(data[s.F]), data[s.G], sp.csr_array(data[s.A]), data[s.B],
             data[s.LOWER_BOUNDS], data[s.UPPER_BOUNDS], warm_start=last, verbose=verbose, **options,
         )  # fmt: skip
         if solver_cache is not None:

@@ -839,3 +839,14 @@ else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_large_sparse_problem(monkeypatch):
+    """Denoising in 2000 variables and as many rows, whose dense matrices would take minutes."""
+    n = 2000
+    signal = np.cumsum(np.random.default_rng(0).normal(size=n))
+    x = cp.Variable(n)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - signal)), [cp.abs(cp.diff(x)) <= 0.3])
+    monkeypatch.setattr("qpdiff.engines.choice.DENSE_BYTES", 0)
+    found = problem.solve(solver=qpdiff.CVXPYSolver())
+    assert found == pytest.approx(problem.solve(**CLARABEL), rel=1e-6)

@@ -160,3 +160,18 @@ def test_the_solution_differentiates():
             qpsolvers.solve_qp(P, q + sign * change, *rest, solver="qpdiff", tol=1e-11).sum() for sign in (1, -1)
         )
         assert (ahead - behind) / (2 * step) == pytest.approx(of_q[i], abs=1e-4)
+
+
+def test_sparse_matrices_stay_sparse():
+    n = 300
+    D = sp.diags_array([-np.ones(n - 1), np.ones(n - 1)], offsets=[0, 1], shape=(n - 1, n))
+    q = -np.cumsum(np.random.default_rng(0).normal(size=n))
+    problem = qpsolvers.Problem(sp.eye(n).tobsr(), q, sp.vstack([D, -D]).todia(), np.full(2 * (n - 1), 0.3))
+    operands = qpdiff.qpsolvers.from_problem(problem)
+    assert operands["Q"].format == operands["G"].format == "csr"
+    solution = qpdiff.qpsolvers.solve_problem(problem, tol=1e-8)
+    assert solution.is_optimal(1e-6)
+    back = qpdiff.qpsolvers.to_problem(**operands | {"Q": qpdiff.Sparse.like(operands["Q"], operands["Q"].data)})
+    assert (back.P != problem.P).nnz == (back.G != problem.G).nnz == 0
+    with pytest.raises(ValueError, match=r"^Q has shape \(2, 300, 300\); qpsolvers states one problem"):
+        qpdiff.qpsolvers.to_problem(qpdiff.Sparse.like(operands["Q"], np.ones((2, n))), q)
