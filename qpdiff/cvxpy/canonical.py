@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
@@ -10,13 +12,28 @@ from cvxpy.lin_ops.lin_op import CONSTANT_ID
 from cvxpy.problems.problem_form import ProblemForm
 from cvxpy.reductions.cvx_attr2constr import SYMMETRIC_ATTRIBUTES, lower_value, recover_value_for_leaf
 
+from ..sparse import Pattern, Sparse
 from .maps import AffineMap, SparseMatrix
 from .solver import CVXPYSolver
 
+SPARSE_NUMBERS, SPARSE_SHARE = 2**17, 0.1
+"""Numbers in Q, G and A from which on they are kept sparse, and the share of them that are stored up to which they are.
+"""
 
-def canonicalize(problem, parameters, variables) -> tuple[dict[str, AffineMap], list[SparseMatrix]]:
-    """Return the operands of `qpdiff.solve_qp` and the offset of the objective as functions of the parameters, and
-    the matrices that take x to the values of the variables.
+
+class Canonical(NamedTuple):
+    """A CVXPY problem as a QP."""
+
+    maps: dict[str, AffineMap]
+    """The operands of `qpdiff.solve_qp`, and the offset of the objective, as functions of the parameters."""
+    patterns: dict[str, Pattern]
+    """Of the operands that are sparse, of which the maps give the values."""
+    recoveries: list[SparseMatrix]
+    """What takes x to the values of the variables."""
+
+
+def canonicalize(problem, parameters, variables) -> Canonical:
+    """Return the canonical form of a problem as a function of parameters.
 
     Raises
     ------
@@ -34,7 +51,7 @@ def canonicalize(problem, parameters, variables) -> tuple[dict[str, AffineMap], 
     program = data[cp.settings.PARAM_PROB]
     if program.is_mixed_integer():
         raise ValueError("the problem is not a QP: CVXPY turns it into one with integer variables")
-    tensors, lowered = _tensors(program), chain.compose_param_id_map()
+    (tensors, patterns), lowered = _tensors(program), chain.compose_param_id_map()
     fixed = [parameter for parameter in problem.parameters() if parameter.id not in {p.id for p in parameters}]
     arguments = {i: _columns(program, lowered, parameter) for i, parameter in enumerate(parameters)}
     constants = [(*_columns(program, lowered, parameter), _fixed_value(parameter)) for parameter in fixed]
@@ -48,7 +65,8 @@ def canonicalize(problem, parameters, variables) -> tuple[dict[str, AffineMap], 
         matrices = {i: matrix for i, matrix in matrices.items() if matrix.matrix.nnz}
         if matrices or not (name in ("lb", "ub") and np.all(np.isinf(constant))):
             maps[name] = AffineMap(shape, constant, matrices)
-    return maps, [_recovery(program, chain.compose_var_id_map(), variable) for variable in variables]
+    recoveries = [_recovery(program, chain.compose_var_id_map(), variable) for variable in variables]
+    return Canonical(maps, patterns, recoveries)
 
 
 def check_problem(problem) -> None:
@@ -88,23 +106,43 @@ def check_problem(problem) -> None:
 
 
 def _tensors(program):
-    """Return the shape of each operand, and the matrix from CVXPY's parameters, and 1, to it in row-major order.
+    """Return the shape of each operand, and the matrix from CVXPY's parameters, and 1, to it in row-major order; and
+    the patterns of those that are kept sparse, of which that is to the values.
 
     CVXPY has one matrix each for P, for [q; d] and for [F, g], in column-major order, where the objective is
     ½ xᵀPx + qᵀx + d, Fx + g = 0 in the first rows, and Fx + g ≥ 0 in the others.
     """
     n, rows, p = program.x.size, program.constr_size, program.cone_dims.zero
-    square, wide = (np.arange(size)[:, None] + size * np.arange(columns) for size, columns in ((n, n), (rows, n + 1)))
-    P, qd, Fg = (sp.csr_array(tensor) for tensor in (program.P, program.q, program.A))
+    P, Fg, qd = _Entries(program.P, n), _Entries(program.A, rows), sp.csr_array(program.q)
+    i, j = Fg.places
+    stored = {
+        "Q": np.concatenate([P.places, P.places[::-1]], axis=1),
+        "A": Fg.places[:, (i < p) & (j < n)],
+        "G": Fg.places[:, (i >= p) & (j < n)] - [[p], [0]],
+    }
+    numbers, sizes = n * (n + rows), {"Q": n, "A": p, "G": rows - p}
+    sparse = numbers >= SPARSE_NUMBERS and sum(places.shape[1] for places in stored.values()) <= SPARSE_SHARE * numbers
+    places, shapes, patterns = {}, {}, {}
+    for name, size in sizes.items():
+        if sparse:
+            flat = np.unique(stored[name][0] * n + stored[name][1])
+            places[name], shapes[name] = (flat // n, flat % n), (len(flat),)
+            starts = np.searchsorted(flat, np.arange(size + 1) * n)
+            patterns[name] = Sparse(np.ones(len(flat)), flat % n, starts, (size, n)).pattern
+        else:
+            places[name], shapes[name] = tuple(np.indices((size, n)).reshape(2, -1)), (size, n)
+    i, j = places["Q"]
     tensors = {
-        "Q": ((n, n), (P[square.ravel()] + P[square.T.ravel()]) / 2),
+        "Q": (shapes["Q"], (P.at(i, j) + P.at(j, i)) / 2),
         "q": ((n,), qd[:n]),
         "offset": ((), qd[n:]),
     }
-    if p > 0:
-        tensors |= {"A": ((p, n), Fg[wide[:p, :n].ravel()]), "b": ((p,), -Fg[wide[:p, n]])}
-    if rows > p:
-        tensors |= {"G": ((rows - p, n), -Fg[wide[p:, :n].ravel()]), "h": ((rows - p,), Fg[wide[p:, n]])}
+    for matrix, vector, first, sign in (("A", "b", 0, 1), ("G", "h", p, -1)):
+        if sizes[matrix] > 0:
+            i, j = places[matrix]
+            side = np.arange(first, first + sizes[matrix])
+            tensors[matrix] = (shapes[matrix], sign * Fg.at(i + first, j))
+            tensors[vector] = ((sizes[matrix],), -sign * Fg.at(side, np.full(len(side), n)))
     for name, bounds, tensor in (
         ("lb", program.lower_bounds, program.lb_tensor),
         ("ub", program.upper_bounds, program.ub_tensor),
@@ -114,7 +152,38 @@ def _tensors(program):
         elif bounds is not None:
             constant = (np.arange(n), np.full(n, program.param_id_to_col[CONSTANT_ID]))
             tensors[name] = ((n,), sp.csr_array((bounds, constant), (n, program.total_param_size + 1)))
-    return tensors
+    return tensors, {name: pattern for name, pattern in patterns.items() if name in tensors}
+
+
+class _Entries:
+    """The entries of a matrix that are not always 0, as functions of CVXPY's parameters.
+
+    Parameters
+    ----------
+    tensor : sparse matrix
+        With a row for each entry, in column-major order.
+    rows : int
+        Of the matrix.
+    """
+
+    def __init__(self, tensor, rows: int):
+        tensor = sp.coo_array(tensor)
+        self._rows = rows
+        self._stored, row = np.unique(tensor.coords[0].astype(np.int64), return_inverse=True)
+        self._tensor = sp.csr_array((tensor.data, (row, tensor.coords[1])), (len(self._stored), tensor.shape[1]))
+
+    @property
+    def places(self) -> np.ndarray:
+        """The rows and the columns of the entries, (2, entries)."""
+        return np.stack([self._stored % max(self._rows, 1), self._stored // max(self._rows, 1)])
+
+    def at(self, i: np.ndarray, j: np.ndarray) -> sp.csr_array:
+        """Return the rows of the tensor for the entries (i, j), without numbers for those that are always 0."""
+        wanted = i.astype(np.int64) + self._rows * j.astype(np.int64)
+        found = np.searchsorted(self._stored, wanted)
+        (known,) = np.nonzero(np.append(self._stored, -1)[found] == wanted)
+        select = sp.csr_array((np.ones(len(known)), (known, found[known])), (len(wanted), len(self._stored)))
+        return select @ self._tensor
 
 
 def _columns(program, lowered_ids: dict, parameter):

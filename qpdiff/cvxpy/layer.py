@@ -28,10 +28,10 @@ from ..backend import choose_backend, floating_types, kinds_of, read_dtype
 from ..differentiation import Gradients, as_tangent, summed
 from ..problem import OPERANDS
 from ..solution import Solution, Status
+from ..sparse import Sparse, apply, stored
 from ..validation import make_problem, rounding
 from .attributes import check_parameter
-from .canonical import canonicalize
-from .maps import AffineMap, SparseMatrix
+from .canonical import Canonical, canonicalize
 
 _ORIGINALS: WeakValueDictionary[tuple[str, int], Any] = WeakValueDictionary()
 """The caller's variables by the key of their layer and their position in it.
@@ -105,8 +105,8 @@ def from_cvxpy(problem, parameters, variables=None) -> Layer:
     variables = problem.variables() if variables is None else variables
     parameters = _checked("parameters", parameters, cp.Parameter, problem.parameters())
     variables = _checked("variables", variables, cp.Variable, problem.variables())
-    maps, recoveries = canonicalize(problem, parameters, variables)
-    return Layer(parameters, variables, maps, recoveries, maximize=isinstance(problem.objective, cp.Maximize))
+    canonical = canonicalize(problem, parameters, variables)
+    return Layer(parameters, variables, canonical, maximize=isinstance(problem.objective, cp.Maximize))
 
 
 def _checked(what: str, given, kind, known: list) -> tuple:
@@ -179,13 +179,10 @@ class Layer:
         The CVXPY parameters that the layer takes and the CVXPY variables that it gives.
     """
 
-    def __init__(
-        self, parameters, variables, maps: dict[str, AffineMap], recoveries: list[SparseMatrix], *, maximize: bool
-    ):
+    def __init__(self, parameters, variables, canonical: Canonical, *, maximize: bool):
         self.parameters = parameters
         self.variables = variables
-        self._maps = maps
-        self._recoveries = recoveries
+        self._maps, self._patterns, self._recoveries = canonical
         self._sense = -1.0 if maximize else 1.0
         self._key = uuid4().hex
         _ORIGINALS.update({(self._key, i): variable for i, variable in enumerate(variables)})
@@ -322,12 +319,14 @@ class Layer:
     def operands(self, *parameters, backend=None, dtype=None) -> dict[str, Any]:
         """Return the operands of `qpdiff.solve_qp`, by name: affine functions of the parameters.
 
-        An operand has the batch axes of the parameters that it depends on. `backend` and `dtype` are those of
+        An operand has the batch axes of the parameters that it depends on. Large matrices of which at most a tenth is
+        stored are each a `qpdiff.Sparse`. `backend` and `dtype` are those of
         `qpdiff.solve_qp`. The numbers are not checked.
         """
         backend, types, arrays = self._arrays(parameters, backend, dtype)
         data = self._data(backend, types.working, arrays)
-        return {name: backend.xp.astype(data[name], types.result, copy=False) for name in OPERANDS if name in data}
+        given = {name: data[name] for name in OPERANDS if name in data}
+        return {k: apply(lambda a: backend.xp.astype(a, types.result, copy=False), value) for k, value in given.items()}
 
     def operands_adjoint(self, gradients: Gradients, *parameters) -> tuple:
         """Return the adjoint of the linear part of `operands`: gradients of the operands pulled back to the parameters.
@@ -335,7 +334,7 @@ class Layer:
         Each gradient has the shape of its operand, None means zero; the parameters are those that `operands` was given,
         of which only the shapes matter.
         """
-        given = {name: value for name, value in gradients._asdict().items() if value is not None}
+        given = {name: stored(value) for name, value in gradients._asdict().items() if value is not None}
         backend, given = choose_backend(given)
         xp, dtype = backend.xp, floating_types(backend, kinds_of(given, given)).result
         out = []
@@ -403,7 +402,8 @@ class Layer:
             i: _flattened(xp, xp.astype(array, dtype, copy=False), self.parameters[i].shape)
             for i, array in enumerate(arrays)
         }
-        return {name: affine.value(backend, dtype, flat) for name, affine in self._maps.items()}
+        data = {name: affine.value(backend, dtype, flat) for name, affine in self._maps.items()}
+        return data | {name: Sparse.of_pattern(data[name], pattern) for name, pattern in self._patterns.items()}
 
     def _problem(self, solution: LayerSolution):
         if not isinstance(solution, LayerSolution) or solution.layer._key != self._key:

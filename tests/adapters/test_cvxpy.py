@@ -174,6 +174,15 @@ def draw_tangents(rng, parameters, values):
     return tangents
 
 
+@pytest.fixture(params=["dense", "sparse"])
+def matrices(request, monkeypatch):
+    """Layers whose matrices are arrays, as those of small problems are, or sparse."""
+    if request.param == "sparse":
+        monkeypatch.setattr("qpdiff.cvxpy.canonical.SPARSE_NUMBERS", 0)
+        monkeypatch.setattr("qpdiff.cvxpy.canonical.SPARSE_SHARE", 2.0)
+
+
+@pytest.mark.usefixtures("matrices")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_values_are_those_of_cvxpy(case, seed):
@@ -189,6 +198,7 @@ def test_values_are_those_of_cvxpy(case, seed):
         np.testing.assert_array_equal(solution[variable.name()], mine)
 
 
+@pytest.mark.usefixtures("matrices")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_derivatives_are_those_of_cvxpys_solutions(case, seed):
@@ -850,3 +860,21 @@ def test_a_large_sparse_problem(monkeypatch):
     monkeypatch.setattr("qpdiff.engines.choice.DENSE_BYTES", 0)
     found = problem.solve(solver=qpdiff.CVXPYSolver())
     assert found == pytest.approx(problem.solve(**CLARABEL), rel=1e-6)
+
+
+def test_a_large_layer_has_sparse_matrices():
+    """Fitting 5000 rows by least squares, for each of which CVXPY has a variable: 0.4 GiB as dense matrices."""
+    rng = np.random.default_rng(1)
+    data, point = rng.normal(size=(5000, 3)), rng.normal(size=(2, 5000))
+    x, b = cp.Variable(3), cp.Parameter(5000)
+    layer = qpdiff.from_cvxpy(cp.Problem(cp.Minimize(cp.sum_squares(data @ x - b))), [b], [x])
+    operands = layer.operands(point)
+    assert isinstance(operands["Q"], qpdiff.Sparse)
+    assert operands["A"].nnz < 20_000 + 5000
+    solution = layer(point)
+    inverse = np.linalg.inv(data.T @ data) @ data.T
+    np.testing.assert_allclose(solution.variables[0], point @ inverse.T, atol=1e-6)
+    (gradient,) = layer.vjp(solution, np.ones(3))
+    np.testing.assert_allclose(gradient, np.tile(np.ones(3) @ inverse, (2, 1)), atol=1e-6)
+    (pushed,) = layer.jvp(solution, point)
+    np.testing.assert_allclose(pushed, solution.variables[0], atol=1e-6)
