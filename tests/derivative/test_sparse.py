@@ -223,12 +223,14 @@ def test_the_pattern_of_a_tangent_must_fit():
 @pytest.mark.parametrize("route", ["sparse"], indirect=True)
 def test_without_checks():
     operands, masks = random_sparse(np.random.default_rng(10), "G lb ub", batch=(9,), n=8)
-    operands["Q"][3] *= -1
     operands["q"][5] = np.nan
     operands["lb"][6] = operands["ub"][6] + 1
-    sol = qpdiff.solve_qp(**sparsely(operands, masks), check=False)
-    assert np.all(sol.status[5:7] != Status.SOLVED)
-    assert np.all(np.delete(sol.status, [3, 5, 6]) == Status.SOLVED)
+    for Q in (-operands["Q"][3], np.where(np.eye(8), 0, operands["Q"][3]), np.nan * operands["Q"][3]):
+        operands["Q"][3] = Q
+        sol = qpdiff.solve_qp(**sparsely(operands, masks), check=False)
+        assert np.all(sol.status[5:7] != Status.SOLVED)
+        assert np.all(np.delete(sol.status, [3, 5, 6]) == Status.SOLVED)
+    assert sol.status[3] != Status.SOLVED
 
 
 def test_which_engine_solves(route):

@@ -191,7 +191,7 @@ ALLOWED = {
     "engines.base": {"problem", "engines.parameters"},
     "engines.reduction": {"problem"},
     "engines.array": {"problem", "validation", "solution", *BASE},
-    "engines.compiled": {"backend", "problem", "sparse", "validation", "solution", *BASE},
+    "engines.compiled": {"backend", "problem", "sparse", "validation", "solution", "engines.densified", *BASE},
     "engines.densified": {"problem", "engines.base"},
     "engines.choice": {"problem", "engines.base", "engines.array", "engines.densified"},
     "solver": {"problem", "validation", "engines.base", "engines.choice", "solution"},

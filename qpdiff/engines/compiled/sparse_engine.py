@@ -12,7 +12,8 @@ from ...sparse import Pattern as MatrixPattern
 from ...sparse import Sparse, full_pattern
 from ...validation import check_values, indefinite_error
 from ..base import Factors, Outcome, Settings, StartingPoint
-from . import sparse
+from ..densified import DENSE_BYTES, Densified
+from . import engine, sparse
 
 
 def refusal(problem: Problem, verbose: bool) -> str | None:
@@ -50,6 +51,8 @@ def solve(
         )  # fmt: skip
 
     done = solved(operands, problem.batch, settings, start, progress)
+    if done is None and not check and problem.dense_bytes <= DENSE_BYTES:  # the other one does without curvature
+        return Densified(engine).solve(problem, settings, start, check=False, verbose=False, progress=progress)
     if done is None:
         for position in range(problem.batch):
             one = sparse.operands_of(problem.select(slice(position, position + 1)))
