@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -39,9 +40,9 @@ def solve(
     problem: Problem, settings: Settings, start: StartingPoint | None, *, check: bool, verbose: bool, progress
 ) -> tuple[Outcome, Factors]:
     """Solve every problem of a batch, as `engines.base.Engine` says."""
-    if check and problem.batch:
-        check_values(problem, convexity=False)
     pattern, operands = pattern_of(problem), sparse.operands_of(problem)
+    if check and problem.batch and not surely_valid(problem, operands):
+        check_values(problem, convexity=False)
     rounding = problem.rounding if check else np.inf
 
     def solved(operands, count: int, settings: Settings, start, progress):
@@ -60,6 +61,24 @@ def solve(
                 raise indefinite_error(problem, position)
     outcome, scaling = done
     return outcome, without_factor(problem, scaling)
+
+
+def surely_valid(problem: Problem, operands: dict) -> bool:
+    """Return whether no operand breaks a rule of `check_values`, convexity aside; False leaves it to that to say.
+
+    In few passes, as that takes longer than a small solve. A sum is finite only where all of its terms are.
+    """
+    finite = (operands[name] for name in ("Q", "q", "G", "A", "b") if operands[name] is not None)
+    h, lb, ub, Q = (operands[name] for name in ("h", "lb", "ub", "Q"))
+    with problem.backend.context():
+        return (
+            all(math.isfinite(a.sum()) for a in finite)
+            and all(a is None or not a.size or a.min() > -math.inf for a in (h, ub))
+            and (lb is None or not lb.size or lb.max() < math.inf)
+            and (lb is None or ub is None or bool((lb <= ub).all()))
+            and isinstance(problem.Q, Sparse)
+            and np.array_equal(Q, Q[:, problem.Q.pattern.mirror])
+        )
 
 
 def without_factor(problem: Problem, scaling) -> Factors:
