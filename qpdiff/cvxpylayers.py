@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
+import scipy.sparse as sp
 
 from .differentiation import vjp
+from .problem import MATRICES
 from .solution import raise_if_unsolved
 from .solver import solve_qp
+from .sparse import Pattern, Sparse, keeps_sparse, pattern_at
 
 try:
     from cvxpylayers.interfaces.base import SolverInterface
@@ -27,9 +34,9 @@ ADVICE = (
 class LayerSolver(SolverInterface):
     """`qpdiff.solve_qp` and `qpdiff.vjp` as the solver of a layer of cvxpylayers, in torch.
 
-    For problems that CVXPY turns into quadratic or linear programs, in dense matrices; a batch is solved in one call.
-    What no parameter enters is shared by the batch. Options of `qpdiff.solve_qp` are the layer's `solver_args`. It
-    computes on the CPU, and has first derivatives. A solver belongs to one layer.
+    For problems that CVXPY turns into quadratic or linear programs; a batch is solved in one call. What no parameter
+    enters is shared by the batch. Large matrices that are mostly zeros are sparse. Options of `qpdiff.solve_qp` are the
+    layer's `solver_args`. It computes on the CPU, and has first derivatives. A solver belongs to one layer.
 
     The JAX layer of cvxpylayers 1.2.0 calls no solver but its own; in JAX, `qpdiff.from_cvxpy` gives the operands of
     `qpdiff.jax.solve_qp`.
@@ -65,6 +72,8 @@ class LayerSolver(SolverInterface):
     supports_quad_obj = True
 
     _where: dict | None = None
+    _values: Mapping[str, tuple[Pattern, sp.csr_array]] = MappingProxyType({})
+    """The patterns of matrices that are kept sparse, and the maps from CVXPY's entries to the values there."""
 
     def setup(self, ctx) -> None:
         """Read where the canonical program has the operands of the QP.
@@ -94,6 +103,10 @@ class LayerSolver(SolverInterface):
         rows, columns, constant = _entries(ctx.reduced_P)
         self._where["Q"] = ((n, n), (rows, columns), np.arange(len(rows)), 1, constant.all())
         self._p = p
+        matrices = [name for name in self._where if name in MATRICES]
+        numbers = sum(math.prod(self._where[name][0]) for name in matrices)
+        if keeps_sparse(numbers, 2 * sum(len(self._where[name][2]) for name in matrices)):
+            self._values = {name: _values(*self._where[name][:2], symmetric=name == "Q") for name in matrices}
 
     def solve_numpy_batch(self, P, q, A, dims, solver_args, needs_grad):
         """Solve a batch.
@@ -116,6 +129,11 @@ class LayerSolver(SolverInterface):
         for name, (shape, index, entries, sign, constant) in self._where.items():
             source = P if name == "Q" else A
             batch = 1 if constant else len(q)
+            if name in self._values:
+                pattern, take = self._values[name]
+                values = sign * np.asarray(source)[:batch, entries] @ take.T if len(entries) else np.zeros((batch, 0))
+                operands[name] = Sparse.of_pattern(values[0] if constant else values, pattern)
+                continue
             operand = np.zeros((batch, *shape), dtype=operands["q"].dtype)
             if len(entries):
                 operand[(slice(None), *index)] = sign * np.asarray(source)[:batch, entries]
@@ -137,8 +155,13 @@ class LayerSolver(SolverInterface):
         of_P = None if shape_P is None else np.zeros(shape_P, dtype=gradients.q.dtype)
         for name, (_, index, entries, sign, constant) in self._where.items():
             target = of_P if name == "Q" else of_A
-            if not constant:
-                target[:, entries] = sign * getattr(gradients, name)[(slice(None), *index)]
+            if constant:
+                continue
+            gradient = getattr(gradients, name)
+            if name in self._values:
+                target[:, entries] = sign * (gradient.values @ self._values[name][1])
+            else:
+                target[:, entries] = sign * gradient[(slice(None), *index)]
         return of_P, np.pad(gradients.q, ((0, 0), (0, 1))), of_A
 
     # The defaults of cvxpylayers take a batch of tensors apart before they go to NumPy.
@@ -162,6 +185,20 @@ def _entries(reduced):
     rows, starts, _ = reduced.problem_data_index
     columns = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
     return rows, columns, np.diff(reduced.reduced_mat[:, :-1].tocsr().indptr) == 0
+
+
+def _values(shape, index, *, symmetric: bool) -> tuple[Pattern, sp.csr_array]:
+    """Return the pattern of the entries at an index, and the matrix that takes them to the values on it.
+
+    With `symmetric` that of the symmetric part.
+    """
+    (rows, columns), entry = index, np.arange(len(index[0]))
+    weight = np.ones(len(entry))
+    if symmetric:
+        rows, columns = np.concatenate([rows, columns]), np.concatenate([columns, rows])
+        entry, weight = np.tile(entry, 2), np.tile(weight / 2, 2)
+    places, place = np.unique(np.int64(shape[1]) * rows + columns, return_inverse=True)
+    return pattern_at(places, shape), sp.csr_array((weight, (place, entry)), (len(places), len(index[0])))
 
 
 def _to_numpy(tensor):

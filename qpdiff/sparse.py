@@ -13,6 +13,9 @@ from .backend import choose_backend
 
 REMEMBERED = 32
 """Number of patterns that are remembered, checked and with what depends on them alone."""
+LARGE_MATRICES, SPARSE_SHARE = 2**17, 0.1
+"""Numbers in Q, G and A from which on CVXPY's are kept sparse, and the share of them that is stored up to which they
+are."""
 LARGEST = np.iinfo(np.int32).max
 """Largest number of entries, of rows and of columns."""
 
@@ -297,6 +300,17 @@ def to_dense(backend, matrix: Sparse):
     """Return sparse matrices as an array (..., rows, columns)."""
     flat = gather(backend, with_zero(backend, matrix.values), matrix.pattern.dense_places())
     return backend.xp.reshape(flat, matrix.shape)
+
+
+def pattern_at(places: np.ndarray, shape: tuple[int, int]) -> Pattern:
+    """Return the pattern of entries at sorted places in row-major order, without duplicates."""
+    starts = np.searchsorted(places, np.arange(shape[0] + 1) * shape[1])
+    return _from_rows("the matrix", np.ones(len(places)), places % shape[1], starts, shape).pattern
+
+
+def keeps_sparse(numbers: int, entries: int) -> bool:
+    """Return whether matrices of so many numbers, of which so many are not always 0, are sparse where nobody asks."""
+    return numbers >= LARGE_MATRICES and entries <= SPARSE_SHARE * numbers
 
 
 @lru_cache(maxsize=REMEMBERED)

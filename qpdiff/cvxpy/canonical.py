@@ -12,13 +12,9 @@ from cvxpy.lin_ops.lin_op import CONSTANT_ID
 from cvxpy.problems.problem_form import ProblemForm
 from cvxpy.reductions.cvx_attr2constr import SYMMETRIC_ATTRIBUTES, lower_value, recover_value_for_leaf
 
-from ..sparse import Pattern, Sparse
+from ..sparse import Pattern, keeps_sparse, pattern_at
 from .maps import AffineMap, SparseMatrix
 from .solver import CVXPYSolver
-
-SPARSE_NUMBERS, SPARSE_SHARE = 2**17, 0.1
-"""Numbers in Q, G and A from which on they are kept sparse, and the share of them that are stored up to which they are.
-"""
 
 
 class Canonical(NamedTuple):
@@ -121,14 +117,13 @@ def _tensors(program):
         "G": Fg.places[:, (i >= p) & (j < n)] - [[p], [0]],
     }
     numbers, sizes = n * (n + rows), {"Q": n, "A": p, "G": rows - p}
-    sparse = numbers >= SPARSE_NUMBERS and sum(places.shape[1] for places in stored.values()) <= SPARSE_SHARE * numbers
+    sparse = keeps_sparse(numbers, sum(places.shape[1] for places in stored.values()))
     places, shapes, patterns = {}, {}, {}
     for name, size in sizes.items():
         if sparse:
             flat = np.unique(stored[name][0] * n + stored[name][1])
             places[name], shapes[name] = (flat // n, flat % n), (len(flat),)
-            starts = np.searchsorted(flat, np.arange(size + 1) * n)
-            patterns[name] = Sparse(np.ones(len(flat)), flat % n, starts, (size, n)).pattern
+            patterns[name] = pattern_at(flat, (size, n))
         else:
             places[name], shapes[name] = tuple(np.indices((size, n)).reshape(2, -1)), (size, n)
     i, j = places["Q"]

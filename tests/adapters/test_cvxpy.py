@@ -178,8 +178,7 @@ def draw_tangents(rng, parameters, values):
 def matrices(request, monkeypatch):
     """Layers whose matrices are arrays, as those of small problems are, or sparse."""
     if request.param == "sparse":
-        monkeypatch.setattr("qpdiff.cvxpy.canonical.SPARSE_NUMBERS", 0)
-        monkeypatch.setattr("qpdiff.cvxpy.canonical.SPARSE_SHARE", 2.0)
+        monkeypatch.setattr("qpdiff.cvxpy.canonical.keeps_sparse", lambda numbers, entries: True)
 
 
 @pytest.mark.usefixtures("matrices")

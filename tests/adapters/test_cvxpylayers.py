@@ -81,6 +81,14 @@ def in_torch(make, values, solver, **options):
     return [value.detach().numpy() for value in outputs], [tensor.grad.numpy() for tensor in tensors]
 
 
+@pytest.fixture(params=["dense", "sparse"])
+def matrices(request, monkeypatch):
+    """Arrays, as the matrices of small problems are, or sparse ones."""
+    if request.param == "sparse":
+        monkeypatch.setattr("qpdiff.cvxpylayers.keeps_sparse", lambda numbers, entries: True)
+
+
+@pytest.mark.usefixtures("matrices")
 @pytest.mark.parametrize("batch", [(), (4,)], ids=["one", "batch"])
 @pytest.mark.parametrize("make", PROBLEMS)
 def test_values_and_gradients_equal_those_of_the_default_solver(make, batch):
@@ -92,6 +100,7 @@ def test_values_and_gradients_equal_those_of_the_default_solver(make, batch):
             np.testing.assert_allclose(value, expected, atol=1e-5 * (1 + np.max(np.abs(expected))))
 
 
+@pytest.mark.usefixtures("matrices")
 def test_gradients_of_a_parametric_hessian_equal_differences():
     rng = np.random.default_rng(1)
     half, direction = rng.normal(size=(2, 4, 3, 3))
