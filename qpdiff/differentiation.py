@@ -9,11 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .adjoint import masked, objective_vjp, right_hand_side, solution_vjp
+from .adjoint import (
+    masked,
+    objective_vjp,
+    price_gradients,
+    relaxed_price_slopes,
+    right_hand_side,
+    solution_vjp,
+)
 from .backend import from_host
 from .engines.array.central_path import relax
 from .engines.base import Linearization
-from .problem import MATRICES, OPERANDS, Problem, join_rows, split_rows
+from .prices import price_operands
+from .problem import MATRICES, OPERANDS, PRICED, PRICES, Problem, join_rows, split_rows
 from .solution import Solution, Status
 
 
@@ -28,6 +36,9 @@ class Gradients(NamedTuple):
     b: Any = None
     lb: Any = None
     ub: Any = None
+    elastic: Any = None
+    """By "A", "G" and "bounds" where it was given so; `elastic_quadratic` likewise."""
+    elastic_quadratic: Any = None
 
 
 class Tangents(NamedTuple):
@@ -127,7 +138,7 @@ def vjp(
         lin = sol.linearization
         problem = lin.problem
         of_solution = {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub}
-        g, out = None, dict[str, Any]()
+        g, out, kappa = None, dict[str, Any](), smoothing or 0.0
         if objective is not None:
             g = _flat(problem, sol, "objective", objective, "cotangent")[:, None]
         moves = g is None or smoothing is not None or any(value is not None for value in of_solution.values())
@@ -135,13 +146,17 @@ def vjp(
             r_x, r_v = _to_rows(sol, of_solution)
             if g is not None and smoothing is not None:  # the relaxed point is no minimum, so the value moves with it
                 r_x = r_x + g * (problem.hessian(lin.x) + problem.q)
-            _, _, out = solve_adjoint(lin, r_x, r_v, problem.operands, unsolved=unsolved)
+                if problem.is_elastic:
+                    r_v = r_v + g * relaxed_price_slopes(problem, lin.x, lin.v, kappa)[0]
+            _, _, out = solve_adjoint(lin, r_x, r_v, problem.operands, unsolved=unsolved, kappa=kappa)
         if g is not None:
-            of_value = objective_gradients(lin, g, problem.operands, stationary=smoothing is None, unsolved=unsolved)
+            of_value = objective_gradients(lin, g, problem.operands, kappa=kappa, unsolved=unsolved)
             out = {name: out[name] + value for name, value in of_value.items()} if out else of_value
         out = {name: _reduce(problem, name, value) for name, value in out.items()}
         if problem.result != problem.dtype:
             out = {name: problem.returned(value) for name, value in out.items()}
+        if problem.is_elastic:
+            out = {name: value for name, value in out.items() if name not in PRICES} | _by_option(problem, out)
         return Gradients(**out)
 
 
@@ -156,6 +171,8 @@ def jvp(
     lb=None,
     ub=None,
     *,
+    elastic=None,
+    elastic_quadratic=None,
     smoothing=None,
     unsolved: str = "nan",
 ) -> Tangents:
@@ -168,6 +185,8 @@ def jvp(
     Q, q, G, h, A, b, lb, ub : array, optional
         Tangents, each of a shape that broadcasts to that of its operand with the batch axes; None means zero. Only the
         symmetric part of Q's counts. Where lb = ub fixes a variable, the tangent is that of the bound that holds it.
+    elastic, elastic_quadratic : number or dict, optional
+        Tangents of these, a number where a number was given, else by "A", "G" and "bounds".
     smoothing : float, optional
         κ > 0: differentiate the solution of the relaxed conditions s ∘ z = κ, see `vjp`.
     unsolved : {"nan", "zero"}
@@ -196,10 +215,12 @@ def jvp(
         lin = sol.linearization
         problem, xp = lin.problem, lin.problem.backend.xp
         given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+        given |= price_operands(problem.operands, "tangent of ", elastic=elastic, elastic_quadratic=elastic_quadratic)
         tangents = {
             name: _flat(problem, sol, name, value, "tangent") for name, value in given.items() if value is not None
         }
-        dx, dv = solve_kkt(lin, *right_hand_side(problem, lin.x, lin.v, tangents), unsolved=unsolved)
+        right = right_hand_side(problem, lin.x, lin.v, tangents, smoothing or 0.0)
+        dx, dv = solve_kkt(lin, *right, unsolved=unsolved)
 
         def shaped(value):
             return xp.reshape(problem.returned(value), (*problem.batch_shape, value.shape[-1]))
@@ -245,8 +266,10 @@ def solve_kkt(lin: Linearization, r_x, r_v, *, unsolved: str = "nan"):
     return u_x, u_v
 
 
-def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsolved: str = "nan"):
+def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsolved: str = "nan", kappa: float = 0.0):
     """Solve the KKT system for cotangents of a solution, and compute the gradients of the operands that are named.
+
+    `kappa` is that of the relaxed point where the solution is one.
 
     Parameters
     ----------
@@ -268,12 +291,12 @@ def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsol
             u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, FILL[unsolved], matrices)
         rest = [name for name in names if name not in gradients]
         if rest:
-            gradients |= solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest)
+            gradients |= solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest, kappa)
         return u_x, u_v, gradients
 
 
 def objective_gradients(
-    lin: Linearization, g, names: Collection[str], *, stationary: bool = True, unsolved: str = "nan"
+    lin: Linearization, g, names: Collection[str], *, kappa: float = 0.0, unsolved: str = "nan"
 ) -> dict[str, Any]:
     """Compute the gradients of the named operands from cotangents of the optimal values, without the KKT system.
 
@@ -281,8 +304,8 @@ def objective_gradients(
     ----------
     g : array (B, 1)
         Cotangents.
-    stationary : bool
-        False: leave out the constraints, at a point that is no minimum.
+    kappa : float
+        That of a relaxed point, which is no minimum: the variables and multipliers do not move here.
 
     Returns
     -------
@@ -292,7 +315,13 @@ def objective_gradients(
     _check_fill(unsolved)
     problem, xp, solved = lin.problem, lin.problem.backend.xp, lin.status == int(Status.SOLVED)
     x, v, weights = masked(xp, solved, lin.x, lin.v, FILL[unsolved])
-    return objective_vjp(problem, x, v if stationary else xp.zeros_like(v), weights * g, names)
+    if not kappa:
+        return objective_vjp(problem, x, v, weights * g, names)
+    gradients = objective_vjp(problem, x, xp.zeros_like(v), weights * g, names)
+    if problem.is_elastic:
+        _, of_w, of_sigma = relaxed_price_slopes(problem, lin.x, lin.v, kappa)
+        gradients |= price_gradients(problem, weights * g * of_w, weights * g * of_sigma, names)
+    return gradients
 
 
 def _check_fill(unsolved: str) -> None:
@@ -329,6 +358,19 @@ def _reduce(problem: Problem, name: str, gradient):
     return summed(xp, xp.reshape(gradient, problem.batch_shape + gradient.shape[1:]), shape)
 
 
+def _by_option(problem: Problem, gradients: dict[str, Any]) -> dict[str, Any]:
+    """Return the gradients of prices as the options were given: a number, or by "A", "G" and "bounds"."""
+    out: dict[str, Any] = {}
+    for option in PRICED:
+        parts = {of: gradients[name] for of in ("A", "G", "bounds") if (name := f"{option}['{of}']") in gradients}
+        if option in problem.layout.numbers:
+            first, *others = parts.values()
+            out[option] = sum(others, first)
+        elif parts:
+            out[option] = parts
+    return out
+
+
 def summed(xp, value, shape: tuple[int, ...]):
     """Return an array summed over the axes along which one of this shape was broadcast."""
     extra = value.ndim - len(shape)
@@ -339,7 +381,7 @@ def summed(xp, value, shape: tuple[int, ...]):
 def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
     """Return a tangent or cotangent as an array with one batch axis, zeros where it is None."""
     xp, backend = problem.backend.xp, problem.backend
-    if name in OPERANDS:
+    if name in OPERANDS or name in PRICES:
         if name not in problem.operands:
             raise ValueError(f"{kind} of {name} was given, but the problem has no {name}")
         if not problem.shapes[name]:

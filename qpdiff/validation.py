@@ -14,9 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import Backend, Kind, choose_backend, floating_types, read_dtype
-from .problem import OPERANDS, Layout, Problem, cached, core_sizes
+from .problem import INFINITE, OPERANDS, PRICES, Layout, Problem, cached, core_sizes
 
-SIZED_BY = {"h": "G", "b": "A", "lb": "Q", "ub": "Q"}
+CORES = OPERANDS | PRICES
+"""The core shapes of all operands."""
+SIZED_BY = {"h": "G", "b": "A", "lb": "Q", "ub": "Q"} | {
+    name: {"p": "A", "m": "G", "n": "Q"}[size] for name, (size,) in PRICES.items()
+}
 """Operands that one number may stand for, and the matrix that has as many rows as they have entries."""
 Shape = tuple[int, ...]
 
@@ -86,7 +90,7 @@ def _plan(backend: Backend, widest, described, dtype: str | None) -> tuple[Layou
     batch_shape = _broadcast_batch(whole)
     changes, flat = {}, {}
     for name, shape in whole.items():
-        leading, core = shape[: -len(OPERANDS[name])], shape[-len(OPERANDS[name]) :]
+        leading, core = shape[: -len(CORES[name])], shape[-len(CORES[name]) :]
         if len(leading) == 1 and leading in (batch_shape, (1,)):
             flat[name] = shape
         elif math.prod(leading) == 1:
@@ -148,7 +152,7 @@ def symmetrized(problem: Problem) -> Problem:
 
 def _check_core_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
-        core = OPERANDS[name]
+        core = CORES[name]
         if len(shape) < len(core):
             raise ValueError(
                 f"{name} has shape {shape}; expected (..., {', '.join(core)}), at least "
@@ -161,7 +165,7 @@ def _check_core_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
         raise ValueError(f"Q has shape {shapes['Q']}; a problem needs at least one variable")
     sizes = {"n": n}
     for name, shape in shapes.items():
-        core = OPERANDS[name]
+        core = CORES[name]
         for size, letter in zip(shape[len(shape) - len(core) :], core, strict=True):
             if sizes.setdefault(letter, size) != size:
                 source = {"n": "Q", "m": "G", "p": "A"}[letter]
@@ -175,7 +179,7 @@ def _broadcast_batch(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     batch_shape: tuple[int, ...] = ()
     so_far: list[str] = []
     for name, shape in shapes.items():
-        leading = shape[: len(shape) - len(OPERANDS[name])]
+        leading = shape[: len(shape) - len(CORES[name])]
         width = max(len(leading), len(batch_shape))
         old, new = (1,) * (width - len(batch_shape)) + batch_shape, (1,) * (width - len(leading)) + leading
         if any(a != b and 1 not in (a, b) for a, b in zip(old, new, strict=True)):
@@ -252,6 +256,10 @@ def _rules(problem: Problem) -> list[Rule]:
     for name in problem.operands:
         if name == "lb":
             complaint = f"has NaN or +inf{single}; a lower bound is finite or -inf"
+        elif name in PRICES:
+            complaint = f"has NaN or negative entries{single}; a price is ≥ 0, +inf where the constraint is hard"
+            if not _may_be_infinite(name):
+                complaint = f"has NaN, negative or infinite entries{single}; σ is ≥ 0, 0 where there is none"
         elif name in ("ub", "h"):
             complaint = f"has NaN or -inf{single}; {name} is finite or +inf"
         else:
@@ -270,6 +278,8 @@ def _out_of_range(name: str, problem: Problem):
     xp, value = problem.backend.xp, getattr(problem, name)
     if name == "lb":
         return ~(value < xp.inf)
+    if name in PRICES:
+        return ~(value >= 0) | ((value == xp.inf) & (not _may_be_infinite(name)))
     if name in ("ub", "h"):
         return ~(value > -xp.inf)
     return ~xp.isfinite(value)
@@ -294,8 +304,16 @@ def indefinite(problem: Problem):
     return ~positive
 
 
+def _may_be_infinite(price: str) -> bool:
+    return not price.startswith("elastic_quadratic")
+
+
 def _crossed(problem: Problem):
-    return problem.lb > problem.ub
+    crossed = problem.lb > problem.ub
+    for name in PRICES if problem.is_elastic else ():
+        if name.endswith("['bounds']") and (price := getattr(problem, name)) is not None:
+            crossed = crossed & ~((price < INFINITE) if _may_be_infinite(name) else (price > 0))
+    return crossed
 
 
 def _first(xp, entries) -> tuple[int, ...]:

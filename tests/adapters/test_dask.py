@@ -1,6 +1,5 @@
 """The Dask adapter against the solver itself, and what a scheduler adds: laziness, pickling, workers that die."""
 
-import dataclasses
 import os
 import pickle
 import signal
@@ -18,8 +17,8 @@ from problems import kkt_residuals, random_problem
 import qpdiff
 import qpdiff.dask
 from qpdiff.backend.threads import THREADS
+from qpdiff.solution import FIELDS
 
-FIELDS = [field.name for field in dataclasses.fields(qpdiff.Solution) if field.name != "linearization"]
 PARTS = ["", "A", "G", "A G", "lb", "ub", "lb ub", "G lb", "A G lb ub"]
 BATCHES = [(), (1,), (7,), (3, 4), (2, 1, 3)]
 TIGHT = {"tol": 1e-12, "rtol": 1e-12}

@@ -176,12 +176,15 @@ def test_optional_packages_come_on_first_use(wanted):
 
 BASE = {"engines.base", "engines.parameters", "engines.reduction"}
 ENGINES = {"engines.base", "engines.array"}
-BELOW_ADAPTERS = {"adjoint", "backend", "differentiation", "problem", "solution", "solver", "validation", *ENGINES}
+BELOW_ADAPTERS = {
+    "adjoint", "backend", "differentiation", "prices", "problem", "solution", "solver", "validation", *ENGINES
+}  # fmt: skip
 ALLOWED = {
     "backend": set(),
     "solution": set(),
     "problem": {"backend"},
     "validation": {"backend", "problem"},
+    "prices": {"problem"},
     "adjoint": {"problem"},
     "engines": set(),
     "engines.parameters": set(),
@@ -190,8 +193,8 @@ ALLOWED = {
     "engines.array": {"problem", "validation", "solution", *BASE},
     "engines.compiled": {"backend", "problem", "validation", "solution", *BASE},
     "engines.choice": {"problem", "engines.base", "engines.array"},
-    "solver": {"problem", "validation", "engines.base", "engines.choice", "solution"},
-    "differentiation": {"adjoint", "backend", "problem", "solution", "engines.base", "engines.array"},
+    "solver": {"prices", "problem", "validation", "engines.base", "engines.choice", "solution"},
+    "differentiation": {"adjoint", "backend", "prices", "problem", "solution", "engines.base", "engines.array"},
     **{name: BELOW_ADAPTERS | ({"engines.choice"} if name in ("jax", "torch") else set()) for name in ADAPTERS},
     "__init__": {"solution", "solver", "differentiation"},
     "files": {"problem", "validation"},

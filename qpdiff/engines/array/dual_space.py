@@ -17,7 +17,7 @@ from . import status
 from .start import center_start, first_diagonals, make_origin, mean
 from .state import RUNNING, Residuals, State, SubBatch, choose, scaled_size
 from .status import accept_or_revert, allowed, farkas_certificate, per_gap_unit, progress
-from .step import Step, corrector_rhs, negligible, take_step, update_regularization
+from .step import Step, complementary_pairs, corrector_rhs, negligible, take_step, update_regularization
 
 COPY_BYTES = 2**15
 """Size of a problem from which on the few problems whose x is formed are copied for that."""
@@ -90,7 +90,7 @@ def begin(sub: SubBatch):
     computed = system.factor_ok & backend.all_finite(Sdv)
     dv = xp.where(computed, dv, origin.v)
     # From x = 0 the step is Q⁻¹ (−q − Kᵀdv), which leaves nothing of Qx + q + Kᵀdv; but v is moved onto the path.
-    v, s, mu = center_start(sub, theta, dv)
+    v, s, _, mu = center_start(sub, theta, dv)
     u, a, Kx = dv - v, xp.astype(~computed, problem.dtype), xp.where(computed & problem.exists, known.t - Sdv, 0.0)
     Su = product(form.S, u)
     known = known._replace(
@@ -119,19 +119,20 @@ def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
     """Make one step as `step.step` does, with x formed where it is wanted, and without a factor."""
     problem, backend = sub.problem, sub.problem.backend
     xp = backend.xp
-    s, z = (problem.where_inequality(a, float("inf")) for a in (state.s, state.v))
-    theta = state.s / z
+    (pair,) = complementary_pairs(sub, state)
+    theta, z = pair.theta, pair.positive_b
     system = DualSystem(sub, theta, state)
     dv = system.solve(state.r_v + state.s)
-    right, fraction = corrector_rhs(sub, state, (s, z), (dv, -state.s - theta * dv))
+    (right,), fraction = corrector_rhs(sub, state, [pair], [(-state.s - theta * dv, dv)])
     right = right / z
     dv, Sdv = system.solve_refined(state.r_v + right, state.refine if refine else None)
-    alpha_s, alpha_z, s, v = take_step(sub, state, (s, z), (dv, -right - theta * dv), fraction)
+    directions = [(-right - theta * dv, dv)]
+    alpha_s, alpha_z, s, v, _ = take_step(sub, state, [pair], directions, fraction)
 
     computed = system.factor_ok & backend.all_finite(Sdv) & backend.all_finite(v) & backend.all_finite(s)
     made = Step(alpha_s, alpha_z, computed, alpha_s * state.delta / sub.scaling.E**2 * dv)
     Kx, known = update(sub, made, state, dv, Sdv)
-    moved = state._replace(v=v, s=s, mu=mean(sub, s, v), Kx=Kx, r_v=problem.k - Kx - s, implicit_x=known)
+    moved = state._replace(v=v, s=s, mu=mean(sub, s, v, None), Kx=Kx, r_v=problem.k - Kx - s, implicit_x=known)
     # A step that cannot be computed is not taken; more regularisation comes instead.
     if not backend.known_all_false(~computed):
         unknown = state.implicit_x._replace(expected=xp.full_like(system.t, xp.nan))
