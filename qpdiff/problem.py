@@ -440,7 +440,7 @@ def limit_distances(problem: Problem, v):
     Where they have none it is anything but 0.
     """
     xp, elastic = problem.backend.xp, problem.elastic
-    tiny = float(xp.finfo(v.dtype).smallest_normal) ** 0.5
+    tiny = float(xp.finfo(v.dtype).smallest_normal) ** 0.25  # whose inverse is far from overflow
     upper, one = xp.where(elastic.limited, elastic.upper, 1.0), xp.ones_like(v)
     z = xp.where(elastic.two_sided, v + upper, xp.where(problem.inequality, v, one))
     return problem.backend.clip(z, tiny), problem.backend.clip(xp.where(elastic.limited, upper - v, one), tiny)
