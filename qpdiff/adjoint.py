@@ -150,6 +150,12 @@ def objective_price_slopes(problem: Problem, x, v):
     return at.t + xp.where(problem.elastic.two_sided, at.s, xp.zeros_like(v)), -0.5 * v * v
 
 
+def objective_price_tangent(problem: Problem, x, v, tangents: dict[str, Any]):
+    """Compute what tangents of the prices move optimal values by, (B, 1)."""
+    moved = zip(objective_price_slopes(problem, x, v), price_tangents(problem, tangents), strict=True)
+    return problem.backend.xp.sum(sum(slope * tangent for slope, tangent in moved), axis=-1, keepdims=True)
+
+
 def relaxed_price(problem: Problem, x, v, kappa: float):
     """Return the prices of violations at relaxed points, (B, 1)."""
     xp, elastic, at = problem.backend.xp, problem.elastic, complementarity(problem, x, v, kappa)
@@ -177,17 +183,20 @@ def masked(xp, solved, x, v, fill: float):
     return xp.where(solved, x, 0.0), xp.where(solved, v, 0.0), xp.where(solved, one, fill * one)
 
 
-def gradients_vjp(problem: Problem, x, v, u_x, u_v, cotangents: dict[str, Any]):
+def gradients_vjp(problem: Problem, x, v, u_x, u_v, cotangents: dict[str, Any], kappa: float = 0.0):
     """Compute the gradients of u, x and v from cotangents of the gradients that `solution_vjp` computes.
 
-    These are linear in u, with the transpose of `right_hand_side`, and those of the matrices also in (x, v).
+    These are linear in u, with the transpose of `right_hand_side`, and those of the matrices and of σ also in (x, v).
 
     Returns
     -------
     of_u_x, of_u_v, of_x, of_v : arrays (B, n), (B, rows), (B, n), (B, rows)
     """
     of_matrices = {name: cotangent for name, cotangent in cotangents.items() if name in MATRICES}
-    return *right_hand_side(problem, x, v, cotangents), *right_hand_side(problem, u_x, u_v, of_matrices)
+    of_x, of_v = right_hand_side(problem, u_x, u_v, of_matrices)
+    if not PRICES.keys().isdisjoint(cotangents):
+        of_v = of_v + u_v * price_tangents(problem, cotangents)[1]
+    return *right_hand_side(problem, x, v, cotangents, kappa), of_x, of_v
 
 
 def kkt_vjp(problem: Problem, x, v, u_x, u_v, t_x, t_v, names=None, kappa: float = 0.0, of_gradients=None):
@@ -221,13 +230,33 @@ def _elastic_vjp(problem: Problem, x, v, kappa: float, of_theta, of_c):
     of_t = xp.where(elastic.limited, of_theta - of_c, zero) / at.r
     by_path = xp.where(elastic.limited, 2.0 if kappa else 1.0, 1.0)  # where s = κ/z, s moves with z too
     of_z, of_r = -by_path * of_s * at.s / at.z, -by_path * of_t * at.t / at.r
+    (z_by_v, z_by_w), (r_by_v, r_by_w) = _slopes_of_distances(problem, v, at)
     if kappa:
         of_slack = xp.where(elastic.limited, zero, of_s)
     else:
         of_limited = xp.where(at.slack > 0, of_s, zero) - xp.where(at.slack < 0, of_t, zero)
         of_slack = xp.where(elastic.limited, of_limited, of_s)
-    of_w = of_r + xp.where(elastic.two_sided, of_z, zero)
-    return of_slack, of_z - of_r + elastic.compliance * of_slack, of_w, of_theta + v * of_slack
+    of_v, of_w = z_by_v * of_z + r_by_v * of_r, z_by_w * of_z + r_by_w * of_r
+    return of_slack, of_v + elastic.compliance * of_slack, of_w, of_theta + v * of_slack
+
+
+def moved_gradients(problem: Problem, x, v, u_x, u_v, dx, dv, tangents: dict[str, Any], names, kappa: float = 0.0):
+    """Compute the tangents of the gradients that `solution_vjp` computes, but for that of u, of the named operands."""
+    moved = solution_vjp(problem, dx, dv, u_x, u_v, [name for name in names if name in MATRICES])
+    if problem.is_elastic:
+        dc = elastic_jvp(problem, x, v, dx, dv, tangents, kappa)[1]
+        moved |= price_gradients(problem, dc * u_v, dv * u_v, names)
+    return moved
+
+
+def _slopes_of_distances(problem: Problem, v, at: Complementarity):
+    """Return the derivatives of z, and of r, by v and by w: at their least, which is a share of w, not by v."""
+    xp, elastic = problem.backend.xp, problem.elastic
+    zero, one = xp.zeros_like(v), xp.ones_like(v)
+    upper = xp.where(elastic.limited, elastic.upper, 1.0)
+    least_z, least_r = elastic.two_sided & (at.z != v + upper), elastic.limited & (at.r != upper - v)
+    z_by_w = xp.where(elastic.two_sided, xp.where(least_z, at.z / upper, one), zero)
+    return (xp.where(least_z, zero, one), z_by_w), (xp.where(least_r, zero, -one), xp.where(least_r, at.r / upper, one))
 
 
 def elastic_jvp(problem: Problem, x, v, dx, dv, tangents: dict[str, Any], kappa: float = 0.0):
@@ -238,7 +267,7 @@ def elastic_jvp(problem: Problem, x, v, dx, dv, tangents: dict[str, Any], kappa:
     d_slack = right_hand_side(problem, x, v, others)[1] - problem.constraints(dx)
     d_slack = d_slack + elastic.compliance * dv + v * d_sigma
     zero = xp.zeros_like(v)
-    dz, dr = dv + xp.where(elastic.two_sided, dw, zero), dw - dv
+    dz, dr = (by_v * dv + by_w * dw for by_v, by_w in _slopes_of_distances(problem, v, at))
     if kappa:
         ds, dt = -at.s / at.z * dz, -at.t / at.r * dr
     else:

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from . import solver
-from .adjoint import kkt_vjp, masked, objective_vjp, solution_vjp
+from .adjoint import kkt_vjp, masked, objective_vjp, relaxed_price, solution_vjp
 from .backend import Backend
 from .differentiation import FILL, smoothed, solve_adjoint, solve_kkt
-from .problem import Problem, split_rows
+from .prices import price_operands
+from .problem import PRICED, Problem, split_rows
 from .solution import Solution, Status, check_unsolved, raise_if_unsolved
 
 try:
@@ -29,7 +30,20 @@ except ImportError as error:
 
 
 def solve_qp(
-    Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "raise", smoothing=None, **options
+    Q,
+    q,
+    G=None,
+    h=None,
+    A=None,
+    b=None,
+    lb=None,
+    ub=None,
+    *,
+    elastic=None,
+    elastic_quadratic=None,
+    unsolved: str = "raise",
+    smoothing=None,
+    **options,
 ) -> Solution:
     """Solve a batch of convex quadratic programs; `qpdiff.solve_qp` on NumPy for HIPS autograd.
 
@@ -37,6 +51,8 @@ def solve_qp(
     ----------
     Q, q, G, h, A, b, lb, ub : array
         As for `qpdiff.solve_qp`; any of them may be what autograd differentiates by.
+    elastic, elastic_quadratic : number or dict, optional
+        As for `qpdiff.solve_qp`; numbers and arrays in them may be that too.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients.
     smoothing : float, optional
@@ -48,7 +64,7 @@ def solve_qp(
     Returns
     -------
     Solution
-        Whose x, y, z, z_lb, z_ub and objective differentiate. The other fields are constants.
+        Whose x, y, z, z_lb, z_ub, objective and violation differentiate. The other fields are constants.
 
     Raises
     ------
@@ -74,14 +90,20 @@ def solve_qp(
         for name, value in operands.items()
         if value is not None
     }
-    sol = solver.solve_qp(**{name: _plain(value) for name, value in given.items()}, backend="numpy", **options)
+    prices = price_operands(given, elastic=elastic, elastic_quadratic=elastic_quadratic)
+    given |= {name: anp.array(value) if isinstance(value, (list, tuple)) else value for name, value in prices.items()}
+    plain = {name: _plain(value) for name, value in given.items()}
+    for option in PRICED:
+        names = {of: f"{option}['{of}']" for of in ("A", "G", "bounds")}
+        plain[option] = {of: plain.pop(name) for of, name in names.items() if name in plain} or None
+    sol = solver.solve_qp(**plain, backend="numpy", **options)
     problem = sol.linearization.problem
     if unsolved == "raise":
         raise_if_unsolved(sol.status)
     moving = smoothed(sol, smoothing)
     if unsolved == "raise" and smoothing is not None:
         raise_if_unsolved(moving.linearization.status[:, 0])
-    layer = _Layer(moving, tuple(given), "zero" if unsolved == "raise" else unsolved)
+    layer = _Layer(moving, tuple(given), "zero" if unsolved == "raise" else unsolved, smoothing or 0.0)
     flat = {name: _one_batch_axis(problem, name, value) for name, value in given.items()}
     solution = _solution(layer, *flat.values())
     if smoothing is None:
@@ -90,6 +112,8 @@ def solve_qp(
         in_boxes = layer.problem(*flat.values())
         x, _, weights = _masked(layer, solution)
         value = weights[:, 0] * anp.sum(x * (in_boxes.hessian(x) / 2 + in_boxes.q), axis=-1)
+        if problem.is_elastic:
+            value = value + weights[:, 0] * relaxed_price(in_boxes, x, solution[:, problem.n :], layer.kappa)[:, 0]
         objective = _with_value(sol.objective, anp.reshape(value, problem.batch_shape))
         solution = _with_value(np.concatenate([sol.linearization.x, sol.linearization.v], axis=-1), solution)
     x, v = solution[:, : problem.n], solution[:, problem.n :]
@@ -98,7 +122,8 @@ def solve_qp(
     shapes = {name: (*problem.batch_shape, part.shape[-1]) for name, part in parts.items()}
     returned = layer.problem(*flat.values()).returned
     parts = {name: anp.reshape(returned(part), shapes[name]) for name, part in parts.items()}
-    return replace(sol, **parts, objective=objective)
+    violation = solver.violation(layer.problem(*flat.values()), x)
+    return replace(sol, **parts, objective=objective, violation=violation)
 
 
 def _plain(value):
@@ -139,6 +164,8 @@ class _Layer(NamedTuple):
     sol: Solution
     names: tuple[str, ...]
     unsolved: str
+    kappa: float
+    """That of the relaxed point where the derivative is smoothed, else 0."""
 
     def problem(self, *operands) -> Problem:
         """Return the problem in autograd's operands and operations."""
@@ -180,11 +207,13 @@ def _solution_vjp(argnums, solution, args, kwargs):
         if any(map(isbox, (g, solution, *operands))):
             u = _kkt_solve(layer, g, solution, *operands)
             halves = *_halves(layer, solution), *_halves(layer, u)
-            gradients = solution_vjp(layer.problem(*operands), *halves, names)
+            gradients = solution_vjp(layer.problem(*operands), *halves, names, layer.kappa)
         else:
             lin = layer.sol.linearization
             with np.errstate(all="ignore"):
-                *_, gradients = solve_adjoint(lin, *_halves(layer, g), names, unsolved=layer.unsolved)
+                *_, gradients = solve_adjoint(
+                    lin, *_halves(layer, g), names, unsolved=layer.unsolved, kappa=layer.kappa
+                )
         return [gradients[name] for name in names]
 
     return vjp
@@ -209,7 +238,7 @@ def _kkt_solve_vjp(argnums, u, args, kwargs):
     def vjp(g):
         t = _kkt_solve(layer, g, solution, *operands)
         halves = (half for pair in (solution, u, t) for half in _halves(layer, pair))
-        x_bar, v_bar, gradients = kkt_vjp(layer.problem(*operands), *halves)
+        x_bar, v_bar, gradients = kkt_vjp(layer.problem(*operands), *halves, kappa=layer.kappa)
         solution_bar = anp.concatenate([x_bar, v_bar], axis=-1)
         by_argument = [None, t, solution_bar, *(gradients[name] for name in layer.names)]
         return [by_argument[i] for i in argnums]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from . import solver
-from .adjoint import masked, right_hand_side
+from .adjoint import complementarity, masked, objective_price_tangent, relaxed_price, right_hand_side
 from .backend import Backend, choose_backend, read_dtype
 from .differentiation import FILL, check_smoothing, solve_kkt
 from .engines import choice
@@ -30,7 +30,8 @@ from .engines.array.derivative import pack, saved_together
 from .engines.array.traced import solve_traced
 from .engines.base import Linearization, Outcome, Settings, StartingPoint
 from .engines.choice import choose_engine, compiled_engine
-from .problem import MATRICES, OPERANDS, Layout, Problem, make_layout
+from .prices import with_prices
+from .problem import MATRICES, OPERANDS, PRICES, Layout, Problem, make_layout
 from .solution import FIELDS, Solution, Status, check_unsolved, raise_if_unsolved
 from .validation import check_values, make_problem, symmetrized
 
@@ -44,7 +45,9 @@ try:
 except ImportError as error:
     raise ImportError("qpdiff.jax needs JAX: pip install 'qpdiff[jax]'") from error
 
-jax.tree_util.register_dataclass(Solution, data_fields=FIELDS, meta_fields=[], drop_fields=["linearization"])
+jax.tree_util.register_dataclass(
+    Solution, data_fields=[*FIELDS, "violation"], meta_fields=[], drop_fields=["linearization"]
+)
 
 
 def solve_qp(
@@ -57,6 +60,8 @@ def solve_qp(
     lb=None,
     ub=None,
     *,
+    elastic=None,
+    elastic_quadratic=None,
     unsolved: str = "raise",
     smoothing: float | None = None,
     dtype=None,
@@ -73,6 +78,8 @@ def solve_qp(
     ----------
     Q, q, G, h, A, b, lb, ub : array
         As for `qpdiff.solve_qp`, concrete or traced.
+    elastic, elastic_quadratic : number or dict, optional
+        As for `qpdiff.solve_qp`, concrete or traced. The array engine solves such problems.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients. Inside `jit` or `vmap`
         no status is known yet and nothing can raise: "raise" acts as "nan" there.
@@ -91,7 +98,7 @@ def solve_qp(
     Returns
     -------
     Solution
-        A pytree, whose x, y, z, z_lb, z_ub and objective differentiate. The other fields are constants. Outside of
+        A pytree, whose x, y, z, z_lb, z_ub, objective and violation differentiate. The other fields are constants. Outside of
         JAX's transformations `qpdiff.vjp` and `qpdiff.jvp` take it too.
 
     Raises
@@ -115,6 +122,7 @@ def solve_qp(
     check_unsolved(unsolved)
     check_smoothing(smoothing)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    operands, _ = with_prices(operands, elastic, elastic_quadratic)
     problem = make_problem({name: _joined(value) for name, value in operands.items()}, backend="jax", dtype=dtype)
     problem = symmetrized(problem)
     dtype = np.dtype(read_dtype(dtype) or "float64")
@@ -547,6 +555,8 @@ def _solve(method: _Method, unsolved: str, kappa: float | None, operands, start)
         moving, _ = _relaxed(method, unsolved, kappa, operands, *jax.lax.stop_gradient((outcome, extra)))
         x, _, weights = _masked(moving, moving.v, unsolved)
         value = weights * jnp.sum(x * (problem.hessian(x) / 2 + problem.q), axis=-1, keepdims=True)
+        if problem.is_elastic:
+            value = value + weights * relaxed_price(problem, moving.x, moving.v, kappa)
         moves = {"x": moving.x, "v": moving.v, "objective": value.astype(outcome.objective.dtype)}
         shown = outcome._replace(**{name: _with_value(getattr(outcome, name), part) for name, part in moves.items()})
     return solver.make_solution(problem, shown, None), outcome, extra, moving.status
@@ -560,7 +570,7 @@ def _iterate(method: _Method, unsolved: str, operands, start):
 @_iterate.defjvp
 def _iterate_jvp(method, unsolved, primals, tangents):
     result = _iterate(method, unsolved, *primals)
-    return result, _tangent(method, unsolved, primals[0], tangents[0], *result)
+    return result, _tangent(method, unsolved, 0.0, primals[0], tangents[0], *result)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -571,7 +581,7 @@ def _relaxed(method: _Method, unsolved: str, kappa: float, operands, outcome: Ou
 @_relaxed.defjvp
 def _relaxed_jvp(method, unsolved, kappa, primals, tangents):
     result = _relaxed(method, unsolved, kappa, *primals)
-    return result, _tangent(method, unsolved, primals[0], tangents[0], *result)
+    return result, _tangent(method, unsolved, kappa, primals[0], tangents[0], *result)
 
 
 @jax.custom_jvp
@@ -585,16 +595,24 @@ def _with_value_jvp(primals, tangents):
     return _with_value(*primals), tangents[1]
 
 
-def _tangent(method: _Method, unsolved: str, operands, tangents, outcome: Outcome, extra):
-    """Return the tangents of the outcome at a point and of what comes with it."""
+def _tangent(method: _Method, unsolved: str, kappa: float, operands, tangents, outcome: Outcome, extra):
+    """Return the tangents of the outcome at a solution, or at its relaxed point for κ, and of what comes with it."""
     problem = method.layout.problem(operands)
     of_matrices = {name: tangent for name, tangent in tangents.items() if name in MATRICES}
-    of_vectors = {name: tangent for name, tangent in tangents.items() if name not in MATRICES}
+    of_vectors = {name: tangent for name, tangent in tangents.items() if name not in MATRICES and name not in PRICES}
+    of_prices = {name: tangent for name, tangent in tangents.items() if name in PRICES}
     moved = [right_hand_side(problem, outcome.x, outcome.v, part) for part in (of_matrices, of_vectors)]
     right = [matrices + vectors for matrices, vectors in zip(*moved, strict=True)]
-    dx, dv = _solve_kkt(problem, outcome, method.linearization(problem, outcome, extra), unsolved, *right)
+    if of_prices:
+        right[1] = right[1] + right_hand_side(problem, outcome.x, outcome.v, of_prices, kappa)[1]
+    lin = method.linearization(problem, outcome, extra)
+    dx, dv = _solve_kkt(problem, outcome, lin, unsolved, kappa, *right)
     still, others = jax.tree.map(_zero_tangent, (outcome, extra))
-    value = _objective_tangent(problem, outcome, unsolved, *moved).astype(outcome.objective.dtype)
+    value = _objective_tangent(problem, outcome, unsolved, *moved)
+    if of_prices:
+        x, v, weights = _masked(outcome, jnp.where(problem.exists, outcome.v, 0.0), unsolved)
+        value = value + weights * objective_price_tangent(problem, x, v, of_prices)
+    value = value.astype(outcome.objective.dtype)
     return still._replace(x=dx, v=dv, objective=value), others
 
 
@@ -617,14 +635,16 @@ def _masked(outcome: Outcome, v, unsolved: str):
     return masked(jnp, outcome.status == int(Status.SOLVED), outcome.x, v, fill)
 
 
-def _solve_kkt(problem: Problem, outcome: Outcome, lin: Linearization, unsolved: str, r_x, r_v):
+def _solve_kkt(problem: Problem, outcome: Outcome, lin: Linearization, unsolved: str, kappa: float, r_x, r_v):
     """K⁻¹ r as an operation that JAX transposes, since K is symmetric, and differentiates by what K is made of."""
     x, v, inequality = outcome.x, outcome.v, problem.inequality
     exists = problem.exists
-    # s is known better than k − Kx, but it moves as that does.
-    slack = problem.k - problem.constraints(x)
-    s = outcome.s + (slack - jax.lax.stop_gradient(slack))
-    theta = jnp.where(inequality, s / jnp.where(inequality, v, 1.0), 0.0)
+    if problem.is_elastic:
+        theta = complementarity(problem, x, v, kappa).theta
+    else:  # s is known better than k − Kx, but it moves as that does
+        slack = problem.k - problem.constraints(x)
+        s = outcome.s + (slack - jax.lax.stop_gradient(slack))
+        theta = jnp.where(inequality, s / jnp.where(inequality, v, 1.0), 0.0)
 
     def split(u):
         return u[:, : problem.n], u[:, problem.n :]

@@ -435,15 +435,18 @@ def _priced(problem: Problem, k, equalities, inequalities) -> RowData:
 
 
 def limit_distances(problem: Problem, v):
-    """Return how far multipliers (B, rows) are from their lower and their upper limits, at least the smallest number.
+    """Return how far multipliers (B, rows) are from their lower and their upper limits.
 
-    Where they have none it is anything but 0.
+    At least a small share of the limit, because derivatives of higher order divide the rounding error of multipliers by
+    it. In rows without a limit it is a number other than 0.
     """
-    xp, elastic = problem.backend.xp, problem.elastic
-    tiny = float(xp.finfo(v.dtype).smallest_normal) ** 0.25  # whose inverse is far from overflow
-    upper, one = xp.where(elastic.limited, elastic.upper, 1.0), xp.ones_like(v)
-    z = xp.where(elastic.two_sided, v + upper, xp.where(problem.inequality, v, one))
-    return problem.backend.clip(z, tiny), problem.backend.clip(xp.where(elastic.limited, upper - v, one), tiny)
+    backend, elastic, accuracy = problem.backend, problem.elastic, problem.backend.xp.finfo(v.dtype)
+    xp, one = backend.xp, backend.xp.ones_like(v)
+    upper = xp.where(elastic.limited, elastic.upper, 1.0)
+    least, tiny = accuracy.eps**0.625 * upper, float(accuracy.smallest_normal) ** 0.25
+    z = backend.clip(xp.where(problem.inequality, v, one), tiny)
+    z = xp.where(elastic.two_sided, xp.maximum(v + upper, least), z)
+    return z, xp.where(elastic.limited, xp.maximum(upper - v, least), one)
 
 
 def price_rows(problem: Problem, values: dict[str, Any], option: str, missing: float):

@@ -25,13 +25,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import solver
-from .adjoint import gradients_vjp, kkt_jvp, kkt_vjp, masked, objective_vjp, right_hand_side, solution_vjp
+from .adjoint import (
+    gradients_vjp,
+    kkt_jvp,
+    kkt_vjp,
+    masked,
+    moved_gradients,
+    objective_price_tangent,
+    objective_vjp,
+    price_gradients,
+    price_tangents,
+    relaxed_price_slopes,
+    right_hand_side,
+    solution_vjp,
+)
 from .backend import choose_backend, read_dtype
 from .differentiation import FILL, check_smoothing, smoothed, solve_adjoint
 from .engines.base import Linearization
 from .engines.choice import choose_engine
-from .problem import MATRICES, Problem, make_layout, split_rows
-from .solution import FIELDS, POINT, Solution, Status, check_unsolved, raise_if_unsolved
+from .prices import with_prices
+from .problem import MATRICES, OPERANDS, PRICES, Problem, make_layout, split_rows
+from .solution import FIELDS, POINT, Solution, Status, Violation, check_unsolved, raise_if_unsolved
 from .validation import make_problem, symmetrized
 
 try:
@@ -53,6 +67,8 @@ def solve_qp(
     lb=None,
     ub=None,
     *,
+    elastic=None,
+    elastic_quadratic=None,
     unsolved: str = "raise",
     smoothing: float | None = None,
     warm_start=None,
@@ -65,6 +81,8 @@ def solve_qp(
     Q, q, G, h, A, b, lb, ub : tensor
         As for `qpdiff.solve_qp`; any of them may require a gradient. Arrays, lists and numbers become tensors on the
         device of the others.
+    elastic, elastic_quadratic : number or tensor without axes, or dict, optional
+        As for `qpdiff.solve_qp`; tensors may require a gradient. Not in `torch.compile` and `torch.export`.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients.
     smoothing : float, optional
@@ -78,8 +96,8 @@ def solve_qp(
     Returns
     -------
     Solution
-        Whose x, y, z, z_lb, z_ub and objective differentiate. The other fields are constants. Under `torch.func.vmap`
-        all are those of one sample; the function that is mapped returns the ones that it wants.
+        Whose x, y, z, z_lb, z_ub, objective and violation differentiate. The other fields are constants. Under
+        `torch.func.vmap` all are those of one sample; the function that is mapped returns the ones that it wants.
 
     Raises
     ------
@@ -101,13 +119,18 @@ def solve_qp(
     check_smoothing(smoothing)
     options["smoothing"] = None if smoothing is None else float(smoothing)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    operands, _ = with_prices(operands, elastic, elastic_quadratic)
     operands = {name: _stacked(value) for name, value in operands.items()}
     warm: Any = None
     if isinstance(warm_start, Solution):
         warm = [getattr(warm_start, name) for name in _WARM]
     elif warm_start is not None:
         options["warm_start"] = warm_start  # for the solver to refuse
-    solve = _solve_in_graph if torch.compiler.is_compiling() else _solve
+    solve = _solve
+    if torch.compiler.is_compiling():
+        if len(operands) > len(OPERANDS):
+            raise TypeError("torch.compile and torch.export do not take elastic and elastic_quadratic")
+        solve = _solve_in_graph
     return Solution(*solve(operands, warm, unsolved, **options))
 
 
@@ -122,6 +145,8 @@ def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options
     settings = _Settings(tuple(problem.operands), problem.rounding, unsolved, options)
     # In a dispatch mode tensors may have no numbers yet.
     traced = is_in_torch_dispatch_mode() or (in_operator and _transforms())
+    if traced and problem.is_elastic:
+        raise TypeError("qpdiff.torch.solve_qp takes elastic and elastic_quadratic in eager calls only")
     layer = (_Operators if traced else _Layer)(problem.backend, settings)
     x, v, s, *constants = layer.solution(batch_shape, tensors, warm or ())[:_LAST]
     parts = [x, *split_rows(problem, v, v)]
@@ -130,7 +155,12 @@ def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options
     parts.append(s)
     if (result := result or problem.result) != problem.dtype:
         parts = [part.to(result) for part in parts]
-    return *parts, *constants
+    return *parts, *constants, *([_violation(problem, x, result)] if problem.is_elastic else [])
+
+
+def _violation(problem: Problem, x, result):
+    """Return the violations at x (B, n), which differentiate as x does, in the type of the results."""
+    return Violation(*(part if part is None else part.to(result) for part in solver.violation(problem, x)))
 
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
@@ -181,6 +211,7 @@ class _Layer:
         self.solver_backend = _host_backend() if _on_host(backend.device) else backend
         self.names, self.rounding, self.unsolved, self.options = settings
         self.smoothing = self.options.get("smoothing")
+        self.kappa = self.smoothing or 0.0
         self.linearization: Any = None
 
     def solution(self, batch_shape, operands, warm):
@@ -231,7 +262,9 @@ class _Layer:
         unsolved = "zero" if self.unsolved == "raise" else self.unsolved
         r_x, r_v = self.arrays((r_x, r_v))
         with self.solver_backend.no_grad():
-            u_x, u_v, gradients = solve_adjoint(self.linearization, r_x, r_v, wanted, unsolved=unsolved)
+            u_x, u_v, gradients = solve_adjoint(
+                self.linearization, r_x, r_v, wanted, unsolved=unsolved, kappa=self.kappa
+            )
         return u_x, u_v, [gradients[name] for name in wanted]
 
     def arrays(self, tensors) -> list:
@@ -350,11 +383,12 @@ class _Solution(Function):
         *operands, x, v, status = _primals(ctx.saved_tensors)
         with layer.backend.in_full_precision():
             problem = layer.problem(x, operands)
-            r_x, r_v = right_hand_side(problem, x, v, tangents)
+            r_x, r_v = right_hand_side(problem, x, v, tangents, layer.kappa)
         dx, dv = layer.kkt_solve((), r_x, r_v, x, v, operands)
         out = [dx, dv, *[None] * len(_OTHERS)]
         with layer.backend.in_full_precision():
-            out[_OBJECTIVE] = _objective_jvp(layer, problem, x, v, status, dx, tangents).reshape(ctx.batch_shape)
+            moved = _objective_jvp(layer, problem, x, v, status, dx, dv, tangents)
+            out[_OBJECTIVE] = moved.reshape(ctx.batch_shape)
         return *out, *([] if layer.smoothing is None else [dx.clone(), dv.clone(), None])
 
     @staticmethod
@@ -396,9 +430,9 @@ class _KKTSolve(Function):
         x, v, *operands, u_x, u_v = _primals(ctx.saved_tensors)
         dr_x, dr_v, dx, dv = (_or_zeros(d, value) for d, value in ((dr_x, x), (dr_v, v), (dx, x), (dv, v)))
         with layer.backend.in_full_precision():
-            problem = layer.problem(x, operands)
-            r_x, r_v = kkt_jvp(problem, x, v, u_x, u_v, dx, dv, _given(layer.names, tangents))
-            moved = solution_vjp(problem, dx, dv, u_x, u_v, [name for name in wanted if name in MATRICES])
+            problem, tangents = layer.problem(x, operands), _given(layer.names, tangents)
+            r_x, r_v = kkt_jvp(problem, x, v, u_x, u_v, dx, dv, tangents, layer.kappa)
+            moved = moved_gradients(problem, x, v, u_x, u_v, dx, dv, tangents, wanted, layer.kappa)
         du_x, du_v, *gradients = layer.kkt_solve(wanted, dr_x + r_x, dr_v + r_v, x, v, operands)
         named = zip(wanted, gradients, strict=True)
         return du_x, du_v, *[d + moved[name] if name in moved else d for name, d in named]
@@ -435,6 +469,11 @@ def _solution_backward(layer, needed, cotangents, x, v, status, operands):
             gradients = objective_vjp(problem, *_weighted(layer, x, v, status, g), wanted)
             if layer.smoothing is not None:  # the relaxed point is no minimum, so the value moves with it
                 g_x = _sum(g_x, g * (problem.hessian(x) + problem.q))
+                if problem.is_elastic:
+                    by_v, *by_prices = relaxed_price_slopes(problem, x, v, layer.kappa)
+                    g_v = _sum(g_v, g * by_v)
+                    _, _, weighted = _weighted(layer, x, v, status, g)
+                    gradients |= price_gradients(problem, *(weighted * by for by in by_prices), wanted)
     if g_x is not None or g_v is not None:
         r_x, r_v = _or_zeros(g_x, x), _or_zeros(g_v, v)
         if _records():
@@ -445,16 +484,24 @@ def _solution_backward(layer, needed, cotangents, x, v, status, operands):
     return map(gradients.get, layer.names)
 
 
-def _objective_jvp(layer, problem, x, v, status, dx, tangents):
+def _objective_jvp(layer, problem, x, v, status, dx, dv, tangents):
     """Compute the tangents (B, 1) of the optimal values, the transpose of `_solution_backward`.
 
     They are −rᵀ(x, v) with the right-hand side r of the KKT system, half of that for the matrices, which stand on both
     sides.
     """
+    point, others = (x, v), {name: tangent for name, tangent in tangents.items() if name not in PRICES}
     x, v, weight = _weighted(layer, x, v, status, torch.ones_like(x[:, :1]))
     total = torch.zeros_like(weight)
+    if problem.is_elastic:
+        if layer.smoothing is None:
+            total = objective_price_tangent(problem, x, v, tangents)
+        else:
+            moving = dv, *price_tangents(problem, tangents)
+            slopes = relaxed_price_slopes(problem, *point, layer.kappa)
+            total = sum((by * d).sum(-1, keepdim=True) for by, d in zip(slopes, moving, strict=True))
     for matrices, factor in ((True, 0.5), (False, 1.0)):
-        part = {name: tangent for name, tangent in tangents.items() if (name in MATRICES) == matrices}
+        part = {name: tangent for name, tangent in others.items() if (name in MATRICES) == matrices}
         for r, vector in zip(right_hand_side(problem, x, v, part), (x, v), strict=True):
             total = total - factor * (r * vector).sum(-1, keepdim=True)
     if layer.smoothing is not None:
@@ -476,11 +523,12 @@ def _kkt_backward(layer, needed, g_x, g_v, of_gradients, x, v, operands, u_x, u_
     """Return the gradients of r, x and v, and those of the operands, from the cotangents of u and of gradients."""
     with layer.backend.in_full_precision():
         problem = layer.problem(x, operands)
-        s_x, s_v, x_moved, v_moved = gradients_vjp(problem, x, v, u_x, u_v, of_gradients)
+        s_x, s_v, x_moved, v_moved = gradients_vjp(problem, x, v, u_x, u_v, of_gradients, layer.kappa)
     s_x, s_v = _sum(g_x, s_x), _sum(g_v, s_v)
     t_x, t_v, *_ = layer.kkt_solve((), s_x, s_v, x, v, operands)
     with layer.backend.in_full_precision():
-        x_bar, v_bar, gradients = kkt_vjp(problem, x, v, u_x, u_v, t_x, t_v, _wanted(layer.names, needed))
+        wanted = _wanted(layer.names, needed)
+        x_bar, v_bar, gradients = kkt_vjp(problem, x, v, u_x, u_v, t_x, t_v, wanted, layer.kappa, of_gradients)
     return (t_x, t_v, x_bar + x_moved, v_bar + v_moved), map(gradients.get, layer.names)
 
 
@@ -523,7 +571,7 @@ def _vjp_of_each(layer, names, u, pairs):
     tensors, in_dims = zip(*pairs, strict=True)
 
     def gradients(u_x, u_v, x, v, *operands):
-        return solution_vjp(layer.problem(x, operands), x, v, u_x, u_v, names)
+        return solution_vjp(layer.problem(x, operands), x, v, u_x, u_v, names, layer.kappa)
 
     with layer.backend.in_full_precision():
         return torch.func.vmap(gradients, (0, 0, *in_dims))(*u, *tensors)
@@ -628,6 +676,7 @@ class _Operators:
         self.backend: Any = backend
         self.settings, self.names, self.unsolved = settings, settings.names, settings.unsolved
         self.smoothing = settings.options.get("smoothing")
+        self.kappa = self.smoothing or 0.0
         self.point = point
         """Slacks of all rows (B, rows), status (B), equilibration (B, n + rows), for the second function."""
 

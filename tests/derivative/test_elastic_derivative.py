@@ -148,7 +148,7 @@ def test_gradients_have_the_shapes_of_the_prices():
 
 
 def test_a_violated_constraint_pulls_towards_the_feasible_set():
-    """x ≤ h and x ≥ 1: the gradient of the violation closes the gap, where the hard problem has none."""
+    """X ≤ h and x ≥ 1: the gradient of the violation closes the gap, where the hard problem has none."""
     Q, q, G = np.eye(1), np.zeros(1), np.array([[1.0], [-1.0]])
     h = np.array([0.0, -1.0])
     assert qpdiff.solve_qp(Q, q, G, h).status == Status.PRIMAL_INFEASIBLE
