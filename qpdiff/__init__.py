@@ -1,10 +1,10 @@
 """Batches of convex quadratic programs, solved and differentiated on any array library."""
 
 from .differentiation import Gradients, Tangents, jvp, vjp
-from .solution import Solution, Status
+from .solution import Solution, Status, Violation
 from .solver import solve_qp
 
-__all__ = ["Gradients", "Solution", "Status", "Tangents", "jvp", "solve_qp", "vjp"]
+__all__ = ["Gradients", "Solution", "Status", "Tangents", "Violation", "jvp", "solve_qp", "vjp"]
 __version__ = "0.1.0"
 
 _FROM_CVXPY = ("CVXPYSolver", "from_cvxpy")

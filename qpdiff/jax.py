@@ -98,8 +98,8 @@ def solve_qp(
     Returns
     -------
     Solution
-        A pytree, whose x, y, z, z_lb, z_ub, objective and violation differentiate. The other fields are constants. Outside of
-        JAX's transformations `qpdiff.vjp` and `qpdiff.jvp` take it too.
+        A pytree, whose x, y, z, z_lb, z_ub, objective and violation differentiate. The other fields are constants.
+        Outside of JAX's transformations `qpdiff.vjp` and `qpdiff.jvp` take it too.
 
     Raises
     ------

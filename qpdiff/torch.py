@@ -160,7 +160,8 @@ def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options
 
 def _violation(problem: Problem, x, result):
     """Return the violations at x (B, n), which differentiate as x does, in the type of the results."""
-    return Violation(*(part if part is None else part.to(result) for part in solver.violation(problem, x)))
+    found: Any = solver.violation(problem, x)
+    return Violation(*(part if part is None else part.to(result) for part in found))
 
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
