@@ -94,7 +94,7 @@ def _solve(lin: Linearization, r_x, r_v):
     return xp.take(u_x, order, axis=0), xp.take(u_v, order, axis=0)
 
 
-def complementarity_ratio(problem: Problem, x, v, s):
+def ratio_at_solution(problem: Problem, x, v, s):
     """Return θ of the KKT matrix at solutions: s/z, 0 at equalities, infinite where there is no constraint.
 
     Where violations have a price it is s/z + t/r + σ.
@@ -115,7 +115,7 @@ class Point(NamedTuple):
 
     scaling: Scaling
     theta: Any
-    """What `complementarity_ratio` returns."""
+    """What `ratio_at_solution` returns."""
     r_x: Any
     r_v: Any
 
@@ -125,7 +125,7 @@ def _solve_sub_batch(lin: Linearization, saved: SavedFactor, r_x, r_v):
     xp = lin.problem.backend.xp
     x, v, s, r_x, r_v = take(xp, (lin.x, lin.v, lin.s, r_x, r_v), saved.index)
     problem = lin.problem.select(saved.index)
-    theta = complementarity_ratio(problem, x, v, s)
+    theta = ratio_at_solution(problem, x, v, s)
     at = Point(saved.scaling, theta, r_x, r_v)
     if saved.form is None:
         return solve_afresh(problem, at)

@@ -42,10 +42,9 @@ def forms(problem: Problem):
 def in_dual_space(sub: SubBatch) -> bool:
     """Return whether steps in the dual space, which are more operations on fewer numbers, can be made and save time.
 
-    float32 needs its residuals in float64, which they do not give; and prices of violations are not in the recurrences.
+    float32 needs its residuals in float64, which they do not give.
     """
-    same_type = sub.problem.dtype == sub.wide_problem.dtype
-    return sub.form.skips_rho and same_type and not sub.launch_bound and not sub.problem.is_elastic
+    return sub.form.skips_rho and sub.problem.dtype == sub.wide_problem.dtype and not sub.launch_bound
 
 
 def iterate(

@@ -56,13 +56,17 @@ def linear_price(problem: Problem, s, t):
     return problem.backend.dot(xp.where(elastic.limited, elastic.upper, 0.0), violated)
 
 
-def gap_terms(problem: Problem, x, v, Qx, linear=0.0) -> GapTerms:
-    """Compute the terms of the duality gap, with the linear price of violations."""
+def price_terms(problem: Problem, v, s, t):
+    """Return what prices of violations add to the duality gap, (B, 1): the linear price and σv²."""
+    return linear_price(problem, s, t) + problem.backend.dot(problem.elastic.compliance * v, v)
+
+
+def gap_terms(problem: Problem, x, v, Qx, price=0.0) -> GapTerms:
+    """Compute the terms of the duality gap, with those of the prices of violations."""
     backend = problem.backend
     # By blocks, each summed by itself: terms that cancel do so in the same way everywhere.
     blocks = (problem.blocks[name] for name in ("G", "A", "ub", "lb"))
     kv = [backend.dot(problem.k[:, rows], v[:, rows]) for rows in blocks if rows.stop > rows.start]
-    price = linear if problem.elastic is None else linear + backend.dot(problem.elastic.compliance * v, v)
     return GapTerms(backend.dot(x, Qx), backend.dot(x, problem.q), kv, price)
 
 
@@ -141,7 +145,7 @@ def assess(sub: SubBatch, state: State, previous: State) -> State:
         t = cast(xp, state.elastic.t, problem.dtype)
         paid = violations(problem, v, t)
         products = residuals(problem, x, v, s - paid)
-        terms = gap_terms(problem, x, v, products.Qx, linear_price(problem, s, t))
+        terms = gap_terms(problem, x, v, products.Qx, price_terms(problem, v, s, t))
         violation = backend.clip(products.Kx - problem.k - paid, 0.0)
         violation = xp.where(problem.elastic.two_sided, xp.abs(products.r_v), violation)
     violation = problem.where_exists(problem.where_inequality(violation, xp.abs(products.r_v)), 0.0)

@@ -56,6 +56,26 @@ def complementary_pairs(sub: SubBatch, state: State) -> list[Pair]:
     return pairs
 
 
+def complementarity_ratio(sub: SubBatch, pairs: list[Pair]):
+    """Return θ: s/z, and where violations have a price s/z + t/r + σ."""
+    elastic = sub.problem.elastic
+    return pairs[0].theta if elastic is None else pairs[0].theta + pairs[1].theta + elastic.compliance
+
+
+def right_of_constraints(pairs: list[Pair], r_v, complementarity):
+    """Return the right-hand side of the constraints, for what the product of every pair is to be diminished by."""
+    for pair, c in zip(pairs, complementarity, strict=True):
+        r_v = r_v - c / pair.positive_b if pair.of_upper else r_v + c / pair.positive_b
+    return r_v
+
+
+def directions_of_pairs(pairs: list[Pair], complementarity, dv):
+    """Return the directions of a and b of every pair, for those of the multipliers."""
+    along = [pair.along(dv) for pair in pairs]
+    terms = zip(pairs, complementarity, along, strict=True)
+    return [(-(c + pair.a * db) / pair.positive_b, db) for pair, c, db in terms]
+
+
 class NewtonSystem:
     """The factored KKT system at an iterate, solved for directions that take all residuals to 0.
 
@@ -73,34 +93,21 @@ class NewtonSystem:
 
     def __init__(self, sub: SubBatch, pairs: list[Pair], r_x, r_v, regularization):
         self.form, self.pairs, self.r_x, self.r_v = sub.form, pairs, r_x, r_v
-        theta = pairs[0].theta
-        if (elastic := sub.problem.elastic) is not None:
-            theta = theta + pairs[1].theta + elastic.compliance
-        self.diagonals = sub.diagonals(theta, *regularization)
+        self.diagonals = sub.diagonals(complementarity_ratio(sub, pairs), *regularization)
         self.factor, self.factor_ok = sub.form.factor(self.diagonals)
         self._eliminated = sub.form.eliminate(self.factor, r_x)
 
     def solve_multipliers(self, complementarity):
         """Return the directions of a and b of every pair."""
-        dv = self.form.solve_multipliers(self.factor, self._eliminated, self._right_v(complementarity))
-        return self._directions(complementarity, dv)
+        right = right_of_constraints(self.pairs, self.r_v, complementarity)
+        dv = self.form.solve_multipliers(self.factor, self._eliminated, right)
+        return directions_of_pairs(self.pairs, complementarity, dv)
 
     def solve(self, complementarity, refine=None):
         """Return dx, dv and the directions of a and b of every pair, refined for the problems of a mask."""
-        right = self.r_x, self._eliminated, self._right_v(complementarity)
+        right = self.r_x, self._eliminated, right_of_constraints(self.pairs, self.r_v, complementarity)
         dx, dv = solve_refined(self.form, self.diagonals, self.factor, right, refine)
-        return dx, dv, self._directions(complementarity, dv)
-
-    def _right_v(self, complementarity):
-        right = self.r_v
-        for pair, c in zip(self.pairs, complementarity, strict=True):
-            right = right - c / pair.positive_b if pair.of_upper else right + c / pair.positive_b
-        return right
-
-    def _directions(self, complementarity, dv):
-        along = [pair.along(dv) for pair in self.pairs]
-        terms = zip(self.pairs, complementarity, along, strict=True)
-        return [(-(c + pair.a * db) / pair.positive_b, db) for pair, c, db in terms]
+        return dx, dv, directions_of_pairs(self.pairs, complementarity, dv)
 
 
 class Step(NamedTuple):
@@ -124,7 +131,7 @@ def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
     `refine` says whether any problem is to be refined; only those that are get it, so that no problem depends on
     another. `may_revert` says whether any may stay at its iterate: one that has ended, or is within the tolerance.
     """
-    problem, backend = sub.problem, sub.problem.backend
+    backend = sub.problem.backend
     pairs = complementary_pairs(sub, state)
     system = NewtonSystem(sub, pairs, state.r_x, state.r_v, (state.rho, state.delta))
     predictor = system.solve_multipliers([pair.a * pair.b for pair in pairs])
@@ -135,8 +142,7 @@ def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
 
     computed = system.factor_ok & backend.all_finite(x) & backend.all_finite(v) & backend.all_finite(s)
     made = Step(alpha_s, alpha_z, computed, alpha_s * (system.diagonals.delta * dv))
-    if problem.elastic is not None:
-        made = made._replace(by_lengths=(alpha_z - alpha_s) * (problem.elastic.compliance * dv))
+    made = with_compliance(sub, made, dv)
     moved = state._replace(x=x, v=v, s=s, elastic=elastic, mu=mean(sub, s, v, elastic))
     # A step that cannot be computed is not taken; more regularisation comes instead.
     if not backend.known_all_false(~computed):
@@ -146,6 +152,13 @@ def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
     inaccurate = ~variables_are_accurate(sub, made, state, moved, system.diagonals.rho * dx) | ~accurate | ~computed
     moved = update_regularization(sub, made, state, moved._replace(refine=inaccurate))
     return accept_or_revert(sub, state, moved) if may_revert else moved, system.factor
+
+
+def with_compliance(sub: SubBatch, made: Step, dv) -> Step:
+    """Return a step with what its lengths leave of the constraints where violations have a quadratic price."""
+    if (elastic := sub.problem.elastic) is None:
+        return made
+    return made._replace(by_lengths=(made.alpha_z - made.alpha_s) * (elastic.compliance * dv))
 
 
 def corrector_rhs(sub: SubBatch, state: State, pairs: list[Pair], predictor):
@@ -200,9 +213,15 @@ def move_elastic(sub: SubBatch, elastic: ElasticState, dt, dv, alpha_s, alpha_z,
     problem, backend, tiny = sub.problem, sub.problem.backend, sub.settings.tiny
     xp, limited, two_sided = backend.xp, problem.elastic.limited, problem.elastic.two_sided
     t = xp.where(limited, backend.clip(elastic.t + alpha_s * dt, tiny), 0.0)
-    z, r = backend.clip(elastic.z + alpha_z * dv, tiny), backend.clip(elastic.r - alpha_z * dv, tiny)
+    dz = alpha_z * dv
+    z, r = backend.clip(elastic.z + dz, tiny), backend.clip(elastic.r - dz, tiny)
     upper = xp.where(limited, problem.elastic.upper, 1.0)
-    lower, near = xp.where(two_sided, -upper, 0.0), DOUBLE.near_limit * upper
+    near = DOUBLE.near_limit * upper
+    if backend.known_all_false(two_sided):
+        at_upper, z = limited & (r < near), problem.where_inequality(z, 0.0)
+        v = xp.where(at_upper, upper - r, problem.where_inequality(z, v))
+        return v, ElasticState(t, z, xp.where(at_upper, r, xp.where(limited, upper - v, 0.0)))
+    lower = xp.where(two_sided, -upper, 0.0)
     of_limited = xp.where(r < near, upper - r, xp.where((z < near) | ~two_sided, lower + z, v))
     v = xp.where(limited, of_limited, problem.where_inequality(z, v))
     z = xp.where(two_sided & (z >= near), v - lower, problem.where_inequality(z, 0.0))
