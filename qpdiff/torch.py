@@ -914,7 +914,7 @@ class OptNet(nn.Module):
     device, dtype
         Of the parameters.
     **options
-        Options of `qpdiff.torch.solve_qp`, such as ``unsolved="zero"`` or ``smoothing=0.1``.
+        Options of `qpdiff.torch.solve_qp`, such as ``unsolved="zero"``, ``smoothing=0.1`` or ``elastic=10.0``.
 
     Attributes
     ----------
