@@ -86,10 +86,10 @@ def vjp(
     Returns
     -------
     Gradients
-        Of the shapes in which the operands were given: summed over the batch axes that an operand lacks, and over the
-        entries that a number stands for. Computed in the type in which the problem was solved, returned in that of its
-        solution. The gradient with respect to Q is symmetric. Where lb = ub fixes a variable, the gradient goes to the
-        bound that holds it against the cost.
+        Of the shapes in which operands and prices were given: summed over the batch axes that an operand lacks, and
+        over the entries that a number stands for. Computed in the type in which the problem was solved, returned in
+        that of its solution. The gradient with respect to Q is symmetric. Where lb = ub fixes a variable, the gradient
+        goes to the bound that holds it against the cost.
 
     Raises
     ------

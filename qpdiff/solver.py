@@ -67,7 +67,7 @@ def solve_qp(
         SOLVED too, where they are violated least in that sense: a number for all rows of A and G, or a dict with some
         of "A", "G" and "bounds", each a number or an array of the shape of b, h or lb; inf where a constraint is hard,
         0 where it does not count. The multipliers of these constraints end in [0, w], those of A in [−w, w]; where
-        those of the problem without prices are below w, its solution is the solution. What is not named is hard.
+        those of the problem without prices are below w, its solution is the solution [2]_. What is not named is hard.
     elastic_quadratic : number or dict, optional
         σ ≥ 0 of a quadratic price, ½(violation)²/σ, in the same form; 0 where there is none. With a price w too, it
         holds up to a violation of σw, from where on each further unit costs w (the Huber function).
@@ -136,6 +136,7 @@ def solve_qp(
     ----------
     .. [1] R. Schwan, Y. Jiang, D. Kuhn, C. N. Jones, "PIQP: a proximal interior-point quadratic programming solver",
        CDC 2023.
+    .. [2] R. Fletcher, "Practical methods of optimization", 2nd ed., 1987, section 14.3: the exact ℓ1 penalty.
 
     Examples
     --------
@@ -148,6 +149,12 @@ def solve_qp(
     True
     >>> sol.status.tolist()
     [0, 0]
+
+    No x satisfies x ≥ 1 and x ≤ 0. With prices of 2 and 1 the second gives way:
+
+    >>> sol = solve_qp(np.zeros((1, 1)), np.zeros(1), [[-1.0], [1.0]], [-1.0, 0.0], elastic={"G": [2.0, 1.0]})
+    >>> np.round(sol.x, 6).tolist(), np.round(sol.violation.G, 6).tolist()
+    ([1.0], [0.0, 1.0])
     """
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     operands, numbers = with_prices(operands, elastic, elastic_quadratic)

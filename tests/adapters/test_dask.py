@@ -120,7 +120,8 @@ def test_numbers(batch, lazily):
     tangents = {"lb": 1.0, "ub": rng.normal(size=batch), "q": operands["q"]}
     pulled, pushed = qpdiff.dask.vjp(sol, x=cotangent), qpdiff.dask.jvp(sol, **tangents)
     pairs = [(sol.x, expected.x), (sol.status, expected.status)]
-    pairs += zip(pulled, qpdiff.vjp(expected, x=cotangent), strict=True)
+    gradients = qpdiff.vjp(expected, x=cotangent)
+    pairs += [(getattr(pulled, name), getattr(gradients, name)) for name in operands | numbers]
     pairs += zip(pushed, qpdiff.jvp(expected, **tangents), strict=True)
     found = sync(*(one for one, _ in pairs))
     for (one, other), value in zip(pairs, found, strict=True):

@@ -28,8 +28,10 @@ def cotangents(rng, sol, parts):
 CASES = ["G h", "A b", "G h A b", "G h A b lb ub"]
 
 
-@pytest.mark.parametrize("parts", CASES)
-@pytest.mark.parametrize("cost", ["pd", "diagonal"])
+@pytest.mark.parametrize(
+    ("parts", "cost"),
+    [*((parts, cost) for parts in CASES for cost in ("pd", "diagonal")), (CASES[-1], "psd"), (CASES[-1], "lp")],
+)
 @pytest.mark.parametrize("quadratic", [False, True], ids=["linear", "both"])
 @pytest.mark.parametrize("smoothing", [None, 0.05])
 def test_vjp_is_that_of_the_slack_form(parts, cost, quadratic, smoothing):
