@@ -1,11 +1,11 @@
 """Batches of convex quadratic programs, solved and differentiated on any array library."""
 
 from .differentiation import Gradients, Tangents, jvp, vjp
-from .solution import Solution, Status
+from .solution import Solution, Status, Violation
 from .solver import solve_qp
 from .sparse import Sparse
 
-__all__ = ["Gradients", "Solution", "Sparse", "Status", "Tangents", "jvp", "solve_qp", "vjp"]
+__all__ = ["Gradients", "Solution", "Sparse", "Status", "Tangents", "Violation", "jvp", "solve_qp", "vjp"]
 __version__ = "0.1.0"
 
 _FROM_CVXPY = ("CVXPYSolver", "from_cvxpy")

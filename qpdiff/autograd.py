@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from . import solver
-from .adjoint import filled, kkt_vjp, masked, objective_vjp, solution_vjp
+from .adjoint import filled, kkt_vjp, masked, objective_vjp, relaxed_price, solution_vjp
 from .backend import Backend
 from .differentiation import FILL, smoothed, solve_adjoint, solve_kkt
-from .problem import Problem, join_rows, split_rows
+from .prices import price_operands
+from .problem import PRICED, Problem, join_rows, split_rows
 from .solution import Solution, Status, check_unsolved, raise_if_unsolved, whole_solution
 from .sparse import Sparse, apply, is_sparse, read_sparse, stored, with_array
 
@@ -29,7 +30,20 @@ except ImportError as error:
 
 
 def solve_qp(
-    Q, q, G=None, h=None, A=None, b=None, lb=None, ub=None, *, unsolved: str = "raise", smoothing=None, **options
+    Q,
+    q,
+    G=None,
+    h=None,
+    A=None,
+    b=None,
+    lb=None,
+    ub=None,
+    *,
+    elastic=None,
+    elastic_quadratic=None,
+    unsolved: str = "raise",
+    smoothing=None,
+    **options,
 ) -> Solution:
     """Solve a batch of convex quadratic programs; `qpdiff.solve_qp` on NumPy for HIPS autograd.
 
@@ -38,6 +52,8 @@ def solve_qp(
     Q, q, G, h, A, b, lb, ub : array
         As for `qpdiff.solve_qp`; any of them may be what autograd differentiates by, as may the values of a
         `qpdiff.Sparse`.
+    elastic, elastic_quadratic : number or dict, optional
+        As for `qpdiff.solve_qp`; numbers and arrays in them may be that too.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients.
     smoothing : float, optional
@@ -49,7 +65,7 @@ def solve_qp(
     Returns
     -------
     Solution
-        Whose x, y, z, z_lb, z_ub and objective differentiate. The other fields are constants.
+        Whose x, y, z, z_lb, z_ub, objective and violation differentiate. The other fields are constants.
 
     Raises
     ------
@@ -76,28 +92,38 @@ def solve_qp(
         for name, value in operands.items()
         if value is not None
     }
+    prices = price_operands(given, elastic=elastic, elastic_quadratic=elastic_quadratic)
+    given |= {name: anp.array(value) if isinstance(value, (list, tuple)) else value for name, value in prices.items()}
     given = {name: read_sparse(name, value) if is_sparse(value) else value for name, value in given.items()}
-    sol = solver.solve_qp(**{name: apply(_plain, value) for name, value in given.items()}, backend="numpy", **options)
+    plain = {name: apply(_plain, value) for name, value in given.items()}
+    for option in PRICED:
+        names = {of: f"{option}['{of}']" for of in ("A", "G", "bounds")}
+        plain[option] = {of: plain.pop(name) for of, name in names.items() if name in plain} or None
+    sol = solver.solve_qp(**plain, backend="numpy", **options)
     problem = sol.linearization.problem
     if unsolved == "raise":
         raise_if_unsolved(sol.status)
     moving = smoothed(sol, smoothing)
     if unsolved == "raise" and smoothing is not None:
         raise_if_unsolved(moving.linearization.status.reshape(sol.status.shape), relaxed=True)
-    layer = _Layer(moving, tuple(given), "zero" if unsolved == "raise" else unsolved)
+    layer = _Layer(moving, tuple(given), "zero" if unsolved == "raise" else unsolved, smoothing or 0.0)
     flat = [_one_batch_axis(problem, name, stored(value)) for name, value in given.items()]
     solution = _solution(layer, *flat)
     if smoothing is None:
         objective = _optimal_value(layer, *flat)
     else:  # the relaxed point is no minimum, so the value moves with it
         in_boxes = layer.problem(*flat)
-        x, _ = _halves(layer, _at_solved(layer, solution))
+        x, v = _halves(layer, _at_solved(layer, solution))
         value = anp.sum(x * (in_boxes.hessian(x) / 2 + in_boxes.q), axis=-1, keepdims=True)
+        if problem.is_elastic:
+            value = value + relaxed_price(in_boxes, x, v, layer.kappa)
         value = filled(anp, _solved(layer), value, FILL[layer.unsolved])
         objective = _with_value(sol.objective, anp.reshape(value, problem.batch_shape))
         solution = _with_value(np.concatenate([sol.linearization.x, sol.linearization.v], axis=-1), solution)
-    fields = {name: _field(layer, name, solution) for name in ("x", *_OF_ROWS)}
-    return whole_solution(**sol.__dict__ | fields | {"objective": objective})
+    fields = {name: _field(layer, name, solution) for name in ("x", *_OF_ROWS)} | {"objective": objective}
+    if problem.is_elastic:
+        fields["violation"] = solver.violation(layer.problem(*flat), solution[:, : problem.n])
+    return whole_solution(**sol.__dict__ | fields)
 
 
 def _plain(value):
@@ -141,6 +167,8 @@ class _Layer(NamedTuple):
     sol: Solution
     names: tuple[str, ...]
     unsolved: str
+    kappa: float
+    """That of the relaxed point where the derivative is smoothed, else 0."""
 
     def problem(self, *operands) -> Problem:
         """Return the problem in autograd's operands and operations."""
@@ -218,11 +246,13 @@ def _solution_vjp(argnums, solution, args, kwargs):
             at = _at_solved(layer, solution)
             u = _kkt_solve(layer, g, at, *operands)
             halves = *_halves(layer, at), *_halves(layer, u)
-            gradients = solution_vjp(layer.problem(*operands), *halves, names)
+            gradients = solution_vjp(layer.problem(*operands), *halves, names, layer.kappa)
         else:
             lin = layer.sol.linearization
             with np.errstate(all="ignore"):
-                *_, gradients = solve_adjoint(lin, *_halves(layer, g), names, unsolved=layer.unsolved)
+                *_, gradients = solve_adjoint(
+                    lin, *_halves(layer, g), names, unsolved=layer.unsolved, kappa=layer.kappa
+                )
         return [stored(gradients[name]) for name in names]
 
     return vjp
@@ -248,7 +278,7 @@ def _kkt_solve_vjp(argnums, u, args, kwargs):
     def vjp(g):
         t = _kkt_solve(layer, g, solution, *operands)
         halves = (half for pair in (solution, u, t) for half in _halves(layer, pair))
-        x_bar, v_bar, gradients = kkt_vjp(layer.problem(*operands), *halves)
+        x_bar, v_bar, gradients = kkt_vjp(layer.problem(*operands), *halves, kappa=layer.kappa)
         solution_bar = anp.concatenate([x_bar, v_bar], axis=-1)
         by_argument = [None, t, solution_bar, *(stored(gradients[name]) for name in layer.names)]
         return [by_argument[i] for i in argnums]

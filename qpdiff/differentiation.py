@@ -9,11 +9,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .adjoint import cost_jvp, filled, masked, objective_jvp, objective_vjp, right_hand_sides, solution_vjp
+from .adjoint import (
+    cost_jvp,
+    filled,
+    masked,
+    objective_jvp,
+    objective_vjp,
+    price_gradients,
+    relaxed_price_slopes,
+    right_hand_sides,
+    solution_vjp,
+)
 from .backend import from_host
 from .engines.array.central_path import relax
 from .engines.base import Linearization
-from .problem import MATRICES, OPERANDS, Problem, join_rows, split_rows
+from .prices import price_operands
+from .problem import MATRICES, OPERANDS, PRICED, PRICES, Problem, join_rows, split_rows
 from .solution import Solution, Status
 from .sparse import Sparse, check_pattern, is_sparse, read_sparse, with_array
 
@@ -32,6 +43,9 @@ class Gradients(NamedTuple):
     b: Any = None
     lb: Any = None
     ub: Any = None
+    elastic: Any = None
+    """By "A", "G" and "bounds" where it was given so; `elastic_quadratic` likewise."""
+    elastic_quadratic: Any = None
 
 
 class _Tangents(NamedTuple):
@@ -89,11 +103,11 @@ def vjp(
     Returns
     -------
     Gradients
-        Of the shapes in which the operands were given: summed over the batch axes that an operand lacks, and over the
-        entries that a number stands for. Computed in the type in which the problem was solved, returned in that of its
-        solution. The gradient with respect to Q is symmetric. That of a sparse operand is a `Sparse` of the same
-        pattern: the derivative by the entries that are stored. Where lb = ub fixes a variable, the gradient goes to the
-        bound that holds it against the cost.
+        Of the shapes in which operands and prices were given: summed over the batch axes that an operand lacks, and
+        over the entries that a number stands for. Computed in the type in which the problem was solved, returned in
+        that of its solution. The gradient with respect to Q is symmetric. That of a sparse operand is a `Sparse` of the
+        same pattern: the derivative by the entries that are stored. Where lb = ub fixes a variable, the gradient goes
+        to the bound that holds it against the cost.
 
     Raises
     ------
@@ -145,7 +159,7 @@ def vjp(
         lin = sol.linearization
         problem = lin.problem
         of_solution = {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub}
-        g, out = None, dict[str, Any]()
+        g, out, kappa = None, dict[str, Any](), smoothing or 0.0
         if objective is not None:
             g = _flat(problem, sol, "objective", objective, "cotangent")[:, None]
         moves = g is None or smoothing is not None or any(value is not None for value in of_solution.values())
@@ -153,13 +167,17 @@ def vjp(
             r_x, r_v = _to_rows(sol, of_solution)
             if g is not None and smoothing is not None:  # the relaxed point is no minimum, so the value moves with it
                 r_x = r_x + g * (problem.hessian(lin.x) + problem.q)
-            _, _, out = solve_adjoint(lin, r_x, r_v, problem.operands, unsolved=unsolved)
+                if problem.is_elastic:
+                    r_v = r_v + g * relaxed_price_slopes(problem, lin.x, lin.v, kappa)[0]
+            _, _, out = solve_adjoint(lin, r_x, r_v, problem.operands, unsolved=unsolved, kappa=kappa)
         if g is not None:
-            of_value = objective_gradients(lin, g, problem.operands, stationary=smoothing is None, unsolved=unsolved)
+            of_value = objective_gradients(lin, g, problem.operands, kappa=kappa, unsolved=unsolved)
             out = {name: _sum(out[name], value) for name, value in of_value.items()} if out else of_value
         out = {name: _reduce(problem, name, value) for name, value in out.items()}
         if problem.result != problem.dtype:
             out = {name: problem.returned(value) for name, value in out.items()}
+        if problem.is_elastic:
+            out = {name: value for name, value in out.items() if name not in PRICES} | _by_option(problem, out)
         return Gradients(**out)
 
 
@@ -174,6 +192,8 @@ def jvp(
     lb=None,
     ub=None,
     *,
+    elastic=None,
+    elastic_quadratic=None,
     smoothing=None,
     unsolved: str = "nan",
 ) -> Tangents:
@@ -187,6 +207,8 @@ def jvp(
         Tangents, each of a shape that broadcasts to that of its operand with the batch axes; None means zero. Only the
         symmetric part of Q's counts. That of a sparse operand is a sparse matrix of its pattern or an array of values,
         (..., nnz). Where lb = ub fixes a variable, the tangent is that of the bound that holds it.
+    elastic, elastic_quadratic : number or dict, optional
+        Tangents of these, a number where a number was given, else by "A", "G" and "bounds".
     smoothing : float, optional
         κ > 0: differentiate the solution of the relaxed conditions s ∘ z = κ, see `vjp`.
     unsolved : {"nan", "zero"}
@@ -217,16 +239,17 @@ def jvp(
         lin = sol.linearization
         problem, xp = lin.problem, lin.problem.backend.xp
         given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+        given |= price_operands(problem.operands, "tangent of ", elastic=elastic, elastic_quadratic=elastic_quadratic)
         tangents = {
             name: _flat(problem, sol, name, value, "tangent") for name, value in given.items() if value is not None
         }
-        at = _at_solved(lin)
-        parts = right_hand_sides(problem, at.x, at.v, tangents)
-        dx, dv = solve_kkt(lin, *[a + b for a, b in zip(*parts, strict=True)], unsolved=unsolved)
+        at, kappa = _at_solved(lin), smoothing or 0.0
+        parts = right_hand_sides(problem, at.x, at.v, tangents, kappa)
+        dx, dv = solve_kkt(lin, *[sum(r[1:], r[0]) for r in zip(*parts, strict=True)], unsolved=unsolved)
         if smoothing is None:
-            of_value = objective_jvp(problem, at.x, at.v, *parts)
+            of_value = objective_jvp(problem, at.x, at.v, tangents, *parts)
         else:
-            of_value = cost_jvp(problem, at.x, dx, tangents)
+            of_value = cost_jvp(problem, at.x, at.v, dx, dv, tangents, kappa)
         of_value = filled(xp, lin.status == int(Status.SOLVED), of_value, FILL[unsolved])
 
         def shaped(value):
@@ -276,8 +299,10 @@ def solve_kkt(lin: Linearization, r_x, r_v, *, unsolved: str = "nan"):
     return u_x, u_v
 
 
-def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsolved: str = "nan"):
+def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsolved: str = "nan", kappa: float = 0.0):
     """Solve the KKT system for cotangents of a solution, and compute the gradients of the operands that are named.
+
+    `kappa` is that of the relaxed point where the solution is one.
 
     Parameters
     ----------
@@ -303,12 +328,12 @@ def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsol
                 gradients = {name: with_array(getattr(problem, name), value) for name, value in gradients.items()}
         rest = [name for name in names if name not in gradients]
         if rest:
-            gradients |= solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest)
+            gradients |= solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest, kappa)
         return u_x, u_v, gradients
 
 
 def objective_gradients(
-    lin: Linearization, g, names: Collection[str], *, stationary: bool = True, unsolved: str = "nan"
+    lin: Linearization, g, names: Collection[str], *, kappa: float = 0.0, unsolved: str = "nan"
 ) -> dict[str, Any]:
     """Compute the gradients of the named operands from cotangents of the optimal values, without the KKT system.
 
@@ -316,8 +341,8 @@ def objective_gradients(
     ----------
     g : array (B, 1)
         Cotangents.
-    stationary : bool
-        False: leave out the constraints, at a point that is no minimum.
+    kappa : float
+        That of a relaxed point, which is no minimum: the variables and multipliers do not move here.
 
     Returns
     -------
@@ -328,7 +353,11 @@ def objective_gradients(
     problem, xp, at = lin.problem, lin.problem.backend.xp, _at_solved(lin)
     if at is not lin:
         g = filled(xp, lin.status == int(Status.SOLVED), g, FILL[unsolved])
-    return objective_vjp(problem, at.x, at.v if stationary else xp.zeros_like(at.v), g, names)
+    gradients = objective_vjp(problem, at.x, xp.zeros_like(at.v) if kappa else at.v, g, names)
+    if kappa and problem.is_elastic:
+        _, of_w, of_sigma = relaxed_price_slopes(problem, at.x, at.v, kappa)
+        gradients |= price_gradients(problem, g * of_w, g * of_sigma, names)
+    return gradients
 
 
 def _at_solved(lin: Linearization) -> Linearization:
@@ -385,6 +414,19 @@ def _reduced(problem: Problem, name: str, gradient, shape: tuple[int, ...]):
     return summed(xp, xp.reshape(gradient, problem.batch_shape + gradient.shape[1:]), shape)
 
 
+def _by_option(problem: Problem, gradients: dict[str, Any]) -> dict[str, Any]:
+    """Return the gradients of prices as the options were given: a number, or by "A", "G" and "bounds"."""
+    out: dict[str, Any] = {}
+    for option in PRICED:
+        parts = {of: gradients[name] for of in ("A", "G", "bounds") if (name := f"{option}['{of}']") in gradients}
+        if option in problem.layout.numbers:
+            first, *others = parts.values()
+            out[option] = sum(others, first)
+        elif parts:
+            out[option] = parts
+    return out
+
+
 def summed(xp, value, shape: tuple[int, ...]):
     """Return an array summed over the axes along which one of this shape was broadcast."""
     extra = value.ndim - len(shape)
@@ -395,7 +437,7 @@ def summed(xp, value, shape: tuple[int, ...]):
 def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
     """Return a tangent or cotangent as an array with one batch axis, zeros where it is None."""
     xp, backend = problem.backend.xp, problem.backend
-    if name in OPERANDS:
+    if name in OPERANDS or name in PRICES:
         if name not in problem.operands:
             raise ValueError(f"{kind} of {name} was given, but the problem has no {name}")
         if not problem.shapes[name]:

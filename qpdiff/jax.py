@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from . import solver
-from .adjoint import filled, masked, objective_jvp, right_hand_sides
+from .adjoint import complementarity, filled, masked, objective_jvp, relaxed_price, right_hand_sides
 from .backend import Backend, choose_backend, read_dtype
 from .differentiation import FILL, check_smoothing, solve_kkt
 from .engines import choice
@@ -31,6 +31,7 @@ from .engines.array.traced import solve_traced
 from .engines.base import Linearization, Outcome, Settings, StartingPoint
 from .engines.choice import choose_engine, compiled_engine, explain_choice
 from .engines.densified import Densified, OfDense
+from .prices import with_prices
 from .problem import MATRICES, OPERANDS, Layout, Problem, make_layout
 from .solution import FIELDS, Solution, Status, check_unsolved, raise_if_unsolved
 from .sparse import Sparse, apply, stored
@@ -46,7 +47,9 @@ try:
 except ImportError as error:
     raise ImportError("qpdiff.jax needs JAX: pip install 'qpdiff[jax]'") from error
 
-jax.tree_util.register_dataclass(Solution, data_fields=FIELDS, meta_fields=[], drop_fields=["linearization"])
+jax.tree_util.register_dataclass(
+    Solution, data_fields=[*FIELDS, "violation"], meta_fields=[], drop_fields=["linearization"]
+)
 jax.tree_util.register_pytree_node(
     Sparse,
     lambda matrix: ((matrix.values,), matrix.pattern),
@@ -64,6 +67,8 @@ def solve_qp(
     lb=None,
     ub=None,
     *,
+    elastic=None,
+    elastic_quadratic=None,
     unsolved: str = "raise",
     smoothing: float | None = None,
     dtype=None,
@@ -81,6 +86,8 @@ def solve_qp(
     Q, q, G, h, A, b, lb, ub : array
         As for `qpdiff.solve_qp`, concrete or traced. Of a BCSR or BCOO array the data may be traced, but not the
         indices; a `qpdiff.Sparse` is a pytree whose values differentiate, to any order.
+    elastic, elastic_quadratic : number or dict, optional
+        As for `qpdiff.solve_qp`, concrete or traced. The array engine solves such problems.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients. Inside `jit` or `vmap`
         no status is known yet and nothing can raise: "raise" acts as "nan" there.
@@ -99,8 +106,8 @@ def solve_qp(
     Returns
     -------
     Solution
-        A pytree, whose x, y, z, z_lb, z_ub and objective differentiate. The other fields are constants. Outside of
-        JAX's transformations `qpdiff.vjp` and `qpdiff.jvp` take it too.
+        A pytree, whose x, y, z, z_lb, z_ub, objective and violation differentiate. The other fields are constants.
+        Outside of JAX's transformations `qpdiff.vjp` and `qpdiff.jvp` take it too.
 
     Raises
     ------
@@ -124,6 +131,7 @@ def solve_qp(
     check_unsolved(unsolved)
     check_smoothing(smoothing)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    operands, _ = with_prices(operands, elastic, elastic_quadratic)
     problem = make_problem({name: _joined(value) for name, value in operands.items()}, backend="jax", dtype=dtype)
     problem = symmetrized(problem)
     dtype, given = np.dtype(read_dtype(dtype) or "float64"), problem
@@ -591,8 +599,10 @@ def _solve(method: _Method, unsolved: str, kappa: float | None, operands, start)
     if kappa is not None:
         moving, _ = _relaxed(method, unsolved, kappa, operands, *jax.lax.stop_gradient((outcome, extra)))
         solved = _solved(moving)
-        (x,) = masked(jnp, solved, moving.x)
+        x, v = masked(jnp, solved, moving.x, moving.v)
         value = jnp.sum(x * (problem.hessian(x) / 2 + problem.q), axis=-1, keepdims=True)
+        if problem.is_elastic:
+            value = value + relaxed_price(problem, x, v, kappa)
         value = filled(jnp, solved, value, FILL[_fill(unsolved)])
         moves = {"x": moving.x, "v": moving.v, "objective": value.astype(outcome.objective.dtype)}
         shown = outcome._replace(**{name: _with_value(getattr(outcome, name), part) for name, part in moves.items()})
@@ -607,7 +617,7 @@ def _iterate(method: _Method, unsolved: str, operands, start):
 @_iterate.defjvp
 def _iterate_jvp(method, unsolved, primals, tangents):
     result = _iterate(method, unsolved, *primals)
-    return result, _tangent(method, unsolved, primals[0], tangents[0], *result)
+    return result, _tangent(method, unsolved, 0.0, primals[0], tangents[0], *result)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -618,7 +628,7 @@ def _relaxed(method: _Method, unsolved: str, kappa: float, operands, outcome: Ou
 @_relaxed.defjvp
 def _relaxed_jvp(method, unsolved, kappa, primals, tangents):
     result = _relaxed(method, unsolved, kappa, *primals)
-    return result, _tangent(method, unsolved, primals[0], tangents[0], *result)
+    return result, _tangent(method, unsolved, kappa, primals[0], tangents[0], *result)
 
 
 @jax.custom_jvp
@@ -632,16 +642,16 @@ def _with_value_jvp(primals, tangents):
     return _with_value(*primals), tangents[1]
 
 
-def _tangent(method: _Method, unsolved: str, operands, tangents, outcome: Outcome, extra):
-    """Return the tangents of the outcome at a point and of what comes with it."""
+def _tangent(method: _Method, unsolved: str, kappa: float, operands, tangents, outcome: Outcome, extra):
+    """Return the tangents of the outcome at a solution, or at its relaxed point for κ, and of what comes with it."""
     problem, solved = method.layout.problem(operands), _solved(outcome)
     x, v = masked(jnp, solved, outcome.x, outcome.v)
     exists = problem.exists
-    parts = [(r_x, jnp.where(exists, r_v, 0.0)) for r_x, r_v in right_hand_sides(problem, x, v, tangents)]
-    right = [a + b for a, b in zip(*parts, strict=True)]
-    dx, dv = _solve_kkt(problem, outcome, method.linearization(problem, outcome, extra), unsolved, *right)
+    parts = [(r_x, jnp.where(exists, r_v, 0.0)) for r_x, r_v in right_hand_sides(problem, x, v, tangents, kappa)]
+    right = [sum(r[1:], r[0]) for r in zip(*parts, strict=True)]
+    dx, dv = _solve_kkt(problem, outcome, method.linearization(problem, outcome, extra), unsolved, kappa, *right)
     still, others = jax.tree.map(_zero_tangent, (outcome, extra))
-    value = objective_jvp(problem, x, jnp.where(exists, v, 0.0), *parts)
+    value = objective_jvp(problem, x, jnp.where(exists, v, 0.0), tangents, *parts)
     value = filled(jnp, solved, value, FILL[_fill(unsolved)])
     return still._replace(x=dx, v=dv, objective=value.astype(outcome.objective.dtype)), others
 
@@ -656,14 +666,16 @@ def _fill(unsolved: str) -> str:
     return "zero" if unsolved == "zero" else "nan"
 
 
-def _solve_kkt(problem: Problem, outcome: Outcome, lin: Linearization, unsolved: str, r_x, r_v):
+def _solve_kkt(problem: Problem, outcome: Outcome, lin: Linearization, unsolved: str, kappa: float, r_x, r_v):
     """K⁻¹ r as an operation that JAX transposes, since K is symmetric, and differentiates by what K is made of."""
     solved, exists, inequality = _solved(outcome), problem.exists, problem.inequality
     x, v = masked(jnp, solved, outcome.x, outcome.v)
-    # s is known better than k − Kx, but it moves as that does.
-    slack = problem.k - problem.constraints(x)
-    s = outcome.s + (slack - jax.lax.stop_gradient(slack))
-    theta = jnp.where(inequality, s / jnp.where(inequality & solved, v, 1.0), 0.0)
+    if problem.is_elastic:
+        theta = complementarity(problem, x, v, kappa).theta
+    else:  # s is known better than k − Kx, but it moves as that does
+        slack = problem.k - problem.constraints(x)
+        s = outcome.s + (slack - jax.lax.stop_gradient(slack))
+        theta = jnp.where(inequality, s / jnp.where(inequality & solved, v, 1.0), 0.0)
 
     def split(u):
         return u[:, : problem.n], u[:, problem.n :]

@@ -28,6 +28,10 @@ OPERANDS = {
 }
 """The operands of a quadratic program and their core shapes."""
 MATRICES = ("Q", "G", "A")
+PRICED = ("elastic", "elastic_quadratic")
+"""The options of `solve_qp` that let constraints be violated at a price."""
+PRICES = {f"{option}['{of}']": (size,) for option in PRICED for of, size in (("A", "p"), ("G", "m"), ("bounds", "n"))}
+"""What these options come to, operands too, by the names that errors have for them, and their core shapes."""
 INFINITE = 1e20
 """Bounds of this magnitude are treated as infinite, as in other solvers, whose users write 1e20 or 1e30."""
 
@@ -70,6 +74,8 @@ class Layout(NamedTuple):
     """Numbers that a problem does not share with the others of its batch."""
     sparse: bool
     """A matrix is sparse, with which the problem is."""
+    numbers: tuple[str, ...] = ()
+    """Those of `PRICED` that the caller gave as one number for A and G."""
 
     def problem(self, operands: dict[str, Any]) -> Problem:
         return Problem(self, operands)
@@ -111,9 +117,29 @@ class RowData(NamedTuple):
     equality: Any
     """Mask of the equalities."""
     inequality: Any
-    """Mask of the inequalities."""
+    """Mask of the inequalities, and of the equalities whose violation has a linear price: of all rows with a slack."""
     exists: Any
     """Mask of both; the other rows are absent."""
+    elastic: Elastic | None = None
+    """The prices of violations, where there are any."""
+
+
+class Elastic(NamedTuple):
+    """The constraint rows that may be violated at a price, each (B or 1, rows)."""
+
+    upper: Any
+    """The linear price, which is the upper limit of the multiplier; infinite where there is none."""
+    compliance: Any
+    """σ of the quadratic price; 0 where there is none."""
+    limited: Any
+    """Mask of the rows with a linear price."""
+    two_sided: Any
+    """Mask of those that are equalities, whose multipliers have the lower limit −`upper` too."""
+
+    @property
+    def soft(self):
+        """Mask of the rows with a price, which contradict nothing."""
+        return self.limited | (self.compliance > 0)
 
 
 class Problem:
@@ -151,6 +177,9 @@ class Problem:
         self.b: Any = operands.get("b")
         self.lb: Any = operands.get("lb")
         self.ub: Any = operands.get("ub")
+        self.is_elastic = not PRICES.keys().isdisjoint(operands)
+        if self.is_elastic:
+            vars(self).update({name: operands.get(name) for name in PRICES})
         self._operands = operands
         self._row_data = row_data
 
@@ -307,6 +336,11 @@ class Problem:
         return self.row_data.inequality
 
     @property
+    def elastic(self) -> Any:
+        """The prices of violations as `Elastic`; None where there are none."""
+        return self.row_data.elastic if self.is_elastic else None
+
+    @property
     def exists(self):
         """Mask of the rows that are one or the other; the others are absent."""
         return self.row_data.exists
@@ -414,7 +448,53 @@ def _row_data(problem: Problem) -> RowData:
         none = backend.full((1, 0), False, xp.bool)
         return RowData(backend.full((1, 0), 0.0, problem.dtype), none, none, none)
     k, equalities, inequalities = (concat_last(xp, group) for group in (parts, equality, inequality))
+    if problem.is_elastic:
+        return _priced(problem, k, equalities, inequalities)
     return RowData(k, equalities, inequalities, equalities | inequalities)
+
+
+def _priced(problem: Problem, k, equalities, inequalities) -> RowData:
+    """Return the data of rows that may be violated at a price."""
+    xp = problem.backend.xp
+    upper = price_rows(problem, problem.operands, "elastic", xp.inf)
+    compliance = price_rows(problem, problem.operands, "elastic_quadratic", 0.0)
+    # Of numbers that were not checked, NaN and those below 0 make a row that no point satisfies.
+    k = xp.where((upper >= 0) & (compliance >= 0), k, xp.nan)
+    counts = upper != 0  # what costs nothing is no constraint
+    equalities, inequalities = equalities & counts, inequalities & counts
+    exists = equalities | inequalities
+    limited = exists & (upper < INFINITE)
+    elastic = Elastic(
+        upper=xp.where(limited, upper, xp.inf), compliance=xp.where(exists, compliance, 0.0), limited=limited,
+        two_sided=limited & equalities,
+    )  # fmt: skip
+    return RowData(xp.where(exists, k, 0.0), equalities & ~limited, inequalities | elastic.two_sided, exists, elastic)
+
+
+def limit_distances(problem: Problem, v):
+    """Return how far multipliers (B, rows) are from their lower and their upper limits.
+
+    At least a small share of the limit, because derivatives of higher order divide the rounding error of multipliers by
+    it. In rows without a limit it is a number other than 0.
+    """
+    backend, elastic, accuracy = problem.backend, problem.elastic, problem.backend.xp.finfo(v.dtype)
+    xp, one = backend.xp, backend.xp.ones_like(v)
+    upper = xp.where(elastic.limited, elastic.upper, 1.0)
+    least, tiny = accuracy.eps**0.625 * upper, float(accuracy.smallest_normal) ** 0.25
+    z = backend.clip(xp.where(problem.inequality, v, one), tiny)
+    z = xp.where(elastic.two_sided, xp.maximum(v + upper, least), z)
+    return z, xp.where(elastic.limited, xp.maximum(upper - v, least), one)
+
+
+def price_rows(problem: Problem, values: dict[str, Any], option: str, missing: float):
+    """Join what an option of `PRICED` comes to, (B or 1, core) by name, into values of the rows, (B or 1, rows)."""
+    blocks, parts = problem.blocks, []
+    for name, vector, of in (("A", "b", "A"), ("G", "h", "G"), ("lb", "lb", "bounds"), ("ub", "ub", "bounds")):
+        size = blocks[name].stop - blocks[name].start
+        if getattr(problem, vector) is not None:
+            value = values.get(f"{option}['{of}']")
+            parts.append(problem.backend.full((1, size), missing, problem.dtype) if value is None else value)
+    return concat_last(problem.backend.xp, parts)
 
 
 # ---- rows and named parts: two linear maps, each the transpose of the other

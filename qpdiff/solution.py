@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,18 @@ class Status(enum.IntEnum):
     """No further progress in this floating point type, or a number overflowed."""
 
 
+class Violation(NamedTuple):
+    """How far a point violates the constraints, row by row: |Ax − b|, (Gx − h)₊, (lb − x)₊ and (x − ub)₊.
+
+    None where there are no such constraints.
+    """
+
+    A: Any
+    G: Any
+    lb: Any
+    ub: Any
+
+
 @dataclass(frozen=True)
 class Solution:
     """The solution of a batch of quadratic programs.
@@ -45,7 +57,8 @@ class Solution:
     ----------
     x : array (*batch, n)
         Variables. Where DUAL_INFEASIBLE a ray instead, scaled to qᵀx = −1: Qx = 0, Ax = 0, Gx ≤ 0, and x ≥ 0 (≤ 0)
-        where there is a lower (upper) bound, to within about 1e-8 in the scaled problem.
+        where there is a lower (upper) bound, to within about 1e-8 in the scaled problem. It may violate constraints
+        with a linear price, which then counts in the −1.
     y : array (*batch, p)
         Multipliers of A x = b.
     z : array (*batch, m)
@@ -55,20 +68,26 @@ class Solution:
         are a Farkas certificate instead, scaled to bᵀy + hᵀz − lbᵀz_lb + ubᵀz_ub = −1: Aᵀy + Gᵀz − z_lb + z_ub = 0 to
         within about 1e-8 in the scaled problem, so that the constraints add up to 0 ≤ −1.
     s : array (*batch, m)
-        Slack h − G x of the interior-point iterate, positive (infinite where h is).
+        Slack h − G x of the interior-point iterate, positive (infinite where h is); where a violation has a price, what
+        it leaves.
     status : integer array (*batch)
         `Status` codes.
     iterations : integer array (*batch)
         Interior-point iterations.
     objective : array (*batch)
-        ½ xᵀQx + qᵀx.
+        ½ xᵀQx + qᵀx, and the price of violations where they have one.
     primal_residual : array (*batch)
-        Largest violation of a constraint, ‖(Ax − b, (Gx − h)₊, (lb − x)₊, (x − ub)₊)‖∞.
+        Largest violation of a constraint, ‖(Ax − b, (Gx − h)₊, (lb − x)₊, (x − ub)₊)‖∞, beyond the violation that its
+        price is paid for.
     dual_residual : array (*batch)
         ‖Qx + q + Aᵀy + Gᵀz − z_lb + z_ub‖∞.
     duality_gap : array (*batch)
-        |xᵀQx + qᵀx + bᵀy + hᵀz − lbᵀz_lb + ubᵀz_ub|, infinite bounds left out. Of a problem that is not SOLVED the
-        residuals and the objective are those of the last iterate, also where a certificate has taken its place.
+        |xᵀQx + qᵀx + bᵀy + hᵀz − lbᵀz_lb + ubᵀz_ub|, infinite bounds left out, with prices + Σ w·(violation beyond
+        σ|v|) + Σ σv². Of a problem that is not SOLVED the residuals and the objective are those of the last iterate,
+        also where a certificate has taken its place.
+    violation : Violation or None
+        With `elastic` or `elastic_quadratic`, how far x violates the constraints: `violation.A` (*batch, p),
+        `violation.G` (*batch, m), `violation.lb` and `violation.ub` (*batch, n), None where there are none.
     """
 
     x: Any
@@ -83,6 +102,7 @@ class Solution:
     primal_residual: Any
     dual_residual: Any
     duality_gap: Any
+    violation: Violation | None = None
     linearization: Any = field(default=None, repr=False, compare=False)
     """The problem and the last factorisation, for the derivative (not part of the public interface)."""
 
@@ -109,8 +129,8 @@ def _is_read_only(value) -> bool:
 
 POINT = ("x", "y", "z", "z_lb", "z_ub", "s")
 """The fields of a solution that are in the type of the results; what tells how exact it is, is in float64."""
-FIELDS = tuple(each.name for each in fields(Solution) if each.name != "linearization")
-"""The public fields of a solution."""
+FIELDS = tuple(each.name for each in fields(Solution) if each.name not in ("violation", "linearization"))
+"""The public fields that every solution has."""
 
 
 def whole_solution(**values) -> Solution:

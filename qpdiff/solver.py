@@ -11,8 +11,9 @@ import numpy as np
 
 from .engines.base import MAX_ITERATIONS, Linearization, Outcome, Settings, StartingPoint, make_settings
 from .engines.choice import check_engine, choose_engine, explain_choice
+from .prices import with_prices
 from .problem import INFINITE, Problem, join_rows, split_rows
-from .solution import Solution, Status, whole_solution
+from .solution import Solution, Status, Violation, whole_solution
 from .validation import broadcasts, make_problem, symmetrized
 
 _log = logging.getLogger("qpdiff")
@@ -28,6 +29,8 @@ def solve_qp(
     lb=None,
     ub=None,
     *,
+    elastic=None,
+    elastic_quadratic=None,
     backend=None,
     dtype=None,
     tol=None,
@@ -65,6 +68,15 @@ def solve_qp(
         Equalities.
     lb, ub : array (..., n), optional
         May be infinite, and are where they are 1e20 or more away from 0, as h is; lb = ub fixes a variable.
+    elastic : number or dict, optional
+        Price w ≥ 0 of violating a constraint by one unit, so that problems whose constraints contradict each other are
+        SOLVED too, where they are violated least in that sense: a number for all rows of A and G, or a dict with some
+        of "A", "G" and "bounds", each a number or an array of the shape of b, h or lb; inf where a constraint is hard,
+        0 where it does not count. The multipliers of these constraints end in [0, w], those of A in [−w, w]; where
+        those of the problem without prices are below w, its solution is the solution [2]_. What is not named is hard.
+    elastic_quadratic : number or dict, optional
+        σ ≥ 0 of a quadratic price, ½(violation)²/σ, in the same form; 0 where there is none. With a price w too, it
+        holds up to a violation of σw, from where on each further unit costs w (the Huber function).
     backend : {"numpy", "cupy", "torch", "jax"}, optional
         Move the operands there first. By default they stay in their library; lists mean NumPy.
     dtype : {"float32", "float64"}, optional
@@ -131,6 +143,7 @@ def solve_qp(
     ----------
     .. [1] R. Schwan, Y. Jiang, D. Kuhn, C. N. Jones, "PIQP: a proximal interior-point quadratic programming solver",
        CDC 2023.
+    .. [2] R. Fletcher, "Practical methods of optimization", 2nd ed., 1987, section 14.3: the exact ℓ1 penalty.
 
     Examples
     --------
@@ -143,9 +156,18 @@ def solve_qp(
     True
     >>> sol.status.tolist()
     [0, 0]
+
+    No x satisfies x ≥ 1 and x ≤ 0. With prices of 2 and 1 the second gives way:
+
+    >>> sol = solve_qp(np.zeros((1, 1)), np.zeros(1), [[-1.0], [1.0]], [-1.0, 0.0], elastic={"G": [2.0, 1.0]})
+    >>> np.round(sol.x, 6).tolist(), np.round(sol.violation.G, 6).tolist()
+    ([1.0], [0.0, 1.0])
     """
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    operands, numbers = with_prices(operands, elastic, elastic_quadratic)
     problem = make_problem(operands, backend=backend, dtype=dtype)
+    if numbers:
+        problem = problem.with_layout(numbers=numbers)
     problem.backend.warn_of_gradients(operands)
     return solve_problem(
         problem, tol=tol, rtol=rtol, max_iterations=max_iterations, warm_start=warm_start, check=check,
@@ -280,6 +302,24 @@ def check_warm_start(problem: Problem, sol) -> dict[str, int]:
 # ---- the result
 
 
+def violation(problem: Problem, x) -> Violation | None:
+    """Return how far points (B, n) violate the constraints, in the caller's shape; None where there are no prices."""
+    if not problem.is_elastic:
+        return None
+    xp, backend = problem.backend.xp, problem.backend
+
+    def shaped(value, positive=True):
+        value = problem.returned(backend.clip(value, 0.0) if positive else xp.abs(value))
+        return xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
+
+    return Violation(
+        A=None if problem.A is None else shaped(problem.product(problem.A, x) - problem.b, False),
+        G=None if problem.G is None else shaped(problem.product(problem.G, x) - problem.h),
+        lb=None if problem.lb is None else shaped(problem.lb - x),
+        ub=None if problem.ub is None else shaped(x - problem.ub),
+    )
+
+
 def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
     """Put the outcome of an engine into the caller's shapes and type."""
     xp, batch_shape = problem.backend.xp, problem.batch_shape
@@ -312,5 +352,6 @@ def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
         primal_residual=scalar(outcome.primal),
         dual_residual=scalar(outcome.dual),
         duality_gap=scalar(outcome.gap),
+        violation=violation(problem, outcome.x),
         linearization=Linearization(problem, factors, outcome.x, outcome.v, outcome.s, outcome.status),
     )

@@ -32,8 +32,11 @@ from .adjoint import (
     kkt_jvp,
     kkt_vjp,
     masked,
+    moved_gradients,
     objective_jvp,
     objective_vjp,
+    price_gradients,
+    relaxed_price_slopes,
     right_hand_sides,
     solution_vjp,
 )
@@ -41,8 +44,9 @@ from .backend import choose_backend, read_dtype
 from .differentiation import FILL, check_smoothing, objective_gradients, smoothed, solve_adjoint
 from .engines.base import Linearization
 from .engines.choice import choose_engine
-from .problem import MATRICES, Problem, make_layout, split_rows
-from .solution import FIELDS, POINT, Solution, Status, check_unsolved, raise_if_unsolved
+from .prices import price_operands, with_prices
+from .problem import MATRICES, OPERANDS, PRICED, Problem, make_layout, split_rows
+from .solution import FIELDS, POINT, Solution, Status, Violation, check_unsolved, raise_if_unsolved
 from .sparse import Pattern, Sparse, is_sparse, read_sparse, stored
 from .validation import make_problem, symmetrized
 
@@ -65,6 +69,8 @@ def solve_qp(
     lb=None,
     ub=None,
     *,
+    elastic=None,
+    elastic_quadratic=None,
     unsolved: str = "raise",
     smoothing: float | None = None,
     warm_start=None,
@@ -78,6 +84,8 @@ def solve_qp(
         As for `qpdiff.solve_qp`; any of them may require a gradient. Arrays, lists and numbers become tensors on the
         device of the others. Of Q, G and A any may be a tensor in the layout CSR, whose gradient is one too, or a
         `qpdiff.Sparse` with a tensor of values, through which derivatives of any order go.
+    elastic, elastic_quadratic : number or tensor without axes, or dict, optional
+        As for `qpdiff.solve_qp`; tensors may require a gradient. Not in `torch.compile` and `torch.export`.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients.
     smoothing : float, optional
@@ -91,8 +99,8 @@ def solve_qp(
     Returns
     -------
     Solution
-        Whose x, y, z, z_lb, z_ub and objective differentiate. The other fields are constants. Under `torch.func.vmap`
-        all are those of one sample; the function that is mapped returns the ones that it wants.
+        Whose x, y, z, z_lb, z_ub, objective and violation differentiate. The other fields are constants. Under
+        `torch.func.vmap` all are those of one sample; the function that is mapped returns the ones that it wants.
 
     Raises
     ------
@@ -117,13 +125,18 @@ def solve_qp(
     solver.check_names("solve_qp", [name for name in options if name != "dtype"])
     options["smoothing"] = None if smoothing is None else float(smoothing)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    operands, _ = with_prices(operands, elastic, elastic_quadratic)
     operands = {name: _stacked(value) for name, value in operands.items()}
     warm: Any = None
     if isinstance(warm_start, Solution):
         warm = [getattr(warm_start, name) for name in _WARM]
     elif warm_start is not None:
         options["warm_start"] = warm_start  # for the solver to refuse
-    solve = _solve_in_graph if torch.compiler.is_compiling() else _solve
+    solve = _solve
+    if torch.compiler.is_compiling():
+        if len(operands) > len(OPERANDS):
+            raise TypeError("torch.compile and torch.export do not take elastic and elastic_quadratic")
+        solve = _solve_in_graph
     return Solution(*solve(operands, warm, unsolved, **options))
 
 
@@ -142,6 +155,8 @@ def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options
     traced = is_in_torch_dispatch_mode() or (in_operator and _transforms())
     if traced and patterns:
         raise _not_in_programs(next(iter(patterns)))
+    if traced and problem.is_elastic:
+        raise TypeError("qpdiff.torch.solve_qp takes elastic and elastic_quadratic in eager calls only")
     layer = (_Operators if traced else _Layer)(problem.backend, settings)
     x, v, s, *constants = layer.solution(batch_shape, tensors, warm or ())[:_LAST]
     parts = [x, *split_rows(problem, v, v)]
@@ -150,7 +165,13 @@ def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options
     parts.append(s)
     if (result := result or problem.result) != problem.dtype:
         parts = [part.to(result) for part in parts]
-    return *parts, *constants
+    return *parts, *constants, *([_violation(problem, x, result)] if problem.is_elastic else [])
+
+
+def _violation(problem: Problem, x, result):
+    """Return the violations at x (B, n), which differentiate as x does, in the type of the results."""
+    found: Any = solver.violation(problem, x)
+    return Violation(*(part if part is None else part.to(result) for part in found))
 
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
@@ -207,7 +228,7 @@ class _Layer:
         # Of the engines for NumPy arrays one takes sparse problems; there is none on a GPU.
         self.solver_backend = _host_backend() if self.patterns or _on_host(backend.device) else backend
         self.smoothing = self.options.get("smoothing")
-        self.fill = _fill(self.unsolved)
+        self.fill, self.kappa = _fill(self.unsolved), self.smoothing or 0.0
         self.linearization: Any = None
 
     def solution(self, batch_shape, operands, warm):
@@ -262,7 +283,9 @@ class _Layer:
             for r, size in pairs
         )
         with self.solver_backend.no_grad():
-            u_x, u_v, gradients = solve_adjoint(self.linearization, r_x, r_v, wanted, unsolved=self.fill)
+            u_x, u_v, gradients = solve_adjoint(
+                self.linearization, r_x, r_v, wanted, unsolved=self.fill, kappa=self.kappa
+            )
         return u_x, u_v, [stored(gradients[name]) for name in wanted]
 
     def operands(self, names, arrays) -> dict[str, Any]:
@@ -410,15 +433,15 @@ class _Solution(Function):
         x, v = masked(torch, solved, x, v)
         with layer.backend.in_full_precision():
             problem = layer.problem(x, operands)
-            parts = right_hand_sides(problem, x, v, tangents)
-            r_x, r_v = (a + b for a, b in zip(*parts, strict=True))
+            parts = right_hand_sides(problem, x, v, tangents, layer.kappa)
+            r_x, r_v = (sum(r[1:], r[0]) for r in zip(*parts, strict=True))
         dx, dv = layer.kkt_solve((), r_x, r_v, x, v, operands)
         out = [dx, dv, *[None] * len(_OTHERS)]
         with layer.backend.in_full_precision():
             if layer.smoothing is None:
-                value = objective_jvp(problem, x, v, *parts)
+                value = objective_jvp(problem, x, v, tangents, *parts)
             else:
-                value = cost_jvp(problem, x, dx, tangents)
+                value = cost_jvp(problem, x, v, dx, dv, tangents, layer.kappa)
             value = filled(torch, solved, value, FILL[layer.fill])
             out[_OBJECTIVE] = value.reshape(ctx.batch_shape).double()
         return *out, *([] if layer.smoothing is None else [dx.clone(), dv.clone(), None])
@@ -462,9 +485,9 @@ class _KKTSolve(Function):
         x, v, *operands, u_x, u_v = _primals(ctx.saved_tensors)
         dr_x, dr_v, dx, dv = (_or_zeros(d, value) for d, value in ((dr_x, x), (dr_v, v), (dx, x), (dv, v)))
         with layer.backend.in_full_precision():
-            problem = layer.problem(x, operands)
-            r_x, r_v = kkt_jvp(problem, x, v, u_x, u_v, dx, dv, _given(layer, layer.names, tangents))
-            moved = _gradients(solution_vjp, problem, dx, dv, u_x, u_v, [name for name in wanted if name in MATRICES])
+            problem, tangents = layer.problem(x, operands), _given(layer, layer.names, tangents)
+            r_x, r_v = kkt_jvp(problem, x, v, u_x, u_v, dx, dv, tangents, layer.kappa)
+            moved = _gradients(moved_gradients, problem, x, v, u_x, u_v, dx, dv, tangents, wanted, layer.kappa)
         du_x, du_v, *gradients = layer.kkt_solve(wanted, dr_x + r_x, dr_v + r_v, x, v, operands)
         named = zip(wanted, gradients, strict=True)
         return du_x, du_v, *[d + moved[name] if name in moved else d for name, d in named]
@@ -508,6 +531,10 @@ def _solution_backward(layer, needed, cotangents, x, v, status, operands):
             gradients = _gradients(objective_vjp, problem, x, at_v, g, wanted)
             if layer.smoothing is not None:  # the relaxed point is no minimum, so the value moves with it
                 g_x = _sum(g_x, g * (problem.hessian(x) + problem.q))
+                if problem.is_elastic:
+                    by_v, *by_prices = relaxed_price_slopes(problem, x, v, layer.kappa)
+                    g_v = _sum(g_v, g * by_v)
+                    gradients |= price_gradients(problem, *(g * by for by in by_prices), wanted)
     if g_x is not None or g_v is not None:
         if records:
             r_x, r_v = _or_zeros(g_x, x), _or_zeros(g_v, v)
@@ -527,11 +554,12 @@ def _kkt_backward(layer, needed, g_x, g_v, of_gradients, x, v, operands, u_x, u_
     """Return the gradients of r, x and v, and those of the operands, from the cotangents of u and of gradients."""
     with layer.backend.in_full_precision():
         problem = layer.problem(x, operands)
-        s_x, s_v, x_moved, v_moved = gradients_vjp(problem, x, v, u_x, u_v, of_gradients)
+        s_x, s_v, x_moved, v_moved = gradients_vjp(problem, x, v, u_x, u_v, of_gradients, layer.kappa)
     s_x, s_v = _sum(g_x, s_x), _sum(g_v, s_v)
     t_x, t_v, *_ = layer.kkt_solve((), s_x, s_v, x, v, operands)
     with layer.backend.in_full_precision():
-        x_bar, v_bar, gradients = kkt_vjp(problem, x, v, u_x, u_v, t_x, t_v, _wanted(layer.names, needed))
+        wanted = _wanted(layer.names, needed)
+        x_bar, v_bar, gradients = kkt_vjp(problem, x, v, u_x, u_v, t_x, t_v, wanted, layer.kappa, of_gradients)
     gradients = {name: stored(value) for name, value in gradients.items()}
     return (t_x, t_v, x_bar + x_moved, v_bar + v_moved), map(gradients.get, layer.names)
 
@@ -575,7 +603,7 @@ def _vjp_of_each(layer, names, u, pairs):
     tensors, in_dims = zip(*pairs, strict=True)
 
     def gradients(u_x, u_v, x, v, *operands):
-        return _gradients(solution_vjp, layer.problem(x, operands), x, v, u_x, u_v, names)
+        return _gradients(solution_vjp, layer.problem(x, operands), x, v, u_x, u_v, names, layer.kappa)
 
     with layer.backend.in_full_precision():
         return torch.func.vmap(gradients, (0, 0, *in_dims))(*u, *tensors)
@@ -688,6 +716,7 @@ class _Operators:
         self.backend: Any = backend
         self.settings, self.names, self.unsolved = settings, settings.names, settings.unsolved
         self.smoothing, self.fill = settings.options.get("smoothing"), _fill(settings.unsolved)
+        self.kappa = self.smoothing or 0.0
         self.point = point
         """Slacks of all rows (B, rows), status (B), equilibration (B, n + rows), for the second function."""
 
@@ -947,7 +976,7 @@ class OptNet(nn.Module):
     device, dtype
         Of the parameters.
     **options
-        Options of `qpdiff.torch.solve_qp`, such as ``unsolved="zero"`` or ``smoothing=0.1``.
+        Options of `qpdiff.torch.solve_qp`, such as ``unsolved="zero"``, ``smoothing=0.1`` or ``elastic=10.0``.
 
     Attributes
     ----------
@@ -992,6 +1021,8 @@ class OptNet(nn.Module):
         for_solver = dict(options)
         check_unsolved(for_solver.pop("unsolved", "raise"))
         check_smoothing(for_solver.pop("smoothing", None))
+        present = [name for name, there in (("A", p), ("G", m), ("lb", nonnegative)) if there]
+        price_operands(present, **{option: for_solver.pop(option, None) for option in PRICED})  # for its errors
         solver.check_options("OptNet", for_solver)
         self.nonnegative, self.eps, self.options = nonnegative, eps, options
         shapes = {"L": (n, n), "G": (m, n), "A": (p, n), "z0": (n,) if m or p else (0,), "s0": (m,)}

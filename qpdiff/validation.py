@@ -14,10 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import Backend, Kind, choose_backend, floating_types, read_dtype
-from .problem import MATRICES, OPERANDS, Layout, Problem, cached, core_sizes
+from .problem import INFINITE, MATRICES, OPERANDS, PRICES, Layout, Problem, cached, core_sizes
 from .sparse import Pattern, Sparse, gather, is_sparse, read_sparse, stored
 
-SIZED_BY = {"h": "G", "b": "A", "lb": "Q", "ub": "Q"}
+CORES = OPERANDS | PRICES
+"""The core shapes of all operands."""
+SIZED_BY = {"h": "G", "b": "A", "lb": "Q", "ub": "Q"} | {
+    name: {"p": "A", "m": "G", "n": "Q"}[size] for name, (size,) in PRICES.items()
+}
 """Operands that one number may stand for, and the matrix that has as many rows as they have entries."""
 EIGENVALUE_BYTES = 2**25
 """Memory of a dense Q up to which the error about an indefinite sparse one names its smallest eigenvalue."""
@@ -49,6 +53,8 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
             raise ValueError(f"{given} was given without {missing}; they come together")
     present = {name: value for name, value in operands.items() if value is not None}
     patterns = _patterns(present)
+    if patterns and not PRICES.keys().isdisjoint(present):
+        raise ValueError("elastic and elastic_quadratic take no sparse matrices yet; pass Q, G and A as arrays")
     chosen, arrays = choose_backend(present, backend)
     described = tuple(
         [(name, tuple(value.shape), value.dtype, hasattr(present[name], "dtype")) for name, value in arrays.items()]
@@ -120,7 +126,7 @@ def _plan(backend: Backend, widest, described, dtype: str | None, cores: tuple) 
     batch_shape = _broadcast_batch(whole)
     changes, flat, stored_shapes = {}, {}, whole | {name: arrays[name] for name, _ in cores}
     for name, shape in stored_shapes.items():
-        axes = len(whole[name]) - len(OPERANDS[name])
+        axes = len(whole[name]) - len(CORES[name])
         leading, core = shape[:axes], shape[axes:]
         if len(leading) == 1 and leading in (batch_shape, (1,)):
             flat[name] = shape
@@ -196,7 +202,7 @@ def _both_sides(problem: Problem):
 
 def _check_core_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
-        core = OPERANDS[name]
+        core = CORES[name]
         if len(shape) < len(core):
             raise ValueError(
                 f"{name} has shape {shape}; expected (..., {', '.join(core)}), at least "
@@ -209,7 +215,7 @@ def _check_core_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
         raise ValueError(f"Q has shape {shapes['Q']}; a problem needs at least one variable")
     sizes = {"n": n}
     for name, shape in shapes.items():
-        core = OPERANDS[name]
+        core = CORES[name]
         for size, letter in zip(shape[len(shape) - len(core) :], core, strict=True):
             if sizes.setdefault(letter, size) != size:
                 source = {"n": "Q", "m": "G", "p": "A"}[letter]
@@ -223,7 +229,7 @@ def _broadcast_batch(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     batch_shape: tuple[int, ...] = ()
     so_far: list[str] = []
     for name, shape in shapes.items():
-        leading = shape[: len(shape) - len(OPERANDS[name])]
+        leading = shape[: len(shape) - len(CORES[name])]
         width = max(len(leading), len(batch_shape))
         old, new = (1,) * (width - len(batch_shape)) + batch_shape, (1,) * (width - len(leading)) + leading
         if any(a != b and 1 not in (a, b) for a, b in zip(old, new, strict=True)):
@@ -314,6 +320,10 @@ def _rules(problem: Problem) -> list[Rule]:
     for name in problem.operands:
         if name == "lb":
             complaint = f"has NaN or +inf{single}; a lower bound is finite or -inf"
+        elif name in PRICES:
+            complaint = f"has NaN or negative entries{single}; a price is ≥ 0, +inf where the constraint is hard"
+            if not _may_be_infinite(name):
+                complaint = f"has NaN, negative or infinite entries{single}; σ is ≥ 0, 0 where there is none"
         elif name in ("ub", "h"):
             complaint = f"has NaN or -inf{single}; {name} is finite or +inf"
         else:
@@ -331,6 +341,8 @@ def _out_of_range(name: str, problem: Problem):
     xp, value = problem.backend.xp, stored(getattr(problem, name))
     if name == "lb":
         return ~(value < xp.inf)
+    if name in PRICES:
+        return ~(value >= 0) | ((value == xp.inf) & (not _may_be_infinite(name)))
     if name in ("ub", "h"):
         return ~(value > -xp.inf)
     return ~xp.isfinite(value)
@@ -364,8 +376,16 @@ def has_negative_eigenvalue(backend: Backend, Q, tolerance: float):
     return ~positive
 
 
+def _may_be_infinite(price: str) -> bool:
+    return not price.startswith("elastic_quadratic")
+
+
 def _crossed(problem: Problem):
-    return problem.lb > problem.ub
+    crossed = problem.lb > problem.ub
+    for name in PRICES if problem.is_elastic else ():
+        if name.endswith("['bounds']") and (price := getattr(problem, name)) is not None:
+            crossed = crossed & ~((price < INFINITE) if _may_be_infinite(name) else (price > 0))
+    return crossed
 
 
 def _first(xp, entries) -> tuple[int, ...]:

@@ -84,6 +84,9 @@ class Parameters:
     """Share of the step to the boundary of s > 0, z > 0 that is taken at least."""
     largest_step_fraction: float = 0.9999
     """And at most."""
+    near_limit: float = 0.1
+    """Distance from the limit that a price sets to a multiplier, against the price, up to which it is counted from
+    there."""
     refine_relative: float = 1e-6
     """A linear solve is exact enough without refinement where it leaves so little of the residuals."""
     refine_absolute: float = 0.01

@@ -279,6 +279,8 @@ def test_derivatives_of_float32_operands_are_those_of_float64_rounded(xp, shared
         for derivative, name in ((qpdiff.vjp, "x"), (qpdiff.jvp, "q")):
             exact, rounded = (derivative(sol, **{name: direction}, smoothing=smoothing) for sol in (precise, quick))
             for one, other in zip(exact, rounded, strict=True):
+                if one is None:
+                    continue
                 one, other = xp.to_numpy(one), xp.to_numpy(other)
                 assert (one.dtype, other.dtype) == (np.float64, np.float32)
                 np.testing.assert_array_equal(other, one.astype(np.float32))

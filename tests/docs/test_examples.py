@@ -42,6 +42,18 @@ def test_a_compiled_network_learns():
     assert exported < 1e-6
 
 
+def test_a_filter_learns_from_infeasible_problems(tmp_path):
+    for package in ("torch", "matplotlib"):
+        pytest.importorskip(package)
+    command = [sys.executable, EXAMPLES / "elastic_filter.py", "--quick", "--output", tmp_path / "plot.png"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    without, priced = done.stdout.splitlines()[:2]
+    assert "100% of the problems at first, 100% at last" in without
+    assert "100% of the problems at first, 100% at last" not in priced
+    assert (tmp_path / "plot.png").stat().st_size > 10000
+
+
 def test_a_cluster_loses_a_worker_and_nothing_else():
     for package in ("distributed", "rich"):
         pytest.importorskip(package)

@@ -177,7 +177,8 @@ def test_optional_packages_come_on_first_use(wanted):
 BASE = {"engines.base", "engines.parameters", "engines.reduction"}
 ENGINES = {"engines.base", "engines.array"}
 BELOW_ADAPTERS = {
-    "adjoint", "backend", "differentiation", "problem", "solution", "solver", "sparse", "validation", *ENGINES,
+    "adjoint", "backend", "differentiation", "prices", "problem", "solution", "solver", "sparse", "validation",
+    *ENGINES,
 }  # fmt: skip
 ALLOWED = {
     "backend": set(),
@@ -185,6 +186,7 @@ ALLOWED = {
     "sparse": {"backend"},
     "problem": {"backend", "sparse"},
     "validation": {"backend", "problem", "sparse"},
+    "prices": {"problem"},
     "adjoint": {"problem", "sparse"},
     "engines": set(),
     "engines.parameters": set(),
@@ -194,8 +196,17 @@ ALLOWED = {
     "engines.compiled": {"backend", "problem", "sparse", "validation", "solution", "engines.densified", *BASE},
     "engines.densified": {"problem", "engines.base"},
     "engines.choice": {"problem", "engines.base", "engines.array", "engines.densified"},
-    "solver": {"problem", "validation", "engines.base", "engines.choice", "solution"},
-    "differentiation": {"adjoint", "backend", "problem", "solution", "sparse", "engines.base", "engines.array"},
+    "solver": {"prices", "problem", "validation", "engines.base", "engines.choice", "solution"},
+    "differentiation": {
+        "adjoint",
+        "backend",
+        "prices",
+        "problem",
+        "solution",
+        "sparse",
+        "engines.base",
+        "engines.array",
+    },
     **{name: BELOW_ADAPTERS | ({"engines.choice"} if name in ("jax", "torch") else set()) for name in ADAPTERS},
     "jax": BELOW_ADAPTERS | {"engines.choice", "engines.densified"},
     "__init__": {"solution", "solver", "differentiation", "sparse"},

@@ -11,10 +11,10 @@ from ..parameters import DOUBLE
 from .batch import batch_order, in_batch, save_factor
 from .derivative import Factors, pack, unpack, without_factor
 from .loop import forms
-from .start import center_on_path, on_path
+from .start import center_on_path, make_origin, on_path
 from .state import SubBatch, cast, make_sub_batch
-from .status import residuals
-from .step import NewtonSystem, step_length
+from .status import residuals, violations
+from .step import NewtonSystem, complementary_pairs, move_elastic, step_length, step_lengths
 
 CENTERING_LIMIT = 50
 """Limit on the Newton steps to a point of the central path."""
@@ -74,7 +74,7 @@ def _relax_by_derivative(lin: Linearization, kappa: float) -> Linearization:
     D, E = scaling[:, : problem.n], scaling[:, problem.n :]
     solved = lin.status == int(Status.SOLVED)
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
-    v, s = on_path(problem, E, lin.v, problem.where_inequality(lin.v / E - E * lin.s, 0.0), kappa)
+    v, s, _ = on_path(problem, E, lin.v, problem.where_inequality(lin.v / E - E * lin.s, 0.0), kappa)
 
     def move(x, v, s, *_):
         Qx, Kx, Kv, r_x, r_v = residuals(problem, x, v, s)
@@ -113,29 +113,37 @@ def _center(sub: SubBatch, kappa: float, x, v, s):
     """
     problem, settings, (D, E, primal, dual, _) = sub.problem, sub.settings, sub.scaling
     backend, xp = problem.backend, problem.backend.xp
-    v, s = center_on_path(sub, v, problem.where_inequality(v / E - E * s, 0.0), kappa)
+    difference = v / E - E * s
+    if (elastic := problem.elastic) is not None:
+        slack = E * (problem.k - problem.constraints(x) + elastic.compliance * v)
+        difference = xp.where(elastic.limited, v / E - slack, difference)
+    v, s, priced = center_on_path(sub, v, problem.where_inequality(difference, 0.0), kappa)
+    state = make_origin(sub)._replace(x=x, v=v, s=s, elastic=priced)
     smallest = xp.full_like(x[:, :1], settings.smallest)
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
 
-    def move(x, v, s, *_):
-        wide = sub.wide_problem
-        *_, r_x, r_v = residuals(wide, *(cast(xp, a, wide.dtype) for a in (x, v, s)))
+    def move(x, v, s, priced, *_):
+        wide, pairs = sub.wide_problem, complementary_pairs(sub, state._replace(v=v, s=s, elastic=priced))
+        slack = s if priced is None else s - violations(problem, v, priced.t)
+        *_, r_x, r_v = residuals(wide, *(cast(xp, a, wide.dtype) for a in (x, v, slack)))
         r_x, r_v = (cast(xp, a, problem.dtype) for a in (r_x, r_v))
-        s_, z_ = (problem.where_inequality(a, float("inf")) for a in (s, v))
-        system = NewtonSystem(sub, s, z_, r_x, r_v, (smallest, smallest))
-        excess = problem.where_inequality(s * v - kappa, 0.0)
-        found = (
-            (backend.norm(D * r_x) <= accuracy * (dual + backend.norm(D * problem.q)))
-            & (backend.norm(E * r_v) <= accuracy * (primal + backend.norm(E * problem.k)))
-            & (backend.norm(excess) <= accuracy * kappa)
+        system = NewtonSystem(sub, pairs, r_x, r_v, (smallest, smallest))
+        excess = [xp.where(xp.isfinite(pair.positive_a), pair.a * pair.b - kappa, 0.0) for pair in pairs]
+        found = (backend.norm(D * r_x) <= accuracy * (dual + backend.norm(D * problem.q))) & (
+            backend.norm(E * r_v) <= accuracy * (primal + backend.norm(E * problem.k))
         )
-        dx, dv, ds = system.solve(excess, smallest > 0)
-        alpha = xp.minimum(*(step_length(backend, a, da, DOUBLE.step_fraction) for a, da in ((s_, ds), (z_, dv))))
-        alpha = xp.where(found, 0.0, alpha)
-        return x + alpha * dx, v + alpha * dv, s + alpha * ds, found, system.factor
+        for each in excess:
+            found = found & (backend.norm(each) <= accuracy * kappa)
+        dx, dv, directions = system.solve(excess, smallest > 0)
+        alpha = xp.where(found, 0.0, xp.minimum(*step_lengths(backend, pairs, directions, DOUBLE.step_fraction)))
+        x, v, s = x + alpha * dx, v + alpha * dv, s + alpha * directions[0][0]
+        if priced is not None:
+            v, priced = move_elastic(sub, priced, directions[1][0], dv, alpha, alpha, v)
+        return x, v, s, priced, found, system.factor
 
-    def unfinished(x, v, s, found, factor):
+    def unfinished(x, v, s, priced, found, factor):
         return ~xp.all(found)
 
-    *point, factor = problem.backend.while_loop(unfinished, move, move(x, v, s), settings.max_iterations)
-    return point, factor
+    carry = problem.backend.while_loop(unfinished, move, move(x, v, s, priced), settings.max_iterations)
+    x, v, s, _, found, factor = carry
+    return (x, v, s, found), factor

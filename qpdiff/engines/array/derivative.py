@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple, cast
 
-from ...problem import Layout, Problem, concat_last, product, take
+from ...problem import Layout, Problem, concat_last, limit_distances, product, take
 from ...solution import Status
 from ..base import Linearization
 from ..parameters import DOUBLE, parameters
@@ -94,12 +94,28 @@ def _solve(lin: Linearization, r_x, r_v):
     return xp.take(u_x, order, axis=0), xp.take(u_v, order, axis=0)
 
 
+def ratio_at_solution(problem: Problem, x, v, s):
+    """Return θ of the KKT matrix at solutions: s/z, 0 at equalities, infinite where there is no constraint.
+
+    Where violations have a price it is s/z + t/r + σ.
+    """
+    xp, inequality = problem.backend.xp, problem.inequality
+    one = xp.ones_like(s)
+    zero = xp.where(problem.equality, 0 * one, one * float("inf"))
+    if (elastic := problem.elastic) is None:
+        return xp.where(inequality, s / xp.where(inequality, v, one), zero)
+    z, r = limit_distances(problem, v)
+    t = problem.backend.clip(s - (problem.k - problem.constraints(x) + elastic.compliance * v), 0.0)
+    theta = xp.where(inequality, s / xp.where(inequality, z, one), zero) + elastic.compliance
+    return theta + xp.where(elastic.limited, t / r, 0 * one)
+
+
 class Point(NamedTuple):
     """The KKT matrix at the solutions of a sub-batch, and a right-hand side."""
 
     scaling: Scaling
     theta: Any
-    """s/v at inequalities, 0 at equalities, infinite where there is no constraint."""
+    """What `ratio_at_solution` returns."""
     r_x: Any
     r_v: Any
 
@@ -107,11 +123,9 @@ class Point(NamedTuple):
 def _solve_sub_batch(lin: Linearization, saved: SavedFactor, r_x, r_v):
     """Solve the system for the problems of one sub-batch; return u_x and u_v."""
     xp = lin.problem.backend.xp
-    v, s, r_x, r_v = take(xp, (lin.v, lin.s, r_x, r_v), saved.index)
+    x, v, s, r_x, r_v = take(xp, (lin.x, lin.v, lin.s, r_x, r_v), saved.index)
     problem = lin.problem.select(saved.index)
-    inequality, equality = problem.inequality, problem.equality
-    one = xp.ones_like(s)
-    theta = xp.where(inequality, s / xp.where(inequality, v, one), xp.where(equality, 0 * one, one * float("inf")))
+    theta = ratio_at_solution(problem, x, v, s)
     at = Point(saved.scaling, theta, r_x, r_v)
     if saved.form is None:
         return solve_afresh(problem, at)
@@ -270,7 +284,8 @@ def solve_afresh(problem: Problem, at: Point):
     top = problem.backend.largest(xp.where(raised, scaled, zero))
     lift = P.afresh_largest / xp.where(top > 0, top, xp.ones_like(top))
     level = problem.backend.clip(scaled * lift, P.afresh_smallest, P.afresh_largest)
-    theta = xp.where(problem.equality, zero + P.afresh_equality, xp.where(raised, level, scaled)) / E**2
+    of_equality = problem.backend.clip(scaled, P.afresh_equality)
+    theta = xp.where(problem.equality, of_equality, xp.where(raised, level, scaled)) / E**2
     form = PrimalForm(problem)
 
     def factored(rho):

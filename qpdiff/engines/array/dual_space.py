@@ -17,7 +17,18 @@ from . import status
 from .start import center_start, first_diagonals, make_origin, mean
 from .state import RUNNING, Residuals, State, SubBatch, choose, scaled_size
 from .status import accept_or_revert, allowed, farkas_certificate, per_gap_unit, progress
-from .step import Step, corrector_rhs, negligible, take_step, update_regularization
+from .step import (
+    Step,
+    complementarity_ratio,
+    complementary_pairs,
+    corrector_rhs,
+    directions_of_pairs,
+    negligible,
+    right_of_constraints,
+    take_step,
+    update_regularization,
+    with_compliance,
+)
 
 COPY_BYTES = 2**15
 """Size of a problem from which on the few problems whose x is formed are copied for that."""
@@ -90,14 +101,15 @@ def begin(sub: SubBatch):
     computed = system.factor_ok & backend.all_finite(Sdv)
     dv = xp.where(computed, dv, origin.v)
     # From x = 0 the step is Q⁻¹ (−q − Kᵀdv), which leaves nothing of Qx + q + Kᵀdv; but v is moved onto the path.
-    v, s, mu = center_start(sub, theta, dv)
+    v, s, elastic, mu = center_start(sub, theta, dv)
     u, a, Kx = dv - v, xp.astype(~computed, problem.dtype), xp.where(computed & problem.exists, known.t - Sdv, 0.0)
     Su = product(form.S, u)
     known = known._replace(
         a=a, u=u, t=a * known.t + Su, rr=a * known.rr + backend.dot(u, 2.0 * a * known.t + Su), xr=backend.dot(Kx, u),
         qx=xp.where(computed, backend.dot(known.t, dv) - known.rr, 0.0),
     )  # fmt: skip
-    state = origin._replace(v=v, s=s, mu=mu, Kx=Kx, r_v=problem.k - Kx - s, implicit_x=known)
+    state = origin._replace(v=v, s=s, elastic=elastic, mu=mu, Kx=Kx, implicit_x=known)
+    state = state._replace(r_v=problem.k - Kx - paid_slack(problem, state))
     return sub, assess(sub, origin, state, computed, may_revert=False), None
 
 
@@ -119,19 +131,21 @@ def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
     """Make one step as `step.step` does, with x formed where it is wanted, and without a factor."""
     problem, backend = sub.problem, sub.problem.backend
     xp = backend.xp
-    s, z = (problem.where_inequality(a, float("inf")) for a in (state.s, state.v))
-    theta = state.s / z
-    system = DualSystem(sub, theta, state)
-    dv = system.solve(state.r_v + state.s)
-    right, fraction = corrector_rhs(sub, state, (s, z), (dv, -state.s - theta * dv))
-    right = right / z
-    dv, Sdv = system.solve_refined(state.r_v + right, state.refine if refine else None)
-    alpha_s, alpha_z, s, v = take_step(sub, state, (s, z), (dv, -right - theta * dv), fraction)
+    pairs = complementary_pairs(sub, state)
+    system = DualSystem(sub, complementarity_ratio(sub, pairs), state)
+    products = [pair.a * pair.b for pair in pairs]
+    dv = system.solve(right_of_constraints(pairs, state.r_v, products))
+    right, fraction = corrector_rhs(sub, state, pairs, directions_of_pairs(pairs, products, dv))
+    right_v = right_of_constraints(pairs, state.r_v, right)
+    dv, Sdv = system.solve_refined(right_v, state.refine if refine else None)
+    directions = directions_of_pairs(pairs, right, dv)
+    alpha_s, alpha_z, s, v, elastic = take_step(sub, state, pairs, directions, fraction)
 
     computed = system.factor_ok & backend.all_finite(Sdv) & backend.all_finite(v) & backend.all_finite(s)
-    made = Step(alpha_s, alpha_z, computed, alpha_s * state.delta / sub.scaling.E**2 * dv)
+    made = with_compliance(sub, Step(alpha_s, alpha_z, computed, alpha_s * state.delta / sub.scaling.E**2 * dv), dv)
     Kx, known = update(sub, made, state, dv, Sdv)
-    moved = state._replace(v=v, s=s, mu=mean(sub, s, v), Kx=Kx, r_v=problem.k - Kx - s, implicit_x=known)
+    moved = state._replace(v=v, s=s, elastic=elastic, mu=mean(sub, s, v, elastic), Kx=Kx, implicit_x=known)
+    moved = moved._replace(r_v=problem.k - Kx - paid_slack(problem, moved))
     # A step that cannot be computed is not taken; more regularisation comes instead.
     if not backend.known_all_false(~computed):
         unknown = state.implicit_x._replace(expected=xp.full_like(system.t, xp.nan))
@@ -140,6 +154,11 @@ def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
     moved = update_regularization(sub, made, state, moved)
     moved = assess(sub, state, moved, computed, may_revert=may_revert)
     return choose(xp, state.status != RUNNING, state, moved) if may_revert else moved, None
+
+
+def paid_slack(problem, state: State):
+    """Return s, less the violations at a price."""
+    return state.s if state.elastic is None else state.s - status.violations(problem, state.v, state.elastic.t)
 
 
 def update(sub: SubBatch, made: Step, state: State, dv, Sdv):
@@ -157,7 +176,7 @@ def update(sub: SubBatch, made: Step, state: State, dv, Sdv):
         rr=rest * rest * known.rr + 2.0 * rest * apart * t_dv + apart * apart * dv_S_dv,
         xr=rest * known.xr + apart * Kx_dv + alpha_s * (rest * r_dx + apart * (t_dv - dv_S_dv)),
         qx=known.qx - alpha_s * (known.xr - Kx_dv + backend.dot(state.v, Kdx) + r_dx),
-        expected=rest * state.r_v - made.by_delta,
+        expected=rest * state.r_v - made.by_delta + made.by_lengths,
         negligible=negligible(sub, scaled_size(backend, sub.units.v, state.r_v)),
     )
 
@@ -189,10 +208,17 @@ def assess_without_x(sub: SubBatch, before: State, state: State):
     """
     problem, E, known, units = sub.problem, sub.scaling.E, state.implicit_x, sub.units
     xp, backend, v, Kx, k = problem.backend.xp, problem.backend, state.v, state.Kx, problem.k
-    violation = problem.where_inequality(backend.clip(Kx - k, 0.0), xp.abs(state.r_v))
+    elastic: Any = problem.elastic
+    if state.elastic is None:
+        price, excess = 0.0, Kx - k
+    else:
+        price = status.price_terms(problem, v, state.s, state.elastic.t)
+        excess = Kx - k - status.violations(problem, v, state.elastic.t)
+        excess = xp.where(elastic.two_sided, xp.abs(state.r_v), excess)
+    violation = problem.where_inequality(backend.clip(excess, 0.0), xp.abs(state.r_v))
     kv, vKx, primal = backend.dot(k, v), backend.dot(v, Kx), scaled_size(backend, units.v, violation)
     per_unit = per_gap_unit(sub)
-    gap = per_unit * xp.abs(kv - vKx - known.xr)
+    gap = per_unit * xp.abs(kv - vKx - known.xr + price)
     others = xp.maximum(primal, gap)
     # The residual of the variables is seldom the largest, and if so a bound says that, without K.
     dual = known.a * known.r + known.column * xp.sqrt(backend.total((known.u / E) ** 2))
@@ -206,6 +232,8 @@ def assess_without_x(sub: SubBatch, before: State, state: State):
 
     settings = sub.settings
     size = xp.maximum(xp.abs(known.xr + known.qx + vKx), xp.maximum(xp.abs(known.qx), xp.abs(kv)))
+    if elastic is not None:
+        size = xp.maximum(size, price)
     far = primal > allowed(settings, scaled_size(backend, units.v, Kx))
     far = far | (gap > allowed(settings, size, per_unit, times=2.0, rounding=DOUBLE.product_rounding))
     well = (without_progress < DOUBLE.equal_steps_after) & (worst < float("inf"))

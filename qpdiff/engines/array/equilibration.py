@@ -51,7 +51,7 @@ def equilibrate(problem: Problem) -> Scaling:
         """Return E, Ek, Dq, and the units of residuals."""
         E = scale_bounds(rows, D)
         k, q = xp.where(problem.exists & counts, E * problem.k, 0.0), D * problem.q
-        return E, k, q, measure_residual_units(problem, k, q, curvature, balanced.least_curvature)
+        return E, k, q, measure_residual_units(problem, E, k, q, curvature, balanced.least_curvature)
 
     E, k, q, units = scaled(rows, D)
     enlarged = enlarge_flat(backend, balanced, q, curvature * units[0])
@@ -113,12 +113,12 @@ def scale_cost(scaling: Scaling, c) -> Scaling:
     return Scaling(root * D, E / root, primal / root, root * dual, reach / root)
 
 
-def measure_residual_units(problem: Problem, k, q, curvature, least_curvature):
+def measure_residual_units(problem: Problem, E, k, q, curvature, least_curvature):
     """Find what the residuals of the scaled problem are measured in, and how far x is likely to go at most.
 
     Residuals are measured in lower estimates of how large their terms are. A solution is at least as large as the
-    right-hand sides that x = 0 does not satisfy. Where it satisfies all, the solution is where the cost is least, or
-    the first constraint on the way there stops it.
+    right-hand sides that x = 0 does not satisfy, those with a price as far as the price may move it. Where it satisfies
+    all, the solution is where the cost is least, or the first constraint on the way there stops it.
     """
     xp, backend = problem.backend.xp, problem.backend
     length, infinite = xp.abs(k), float("inf")
@@ -126,7 +126,13 @@ def measure_residual_units(problem: Problem, k, q, curvature, least_curvature):
     def where_positive(a, value, other):
         return xp.where(a > 0, value / xp.where(a > 0, a, 1.0), other)
 
-    needed = backend.largest(xp.where(problem.equality, length, backend.clip(-k, 0.0)))
+    unsatisfied = xp.where(problem.equality, length, backend.clip(-k, 0.0))
+    if (elastic := problem.elastic) is not None:
+        unsatisfied = xp.where(elastic.two_sided, length, unsatisfied)
+        pull = xp.where(elastic.limited, elastic.upper, 1.0) / E
+        moved = xp.where(elastic.limited & (curvature > 0), where_positive(curvature, pull, 1.0), infinite)
+        unsatisfied = xp.minimum(unsatisfied, moved)
+    needed = backend.largest(unsatisfied)
     nearest = backend.largest(where_positive(length, 1.0, 0.0))
     slope = backend.norm(q)
     free = where_positive(curvature, slope, 0.0)

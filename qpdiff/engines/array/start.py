@@ -8,7 +8,7 @@ from ..base import Settings, StartingPoint
 from ..parameters import DOUBLE
 from .equilibration import scale_cost
 from .kkt import Diagonals, solve_refined
-from .state import RUNNING, Residuals, State, SubBatch, choose
+from .state import RUNNING, ElasticState, Residuals, State, SubBatch, choose
 from .status import assess
 
 
@@ -69,8 +69,8 @@ def starting_point(sub: SubBatch, origin: State):
     right = origin.r_x, sub.form.eliminate(factor, origin.r_x), origin.r_v
     x, v = solve_refined(sub.form, diagonals, factor, right, origin.refine)
     computed = factor_ok & backend.all_finite(x) & backend.all_finite(v)
-    v, s, mu = center_start(sub, diagonals.theta, xp.where(computed, v, origin.v))
-    return origin._replace(x=xp.where(computed, x, origin.x), v=v, s=s, mu=mu), factor
+    v, s, elastic, mu = center_start(sub, diagonals.theta, xp.where(computed, v, origin.v))
+    return origin._replace(x=xp.where(computed, x, origin.x), v=v, s=s, elastic=elastic, mu=mu), factor
 
 
 def make_origin(sub: SubBatch) -> State:
@@ -93,6 +93,7 @@ def make_origin(sub: SubBatch) -> State:
         within_tolerance=infinite < 0, worst=infinite, best=unknown, refine=infinite > 0,
         certificate=full(1, 0.0, wide), without_progress=count, iterations=count,
         limit=count + settings.max_iterations, status=count + RUNNING,
+        elastic=ElasticState(v, v, v) if problem.is_elastic else None,
     )  # fmt: skip
 
 
@@ -107,21 +108,38 @@ def first_diagonals(sub: SubBatch, origin: State) -> Diagonals:
     zero = problem.backend.full((problem.batch, problem.rows), 0.0, problem.dtype)
     distance = problem.backend.clip(E * problem.k / (DOUBLE.loose * scaling.reach), 1.0)
     theta = xp.where(problem.inequality, distance / E**2 + zero, zero)
+    if (elastic := problem.elastic) is not None:
+        theta = xp.where(elastic.two_sided, zero, theta) + elastic.compliance
     return sub.diagonals(theta, origin.rho, origin.delta)
 
 
 def center_start(sub: SubBatch, theta, v):
-    """Center the multipliers v of a solution with θ; return multipliers, slacks and the mean complementarity."""
-    problem, backend, scaling = sub.problem, sub.problem.backend, sub.scaling
+    """Center the multipliers v of a solution with θ.
+
+    Returns
+    -------
+    v, s
+    elastic : ElasticState or None
+    mu : array (B, 1)
+        Mean complementarity.
+    """
+    problem, backend, scaling, elastic = sub.problem, sub.problem.backend, sub.scaling, sub.problem.elastic
     xp, zero = backend.xp, backend.xp.zeros_like(v)
-    z = xp.where(problem.inequality, v / scaling.E, zero)
+    one_sided = problem.inequality if elastic is None else problem.inequality & ~elastic.two_sided
+    z = xp.where(one_sided, v / scaling.E, zero)
     up, down = (backend.clip(backend.largest(a), 0.0) for a in (-z, z))
-    mu = mean(sub, xp.where(problem.inequality, z + up, zero), down - z)
-    mu = xp.maximum(mu, DOUBLE.least_centrality * xp.maximum(up, down) ** 2)
+    mu = backend.dot(xp.where(one_sided, z + up, zero), down - z) / sub.sizes.inequalities
+    size = xp.maximum(up, down)
+    if elastic is not None:  # equalities with a price decide where there are no inequalities
+        multipliers = xp.where(elastic.two_sided, xp.minimum(xp.abs(v), elastic.upper) / scaling.E, zero)
+        size = xp.where(xp.any(one_sided, axis=-1, keepdims=True), size, backend.largest(multipliers))
+    mu = xp.maximum(mu, DOUBLE.least_centrality * size**2)
     mu = xp.maximum(mu, sub.settings.smallest * scaling.primal * scaling.dual)
-    difference = scaling.E**2 * xp.where(problem.inequality, theta, zero) * z
-    v, s = center_on_path(sub, v, difference, mu)
-    return v, s, mean(sub, s, v)
+    difference = scaling.E**2 * xp.where(one_sided, theta, zero) * z
+    if elastic is not None:
+        difference = xp.where(elastic.two_sided, v / scaling.E, difference)
+    v, s, priced = center_on_path(sub, v, difference, mu)
+    return v, s, priced, mean(sub, s, v, priced)
 
 
 def begin_warm(sub: SubBatch, point: StartingPoint, ordinary: State):
@@ -135,14 +153,21 @@ def begin_warm(sub: SubBatch, point: StartingPoint, ordinary: State):
     x, v = point.x + xp.zeros_like(ordinary.x), point.v + xp.zeros_like(ordinary.v)
     slack = E * (problem.k - problem.constraints(x))
     zero = xp.zeros_like(slack)
+    if (elastic := problem.elastic) is not None:
+        slack = slack + E * elastic.compliance * v
     violation = xp.where(equality, xp.abs(slack), xp.where(inequality, backend.clip(-slack, 0.0), zero))
+    if elastic is not None:  # what is violated at its price is no error
+        violation = xp.where(elastic.two_sided, xp.abs(slack), violation)
+        of_upper = xp.abs(xp.where(elastic.limited, elastic.upper, zero) - v)
+        to_limit = xp.where(slack < 0, of_upper, xp.where(elastic.two_sided, xp.abs(elastic.upper + v), zero))
+        violation = xp.where(elastic.limited, xp.minimum(violation, to_limit / E), violation)
     slope = problem.hessian(x) + problem.q + problem.adjoint(v)
     error = xp.maximum(backend.largest(violation), backend.norm(D * slope))
     difference = xp.where(inequality, v / E - slack, zero)
     mu = xp.minimum(DOUBLE.warm_centrality * error * xp.sqrt(unit), ordinary.mu)
     mu = xp.maximum(mu, max(sub.settings.tol, sub.settings.smallest) * unit)
-    v, s = center_on_path(sub, v, difference, mu)
-    state = ordinary._replace(x=x, v=v, s=s, mu=mean(sub, s, v))
+    v, s, priced = center_on_path(sub, v, difference, mu)
+    state = ordinary._replace(x=x, v=v, s=s, elastic=priced, mu=mean(sub, s, v, priced))
     state = assess(sub, state, state)
     usable = point.usable & ((state.status == RUNNING) | (state.status == int(Status.SOLVED)))
     # Also from a solution one step is taken: the derivative needs its factor.
@@ -160,7 +185,13 @@ def begin_again(xp, settings: Settings, state: State, ordinary: State) -> State:
 def center_on_path(sub: SubBatch, v, difference, mu):
     """Return multipliers and slacks with s ∘ z = μ and a given difference z − s in the scaled constraints.
 
-    Those of equalities stay.
+    Those of equalities stay. Where violations have a linear price, the difference is v − s + t, and s ∘ z = t ∘ r = μ;
+    the pair of the limit that is farther from it does not count in the difference.
+
+    Returns
+    -------
+    v, s
+    elastic : ElasticState or None
     """
     return on_path(sub.problem, sub.scaling.E, v, difference, mu)
 
@@ -173,9 +204,33 @@ def on_path(problem: Problem, E, v, difference, mu):
     zero = xp.zeros_like(v)
     s = xp.where(problem.inequality, xp.where(difference > 0, small, large) / E, zero)
     z = xp.where(difference > 0, large, small) * E
-    return xp.where(problem.inequality, z, xp.where(problem.equality, v, zero)), s
+    v = xp.where(problem.inequality, z, xp.where(problem.equality, v, zero))
+    if (elastic := problem.elastic) is None:
+        return v, s, None
+    limited, upper = elastic.limited, xp.where(elastic.limited, elastic.upper / E, 1.0)
+    lower = xp.where(elastic.two_sided, -upper, 0.0)
+    width = upper - lower
+    below = 2.0 * difference <= lower + upper
+    distance = xp.where(below, difference - lower, upper - difference)
+    large = (xp.abs(distance) + xp.sqrt(distance * distance + 4.0 * mu)) / 2.0
+    near = xp.minimum(xp.where(distance > 0, large, mu / large), width / 2.0)
+    # Not the limit and the distance from it where the limit may be so large that it drowns the multiplier.
+    inside, moved = (distance > 0) & (large < width / 2.0), mu / large
+    from_difference = xp.where(below, difference + moved, difference - moved)
+    inner = xp.where(inside, from_difference, xp.where(below, lower + near, upper - near))
+    far = width - near
+    of_lower, of_upper = xp.where(below, near, far), xp.where(below, far, near)
+    s = xp.where(limited, mu / of_lower / E, s)
+    v = xp.where(limited, inner * E, v)
+    z = xp.where(limited, of_lower * E, xp.where(problem.inequality, v, zero))
+    t, r = xp.where(limited, mu / of_upper / E, zero), xp.where(limited, of_upper * E, zero)
+    return v, s, ElasticState(t, z, r)
 
 
-def mean(sub: SubBatch, s, z):
-    """Return the mean of s ∘ z over the inequalities, where s is 0 in the other constraints, (B, 1)."""
-    return sub.problem.backend.dot(s, z) / sub.sizes.inequalities
+def mean(sub: SubBatch, s, v, elastic: ElasticState | None):
+    """Return the mean complementarity (B, 1): of s ∘ v over the inequalities, where s is 0 in the other constraints.
+
+    With prices, of s ∘ z and t ∘ r.
+    """
+    dot, pairs = sub.problem.backend.dot, sub.sizes.pairs
+    return dot(s, v) / pairs if elastic is None else (dot(s, elastic.z) + dot(elastic.t, elastic.r)) / pairs

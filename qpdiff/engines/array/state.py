@@ -28,7 +28,7 @@ class State(NamedTuple):
     r_x: Any
     """−(Qx + q + Kᵀv)."""
     r_v: Any
-    """k − Kx − s."""
+    """k − Kx − s; at rows with a price k − Kx − s + t + σv."""
     Qx: Any
     Kx: Any
     objective: Any
@@ -54,9 +54,22 @@ class State(NamedTuple):
     limit: Any
     """Iterations after which to give up."""
     status: Any
+    elastic: ElasticState | None = None
+    """Of the rows that may be violated at a price, where there are any."""
     implicit_x: Any = None
     """In steps in the dual space: what x is computed from (`dual_space.ImplicitX`); `x` is that of an earlier iterate.
     """
+
+
+class ElasticState(NamedTuple):
+    """What an iterate has of rows that may be violated at a linear price w: t ∘ r = μ beside s ∘ z = μ on the path."""
+
+    t: Any
+    """Violation beyond that of the quadratic price, positive; 0 in rows without a linear price."""
+    z: Any
+    """Distance of the multiplier from its lower limit, 0 (−w at an equality), of all rows with a slack; else 0."""
+    r: Any
+    """Distance from its upper limit w; 0 in rows without a linear price."""
 
 
 class Residuals(NamedTuple):
@@ -87,6 +100,8 @@ class Sizes(NamedTuple):
 
     inequalities: Any
     """The number of inequalities, at least 1."""
+    pairs: Any
+    """The number of pairs whose product is μ on the central path, at least 1: the same but for rows with a price."""
     q: Any
     """The largest |q| in the units of the tolerance."""
     scaled_k: Any
@@ -139,8 +154,13 @@ def make_sub_batch(form, settings: Settings) -> SubBatch:
     D, E, primal, dual, reach = scaling
     units = Units(None, None, None) if settings.absolute else Units(Unit(D, dual), Unit(E, primal), primal * dual)
     count, k = backend.total(xp.astype(problem.inequality, problem.dtype)), E * wide.k
+    inequalities = pairs = backend.clip(count, 1.0)
+    if (elastic := problem.elastic) is not None:
+        one_sided = problem.inequality & ~elastic.two_sided
+        inequalities = backend.clip(backend.total(xp.astype(one_sided, problem.dtype)), 1.0)
+        pairs = backend.clip(count + backend.total(xp.astype(elastic.limited, problem.dtype)), 1.0)
     sizes = Sizes(
-        inequalities=backend.clip(count, 1.0), q=scaled_size(backend, units.x, wide.q),
+        inequalities=inequalities, pairs=pairs, q=scaled_size(backend, units.x, wide.q),
         scaled_k=xp.maximum(backend.norm(xp.where(k <= DOUBLE.loose * reach, k, 0.0)), primal),
         scaled_q=xp.maximum(backend.norm(D * wide.q), dual),
         least_rate=xp.where(count > 0, 0.0 * count, DOUBLE.fast_rate),

@@ -23,7 +23,7 @@ class Products(NamedTuple):
     r_x: Any
     """−(Qx + q + Kᵀv)."""
     r_v: Any
-    """k − Kx − s."""
+    """k − Kx − s, at rows with a price k − Kx − s + t + σv."""
 
 
 class GapTerms(NamedTuple):
@@ -33,22 +33,41 @@ class GapTerms(NamedTuple):
     qx: Any
     kv: list
     """kᵀv, by blocks of constraints."""
+    price: Any
+    """The price of violations and the σv² of their quadratic one; 0 without prices."""
 
 
 def residuals(problem: Problem, x, v, s) -> Products:
-    """Compute the products with the matrices, and what Qx + q + Kᵀv = 0 and Kx + s = k leave."""
+    """Compute the products with the matrices, and what Qx + q + Kᵀv = 0 and Kx + s = k leave, s less any violation."""
     Qx, Kx, Kv = problem.hessian(x), problem.constraints(x), problem.adjoint(v)
     Kx = problem.where_exists(Kx, 0.0)
     return Products(Qx, Kx, Kv, -(Qx + problem.q + Kv), problem.k - Kx - s)
 
 
-def gap_terms(problem: Problem, x, v, Qx) -> GapTerms:
-    """Compute the terms of the duality gap."""
+def violations(problem: Problem, v, t):
+    """Return how far rows with a price are violated, t + σv, (B, constraints)."""
+    return t + problem.elastic.compliance * v
+
+
+def linear_price(problem: Problem, s, t):
+    """Return the price of violations but for the quadratic one, (B, 1); at an equality s is a violation like t."""
+    xp, elastic = problem.backend.xp, problem.elastic
+    violated = t + xp.where(elastic.two_sided, s, 0.0)
+    return problem.backend.dot(xp.where(elastic.limited, elastic.upper, 0.0), violated)
+
+
+def price_terms(problem: Problem, v, s, t):
+    """Return what prices of violations add to the duality gap, (B, 1): the linear price and σv²."""
+    return linear_price(problem, s, t) + problem.backend.dot(problem.elastic.compliance * v, v)
+
+
+def gap_terms(problem: Problem, x, v, Qx, price=0.0) -> GapTerms:
+    """Compute the terms of the duality gap, with those of the prices of violations."""
     backend = problem.backend
     # By blocks, each summed by itself: terms that cancel do so in the same way everywhere.
     blocks = (problem.blocks[name] for name in ("G", "A", "ub", "lb"))
     kv = [backend.dot(problem.k[:, rows], v[:, rows]) for rows in blocks if rows.stop > rows.start]
-    return GapTerms(backend.dot(x, Qx), backend.dot(x, problem.q), kv)
+    return GapTerms(backend.dot(x, Qx), backend.dot(x, problem.q), kv, price)
 
 
 def per_gap_unit(sub: SubBatch):
@@ -80,15 +99,17 @@ def is_within_tolerance(sub: SubBatch, x, v, products: Products, terms: GapTerms
     """Return for which problems the residuals are within the tolerance, absolute and relative to their terms."""
     problem, sizes, backend, units = sub.wide_problem, sub.sizes, sub.problem.backend, sub.units
     xp, settings, per_unit = backend.xp, sub.settings, per_gap_unit(sub)
-    xQx, qx, kv = terms
+    xQx, qx, kv, price = terms
     size_gap = xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(sum(kv, 0.0 * qx)))
+    if problem.is_elastic:
+        size_gap = xp.maximum(size_gap, price)
     allowed_gap = allowed(settings, size_gap, per_unit)
     within = found.gap <= allowed_gap
     if backend.known_all_false(within):
         return within
     # The terms of the gap may cancel to 0 by chance: what their rounding hides must not be far beyond the tolerance.
     hidden = backend.dot(xp.abs(x), xp.abs(products.Qx) + xp.abs(problem.q))
-    hidden = hidden + backend.dot(xp.abs(v), xp.abs(problem.k))
+    hidden = hidden + backend.dot(xp.abs(v), xp.abs(problem.k)) + price
     size_dual = xp.maximum(scaled_size(backend, units.x, products.Qx), sizes.q)
     size_dual = xp.maximum(size_dual, scaled_size(backend, units.x, products.Kv))
     return (
@@ -116,13 +137,22 @@ def assess(sub: SubBatch, state: State, previous: State) -> State:
     problem, backend, settings, units = sub.wide_problem, sub.problem.backend, sub.settings, sub.units
     xp = backend.xp
     x, v, s = (cast(xp, a, problem.dtype) for a in (state.x, state.v, state.s))
-    products = residuals(problem, x, v, s)
-    terms = gap_terms(problem, x, v, products.Qx)
-    violation = backend.clip(products.Kx - problem.k, 0.0)
+    if state.elastic is None:
+        products = residuals(problem, x, v, s)
+        terms = gap_terms(problem, x, v, products.Qx)
+        violation = backend.clip(products.Kx - problem.k, 0.0)
+    else:  # beyond what is paid for
+        t = cast(xp, state.elastic.t, problem.dtype)
+        paid = violations(problem, v, t)
+        products = residuals(problem, x, v, s - paid)
+        terms = gap_terms(problem, x, v, products.Qx, price_terms(problem, v, s, t))
+        violation = backend.clip(products.Kx - problem.k - paid, 0.0)
+        violation = xp.where(problem.elastic.two_sided, xp.abs(products.r_v), violation)
     violation = problem.where_exists(problem.where_inequality(violation, xp.abs(products.r_v)), 0.0)
     absolute = Residuals(
-        backend.largest(violation), backend.norm(products.r_x), xp.abs(sum(terms.kv, terms.xQx + terms.qx))
-    )
+        backend.largest(violation), backend.norm(products.r_x),
+        xp.abs(sum(terms.kv, terms.xQx + terms.qx) + terms.price),
+    )  # fmt: skip
     found = absolute
     if not settings.absolute:
         primal, dual = scaled_size(backend, units.v, violation), scaled_size(backend, units.x, products.r_x)
@@ -137,8 +167,11 @@ def assess(sub: SubBatch, state: State, previous: State) -> State:
     unbounded = descent_direction(sub, x, products, previous, found.dual)
     certificate = xp.maximum(infeasible.ratio, unbounded.ratio)
     without_progress, best = progress(sub, state, found, certificate)
+    objective = 0.5 * terms.xQx + terms.qx
+    if problem.elastic is not None:
+        objective = objective + (terms.price + linear_price(problem, s, t)) / 2.0
     state = state._replace(
-        Qx=products.Qx, Kx=products.Kx, objective=0.5 * terms.xQx + terms.qx, absolute=absolute, primal=found.primal,
+        Qx=products.Qx, Kx=products.Kx, objective=objective, absolute=absolute, primal=found.primal,
         dual=found.dual, gap=found.gap, within_tolerance=within, worst=worst, best=best,
         certificate=xp.maximum(certificate, state.certificate), without_progress=without_progress,
     )  # fmt: skip
@@ -223,6 +256,7 @@ def progress(sub: SubBatch, state: State, found: Residuals, certificate):
 #
 # Farkas: Kᵀv = 0, z ≥ 0, kᵀv < 0 leaves no x; Qx = 0, Kx ≤ 0 (= 0), qᵀx < 0 is a direction of unbounded descent.
 # Iterates without a limit go off along such a direction, so it shows in their last step long before it does in them.
+# Rows with a price contradict nothing, v = 0 there; along x they may be violated if qᵀx < 0 outweighs the linear price.
 
 
 class Direction(NamedTuple):
@@ -248,11 +282,22 @@ def descent_direction(sub: SubBatch, x, products: Products, previous: State, dua
     Qx, Kx = products.Qx, products.Kx
     slope = Kx - previous.Kx
     climb = xp.where(problem.equality, xp.abs(slope), backend.clip(slope, 0.0))
-    uphill = xp.maximum(backend.norm(D * (Qx - previous.Qx)), backend.largest(E * climb))
     # The rounding of these differences hides as much.
     hidden = xp.maximum(backend.norm(D * Qx), backend.norm(E * Kx))
-    uphill = xp.maximum(uphill, xp.finfo(problem.dtype).eps * hidden)
-    return Direction(xp.where(falls, fall / (uphill * sub.sizes.scaled_q), 0.0), ray, fall)
+    least = xp.maximum(backend.norm(D * (Qx - previous.Qx)), xp.finfo(problem.dtype).eps * hidden)
+
+    def ratio(falls, fall, climb):
+        uphill = xp.maximum(least, backend.largest(E * climb))
+        return xp.where(falls, fall / (uphill * sub.sizes.scaled_q), 0.0)
+
+    if (elastic := problem.elastic) is None:
+        return Direction(ratio(falls, fall, climb), ray, fall)
+    climb = xp.where(elastic.two_sided, xp.abs(slope), climb)
+    unpaid = ratio(falls, fall, climb)
+    price = backend.dot(xp.where(elastic.limited, elastic.upper, 0.0), xp.where(elastic.limited, climb, 0.0))
+    falls, left = falls_along(sub, problem.q, ray, dual, sub.units.x, price)
+    paid = ratio(falls, left, xp.where(elastic.limited, 0.0, climb))
+    return Direction(xp.maximum(unpaid, paid), ray, xp.where(paid > unpaid, left, fall))
 
 
 def farkas_certificate(sub: SubBatch, v, previous_v, Kx, primal) -> Direction:
@@ -261,6 +306,8 @@ def farkas_certificate(sub: SubBatch, v, previous_v, Kx, primal) -> Direction:
     xp = backend.xp
     farkas = v - cast(xp, previous_v, v.dtype)
     farkas = problem.where_inequality(backend.clip(farkas, 0.0), farkas)
+    if problem.elastic is not None:
+        farkas = xp.where(problem.elastic.soft, 0.0, farkas)
     falls, fall = falls_along(sub, problem.k, farkas, primal, sub.units.v)
     if backend.known_all_false(falls):
         return Direction(xp.astype(falls, fall.dtype), farkas, fall)
@@ -272,8 +319,8 @@ def farkas_certificate(sub: SubBatch, v, previous_v, Kx, primal) -> Direction:
     return Direction(xp.where(falls, fall / (left * size), 0.0), farkas, fall)
 
 
-def falls_along(sub: SubBatch, cost, direction, residual, unit: Unit | None):
-    """Return where a linear cost falls along a direction, and how far.
+def falls_along(sub: SubBatch, cost, direction, residual, unit: Unit | None, price=0.0):
+    """Return where a linear cost falls along a direction by more than a price, and how far.
 
     The fall against what the direction leaves is a ratio r that proves that there is no solution of norm less than r in
     the scaled problem, whose own size is that of its cost. It has to be beyond rounding, and beyond what any point may
@@ -281,7 +328,7 @@ def falls_along(sub: SubBatch, cost, direction, residual, unit: Unit | None):
     """
     backend, tol = sub.problem.backend, sub.settings.tol
     xp = backend.xp
-    fall, length = -backend.dot(cost, direction), xp.abs(direction)
+    fall, length = -backend.dot(cost, direction) - price, xp.abs(direction)
     total = backend.total(length) if unit is None else unit.size * backend.total(length / unit.scale)
     least = xp.maximum(DOUBLE.certificate_rounding * backend.dot(xp.abs(cost), length), tol * total)
     return (residual > tol) & (fall > least), fall

@@ -16,47 +16,98 @@ from typing import Any, NamedTuple
 from ..parameters import DOUBLE
 from .kkt import solve_refined
 from .start import mean
-from .state import State, SubBatch, choose, scaled_size
+from .state import ElasticState, State, SubBatch, choose, scaled_size
 from .status import accept_or_revert, assess
+
+
+class Pair(NamedTuple):
+    """Two numbers of each row with a ∘ b = μ on the central path: s and z, or t and r where violations have a price."""
+
+    a: Any
+    """A slack, or a violation; 0 in rows without such a pair."""
+    b: Any
+    """The distance of the multiplier from a limit."""
+    positive_a: Any
+    """a, infinite in rows without such a pair, where what is divided by it is 0; `positive_b` likewise."""
+    positive_b: Any
+    of_upper: bool
+    """The limit is the upper one, so that b falls as the multiplier grows."""
+
+    @property
+    def theta(self):
+        return self.a / self.positive_b
+
+    def along(self, dv):
+        """Return the direction of b for one of the multipliers."""
+        return -dv if self.of_upper else dv
+
+
+def complementary_pairs(sub: SubBatch, state: State) -> list[Pair]:
+    """Return s and z, and where violations have a price t and r."""
+    problem = sub.problem
+    z = state.v if state.elastic is None else state.elastic.z
+    positive_s, positive_z = (problem.where_inequality(a, float("inf")) for a in (state.s, z))
+    pairs = [Pair(state.s, z, positive_s, positive_z, False)]
+    if state.elastic is not None:
+        t, _, r = state.elastic
+        where, limited = problem.backend.xp.where, problem.elastic.limited
+        positive_t, positive_r = (where(limited, a, float("inf")) for a in (t, r))
+        pairs.append(Pair(t, r, positive_t, positive_r, True))
+    return pairs
+
+
+def complementarity_ratio(sub: SubBatch, pairs: list[Pair]):
+    """Return θ: s/z, and where violations have a price s/z + t/r + σ."""
+    elastic = sub.problem.elastic
+    return pairs[0].theta if elastic is None else pairs[0].theta + pairs[1].theta + elastic.compliance
+
+
+def right_of_constraints(pairs: list[Pair], r_v, complementarity):
+    """Return the right-hand side of the constraints, for what the product of every pair is to be diminished by."""
+    for pair, c in zip(pairs, complementarity, strict=True):
+        r_v = r_v - c / pair.positive_b if pair.of_upper else r_v + c / pair.positive_b
+    return r_v
+
+
+def directions_of_pairs(pairs: list[Pair], complementarity, dv):
+    """Return the directions of a and b of every pair, for those of the multipliers."""
+    along = [pair.along(dv) for pair in pairs]
+    terms = zip(pairs, complementarity, along, strict=True)
+    return [(-(c + pair.a * db) / pair.positive_b, db) for pair, c, db in terms]
 
 
 class NewtonSystem:
     """The factored KKT system at an iterate, solved for directions that take all residuals to 0.
 
-    What s ∘ z is to be diminished by, the complementarity's right-hand side, is the argument of its methods.
+    What the products of pairs are to be diminished by, the complementarity's right-hand sides, is the argument of its
+    methods.
 
     Parameters
     ----------
-    s, z : array (B, constraints)
-        Positive; 0 and infinite where the constraint is no inequality.
+    pairs : list of Pair
     r_x, r_v
         The residuals, as right-hand sides.
     regularization : tuple
         ρ and δ, (B, 1).
     """
 
-    def __init__(self, sub: SubBatch, s, z, r_x, r_v, regularization):
-        self.form, self.s, self.z, self.r_x, self.r_v = sub.form, s, z, r_x, r_v
-        self.diagonals = sub.diagonals(s / z, *regularization)
+    def __init__(self, sub: SubBatch, pairs: list[Pair], r_x, r_v, regularization):
+        self.form, self.pairs, self.r_x, self.r_v = sub.form, pairs, r_x, r_v
+        self.diagonals = sub.diagonals(complementarity_ratio(sub, pairs), *regularization)
         self.factor, self.factor_ok = sub.form.factor(self.diagonals)
         self._eliminated = sub.form.eliminate(self.factor, r_x)
 
     def solve_multipliers(self, complementarity):
-        """Return dv and ds."""
-        dv = self.form.solve_multipliers(self.factor, self._eliminated, self._right_v(complementarity))
-        return dv, self._slack(complementarity, dv)
+        """Return the directions of a and b of every pair."""
+        right = right_of_constraints(self.pairs, self.r_v, complementarity)
+        dv = self.form.solve_multipliers(self.factor, self._eliminated, right)
+        return directions_of_pairs(self.pairs, complementarity, dv)
 
     def solve(self, complementarity, refine=None):
-        """Return dx, dv and ds, refined for the problems of a mask."""
-        right = self.r_x, self._eliminated, self._right_v(complementarity)
+        """Return dx, dv and the directions of a and b of every pair, refined for the problems of a mask."""
+        right = self.r_x, self._eliminated, right_of_constraints(self.pairs, self.r_v, complementarity)
         dx, dv = solve_refined(self.form, self.diagonals, self.factor, right, refine)
-        return dx, dv, self._slack(complementarity, dv)
-
-    def _right_v(self, complementarity):
-        return self.r_v + complementarity / self.z
-
-    def _slack(self, complementarity, dv):
-        return -(complementarity + self.s * dv) / self.z
+        return dx, dv, directions_of_pairs(self.pairs, complementarity, dv)
 
 
 class Step(NamedTuple):
@@ -70,6 +121,8 @@ class Step(NamedTuple):
     """Mask of the problems for which it could be computed."""
     by_delta: Any
     """The share of the residual of the constraints that δ leaves: α_s δ dv in the caller's units."""
+    by_lengths: Any = 0.0
+    """What unequal step lengths leave of it where violations have a quadratic price: (α_z − α_s) σ dv."""
 
 
 def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
@@ -78,18 +131,19 @@ def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
     `refine` says whether any problem is to be refined; only those that are get it, so that no problem depends on
     another. `may_revert` says whether any may stay at its iterate: one that has ended, or is within the tolerance.
     """
-    problem, backend = sub.problem, sub.problem.backend
-    # What is divided by an infinite s or z is 0 where the constraint is no inequality.
-    s, z = (problem.where_inequality(a, float("inf")) for a in (state.s, state.v))
-    system = NewtonSystem(sub, state.s, z, state.r_x, state.r_v, (state.rho, state.delta))
-    right, fraction = corrector_rhs(sub, state, (s, z), system.solve_multipliers(state.s * state.v))
-    dx, dv, ds = system.solve(right, state.refine if refine else None)
-    alpha_s, alpha_z, s, v = take_step(sub, state, (s, z), (dv, ds), fraction)
+    backend = sub.problem.backend
+    pairs = complementary_pairs(sub, state)
+    system = NewtonSystem(sub, pairs, state.r_x, state.r_v, (state.rho, state.delta))
+    predictor = system.solve_multipliers([pair.a * pair.b for pair in pairs])
+    right, fraction = corrector_rhs(sub, state, pairs, predictor)
+    dx, dv, directions = system.solve(right, state.refine if refine else None)
+    alpha_s, alpha_z, s, v, elastic = take_step(sub, state, pairs, directions, fraction)
     x = state.x + alpha_s * dx
 
     computed = system.factor_ok & backend.all_finite(x) & backend.all_finite(v) & backend.all_finite(s)
     made = Step(alpha_s, alpha_z, computed, alpha_s * (system.diagonals.delta * dv))
-    moved = state._replace(x=x, v=v, s=s, mu=mean(sub, s, v))
+    made = with_compliance(sub, made, dv)
+    moved = state._replace(x=x, v=v, s=s, elastic=elastic, mu=mean(sub, s, v, elastic))
     # A step that cannot be computed is not taken; more regularisation comes instead.
     if not backend.known_all_false(~computed):
         moved = choose(backend.xp, computed, moved, state)
@@ -100,39 +154,90 @@ def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
     return accept_or_revert(sub, state, moved) if may_revert else moved, system.factor
 
 
-def corrector_rhs(sub: SubBatch, state: State, positive, predictor):
-    """Return what the corrector is to diminish s ∘ z by, and its share of the step to the boundary.
+def with_compliance(sub: SubBatch, made: Step, dv) -> Step:
+    """Return a step with what its lengths leave of the constraints where violations have a quadratic price."""
+    if (elastic := sub.problem.elastic) is None:
+        return made
+    return made._replace(by_lengths=(made.alpha_z - made.alpha_s) * (elastic.compliance * dv))
+
+
+def corrector_rhs(sub: SubBatch, state: State, pairs: list[Pair], predictor):
+    """Return what the corrector is to diminish s ∘ z by, for every pair, and its share of the step to the boundary.
 
     How far towards s ∘ z = 0 the predictor gets decides both: the centering (Nocedal & Wright, 16.62 to 16.66), and the
-    share, which has to tend to 1 for fast convergence. `positive` has s and z, infinite where the constraint is no
-    inequality, `predictor` dv and ds.
+    share, which has to tend to 1 for fast convergence. `predictor` has the directions of a and b of every pair.
     """
-    backend, (s, z), (dv, ds) = sub.problem.backend, positive, predictor
-    alpha_s, alpha_z = step_length(backend, s, ds, 1.0), step_length(backend, z, dv, 1.0)
-    reached = mean(sub, state.s + alpha_s * ds, state.v + alpha_z * dv)
+    backend = sub.problem.backend
+    alpha_s, alpha_z = step_lengths(backend, pairs, predictor, 1.0)
+    moved = ((pair.a + alpha_s * da, pair.b + alpha_z * db) for pair, (da, db) in zip(pairs, predictor, strict=True))
+    products = [backend.dot(a, b) for a, b in moved]
+    reached = sum(products[1:], products[0]) / sub.sizes.pairs
     ratio = backend.clip(reached / (state.mu + sub.settings.tiny), 0.0, 1.0)
     # Iterates that would repeat each other come to an end with more centering.
     repeating = state.without_progress > DOUBLE.equal_steps_after
     sigma = backend.xp.where(repeating, backend.clip(ratio**3, DOUBLE.least_centering), ratio**3)
-    right = state.s * state.v + ds * dv - sigma * state.mu
+    aim = sigma * state.mu
+    right = [pair.a * pair.b + da * db - aim for pair, (da, db) in zip(pairs, predictor, strict=True)]
     return right, backend.clip(1.0 - ratio, DOUBLE.step_fraction, DOUBLE.largest_step_fraction)
 
 
-def take_step(sub: SubBatch, state: State, positive, direction, fraction):
-    """Move slacks and multipliers along the corrector's direction; return the step lengths, s and v.
+def take_step(sub: SubBatch, state: State, pairs: list[Pair], directions, fraction):
+    """Move slacks and multipliers along the corrector's directions of a and b of every pair.
 
-    `positive` is as in `corrector_rhs`, `direction` has dv and ds.
+    Returns
+    -------
+    alpha_s, alpha_z : arrays (B, 1)
+        The step lengths.
+    s, v
+    elastic : ElasticState or None
     """
     problem, backend, settings = sub.problem, sub.problem.backend, sub.settings
-    xp, (s, z), (dv, ds) = backend.xp, positive, direction
-    alpha_s, alpha_z = step_length(backend, s, ds, fraction), step_length(backend, z, dv, fraction)
+    xp, (ds, dv) = backend.xp, directions[0]
+    alpha_s, alpha_z = step_lengths(backend, pairs, directions, fraction)
     # Unequal steps leave Qx + Kᵀv behind, with which iterates may repeat each other.
     shorter, equal_steps = xp.minimum(alpha_s, alpha_z), state.without_progress >= DOUBLE.equal_steps_after
     alpha_s, alpha_z = xp.where(equal_steps, shorter, alpha_s), xp.where(equal_steps, shorter, alpha_z)
     s = problem.where_inequality(backend.clip(state.s + alpha_s * ds, settings.tiny), 0.0)
     v = problem.where_exists(state.v + alpha_z * dv, 0.0)
-    v = problem.where_inequality(backend.clip(v, settings.tiny), v)
-    return alpha_s, alpha_z, s, v
+    if state.elastic is None:
+        return alpha_s, alpha_z, s, problem.where_inequality(backend.clip(v, settings.tiny), v), None
+    v, elastic = move_elastic(sub, state.elastic, directions[1][0], dv, alpha_s, alpha_z, v)
+    return alpha_s, alpha_z, s, v, elastic
+
+
+def move_elastic(sub: SubBatch, elastic: ElasticState, dt, dv, alpha_s, alpha_z, v):
+    """Move what an iterate has of rows with a price, for multipliers v after the step; return v too.
+
+    A multiplier near a limit follows from its distance, which is known better than the difference of the two.
+    """
+    problem, backend, tiny = sub.problem, sub.problem.backend, sub.settings.tiny
+    xp, limited, two_sided = backend.xp, problem.elastic.limited, problem.elastic.two_sided
+    t = xp.where(limited, backend.clip(elastic.t + alpha_s * dt, tiny), 0.0)
+    dz = alpha_z * dv
+    z, r = backend.clip(elastic.z + dz, tiny), backend.clip(elastic.r - dz, tiny)
+    upper = xp.where(limited, problem.elastic.upper, 1.0)
+    near = DOUBLE.near_limit * upper
+    if backend.known_all_false(two_sided):
+        at_upper, z = limited & (r < near), problem.where_inequality(z, 0.0)
+        v = xp.where(at_upper, upper - r, problem.where_inequality(z, v))
+        return v, ElasticState(t, z, xp.where(at_upper, r, xp.where(limited, upper - v, 0.0)))
+    lower = xp.where(two_sided, -upper, 0.0)
+    of_limited = xp.where(r < near, upper - r, xp.where((z < near) | ~two_sided, lower + z, v))
+    v = xp.where(limited, of_limited, problem.where_inequality(z, v))
+    z = xp.where(two_sided & (z >= near), v - lower, problem.where_inequality(z, 0.0))
+    r = xp.where(limited, xp.where(r < near, r, upper - v), 0.0)
+    return v, ElasticState(t, z, r)
+
+
+def step_lengths(backend, pairs: list[Pair], directions, fraction):
+    """Return the largest steps that leave every a, and every b, enough of itself, as `step_length` does."""
+    (ds, dz), *others = directions
+    alpha_s = step_length(backend, pairs[0].positive_a, ds, fraction)
+    alpha_z = step_length(backend, pairs[0].positive_b, dz, fraction)
+    for pair, (da, db) in zip(pairs[1:], others, strict=True):
+        alpha_s = backend.xp.minimum(alpha_s, step_length(backend, pair.positive_a, da, fraction))
+        alpha_z = backend.xp.minimum(alpha_z, step_length(backend, pair.positive_b, db, fraction))
+    return alpha_s, alpha_z
 
 
 def step_length(backend, value, direction, fraction):
@@ -155,7 +260,7 @@ def variables_are_accurate(sub: SubBatch, made: Step, state: State, moved: State
 def constraints_are_accurate(sub: SubBatch, made: Step, state: State, moved: State):
     """Return for which problems the linear solve has left little of the residual of the constraints."""
     backend, unit = sub.problem.backend, sub.units.v
-    left = moved.r_v - (1.0 - made.alpha_s) * state.r_v + made.by_delta
+    left = moved.r_v - (1.0 - made.alpha_s) * state.r_v + made.by_delta - made.by_lengths
     return scaled_size(backend, unit, left) <= negligible(sub, scaled_size(backend, unit, state.r_v))
 
 

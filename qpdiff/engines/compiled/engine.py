@@ -107,6 +107,8 @@ def refusal(problem: Problem, verbose: bool) -> str | None:
     """Say why it cannot take these problems; None: it can."""
     if not isinstance(problem.backend, NumPyBackend):
         return "takes NumPy arrays only; pass backend='numpy'"
+    if problem.is_elastic:
+        return "takes no prices of violations"
     if verbose:
         return "takes one problem after the other; verbose needs engine='array'"
     return None

@@ -99,6 +99,8 @@ def threads_for(n: int, linear: int) -> int:
 
 def refusal(problem: Problem, verbose: bool) -> str | None:
     """Say why it cannot take these problems; None: it can."""
+    if problem.is_elastic:
+        return "takes no prices of violations; pass engine='array', or engine='auto'"
     if verbose:
         return "takes one problem after the other; verbose needs engine='array'"
     on, form = cuda.device(problem.backend.gpu), form_of(problem)

@@ -1,0 +1,196 @@
+"""Prices of violations in the adapters: first derivatives are those of `qpdiff.vjp`, second ones finite differences."""
+
+import numpy as np
+import pytest
+from elastic_problems import contradictory
+
+import qpdiff
+
+CASES = [("G h", None), ("G h A b lb ub", None), ("G h A b", 0.05)]
+
+
+def draw(parts):
+    """A small problem with both prices, all leaves by name, and functions of the leaves."""
+    rng = np.random.default_rng(0)
+    problem = contradictory(rng, parts, batch=(2,), n=3, m=4, p=2)
+    leaves = dict(problem)
+    for option, low, high in (("elastic", -0.5, 0.5), ("elastic_quadratic", -2, 0)):
+        for of, k in (("G", "h"), ("A", "b")):
+            if of in problem:
+                leaves[f"{option} {of}"] = 10 ** rng.uniform(low, high, problem[k].shape)
+    return leaves, rng
+
+
+def arguments(leaves):
+    """The arguments of solve_qp, with the symmetric part of Q."""
+    out = {name: value for name, value in leaves.items() if " " not in name}
+    out["Q"] = (out["Q"] + out["Q"].swapaxes(-1, -2)) / 2
+    for name, value in leaves.items():
+        option, _, of = name.partition(" ")
+        if of:
+            out.setdefault(option, {})[of] = value
+    return out
+
+
+def expected_gradients(leaves, weights, smoothing):
+    sol = qpdiff.solve_qp(**arguments(leaves))
+    grads = qpdiff.vjp(sol, x=weights, objective=2.0, smoothing=smoothing)
+    of = {}
+    for name in leaves:
+        option, _, part = name.partition(" ")
+        of[name] = getattr(grads, option)[part] if part else getattr(grads, option)
+    return of
+
+
+@pytest.mark.parametrize(("parts", "smoothing"), CASES[1:])
+def test_torch(parts, smoothing):
+    torch = pytest.importorskip("torch")
+    import qpdiff.torch
+
+    leaves, rng = draw(parts)
+    weights = torch.tensor(rng.normal(size=(2, 3)))
+    values = [torch.tensor(value, requires_grad=True) for value in leaves.values()]
+
+    def loss(*values):
+        given = arguments(dict(zip(leaves, values, strict=True)))
+        sol = qpdiff.torch.solve_qp(**given, smoothing=smoothing, tol=1e-11)
+        return (weights * sol.x).sum() + 2 * sol.objective.sum()
+
+    gradients = torch.autograd.grad(loss(*values), values)
+    for value, other in zip(gradients, expected_gradients(leaves, weights.numpy(), smoothing).values(), strict=True):
+        np.testing.assert_allclose(value.numpy(), other, atol=1e-5)
+    step = 1e-6 if smoothing is None else 1e-4  # relaxed points are known to the root of the rounding error
+    torch.autograd.gradgradcheck(
+        loss, values, eps=step, atol=1e-2, rtol=1e-3, fast_mode=True, check_fwd_over_rev=True
+    )  # fmt: skip
+
+
+def test_torch_forward_mode_and_violation():
+    torch = pytest.importorskip("torch")
+    import qpdiff.torch
+
+    leaves, _ = draw("G h A b lb ub")
+    values = [torch.tensor(value, requires_grad=True) for value in leaves.values()]
+
+    def outputs(*values):
+        sol = qpdiff.torch.solve_qp(**arguments(dict(zip(leaves, values, strict=True))), tol=1e-11)
+        return sol.x, sol.y, sol.z, sol.objective, *(part for part in sol.violation if part is not None)
+
+    torch.autograd.gradcheck(outputs, values, atol=1e-3, rtol=1e-3, fast_mode=True, check_forward_ad=True)
+
+
+def test_torch_scalar_price():
+    torch = pytest.importorskip("torch")
+    import qpdiff.torch
+
+    w = torch.tensor(0.5, requires_grad=True)
+    x = qpdiff.torch.solve_qp(torch.eye(1), torch.zeros(1), -torch.ones(1, 1), -torch.ones(1), elastic=w).x
+    x.sum().backward()  # x = min(w, 1)
+    assert abs(float(x.detach()) - 0.5) < 1e-6
+    assert abs(float(w.grad) - 1.0) < 1e-6
+
+
+def test_torch_maps_over_prices():
+    torch = pytest.importorskip("torch")
+    import qpdiff.torch
+
+    def solve(w):  # x₁ = x₂ = min(w, 2)
+        G, h = -torch.ones(1, 2), torch.tensor([-4.0])
+        return qpdiff.torch.solve_qp(torch.eye(2), torch.zeros(2), G, h, elastic=w).x.sum()
+
+    w = torch.tensor([0.5, 1.0, 3.0])
+    torch.testing.assert_close(torch.func.vmap(solve)(w), torch.tensor([1.0, 2.0, 4.0]))
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(solve))(w), torch.tensor([2.0, 2.0, 0.0]))
+
+
+def test_a_layer_takes_prices():
+    torch = pytest.importorskip("torch")
+    import qpdiff.torch
+
+    q = torch.ones(6, 4)
+    layer, priced = qpdiff.torch.OptNet(4, m=3, p=1), qpdiff.torch.OptNet(4, m=3, p=1, elastic=1e4)
+    priced.load_state_dict(layer.state_dict())  # always feasible, so that the price does not matter
+    torch.testing.assert_close(priced(q), layer(q), atol=1e-5, rtol=1e-5)
+
+
+def test_torch_refuses_in_programs():
+    torch = pytest.importorskip("torch")
+    import qpdiff.torch
+
+    def solve(q):
+        return qpdiff.torch.solve_qp(torch.eye(1), q, torch.ones(1, 1), torch.zeros(1), elastic=1.0).x
+
+    with pytest.raises(TypeError, match="eager calls only"):
+        torch.fx.experimental.proxy_tensor.make_fx(solve, tracing_mode="fake")(torch.zeros(1))
+
+
+@pytest.mark.parametrize(("parts", "smoothing"), CASES[1:])
+def test_jax(parts, smoothing):
+    jax = pytest.importorskip("jax")
+    import qpdiff.jax
+
+    leaves, rng = draw(parts)
+    weights = rng.normal(size=(2, 3))
+    with jax.enable_x64(True):
+        leaves = {name: jax.numpy.asarray(value) for name, value in leaves.items()}
+
+        def loss(leaves):
+            sol = qpdiff.jax.solve_qp(**arguments(leaves), smoothing=smoothing, tol=1e-11)
+            return (weights * sol.x).sum() + 2 * sol.objective.sum()
+
+        gradient = jax.jit(jax.grad(loss))
+        numbers = {name: np.asarray(value) for name, value in leaves.items()}
+        for value, other in zip(
+            gradient(leaves).values(), sorted_values(expected_gradients(numbers, weights, smoothing)), strict=True
+        ):
+            np.testing.assert_allclose(value, other, atol=1e-5)
+        if smoothing is not None:
+            return
+        direction = {name: rng.normal(size=value.shape) * np.abs(value) for name, value in numbers.items()}
+        step = 1e-6
+        sides = [
+            gradient({name: value + sign * step * direction[name] for name, value in leaves.items()})
+            for sign in (1, -1)
+        ]
+        _, second = jax.jvp(gradient, (leaves,), ({name: jax.numpy.asarray(d) for name, d in direction.items()},))
+        for name in leaves:
+            difference = (sides[0][name] - sides[1][name]) / (2 * step)
+            scale = max(1.0, float(np.max(np.abs(difference))))
+            np.testing.assert_allclose(second[name], difference, atol=1e-3 * scale)
+
+
+def sorted_values(by_name):
+    """The values in the order of JAX's dictionaries."""
+    return [by_name[name] for name in sorted(by_name)]
+
+
+@pytest.mark.parametrize(("parts", "smoothing"), CASES)
+def test_autograd(parts, smoothing):
+    autograd = pytest.importorskip("autograd")
+    import autograd.numpy as anp
+
+    import qpdiff.autograd
+
+    leaves, rng = draw(parts)
+    weights = rng.normal(size=(2, 3))
+    names = list(leaves)
+
+    def loss(values):
+        given = arguments(dict(zip(names, values, strict=True)))
+        sol = qpdiff.autograd.solve_qp(**given, smoothing=smoothing, tol=1e-11)
+        return anp.sum(weights * sol.x) + 2 * anp.sum(sol.objective)
+
+    gradient = autograd.grad(loss)
+    values = list(leaves.values())
+    for value, other in zip(gradient(values), expected_gradients(leaves, weights, smoothing).values(), strict=True):
+        np.testing.assert_allclose(value, other, atol=1e-5)
+    direction = [rng.normal(size=value.shape) * np.abs(value) for value in values]
+    other_way = [rng.normal(size=value.shape) * np.abs(value) for value in values]
+
+    def along(values):
+        return sum(anp.sum(g * d) for g, d in zip(gradient(values), direction, strict=True))
+
+    second = sum(np.sum(g * d) for g, d in zip(autograd.grad(along)(values), other_way, strict=True))
+    step = 1e-6 if smoothing is None else 1e-4
+    sides = [along([v + sign * step * d for v, d in zip(values, other_way, strict=True)]) for sign in (1, -1)]
+    np.testing.assert_allclose(second, (sides[0] - sides[1]) / (2 * step), rtol=1e-3, atol=1e-2)
