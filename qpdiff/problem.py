@@ -225,6 +225,8 @@ class Problem:
 
     def made_dense(self) -> Problem:
         """Return the same problems with dense matrices."""
+        if not self.sparse:
+            return self
         operands = {
             name: to_dense(self.backend, value) if isinstance(value, Sparse) else value
             for name, value in self.operands.items()

@@ -37,7 +37,7 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
     Parameters
     ----------
     operands : dict
-        NumPy arrays, those of `qpdiff.solve_qp` by name.
+        Those of `qpdiff.solve_qp` by name, of NumPy or sparse.
 
     Returns
     -------
@@ -58,7 +58,7 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
     >>> [axes.get_title() for axes in figure.axes]
     ['primal residual', 'dual residual', 'duality gap', 'complementarity μ', 'problem 0: SOLVED']
     """
-    problem = symmetrized(make_problem({name: operands.get(name) for name in OPERANDS}, backend="numpy"))
+    problem = symmetrized(make_problem({name: operands.get(name) for name in OPERANDS}, backend="numpy")).made_dense()
     check_values(problem)
     if not problem.batch:
         raise ValueError(f"the batch has shape {problem.batch_shape}, so there is no problem to draw")

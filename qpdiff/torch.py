@@ -755,6 +755,11 @@ def _in_order(options):
     return (_DEFAULTS | options).values()
 
 
+def _is_sparse(value) -> bool:
+    """Return whether a value is a sparse operand, by what torch.compile can trace."""
+    return isinstance(value, Sparse) or (isinstance(value, torch.Tensor) and value.layout != torch.strided)
+
+
 def _not_in_programs(name: str) -> TypeError:
     return TypeError(f"{name} is sparse, which torch.compile and torch.export do not take; pass a dense tensor")
 
@@ -799,7 +804,7 @@ def _refuse_arrays(options) -> None:
 def _solve_in_graph(operands, warm, unsolved, *, dtype=None, **options):
     """Return the fields of the solution in a program that torch.compile or torch.export is making."""
     for name, value in operands.items():
-        if isinstance(value, Sparse) or (isinstance(value, torch.Tensor) and value.layout != torch.strided):
+        if _is_sparse(value):
             raise _not_in_programs(name)
     device = next((value.device for value in operands.values() if isinstance(value, torch.Tensor)), None)
     # A number of NumPy's is an array here.
@@ -1151,6 +1156,11 @@ def QPFunction(eps=1e-12, verbose=0, notImprovedLim=3, maxIter=20, solver=QPSolv
 
 def _tensors(operands: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the operands but for those that are None, as tensors on the device of those that are tensors."""
+    for name, value in operands.items():
+        if _is_sparse(value):
+            raise TypeError(
+                f"{name} is sparse; QPFunction takes dense tensors, and qpdiff.torch.solve_qp sparse ones too"
+            )
     device = next((value.device for value in operands.values() if isinstance(value, torch.Tensor)), None)
     given = {name: _stacked(value) for name, value in operands.items() if value is not None}
     return {

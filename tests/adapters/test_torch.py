@@ -1579,6 +1579,15 @@ def test_scipy_matrices_and_half_precision():
     assert qpdiff.torch.solve_qp(half, -torch.ones(3, dtype=torch.float16)).x.dtype == torch.float16
 
 
+def test_qpths_function_refuses_sparse_operands():
+    Q = qpdiff.Sparse(torch.ones(2), [0, 1], [0, 1, 2], (2, 2))
+    e = torch.Tensor()
+    with pytest.raises(
+        TypeError, match=r"^Q is sparse; QPFunction takes dense tensors, and qpdiff.torch.solve_qp sparse"
+    ):
+        qpdiff.torch.QPFunction()(Q, torch.ones(2), e, e, e, e)
+
+
 def test_programs_refuse_sparse_operands():
     matrices, tensors = sparse_problem(5)
     Q = matrices["Q"].with_values(tensors["Q"].detach())

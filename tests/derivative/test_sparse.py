@@ -5,11 +5,12 @@ import pickle
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from problems import as_sparse, kkt_residuals, random_sparse
+from problems import as_sparse, kkt_residuals, random_sparse, smooth_sparse
 
 import qpdiff
 from qpdiff import Sparse, Status
 from qpdiff.engines.choice import compiled_engine, explain_choice
+from qpdiff.sparse import stored, with_array
 
 OUTPUTS = ("x", "y", "z", "z_lb", "z_ub")
 TIGHT = {"tol": 1e-11, "rtol": 1e-13}
@@ -241,3 +242,21 @@ def test_which_engine_solves(route):
     if route == "array":
         with pytest.raises(ImportError, match=r"^engine='compiled' cannot run"):
             qpdiff.solve_qp(**sparsely(operands, masks), engine="compiled")
+
+
+@pytest.mark.parametrize("route", ["array"], indirect=True)
+@pytest.mark.parametrize("xp", ["array-api-strict", "torch", "cupy"], indirect=True)
+def test_other_libraries(xp):
+    operands, masks = smooth_sparse(0, "G A lb", batch=(3,), n=5, m=3, p=1)
+    given = sparsely(operands, masks)
+    on_library = {name: with_array(value, xp.asarray(stored(value))) for name, value in given.items()}
+    sol, expected = qpdiff.solve_qp(**on_library, **TIGHT), solved(given)
+    assert_allclose(xp.to_numpy(sol.x), expected.x, atol=1e-7)
+    for options in ({"objective": np.ones(3)}, {"smoothing": 1e-2}):
+        gradients = qpdiff.vjp(sol, x=xp.asarray(np.ones(5)), **options)
+        by_numpy = qpdiff.vjp(expected, x=np.ones(5), **options)
+        for name in operands:
+            ours, theirs = (stored(getattr(each, name)) for each in (gradients, by_numpy))
+            assert_allclose(xp.to_numpy(ours), theirs, atol=1e-7 * max(1.0, np.abs(theirs).max()))
+    pushed = qpdiff.jvp(sol, G=on_library["G"]).x
+    assert_allclose(xp.to_numpy(pushed), qpdiff.jvp(expected, G=given["G"]).x, atol=1e-7)

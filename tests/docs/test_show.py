@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("typer")
@@ -40,6 +41,11 @@ def test_the_iterates_are_those_of_the_solver_stopped_early(parts, n):
         for name, mine in (("primal_residual", "primal"), ("dual_residual", "dual"), ("duality_gap", "gap")):
             np.testing.assert_allclose(getattr(state.absolute, mine).item(), getattr(early, name), atol=1e-10)
     np.testing.assert_allclose(show.path(states)[-1], sol.x, atol=1e-10)
+
+
+def test_sparse_operands_are_drawn():
+    operands = {"Q": sp.csr_array(np.eye(2)), "q": -np.ones(2), "G": sp.csr_array([[1.0, 1.0]]), "h": np.ones(1)}
+    assert show.draw(operands).axes[-1].get_title() == "problem 0: SOLVED"
 
 
 def test_mu_is_the_mean_of_slack_times_multiplier():
