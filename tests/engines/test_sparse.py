@@ -122,7 +122,7 @@ def solve(pattern, operands, count=B, start=None, workers=1, max_iterations=200,
     from qpdiff.engines.compiled import sparse
 
     settings = _settings(DOUBLE, tol, 0.0, max_iterations)
-    done = sparse.solve(pattern, operands, count, settings, start, rounding=1e-10, workers=workers)
+    done = sparse.solve(pattern, operands, count, settings, start, check=True, rounding=1e-10, workers=workers)
     return done if done is None or scaled else done[0]
 
 
@@ -238,6 +238,28 @@ def test_refuses_what_is_not_convex():
     pattern, operands, _ = make_batch(list(general(np.random.default_rng(7))))
     operands["Q"][6] *= -1
     assert solve(pattern, operands) is None
+
+
+@pytest.mark.parametrize("name", ["Q", "q", "A", "b", "G", "h", "lb", "ub"])
+@pytest.mark.parametrize("count", [B, 1])
+def test_refuses_what_is_not_valid(name, count):
+    """NaN anywhere, an asymmetric Q, infinite limits of the wrong sign, crossed bounds; of one problem or of all."""
+    pattern, operands, _ = make_batch(list(general(np.random.default_rng(7))))
+    operands = {key: a[:count] for key, a in operands.items()}
+    assert solve(pattern, operands, count) is not None
+
+    def refused(b, entry, value):
+        changed = operands | {name: operands[name].copy()}
+        changed[name][b, entry] = value
+        shared = changed | {name: changed[name][b : b + 1]}
+        return solve(pattern, changed, count) is None and solve(pattern, shared, count) is None
+
+    entry = int(np.flatnonzero(pattern.Q.indices != np.repeat(np.arange(30), np.diff(pattern.Q.indptr)))[0])
+    wrong = {"Q": operands["Q"][-1, entry] + 1e-6, "lb": np.inf, "ub": -np.inf, "h": -np.inf}.get(name, -np.inf)
+    assert refused(count - 1, entry if name == "Q" else 2, wrong)
+    assert refused(count - 1, entry if name == "Q" else 2, np.nan)
+    if name in ("lb", "ub"):
+        assert refused(count - 1, 2, operands["ub"][-1, 2] + 1 if name == "lb" else operands["lb"][-1, 2] - 1)
 
 
 def test_patterns_are_remembered():

@@ -67,15 +67,16 @@ def pattern_of(Q: Csr, A: Csr, G: Csr) -> Pattern:
 
 
 def solve(
-    pattern: Pattern, operands: dict, count: int, settings: Settings, start: StartingPoint | None, *, rounding: float,
-    workers: int, progress=None,
+    pattern: Pattern, operands: dict, count: int, settings: Settings, start: StartingPoint | None, *, check: bool,
+    rounding: float, workers: int, progress=None,
 ) -> tuple[Outcome, np.ndarray] | None:  # fmt: skip
     """Solve a batch of problems of one pattern in float64.
 
     `operands` has the vectors (B or 1, size), lb and ub None where there are none, and the entries of Q, G and A
-    (B or 1, nnz) in the order of the pattern, Q in full. Operands are valid but for the convexity of Q.
+    (B or 1, nnz) in the order of the pattern, Q in full. With `check` their numbers are checked, but for convexity;
+    that is checked unless `rounding`, the error to allow in Q relative to its largest entry, is infinite.
 
-    Return the outcome, and the scaling D and E (B, n + rows); None where a Q is not convex.
+    Return the outcome, and the scaling D and E (B, n + rows); None where an operand may not be valid.
     """
     kkt, n = pattern.kkt, pattern.Q.shape[0]
     rows = pattern.K.shape[0] + n * sum(operands[name] is not None for name in ("lb", "ub"))
@@ -89,7 +90,7 @@ def solve(
     valid = _core.solve_sparse(
         kkt, tuple(operands[name] for name in ("Q", "q", "G", "h", "A", "b", "lb", "ub")), (*outcome, scaling),
         (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
-        PARAMETERS[x.dtype], rounding, in_lanes, workers, progress,
+        PARAMETERS[x.dtype], check, rounding, in_lanes, workers, progress,
     )  # fmt: skip
     return (outcome, scaling) if valid else None
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 
@@ -41,44 +41,26 @@ def solve(
 ) -> tuple[Outcome, Factors]:
     """Solve every problem of a batch, as `engines.base.Engine` says."""
     pattern, operands = pattern_of(problem), sparse.operands_of(problem)
-    if check and problem.batch and not surely_valid(problem, operands):
-        check_values(problem, convexity=False)
     rounding = problem.rounding if check else np.inf
 
-    def solved(operands, count: int, settings: Settings, start, progress):
+    def solved(operands, count: int, settings: Settings, start, progress, check: bool):
         return sparse.solve(
-            pattern, operands, count, settings, start, rounding=rounding, workers=problem.backend.workers,
-            progress=progress,
+            pattern, operands, count, settings, start, check=check, rounding=rounding,
+            workers=problem.backend.workers, progress=progress,
         )  # fmt: skip
 
-    done = solved(operands, problem.batch, settings, start, progress)
+    done = solved(operands, problem.batch, settings, start, progress, check)
     if done is None and not check and problem.dense_bytes <= DENSE_BYTES:  # the other one does without curvature
         return Densified(engine).solve(problem, settings, start, check=False, verbose=False, progress=progress)
     if done is None:
+        check_values(problem, convexity=False)  # raises the error, if there is one: the checks in C++ are stricter
         for position in range(problem.batch):
             one = sparse.operands_of(problem.select(slice(position, position + 1)))
-            if solved(one, 1, settings._replace(max_iterations=0), None, None) is None:
+            if solved(one, 1, settings._replace(max_iterations=0), None, None, False) is None:
                 raise indefinite_error(problem, position)
+        done = cast(tuple[Outcome, np.ndarray], solved(operands, problem.batch, settings, start, progress, False))
     outcome, scaling = done
-    return outcome, without_factor(problem, scaling)
-
-
-def surely_valid(problem: Problem, operands: dict) -> bool:
-    """Return whether no operand breaks a rule of `check_values`, convexity aside; False leaves it to that to say.
-
-    In few passes, as that takes longer than a small solve. A sum is finite only where all of its terms are.
-    """
-    finite = (operands[name] for name in ("Q", "q", "G", "A", "b") if operands[name] is not None)
-    h, lb, ub, Q = (operands[name] for name in ("h", "lb", "ub", "Q"))
-    with problem.backend.context():
-        return (
-            all(math.isfinite(a.sum()) for a in finite)
-            and all(a is None or not a.size or a.min() > -math.inf for a in (h, ub))
-            and (lb is None or not lb.size or lb.max() < math.inf)
-            and (lb is None or ub is None or bool((lb <= ub).all()))
-            and isinstance(problem.Q, Sparse)
-            and np.array_equal(Q, Q[:, problem.Q.pattern.mirror])
-        )
+    return outcome, sparse.Factors(pattern, scaling)
 
 
 def without_factor(problem: Problem, scaling) -> Factors:

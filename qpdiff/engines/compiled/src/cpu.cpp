@@ -217,16 +217,17 @@ Operands read_sparse_operands(const SparseKkt& kkt, const Arrays& arrays, Index 
     return operands;
 }
 
-// Solve a batch of problems with sparse matrices: fill `outcome` and `scaling`; return false where a Q is not convex.
+// Solve a batch of problems with sparse matrices: fill `outcome` and `scaling`; return false where an operand is not
+// valid.
 bool solve_sparse_problems(const SparseKkt& kkt, nb::tuple operands, nb::tuple outcome, nb::tuple start,
-                           nb::tuple settings, const Parameters& parameters, double rounding, bool lanes, int workers,
-                           nb::object progress) {
+                           nb::tuple settings, const Parameters& parameters, bool check, double rounding, bool lanes,
+                           int workers, nb::object progress) {
     Arrays given(operands, false), out(outcome, true), warm_start(start, false);
     SparseBatch batch{};
     batch.operands = read_sparse_operands(kkt, given, out[0].size(0));
     batch.shape = read_shape(batch.operands, int(Form::sparse_kkt));
     batch.kkt = &kkt, batch.settings = read_settings(settings), batch.parameters = &parameters;
-    batch.rounding = rounding, batch.lanes = lanes;
+    batch.check = check, batch.rounding = rounding, batch.lanes = lanes;
     batch.start = read_start<double>(warm_start), batch.outcome = read_outcome<double>(out);
     batch.scaling = out[9].rows<double>();
     bool valid = solve_sparse_batch(batch, workers, progress.ptr());
@@ -305,7 +306,7 @@ NB_MODULE(QP_MODULE, m) {
     m.def("solve_kkt", &differentiate_problems);
     m.def("solve_sparse_kkt", &differentiate_sparse_problems);
     m.def("solve_sparse", &solve_sparse_problems, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
     m.def("solve", &solve_problems, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
 }

@@ -14,7 +14,8 @@ struct SparseBatch {
     const SparseKkt* kkt;
     Settings settings;
     const Parameters* parameters;
-    double rounding; // rounding error to allow in Q, relative to its largest entry
+    bool check;      // whether to check the operands, but for convexity
+    double rounding; // rounding error to allow in Q, relative to its largest entry; infinite: Q need not be convex
     bool lanes;      // whether to solve in lane groups
     StartingPoint<double> start;
     Outcome<double> outcome;
@@ -74,7 +75,7 @@ class SparseWorker {
     }
 
     // Read the matrices of `size` problems from b on, where they are not those that are there; balance them. Return
-    // whether every Q is convex.
+    // whether they are valid.
     template <class V> bool load_matrices(Place<V>& place, SparseProblem<V>& o, Index b, int size) {
         if (place.ready && entries_shared(batch.operands)) {
             return true;
@@ -82,18 +83,24 @@ class SparseWorker {
         Index problems[sparse::Team<V>::PROBLEMS];
         std::iota(problems, problems + size, b);
         load_entries(o, batch.operands, problems, size);
+        place.ready = true;
+        if (batch.check && !every(plausible_entries(o, batch.rounding))) {
+            return false;
+        }
         balance(static_cast<Problem<sparse::Team<V>>&>(o));
         assemble(o);
-        place.ready = true;
         return every(convex(o, batch.rounding));
     }
 
-    // Solve problem b; return false where its Q is not convex.
+    // Return whether the vectors of problem b are valid; those that are shared are checked with the first one.
+    bool plausible(Index b) const { return !batch.check || plausible_vectors<double>(batch.operands, b, b == 0); }
+
+    // Solve problem b; return false where an operand is not valid.
     bool solve_one(Index b) {
         SparseProblem<double>& matrices = problem_of(one);
         Problem<sparse::Team<double>>& o = matrices;
         load_vectors(o, batch.operands, b);
-        if (!load_matrices(one, matrices, b, 1)) {
+        if (!plausible(b) || !load_matrices(one, matrices, b, 1)) {
             return false;
         }
         balance_cost(o, equilibrate(o));
@@ -113,16 +120,18 @@ class SparseWorker {
         return true;
     }
 
-    // Solve the problems of a lane group but for those that stay `unsolved`; return false where a Q is not convex.
+    // Solve the problems of a lane group but for those that stay `unsolved`; return false where an operand is not
+    // valid.
     bool solve_group(Index b, int size, bool* unsolved) {
         using Team = sparse::Team<Lanes>;
         SparseProblem<Lanes>& matrices = problem_of(group);
         Problem<Team>& o = matrices;
-        bool same_kinds = true;
+        bool same_kinds = true, valid = true;
         for (int lane = 0; lane < LANES; lane++) {
             same_kinds &= load_vectors(o, batch.operands, b + std::min(lane, size - 1), lane);
+            valid &= lane >= size || plausible(b + lane);
         }
-        if (!load_matrices(group, matrices, b, size)) {
+        if (!valid || !load_matrices(group, matrices, b, size)) {
             return false;
         }
         // The cost of problems without curvature is scaled one by one (`balance_cost`).
@@ -166,7 +175,7 @@ class SparseWorker {
     }
 };
 
-// Solve a batch; return false where a Q is not convex or, with a Python error set, where it was interrupted.
+// Solve a batch; return false where an operand is not valid or, with a Python error set, where it was interrupted.
 inline bool solve_sparse_batch(const SparseBatch& batch, int workers, PyObject* progress) {
     Queue queue(batch.operands.count, batch.lanes ? entries<pack_of<double>> : 1, workers, progress);
     return queue.run([&](bool calling) { SparseWorker(batch, queue, calling).run(); });

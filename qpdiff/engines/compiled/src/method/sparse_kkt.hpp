@@ -26,6 +26,7 @@ class SparseKkt {
     sparse::Pattern Q, K;
     std::vector<int> place;    // of each variable, then of each row of A and G, in the order of elimination
     std::vector<int> of_Q;     // where each entry of Q is in the matrix; −1 for the diagonal and what is below
+    std::vector<int> mirror;   // where in Q the mirror image of each entry of Q is
     std::vector<int> of_K;     // where each entry of K is
     std::vector<int> diagonal; // where the diagonal is, of variables and rows
     std::vector<double> signs; // of the pivots
@@ -38,8 +39,8 @@ class SparseKkt {
         : n(int(Q_starts_.size()) - 1), p(p), linear(int(K_starts_.size()) - 1), Q_starts(std::move(Q_starts_)),
           Q_columns(std::move(Q_columns_)), K_starts(std::move(K_starts_)), K_columns(std::move(K_columns_)),
           Q{Q_starts.data(), Q_columns.data()}, K{K_starts.data(), K_columns.data()},
-          place(sparse::MinimumDegree(neighbours()).order()), of_Q(Q_columns.size()), of_K(K_columns.size()),
-          diagonal(n + linear), signs(n + linear) {
+          place(sparse::MinimumDegree(neighbours()).order()), of_Q(Q_columns.size()), mirror(Q_columns.size()),
+          of_K(K_columns.size()), diagonal(n + linear), signs(n + linear) {
         int size = n + linear;
         std::vector<int> starts(size + 1, 0);
         each_entry([&](int&, int, int column) { starts[column + 1]++; });
@@ -54,6 +55,13 @@ class SparseKkt {
         });
         for (int i = 0; i < size; i++) {
             signs[place[i]] = i < n ? 1 : -1;
+        }
+        for (int i = 0; i < n; i++) {
+            for (int e = Q_starts[i]; e < Q_starts[i + 1]; e++) {
+                auto row = Q_columns.begin() + Q_starts[Q_columns[e]],
+                     end = Q_columns.begin() + Q_starts[Q_columns[e] + 1];
+                mirror[e] = int(std::lower_bound(row, end, i) - Q_columns.begin());
+            }
         }
         fits = ldl.analyse(size, std::move(starts), std::move(rows));
     }
@@ -122,10 +130,29 @@ template <class V> void assemble(SparseProblem<V>& o) {
     }
 }
 
+// Return where all entries are finite and Q is symmetric but for a rounding error relative to its largest entry.
+template <class V> QP_NOINLINE mask_of<V> plausible_entries(const SparseProblem<V>& o, double rounding) {
+    using Team = sparse::Team<V>;
+    const SparseKkt& kkt = *o.kkt;
+    V largest = as<V>(smallest_normal<double>), apart{};
+    Team::each_entry(o.Q, o.n, [&](int i, int j, V entry) {
+        if (i == j) {
+            largest = larger(absolute(entry), largest);
+        }
+    });
+    for (size_t e = 0; e < kkt.mirror.size(); e++) {
+        apart = larger(absolute(o.Q.data[e] - o.Q.data[kkt.mirror[e]]), apart);
+    }
+    return (apart <= rounding * largest) & Team::all_finite(o.Q, o.n, o.n) & Team::all_finite(o.K, o.linear, o.n);
+}
+
 // Return where Q is positive semidefinite but for a rounding error relative to its largest entry, after `balance` and
 // `assemble`: at once where no row has more beside its diagonal than on it (Gershgorin), else by a factorisation.
 template <class V> QP_NOINLINE mask_of<V> convex(SparseProblem<V>& o, double rounding) {
     const SparseKkt& kkt = *o.kkt;
+    if (rounding == INFINITY_) {
+        return truth<mask_of<V>>(true); // not to be checked
+    }
     auto beside = o.columns;
     V largest{};
     for (int j = 0; j < o.n; j++) {
