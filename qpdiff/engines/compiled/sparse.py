@@ -142,9 +142,9 @@ def operands_of(problem: Problem) -> dict:
     A matrix is sparse, with the attributes `values` (B or 1, nnz), `indices`, `indptr` and `shape`, or dense, with a
     full pattern.
     """
-    arrays = {}
+    given, arrays = problem.operands, {}
     for name in OPERANDS:
-        value = problem.operands.get(name)
+        value = given.get(name)
         if name in MATRICES and value is not None:
             value = value.values if hasattr(value, "indptr") else value.reshape(len(value), -1)
         arrays[name] = None if value is None else np.asarray(value, np.float64)

@@ -177,7 +177,7 @@ QP_NOINLINE typename Team::Truth constraints_are_accurate(const Problem<Team>& o
     using N = typename Team::ExactEntry;
     using E = typename Team::Exact;
     const Parameters& P = *o.parameters;
-    N left_{}, before_{}, after_{}, by_delta_{};
+    N left_{}, before_{}, after_{}, by_delta_{}, of_gap{};
     E alpha_s = as<E>(made.alpha_s), rest = 1.0 - alpha_s;
     Team::each_exactly(o.rows, [&](auto i) {
         N unit = o.unit_v[i], r = previous.r_v[i], r_after = current.r_v[i], share = alpha_s * o.delta[i] * o.dv[i];
@@ -185,6 +185,9 @@ QP_NOINLINE typename Team::Truth constraints_are_accurate(const Problem<Team>& o
         after_ = larger(unit * absolute(r_after), after_);
         by_delta_ = larger(unit * absolute(share), by_delta_);
         left_ = larger(unit * absolute(r_after - rest * r + share), left_);
+        if constexpr (Team::SPARSE) {
+            of_gap += current.v[i] * r_after;
+        }
     });
     E before, after, by_delta, left;
     Team::reduce(Largest{before_, before}, Largest{after_, after}, Largest{by_delta_, by_delta}, Largest{left_, left});
@@ -192,9 +195,7 @@ QP_NOINLINE typename Team::Truth constraints_are_accurate(const Problem<Team>& o
     auto matters = after > as<E>(o.settings->tol);
     if constexpr (Team::SPARSE) {
         // Large multipliers make a gap of a small residual.
-        N share{};
-        Team::each_exactly(o.rows, [&](auto i) { share += current.v[i] * current.r_v[i]; });
-        matters |= per_gap_unit(o) * absolute(Team::sum(share)) > as<E>(o.settings->tol);
+        matters |= per_gap_unit(o) * absolute(Team::sum(of_gap)) > as<E>(o.settings->tol);
     }
     limiting &= matters;
     if (some(limiting)) {
