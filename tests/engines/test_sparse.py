@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 from numpy.testing import assert_allclose
-from problems import DEGENERATE, apply
+from problems import DEGENERATE, INFEASIBLE, apply, infeasible
 from scipy.sparse.linalg import splu
 
 import qpdiff
@@ -195,6 +195,31 @@ def test_statuses():
     pattern, operands, _ = make_batch(list(linear_program(np.random.default_rng(6))))
     operands["lb"], operands["ub"] = None, None
     assert (solve(pattern, operands).status == qpdiff.Status.DUAL_INFEASIBLE).any()
+
+
+@pytest.mark.parametrize("change", INFEASIBLE, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("cost", ["pd", "lp"])
+def test_infeasible_problems_have_certificates(change, cost):
+    """V with Kᵀv = 0, z ≥ 0 and kᵀv = −1."""
+    dense = infeasible(np.random.default_rng(1), change, cost, (12, 9, 3))
+    outcome = solve(*with_pattern(dense), 25, tol=1e-8)
+    proved = outcome.status[:, 0] == qpdiff.Status.PRIMAL_INFEASIBLE
+    assert proved.mean() > 0.9
+    assert (outcome.status[~proved] == qpdiff.Status.STALLED).all()
+    for b in np.flatnonzero(proved):
+        d = {name: a[b] for name, a in dense.items()}
+        n, p = len(d["q"]), len(d.get("b", ()))
+        K, k = [d["G"]], [d["h"]]
+        if p:
+            K, k = [d["A"], *K], [d["b"], *k]
+        for name, sign in (("lb", -1), ("ub", 1)):
+            if name in d:
+                K.append(sign * np.eye(n))
+                k.append(sign * d[name])
+        v = outcome.v[b]
+        assert (v[p:] >= 0).all()
+        assert_allclose(np.concatenate(k) @ v, -1, atol=1e-6)
+        assert abs(np.concatenate(K).T @ v).max() < 1e-6
 
 
 def test_large_multipliers_do_not_look_like_an_unbounded_cost():
