@@ -47,6 +47,7 @@ def solve_problem(problem, initvals=None, verbose: bool = False, **options):
     Parameters
     ----------
     problem : qpsolvers.Problem
+        With dense or sparse matrices.
     initvals : array, optional
         Not used: a warm start needs multipliers too, and is the option `warm_start`.
     verbose : bool
@@ -82,6 +83,7 @@ def from_problem(problem) -> dict[str, np.ndarray]:
     Parameters
     ----------
     problem : qpsolvers.Problem
+        With dense or sparse matrices.
 
     Returns
     -------
