@@ -10,12 +10,14 @@ from functools import cache
 from ..problem import Problem
 from .array import engine as array
 from .base import Engine
-from .densified import DENSE_BYTES, Densified
+from .densified import Densified
 
 ENGINES = ("auto", "array", "compiled")
 GPU_SWITCH = "QPDIFF_GPU_ENGINE"
 """The variable of the environment that is 1 where "auto" is to take the kernels for GPUs, which none has run yet."""
 _BUILD = "pip install --no-binary qpdiff qpdiff builds it, with a C++20 compiler"
+DENSE_BYTES = 2**31
+"""Memory up to which sparse matrices are made dense."""
 _log = logging.getLogger(__name__)
 
 

@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 from ..problem import Problem
 from .base import Engine, Factors, Linearization, Outcome, Settings, StartingPoint
 
-DENSE_BYTES = 2**31
-"""Memory up to which sparse matrices are made dense."""
-
 
 class Densified(NamedTuple):
     """An engine for sparse problems that is another one for dense ones (`engines.base.Engine`)."""

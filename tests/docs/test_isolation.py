@@ -193,7 +193,7 @@ ALLOWED = {
     "engines.base": {"problem", "engines.parameters"},
     "engines.reduction": {"problem"},
     "engines.array": {"problem", "validation", "solution", *BASE},
-    "engines.compiled": {"backend", "problem", "sparse", "validation", "solution", "engines.densified", *BASE},
+    "engines.compiled": {"backend", "problem", "sparse", "validation", "solution", *BASE},
     "engines.densified": {"problem", "engines.base"},
     "engines.choice": {"problem", "engines.base", "engines.array", "engines.densified"},
     "solver": {"prices", "problem", "validation", "engines.base", "engines.choice", "solution"},

@@ -13,8 +13,7 @@ from ...sparse import Pattern as MatrixPattern
 from ...sparse import Sparse, full_pattern
 from ...validation import check_values, indefinite_error
 from ..base import Factors, Outcome, Settings, StartingPoint
-from ..densified import DENSE_BYTES, Densified
-from . import engine, sparse
+from . import sparse
 
 
 def refusal(problem: Problem, verbose: bool) -> str | None:
@@ -50,8 +49,6 @@ def solve(
         )  # fmt: skip
 
     done = solved(operands, problem.batch, settings, start, progress, check)
-    if done is None and not check and problem.dense_bytes <= DENSE_BYTES:  # the other one does without curvature
-        return Densified(engine).solve(problem, settings, start, check=False, verbose=False, progress=progress)
     if done is None:
         check_values(problem, convexity=False)  # raises the error, if there is one: the checks in C++ are stricter
         for position in range(problem.batch):
