@@ -167,8 +167,9 @@ factors; *opf* buses; *tv* points; *sudoku* rows and columns of a box; *svm* exa
 * **f** is the solution of the batch, **f+b** also the gradients of sum(x) with respect to all operands, of matrices
   those of the entries in the pattern. The fastest pass counts.
 * *qpdiff sparse* is `qpdiff.solve_qp` and `qpdiff.vjp` with `qpdiff.Sparse` operands. Moreau is called from torch.
-  PIQP, OSQP, Clarabel and ProxSuite update the values of one set-up for each problem of the batch. The analysis of the
-  pattern is timed of no solver.
+  PIQP, OSQP, Clarabel and ProxSuite update the values of one set-up for each problem of the batch, one after the other;
+  qpdiff and Moreau solve a batch with all processors. The analysis of the pattern is timed of no solver, and none
+  starts from an earlier solution.
 * Accuracy is that of the [dense table](benchmarks.md): each solver runs at the loosest tolerance at which residuals and
   gap are at most {ASKED:.0e}; a solver marked with * reaches that at none, and is not compared.
 """

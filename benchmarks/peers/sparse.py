@@ -79,7 +79,9 @@ def with_osqp(d, tol):
         result = solver.solve()
         return result.x, *_split(d, finite, result.y)
 
-    solver.setup(*convert(d), eps_abs=tol, eps_rel=0.0, max_iter=100_000, verbose=False)
+    # Without a warm start, since a pass solves the problems of the pass before again.
+    options = {"eps_abs": tol, "eps_rel": 0.0, "max_iter": 100_000, "warm_starting": False, "verbose": False}
+    solver.setup(*convert(d), **options)
     return convert, solve
 
 
