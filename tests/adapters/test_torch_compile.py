@@ -276,7 +276,7 @@ def test_rules_of_the_operators(solved_by, smoothing):
 
     def by_functions(*values):
         backend = qpdiff.torch._backend_of(values)
-        layer = qpdiff.torch._Layer(backend, qpdiff.torch._Settings(names, 1e-8, "raise", {"smoothing": smoothing}))
+        layer = qpdiff.torch._Layer(backend, qpdiff.torch._Settings(names, 1e-8, "raise", {"smoothing": smoothing}, {}))
         return with_objective(layer.solution((2, 2), values, ()))
 
     def second(function):
