@@ -53,7 +53,7 @@ jax.tree_util.register_dataclass(
 jax.tree_util.register_pytree_node(
     Sparse,
     lambda matrix: ((matrix.values,), matrix.pattern),
-    lambda pattern, leaves: Sparse.of_pattern(*leaves, pattern),
+    lambda pattern, leaves: Sparse.of_pattern(leaves[0], pattern),
 )
 
 
