@@ -30,9 +30,9 @@ QPTH = Solver("qpth", "peers.qpth:Qpth", ("qpth", "torch"), "qpth", True, "torch
 MOREAU = Solver("Moreau", "peers.moreau:Moreau", ("moreau", "torch"), "moreau", True, "torch")
 
 
-def one_by_one(name: str) -> Solver:
+def one_by_one(name: str, peer: str = "one_by_one") -> Solver:
     module = name.lower()
-    return Solver(name, "peers.one_by_one:OneByOne", (module,), module, options={"solver": module})
+    return Solver(name, f"peers.{peer}:OneByOne", (module,), module, options={"solver": module})
 
 
 ON_CPU = [
@@ -62,10 +62,7 @@ SPARSE = [
     QPDIFF_SPARSE,
     MOREAU,
     MOREAU._replace(name="Moreau ipm", options={"solver": "ipm"}),
-    *[
-        Solver(name, "peers.sparse:OneByOne", (name.lower(),), name.lower(), options={"solver": name.lower()})
-        for name in ("PIQP", "OSQP", "Clarabel", "ProxSuite")
-    ],
+    *[one_by_one(name, "sparse") for name in ("PIQP", "OSQP", "Clarabel", "ProxSuite")],
 ]
 """Those of the sparse rows."""
 

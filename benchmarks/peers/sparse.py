@@ -13,6 +13,8 @@ import numpy as np
 import scipy.sparse as sp
 from operands import problem
 
+from .one_by_one import split
+
 INFINITE = 1e20
 """What ProxSuite takes for no bound."""
 
@@ -54,7 +56,7 @@ def with_clarabel(d, tol):
     def solve(values):
         solver.update(**values)
         sol = solver.solve()
-        return np.array(sol.x), *_split(d, finite, np.array(sol.z))
+        return np.array(sol.x), *split(d, finite, np.array(sol.z))
 
     first = convert(d)
     cones = [clarabel.ZeroConeT(p), clarabel.NonnegativeConeT(len(first["b"]) - p)]
@@ -77,7 +79,7 @@ def with_osqp(d, tol):
         Q, q, K, lower, k = arguments
         solver.update(q=q, l=lower, u=k, Px=Q.data, Ax=K.data)
         result = solver.solve()
-        return result.x, *_split(d, finite, result.y)
+        return result.x, *split(d, finite, result.y)
 
     # Without a warm start, since a pass solves the problems of the pass before again.
     options = {"eps_abs": tol, "eps_rel": 0.0, "max_iter": 100_000, "warm_starting": False, "verbose": False}
@@ -119,13 +121,6 @@ def _rows(d):
     K, k = sp.vstack([d["A"], d["G"], -eye, eye]), np.concatenate([d["b"], d["h"], -d["lb"], d["ub"]])
     finite = np.isfinite(k)
     return sp.csr_array(K)[finite], k[finite], finite
-
-
-def _split(d, finite, multipliers):
-    """Return y, z, z_lb and z_ub from the multipliers of `_rows`."""
-    v = np.zeros(len(finite))
-    v[finite] = multipliers
-    return np.split(v, np.cumsum([len(d["b"]), len(d["h"]), len(d["q"])]))
 
 
 SOLVERS: dict[str, Callable] = {
