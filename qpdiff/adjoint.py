@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .problem import MATRICES, PRICED, PRICES, Problem, join_rows, limit_distances, price_rows, split_rows
+from .problem import MATRICES, PRICE_NAMES, PRICED, PRICES, Problem, join_rows, limit_distances, price_rows, split_rows
 from .sparse import Sparse, gather
 
 
@@ -144,8 +144,13 @@ def objective_price_slopes(problem: Problem, x, v):
 
 def objective_price_tangent(problem: Problem, x, v, tangents: dict[str, Any]):
     """Compute what tangents of the prices move optimal values by, (B, 1)."""
-    moved = zip(objective_price_slopes(problem, x, v), price_tangents(problem, tangents), strict=True)
-    return problem.backend.xp.sum(sum(slope * tangent for slope, tangent in moved), axis=-1, keepdims=True)
+    return _along(problem.backend.xp, objective_price_slopes(problem, x, v), price_tangents(problem, tangents))
+
+
+def _along(xp, slopes, tangents):
+    """Return the sums of slopes times tangents over the rows of all pairs, (B, 1)."""
+    products = [slope * tangent for slope, tangent in zip(slopes, tangents, strict=True)]
+    return xp.sum(sum(products[1:], products[0]), axis=-1, keepdims=True)
 
 
 def relaxed_price(problem: Problem, x, v, kappa: float):
@@ -207,8 +212,7 @@ def cost_jvp(problem: Problem, x, v, dx, dv, tangents: dict[str, Any], kappa: fl
     if not problem.is_elastic:
         return value
     moving = dv, *price_tangents(problem, tangents)
-    moved = zip(relaxed_price_slopes(problem, x, v, kappa), moving, strict=True)
-    return value + xp.sum(sum(slope * tangent for slope, tangent in moved), axis=-1, keepdims=True)
+    return value + _along(xp, relaxed_price_slopes(problem, x, v, kappa), moving)
 
 
 def masked(xp, solved, *values):
@@ -379,5 +383,5 @@ def _split_prices(problem: Problem, of_w, of_sigma) -> dict[str, Any]:
         parts = {name: rows[:, block] for name, block in blocks.items()}
         bounds = [parts[name] for name in ("lb", "ub") if getattr(problem, name) is not None]
         parts["bounds"] = sum(bounds[1:], bounds[0]) if bounds else None
-        out |= {name: parts[of] for of in ("A", "G", "bounds") if (name := f"{option}['{of}']") in problem.operands}
+        out |= {name: parts[of] for of, name in PRICE_NAMES[option].items() if name in problem.operands}
     return out

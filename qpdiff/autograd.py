@@ -17,7 +17,7 @@ from .adjoint import filled, kkt_vjp, masked, objective_vjp, relaxed_price, solu
 from .backend import Backend
 from .differentiation import FILL, smoothed, solve_adjoint, solve_kkt
 from .prices import price_operands
-from .problem import PRICED, Problem, join_rows, split_rows
+from .problem import PRICE_NAMES, Problem, join_rows, split_rows
 from .solution import Solution, Status, check_unsolved, raise_if_unsolved, whole_solution
 from .sparse import Sparse, apply, is_sparse, read_sparse, stored, with_array
 
@@ -96,8 +96,7 @@ def solve_qp(
     given |= {name: anp.array(value) if isinstance(value, (list, tuple)) else value for name, value in prices.items()}
     given = {name: read_sparse(name, value) if is_sparse(value) else value for name, value in given.items()}
     plain = {name: apply(_plain, value) for name, value in given.items()}
-    for option in PRICED:
-        names = {of: f"{option}['{of}']" for of in ("A", "G", "bounds")}
+    for option, names in PRICE_NAMES.items():
         plain[option] = {of: plain.pop(name) for of, name in names.items() if name in plain} or None
     sol = solver.solve_qp(**plain, backend="numpy", **options)
     problem = sol.linearization.problem

@@ -24,7 +24,7 @@ from .backend import from_host
 from .engines.array.central_path import relax
 from .engines.base import Linearization
 from .prices import price_operands
-from .problem import MATRICES, OPERANDS, PRICED, PRICES, Problem, join_rows, split_rows
+from .problem import MATRICES, OPERANDS, PRICE_NAMES, PRICES, Problem, join_rows, split_rows
 from .solution import Solution, Status
 from .sparse import Sparse, check_pattern, is_sparse, read_sparse, with_array
 
@@ -417,8 +417,8 @@ def _reduced(problem: Problem, name: str, gradient, shape: tuple[int, ...]):
 def _by_option(problem: Problem, gradients: dict[str, Any]) -> dict[str, Any]:
     """Return the gradients of prices as the options were given: a number, or by "A", "G" and "bounds"."""
     out: dict[str, Any] = {}
-    for option in PRICED:
-        parts = {of: gradients[name] for of in ("A", "G", "bounds") if (name := f"{option}['{of}']") in gradients}
+    for option, names in PRICE_NAMES.items():
+        parts = {of: gradients[name] for of, name in names.items() if name in gradients}
         if option in problem.layout.numbers:
             first, *others = parts.values()
             out[option] = sum(others, first)

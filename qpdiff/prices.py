@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from .problem import PRICED
+from .problem import PRICE_NAMES, PRICED
 
 
 def with_prices(operands: dict, elastic, elastic_quadratic) -> tuple[dict, tuple[str, ...]]:
@@ -53,13 +53,13 @@ def price_operands(present: Collection[str], kind: str = "", **options) -> dict[
                 "numbers or arrays with some of 'A', 'G' and 'bounds'"
             )
         for of, price in given.items():
-            if of not in ("A", "G", "bounds"):
+            if of not in PRICE_NAMES[option]:
                 raise ValueError(f"{kind}{option} has {of!r}; expected some of 'A', 'G' and 'bounds'")
             if of not in present and not (of == "bounds" and {"lb", "ub"} & set(present)):
                 there = "bounds" if of == "bounds" else of
                 raise ValueError(f"{kind}{option}[{of!r}] was given, but the problem has no {there}")
             if price is not None:
-                out[f"{option}['{of}']"] = price
+                out[PRICE_NAMES[option][of]] = price
     return out
 
 

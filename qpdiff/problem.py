@@ -30,8 +30,10 @@ OPERANDS = {
 MATRICES = ("Q", "G", "A")
 PRICED = ("elastic", "elastic_quadratic")
 """The options of `solve_qp` that let constraints be violated at a price."""
-PRICES = {f"{option}['{of}']": (size,) for option in PRICED for of, size in (("A", "p"), ("G", "m"), ("bounds", "n"))}
-"""What these options come to, operands too, by the names that errors have for them, and their core shapes."""
+PRICE_NAMES = {option: {of: f"{option}['{of}']" for of in ("A", "G", "bounds")} for option in PRICED}
+"""What these options come to, operands too, by the constraints: their names, which errors have for them."""
+PRICES = {name: (size,) for names in PRICE_NAMES.values() for name, size in zip(names.values(), "pmn", strict=True)}
+"""Their core shapes by these names."""
 INFINITE = 1e20
 """Bounds of this magnitude are treated as infinite, as in other solvers, whose users write 1e20 or 1e30."""
 
@@ -494,7 +496,7 @@ def price_rows(problem: Problem, values: dict[str, Any], option: str, missing: f
     for name, vector, of in (("A", "b", "A"), ("G", "h", "G"), ("lb", "lb", "bounds"), ("ub", "ub", "bounds")):
         size = blocks[name].stop - blocks[name].start
         if getattr(problem, vector) is not None:
-            value = values.get(f"{option}['{of}']")
+            value = values.get(PRICE_NAMES[option][of])
             parts.append(problem.backend.full((1, size), missing, problem.dtype) if value is None else value)
     return concat_last(problem.backend.xp, parts)
 
