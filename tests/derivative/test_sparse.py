@@ -210,6 +210,8 @@ def test_empty_batch():
     sol = qpdiff.solve_qp(**sparsely(operands, masks))
     assert sol.x.shape == (0, 6)
     assert qpdiff.vjp(sol, x=sol.x).G.values.shape == (0, masks["G"].sum())
+    sol = qpdiff.solve_qp(**sparsely(operands, {"Q": masks["Q"]}))  # beside dense matrices
+    assert qpdiff.vjp(sol, x=sol.x).G.shape == operands["G"].shape
 
 
 def test_the_pattern_of_a_tangent_must_fit():

@@ -98,9 +98,13 @@ FAMILIES = [general, mpc, total_variation, portfolio, linear_program]
 NAMES = "Q", "q", "A", "b", "G", "h", "lb", "ub"
 
 
+def pattern_of_csr(matrix):
+    return qpdiff.Sparse.like(matrix, matrix.data).pattern
+
+
 def make_batch(problems, full=True):
     """Return the pattern, the operands as the engine takes them, and with `full` dense ones by name."""
-    from qpdiff.engines.compiled.sparse import Csr, pattern_of
+    from qpdiff.engines.compiled.sparse import pattern_of
 
     by_name = {name: values for name, *values in zip(NAMES, *problems, strict=True) if values[0] is not None}
     operands, patterns, dense = dict.fromkeys(NAMES), {}, {}
@@ -110,7 +114,7 @@ def make_batch(problems, full=True):
             for M in matrices:
                 M.sum_duplicates()
                 assert np.array_equal(M.indices, matrices[0].indices)
-            patterns[name] = Csr(matrices[0].indptr, matrices[0].indices, matrices[0].shape)
+            patterns[name] = pattern_of_csr(matrices[0])
             operands[name] = np.stack([M.data for M in matrices])
             dense[name] = np.stack([M.toarray() for M in matrices]) if full else None
         else:
@@ -302,7 +306,7 @@ def linearize(pattern, operands, count=B, **options):
     from qpdiff.engines.compiled.sparse import Factors
 
     outcome, scaling = solve(pattern, operands, count, scaled=True, **options)
-    of = {name: SimpleNamespace(values=operands[name], **getattr(pattern, name)._asdict()) for name in "QAG"}
+    of = {name: qpdiff.Sparse.of_pattern(operands[name], getattr(pattern, name)) for name in "QAG"}
     problem = SimpleNamespace(operands=operands | of, backend=SimpleNamespace(workers=options.get("workers", 1)))
     return Linearization(problem, Factors(pattern, scaling), outcome.x, outcome.v, outcome.s, outcome.status)
 
@@ -391,7 +395,7 @@ def test_derivative_is_that_of_the_solution():
 
 def with_pattern(dense):
     """Return the pattern of the entries of dense operands that are not 0 in the whole batch, and sparse operands."""
-    from qpdiff.engines.compiled.sparse import Csr, pattern_of
+    from qpdiff.engines.compiled.sparse import pattern_of
 
     n = dense["q"].shape[1]
     empty = {name: np.zeros((1, 0, n)) for name in "AG"} | {name: np.zeros((1, 0)) for name in "bh"}
@@ -399,7 +403,7 @@ def with_pattern(dense):
     for name in "QAG":
         full = operands[name]
         pattern = sp.csr_array((full != 0).any(0))
-        patterns[name] = Csr(pattern.indptr, pattern.indices, pattern.shape)
+        patterns[name] = pattern_of_csr(pattern)
         rows = np.repeat(np.arange(len(pattern.indptr) - 1), np.diff(pattern.indptr))
         operands[name] = np.ascontiguousarray(full[:, rows, pattern.indices])
     return pattern_of(*[patterns[name] for name in "QAG"]), operands
@@ -511,13 +515,11 @@ def test_order_has_few_entries_in_the_factor(family):
 
 
 def test_a_pattern_that_fills_up_does_not_pay():
-    from qpdiff.engines.compiled.sparse import Csr, pattern_of, pays
+    from qpdiff.engines.compiled.sparse import pattern_of, pays
 
     def pattern(Q):
         Q = sp.csr_array(Q)
-        return pattern_of(
-            Csr(Q.indptr, Q.indices, Q.shape), *[Csr(np.zeros(1), np.zeros(0), (0, len(Q.indptr) - 1))] * 2
-        )
+        return pattern_of(*map(pattern_of_csr, (Q, *[sp.csr_array((0, Q.shape[1]))] * 2)))
 
     band = sp.diags_array([1.0, 1.0, 1.0], offsets=[-1, 0, 1], shape=(300, 300))
     assert pays(pattern(band))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...problem import MATRICES, OPERANDS, Problem
+from ...sparse import Pattern as MatrixPattern
+from ...sparse import Sparse, stored
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from .engine import DERIVATIVE_COST, PARAMETERS, SCALARS, SOLVE_COST, _core, as_many_as_pay
 
@@ -18,21 +21,14 @@ DENSE_SPEED = 0.1
 """Time of an operation of the dense engine against that of one in the factorisation of a sparse matrix."""
 
 
-class Csr(NamedTuple):
-    """The pattern of a matrix in compressed rows: sorted within a row, without duplicates."""
-
-    indptr: np.ndarray
-    indices: np.ndarray
-    shape: tuple[int, int]
-
-
 class Pattern:
     """The patterns of Q, which is symmetric, and of A and G, with all that depends on them alone."""
 
-    def __init__(self, Q: Csr, A: Csr, G: Csr):
+    def __init__(self, Q: MatrixPattern, A: MatrixPattern, G: MatrixPattern):
         self.Q, self.A, self.G = Q, A, G
         indptr = np.concatenate([A.indptr, A.indptr[-1] + G.indptr[1:]])
-        self.K = Csr(indptr, np.concatenate([A.indices, G.indices]), (A.shape[0] + G.shape[0], Q.shape[0]))
+        shape = A.shape[0] + G.shape[0], Q.shape[0]
+        self.K = MatrixPattern(indptr, np.concatenate([A.indices, G.indices]), shape)
 
     @cached_property
     def kkt(self) -> Any:
@@ -54,16 +50,9 @@ def pays(pattern: Pattern) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _pattern(key: tuple) -> Pattern:
-    return Pattern(*[Csr(np.frombuffer(p, np.int32), np.frombuffer(i, np.int32), shape) for p, i, shape in key])
-
-
-def pattern_of(Q: Csr, A: Csr, G: Csr) -> Pattern:
-    """Return the pattern with these indices; the last ones are remembered, with their symbolic factorisations."""
-    return _pattern(
-        tuple([(np.asarray(M.indptr, np.int32).tobytes(), np.asarray(M.indices, np.int32).tobytes(), M.shape)
-               for M in (Q, A, G)])
-    )  # fmt: skip
+def pattern_of(Q: MatrixPattern, A: MatrixPattern, G: MatrixPattern) -> Pattern:
+    """Return the pattern made of these; the last ones are remembered, with their symbolic factorisations."""
+    return Pattern(Q, A, G)
 
 
 def solve(
@@ -139,18 +128,18 @@ class Factors(NamedTuple):
 def operands_of(problem: Problem) -> dict:
     """Return the operands as `solve` takes them, with the entries of the matrices in the order of their patterns.
 
-    A matrix is sparse, with the attributes `values` (B or 1, nnz), `indices`, `indptr` and `shape`, or dense, with a
-    full pattern.
+    A dense matrix has a full pattern.
     """
     given, arrays = problem.operands, {}
     for name in OPERANDS:
         value = given.get(name)
         if name in MATRICES and value is not None:
-            value = value.values if hasattr(value, "indptr") else value.reshape(len(value), -1)
+            value = stored(value)
+            value = value.reshape(len(value), math.prod(value.shape[1:]))  # of an empty batch too
         arrays[name] = None if value is None else np.asarray(value, np.float64)
     return arrays
 
 
 def entries_as(operand, entries):
     """Return an array like the entries of a matrix (B or 1, nnz) in the shape of its operand."""
-    return entries if hasattr(operand, "indptr") else entries.reshape(-1, *operand.shape[1:])
+    return entries if isinstance(operand, Sparse) else entries.reshape(-1, *operand.shape[1:])

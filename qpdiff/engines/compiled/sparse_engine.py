@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -67,12 +66,7 @@ def without_factor(problem: Problem, scaling) -> Factors:
 
 def pattern_of(problem: Problem) -> sparse.Pattern:
     """Return the patterns of Q, A and G together; that of a dense one is full."""
-    return _pattern(*[_matrix_pattern(problem, name) for name in ("Q", "A", "G")])
-
-
-@lru_cache(maxsize=8)
-def _pattern(*patterns: MatrixPattern) -> sparse.Pattern:
-    return sparse.pattern_of(*[sparse.Csr(each.indptr, each.indices, each.shape) for each in patterns])
+    return sparse.pattern_of(*[_matrix_pattern(problem, name) for name in ("Q", "A", "G")])
 
 
 def _matrix_pattern(problem: Problem, name: str) -> MatrixPattern:
