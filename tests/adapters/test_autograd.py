@@ -8,7 +8,8 @@ pytest.importorskip("autograd")
 import autograd.numpy as anp
 from autograd import grad, jacobian
 from autograd.test_util import check_grads
-from problems import as_sparse, mostly_active, relaxed, smooth_sparse, strictly_feasible
+from problems import mostly_active, relaxed, strictly_feasible
+from sparse_problems import as_sparse, smooth_sparse
 
 import qpdiff
 import qpdiff.autograd

@@ -12,7 +12,8 @@ import dask
 import dask.array as da
 from dask.array.utils import assert_eq
 from dask.sizeof import sizeof
-from problems import as_sparse, kkt_residuals, random_problem, random_sparse
+from problems import kkt_residuals, random_problem
+from sparse_problems import as_sparse, random_sparse
 
 import qpdiff
 import qpdiff.dask

@@ -11,7 +11,8 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp
 from emulated_gpu import pose
 from jax.test_util import check_grads
-from problems import as_sparse, random_problem, relaxed, rounded_product, smooth_sparse, strictly_feasible
+from problems import random_problem, relaxed, rounded_product, strictly_feasible
+from sparse_problems import as_sparse, smooth_sparse
 
 import qpdiff
 import qpdiff.jax

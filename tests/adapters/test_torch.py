@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 from emulated_gpu import pose
-from problems import (
-    as_sparse,
-    mostly_active,
-    random_problem,
-    relaxed,
-    rounded_product,
-    smooth_sparse,
-    strictly_feasible,
-)
+from problems import mostly_active, random_problem, relaxed, rounded_product, strictly_feasible
+from sparse_problems import as_sparse, smooth_sparse
 
 pytest.importorskip("torch")
 import torch

@@ -5,7 +5,8 @@ import pickle
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from problems import as_sparse, kkt_residuals, random_sparse, smooth_sparse
+from problems import kkt_residuals
+from sparse_problems import as_sparse, random_sparse, smooth_sparse
 
 import qpdiff
 from qpdiff import Sparse, Status

@@ -281,3 +281,11 @@ def test_the_imports_are_seen():
     assert "backend.__init__" in imports("engines.compiled.engine")[0]
     assert "cli" in imports("__main__")[1]
     assert {"engines.compiled.engine", "engines.compiled.gpu"} <= imports("engines.choice")[1]
+
+
+def test_the_problems_need_numpy_alone():
+    """The benchmark draws them in environments of other solvers, where qpdiff is not installed."""
+    tree = ast.parse((Path(__file__).parents[1] / "problems.py").read_text(encoding="utf-8"))
+    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    imported += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert set(imported) == {"__future__", "collections.abc", "typing", "numpy"}
