@@ -12,7 +12,7 @@ namespace {
 template <class V> struct Numbers {
     std::unique_ptr<V[]> data;
     int count;
-    Numbers(int count, const double* from = nullptr) : data(new V[count + 1]()), count(count) {
+    Numbers(int count, const double* from = nullptr) : data(new V[sparse::Team<V>::padded(count) + 1]()), count(count) {
         constexpr int W = sizeof(V) / sizeof(double);
         for (int lane = 0; from && lane < W; lane++) {
             for (int i = 0; i < count; i++) {
@@ -29,7 +29,7 @@ template <class V> struct Numbers {
         }
     }
     operator V*() const { return data.get(); }
-    operator lanes::Vector<V>() const { return {data.get()}; }
+    operator typename sparse::Team<V>::Vector() const { return {data.get()}; }
 };
 
 template <class V>

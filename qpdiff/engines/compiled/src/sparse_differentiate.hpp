@@ -113,7 +113,7 @@ class SparseDerivativeWorker {
 
         void lay_out(const SparseProblem<V>& o, Arena& arena) {
             auto& d = derivative;
-            auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<V>(o.n)), ...); };
+            auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<V>(o.np)), ...); };
             auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<V>(o.rows)), ...); };
             of_variables(d.right.x, d.per_D, d.left.x, d.left_after.x);
             of_rows(d.right.v, d.v, d.s, d.theta, d.weights, d.nearly_active, d.per_E, d.share, d.left.v,
@@ -165,28 +165,18 @@ class SparseDerivativeWorker {
         }
         for (int lane = 0; lane < Team::PROBLEMS; lane++) {
             Index b = problems[std::min(lane, size - 1)];
-            auto read = [&](const double* from, lanes::Vector<V> to, int count) {
-                for (int i = 0; i < count; i++) {
-                    put<Team>(to.data[i], lane, from[i]);
-                }
-            };
-            read(batch.scaling.at(b), o.D, o.n);
-            read(batch.scaling.at(b) + o.n, o.E, o.rows);
-            read(batch.v.at(b), d.v, o.rows);
-            read(batch.s.at(b), d.s, o.rows);
-            read(batch.r_x.at(b), d.right.x, o.n);
-            read(batch.r_v.at(b), d.right.v, o.rows);
+            read_variables<Team>(o, batch.scaling.at(b), o.D, lane);
+            read_rows<Team>(o, batch.scaling.at(b) + o.n, o.E, lane);
+            read_rows<Team>(o, batch.v.at(b), d.v, lane);
+            read_rows<Team>(o, batch.s.at(b), d.s, lane);
+            read_variables<Team>(o, batch.r_x.at(b), d.right.x, lane);
+            read_rows<Team>(o, batch.r_v.at(b), d.right.v, lane);
         }
         set_point<Team>(o, d);
         solve_kkt(o, place.derivative);
         for (int lane = 0; lane < size; lane++) {
-            auto write = [&](lanes::Vector<V> from, double* to, int count) {
-                for (int i = 0; i < count; i++) {
-                    to[i] = take<Team>(from.data[i], lane);
-                }
-            };
-            write(d.u.x, batch.u_x.at(problems[lane]), o.n);
-            write(d.u.v, batch.u_v.at(problems[lane]), o.rows);
+            write_variables<Team>(o, d.u.x, batch.u_x.at(problems[lane]), lane);
+            write_rows<Team>(o, d.u.v, batch.u_v.at(problems[lane]), lane);
         }
         return true;
     }

@@ -151,21 +151,15 @@ class SparseWorker {
     }
 
     // Put the outcome of problem b, which is in a lane, and its scaling into the arrays.
-    template <class V>
-    void finish(const Problem<sparse::Team<V>>& o, Index b, int lane, const Iterate<sparse::Team<V>>& at,
-                const State<sparse::Team<V>>& state, int iterations) {
-        using Team = sparse::Team<V>;
+    template <class Team>
+    void finish(const Problem<Team>& o, Index b, int lane, const Iterate<Team>& at, const State<Team>& state,
+                int iterations) {
         const Outcome<double>& outcome = batch.outcome;
-        auto vector = [&](lanes::Vector<V> from, int count, double* to) {
-            for (int i = 0; i < count; i++) {
-                to[i] = take<Team>(from.data[i], lane);
-            }
-        };
-        vector(at.x, o.n, outcome.x.at(b));
-        vector(at.v, o.rows, outcome.v.at(b)); // there is no padding
-        vector(at.s, o.rows, outcome.s.at(b));
-        vector(o.D, o.n, batch.scaling.at(b));
-        vector(o.E, o.rows, batch.scaling.at(b) + o.n);
+        write_variables(o, at.x, outcome.x.at(b), lane);
+        write_rows(o, at.v, outcome.v.at(b), lane);
+        write_rows(o, at.s, outcome.s.at(b), lane);
+        write_variables(o, o.D, batch.scaling.at(b), lane);
+        write_rows(o, o.E, batch.scaling.at(b) + o.n, lane);
         *outcome.status.at(b) = int(take<Team>(state.status, lane));
         *outcome.iterations.at(b) = iterations;
         *outcome.objective.at(b) = take<Team>(state.objective, lane);

@@ -26,8 +26,11 @@ template <class V> class SparseWorkspace {
               o.ldl = {arena.take<V>(kkt.ldl.size()), arena.take<V>(kkt.ldl.n), arena.take<V>(kkt.ldl.n)};
           }) {
         for (int j = 0; j < problem.n; j++) {
-            problem.exists.set(j, 1.0);
+            problem.exists.data[j] = as<V>(1.0);
         }
+        // Of the padding too, which nothing else sets for the derivative.
+        std::fill(problem.D.data, problem.D.data + problem.np, as<V>(1.0));
+        std::fill(problem.E.data, problem.E.data + problem.rows, as<V>(1.0));
     }
 
     // Return whether it has been made for problems of this shape and pattern.
@@ -77,6 +80,36 @@ template <class V> class BorrowedSparse {
     bool calling;
     std::unique_ptr<SparseWorkspace<V>> workspace;
 };
+
+// Call f(place in the problem, place in an array of the caller's) for all constraints.
+template <class Team, class F> void each_row(const Problem<Team>& o, F f) {
+    each_block(o, [&](int row, int at, int count) {
+        for (int i = 0; i < count; i++) {
+            f(row + i, at + i);
+        }
+    });
+}
+
+// Copy entries of all constraints from an array of the caller's into a lane, and the other way round.
+template <class Team> void read_rows(const Problem<Team>& o, const double* from, typename Team::Vector to, int lane) {
+    each_row(o, [&](int row, int at) { put<Team>(to.data[row], lane, from[at]); });
+}
+template <class Team> void write_rows(const Problem<Team>& o, typename Team::Vector from, double* to, int lane) {
+    each_row(o, [&](int row, int at) { to[at] = take<Team>(from.data[row], lane); });
+}
+
+// Do the same with entries of the variables.
+template <class Team>
+void read_variables(const Problem<Team>& o, const double* from, typename Team::Vector to, int lane) {
+    for (int j = 0; j < o.n; j++) {
+        put<Team>(to.data[j], lane, from[j]);
+    }
+}
+template <class Team> void write_variables(const Problem<Team>& o, typename Team::Vector from, double* to, int lane) {
+    for (int j = 0; j < o.n; j++) {
+        to[j] = take<Team>(from.data[j], lane);
+    }
+}
 
 // Return whether all problems have the same entries of Q, A and G.
 inline bool entries_shared(const Operands& operands) {

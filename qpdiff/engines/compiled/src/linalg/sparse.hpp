@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "lanes.hpp"
+#include "serial.hpp"
 
 namespace qpdiff::sparse {
 
@@ -175,57 +176,18 @@ template <class V> QP_NOINLINE void solve(const LdlPattern& p, const Factor<V>& 
 
 // ---- the team
 
-// The kind of each constraint, which is the same in all lanes.
-template <class V> struct Kinds {
-    using Mask = mask_of<V>;
-    integer_of<scalar_of<V>>* is_inequality = nullptr;
-    integer_of<scalar_of<V>>* is_equality = nullptr;
-    QP_INLINE Mask inequality(int i) const { return truth<Mask>(is_inequality[i]); }
-    QP_INLINE Mask equality(int i) const { return truth<Mask>(is_equality[i]); }
-    QP_INLINE Mask absent(int i) const { return truth<Mask>(!(is_inequality[i] || is_equality[i])); }
-};
-
-// The team of one thread and one problem (V is a number), or one in each lane, with sparse matrices.
-template <class V> struct Team {
-    using Real = scalar_of<V>;
-    using Number = V;
-    using Exact = V;
-    using Truth = mask_of<V>;
-    using Entry = V;
-    using ExactEntry = V;
-    using Vector = lanes::Vector<V>;
-    using ExactVector = Vector;
+// The team of one thread and one problem (V is a number), or one in each lane, with sparse matrices. All but these is
+// that of the team for dense ones: its vectors, their padding and the loops over them.
+template <class V> struct Team : std::conditional_t<is_vector<V>, lanes::Team, serial::Team<V>> {
+    using Base = std::conditional_t<is_vector<V>, lanes::Team, serial::Team<V>>;
+    using Truth = typename Base::Truth;
+    using Vector = typename Base::Vector;
     using Matrix = sparse::Matrix<V>;
-    using Kinds = sparse::Kinds<V>;
-    static constexpr bool SPARSE = true;
     using Indices = int*;
-    using Stored = V;
-    using ExactStored = V;
-    static constexpr bool lanes = is_vector<V>;
-    static constexpr int PROBLEMS = sizeof(V) / sizeof(Real);
+    static constexpr bool SPARSE = true;
 
-    static QP_INLINE int padded(int n) { return n; }
-
-    template <class F> static QP_INLINE void each(int count, F f) {
-        for (int i = 0; i < count; i++) {
-            f(i);
-        }
-    }
-    template <class F> static QP_INLINE void each_of(Vector, int count, F f) { each(count, f); }
-    template <class F> static QP_INLINE void each_exactly(int count, F f) { each(count, f); }
-
-    static QP_INLINE V sum(V a) { return a; }
-    static QP_INLINE V largest(V a) { return a; }
-    static QP_INLINE V smallest(V a) { return a; }
-    static QP_INLINE Truth all(Truth m) { return m; }
-    template <class... R> static QP_INLINE void reduce(R... reductions) { (reductions.template finish<Team>(), ...); }
-
-    // Return the sum of the logarithms of positive numbers. For one problem.
-    static Real sum_of_logarithms(Vector a, int count) {
-        Real sum = 0;
-        each(count, [&](int i) { sum += std::log(a[i]); });
-        return sum;
-    }
+    // Set the entries of a vector to 0, with its padding.
+    static QP_INLINE void clear(Vector a, int count) { std::fill(a.data, a.data + Base::padded(count), V{}); }
 
     // Call f(row, column, entry of M) for all entries.
     template <class F> static QP_INLINE void each_entry(Matrix M, int rows, F f) {
@@ -241,45 +203,49 @@ template <class V> struct Team {
         for (int i = 0; i < rows; i++) {
             V sum{};
             for (int e = M.begin(i); e < M.end(i); e++) {
-                sum += M.data[e] * x[M.column(e)];
+                sum += M.data[e] * x.data[M.column(e)];
             }
-            out.set(i, sum);
+            out.data[i] = sum;
         }
+        std::fill(out.data + rows, out.data + Base::padded(rows), V{});
     }
 
     // Compute out += Mᵀx.
     static QP_NOINLINE void add_product_transposed(Matrix M, int rows, int, Vector x, Vector out) {
-        each_entry(M, rows, [&](int i, int j, V entry) { out.data[j] += entry * x[i]; });
+        each_entry(M, rows, [&](int i, int j, V entry) { out.data[j] += entry * x.data[i]; });
     }
 
     // Compute out_ij = (M_ij of_rows_i of_columns_j)², on the pattern of M.
     static QP_NOINLINE void scaled_squares(Matrix M, int rows, int, Vector of_rows, Vector of_columns, Matrix out) {
         V* to = out.data;
-        each_entry(M, rows, [&](int i, int j, V entry) { *to++ = square(entry * of_rows[i] * of_columns[j]); });
+        each_entry(M, rows,
+                   [&](int i, int j, V entry) { *to++ = square(entry * of_rows.data[i] * of_columns.data[j]); });
     }
 
     // Compute weighted_i = max_j |M_ij| weights_j and unweighted_i = max_j |M_ij|.
     static QP_NOINLINE void largest_of_rows(Matrix M, int rows, int, Vector weights, Vector weighted,
                                             Vector unweighted) {
-        each(rows, [&](int i) { weighted.set(i, V{}), unweighted.set(i, V{}); });
+        clear(weighted, rows), clear(unweighted, rows);
         each_entry(M, rows, [&](int i, int j, V entry) {
-            weighted.set(i, larger(absolute(entry) * weights[j], weighted[i]));
-            unweighted.set(i, larger(absolute(entry), unweighted[i]));
+            weighted.data[i] = larger(absolute(entry) * weights.data[j], weighted.data[i]);
+            unweighted.data[i] = larger(absolute(entry), unweighted.data[i]);
         });
     }
 
     // Compute out_j = max_i |M_ij| weights_i.
     static QP_NOINLINE void largest_of_columns(Matrix M, int rows, int columns, Vector weights, Vector out) {
-        each(columns, [&](int j) { out.set(j, V{}); });
-        each_entry(M, rows, [&](int i, int j, V entry) { out.set(j, larger(absolute(entry) * weights[i], out[j])); });
+        clear(out, columns);
+        each_entry(M, rows, [&](int i, int j, V entry) {
+            out.data[j] = larger(absolute(entry) * weights.data[i], out.data[j]);
+        });
     }
 
     // Copy the diagonal, with 0 where it has no entry.
     static QP_NOINLINE void take_diagonal(Matrix M, int n, Vector out) {
-        each(n, [&](int j) { out.set(j, V{}); });
+        clear(out, n);
         each_entry(M, n, [&](int i, int j, V entry) {
             if (i == j) {
-                out.set(i, entry);
+                out.data[i] = entry;
             }
         });
     }

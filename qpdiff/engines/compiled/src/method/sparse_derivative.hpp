@@ -9,7 +9,8 @@ namespace qpdiff {
 
 // A derivative with the vectors that a problem in a lane needs for itself.
 template <class V> struct SparseDerivative : Derivative<sparse::Team<V>> {
-    lanes::Vector<V> share; // factors on residuals of the constraints: E, less where a constraint is inactive
+    typename sparse::Team<V>::Vector
+        share; // factors on residuals of the constraints: E, less where a constraint is inactive
     KktSolution<sparse::Team<V>> first;
 };
 
@@ -17,14 +18,12 @@ template <class V> struct SparseDerivative : Derivative<sparse::Team<V>> {
 // elimination adds to those of the variables.
 template <class V>
 V size_of(const SparseProblem<V>& o, const SparseDerivative<V>& d, const RightHandSide<sparse::Team<V>>& right) {
-    V size{};
-    for (int j = 0; j < o.n; j++) {
-        size = larger(absolute(right.x[j] * o.D[j]), size);
-    }
-    for (int i = 0; i < o.rows; i++) {
-        size = larger(select(o.kind.absent(i), V{}, absolute(right.v[i] * d.share[i])), size);
-    }
-    return size;
+    using Team = sparse::Team<V>;
+    typename Team::Entry size{};
+    Team::each(o.np, [&](auto j) { size = larger(absolute(right.x[j] * o.D[j]), size); });
+    Team::each(o.rows,
+               [&](auto i) { size = larger(select(o.kind.absent(i), 0.0, absolute(right.v[i] * d.share[i])), size); });
+    return Team::largest(size);
 }
 
 // How accurate a refined solution is: whether as a whole, or but for how dependent constraints share; and its residual
@@ -60,30 +59,30 @@ QP_NOINLINE Refined<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDeriv
     for (int round = 0; round < rounds && some(active); round++) {
         auto c = d.correction;
         solve(d.left, c);
-        V size = size_of_solution(d.u), now = ratio(size_of_solution(c), size), now_x{};
+        V size = size_of_solution(d.u), now = ratio(size_of_solution(c), size);
         moved = select(active, ratio(now * now, last), moved);
         last = now;
-        for (int j = 0; j < o.n; j++) {
-            now_x = larger(absolute(c.x[j] * d.per_D[j]), now_x);
+        typename Team::Entry of_x{};
+        Team::each(o.np, [&](auto j) {
+            of_x = larger(absolute(c.x[j] * d.per_D[j]), of_x);
             c.x.set(j, c.x[j] + d.u.x[j]);
-        }
-        for (int i = 0; i < o.rows; i++) {
+        });
+        V now_x = Team::largest(of_x);
+        Team::each(o.rows, [&](auto i) {
             c.v.set(i, c.v[i] + d.u.v[i]);
             c.Kx.set(i, c.Kx[i] + d.u.Kx[i]);
-        }
+        });
         residual<FORM>(problem, d, c, d.left_after);
         V after = ratio(size_of(o, d, d.left_after), asked);
         settled |= active & (ratio(now_x, size) <= as<V>(P.sparse_settled)) & (left <= as<V>(P.afresh_largest)) &
                    truth<Mask>(round > 0);
         // A factor too far off makes it worse from round to round; the best is returned.
         active &= after < left;
-        auto take = [&](lanes::Vector<V> from, lanes::Vector<V> to, int count) {
-            for (int i = 0; i < count; i++) {
-                to.set(i, select(active, from[i], to[i]));
-            }
+        auto take = [&](typename Team::Vector from, typename Team::Vector to, int count) {
+            Team::each(count, [&](auto i) { to.set(i, select(active, from[i], to[i])); });
         };
-        take(c.x, d.u.x, o.n), take(c.v, d.u.v, o.rows), take(c.Kx, d.u.Kx, o.rows);
-        take(d.left_after.x, d.left.x, o.n), take(d.left_after.v, d.left.v, o.rows);
+        take(c.x, d.u.x, o.np), take(c.v, d.u.v, o.rows), take(c.Kx, d.u.Kx, o.rows);
+        take(d.left_after.x, d.left.x, o.np), take(d.left_after.v, d.left.v, o.rows);
         left = select(active, after, left);
         active &= no(settled | ((left <= as<V>(P.refined)) & (moved <= as<V>(P.refined_moved * P.refined))));
     }
@@ -94,26 +93,21 @@ QP_NOINLINE Refined<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDeriv
 // Solve the KKT system at the solution that `set_point` has been called for.
 template <class V> QP_NOINLINE void solve_kkt(SparseProblem<V>& o, SparseDerivative<V>& d) {
     using Team = sparse::Team<V>;
-    constexpr Form FORM = Form::sparse_kkt;
     const Parameters& P = *o.parameters;
     Problem<Team>& problem = o;
     V rho = as<V>(P.afresh_rho);
-    auto set_rho = [&] {
-        for (int j = 0; j < o.n; j++) {
-            o.rho.set(j, rho * o.per_D2[j]);
-        }
-    };
-    for (int j = 0; j < o.n; j++) {
-        V per_D = 1.0 / o.D[j];
+    auto set_rho = [&] { Team::each(o.np, [&](auto j) { o.rho.set(j, rho * o.per_D2[j]); }); };
+    Team::each(o.np, [&](auto j) {
+        auto per_D = 1.0 / o.D[j];
         d.per_D.set(j, per_D);
         o.per_D2.set(j, square(per_D));
-    }
-    for (int i = 0; i < o.rows; i++) {
-        V E = o.E[i], per_E = 1.0 / E;
+    });
+    Team::each(o.rows, [&](auto i) {
+        auto E = o.E[i], per_E = 1.0 / E;
         d.per_E.set(i, per_E);
-        d.share.set(i, E / larger(d.theta[i] * square(E), as<V>(1.0)));
+        d.share.set(i, E / larger(d.theta[i] * square(E), as<typename Team::Entry>(1.0)));
         o.per_E2.set(i, square(per_E));
-    }
+    });
     raise_nearly_active(problem, d, {P.sparse_smallest, P.sparse_largest, P.sparse_equality});
     set_rho();
     auto factored = factor_kkt<true>(o);
@@ -137,12 +131,8 @@ template <class V> QP_NOINLINE void solve_kkt(SparseProblem<V>& o, SparseDerivat
     // Where θ was raised too much for constraints that are nearly dependent, the first solution is the better one.
     auto again = solve_with_nearby_factor(o, d, int(P.afresh_rounds));
     accurate |= no(settled) & (left < P.sparse_better * again.left);
-    for (int j = 0; j < o.n; j++) {
-        d.u.x.set(j, select(accurate, d.first.x[j], d.u.x[j]));
-    }
-    for (int i = 0; i < o.rows; i++) {
-        d.u.v.set(i, select(accurate, d.first.v[i], d.u.v[i]));
-    }
+    Team::each(o.np, [&](auto j) { d.u.x.set(j, select(accurate, d.first.x[j], d.u.x[j])); });
+    Team::each(o.rows, [&](auto i) { d.u.v.set(i, select(accurate, d.first.v[i], d.u.v[i])); });
 }
 
 } // namespace qpdiff

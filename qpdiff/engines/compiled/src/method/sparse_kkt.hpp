@@ -156,24 +156,24 @@ template <class V> QP_NOINLINE mask_of<V> convex(SparseProblem<V>& o, double rou
     auto beside = o.columns;
     V largest{};
     for (int j = 0; j < o.n; j++) {
-        largest = larger(absolute(V(o.diagonal_Q[j])), largest);
-        beside.set(j, V{});
+        largest = larger(absolute(o.diagonal_Q.data[j]), largest);
+        beside.data[j] = V{};
     }
     sparse::Team<V>::each_entry(o.Q, o.n, [&](int i, int j, V entry) {
         if (i != j) {
-            beside.set(i, beside[i] + absolute(entry));
+            beside.data[i] += absolute(entry);
         }
     });
     V allowed = rounding * largest;
     auto dominant = truth<mask_of<V>>(true);
     for (int j = 0; j < o.n; j++) {
-        dominant &= o.diagonal_Q[j] + allowed >= V(beside[j]);
+        dominant &= o.diagonal_Q.data[j] + allowed >= beside.data[j];
     }
     if (every(dominant)) {
         return dominant;
     }
     for (int j = 0; j < o.n; j++) {
-        o.matrix[kkt.diagonal[j]] = o.diagonal_Q[j] + allowed + smallest_normal<double>;
+        o.matrix[kkt.diagonal[j]] = o.diagonal_Q.data[j] + allowed + smallest_normal<double>;
     }
     for (int i = 0; i < o.linear; i++) {
         o.matrix[kkt.diagonal[o.n + i]] = as<V>(-1.0);
@@ -191,18 +191,22 @@ template <class V> QP_NOINLINE mask_of<V> convex(SparseProblem<V>& o, double rou
 template <bool COMPARED, class V> QP_NOINLINE sparse::Factored<V> factor_kkt(SparseProblem<V>& o) {
     const SparseKkt& kkt = *o.kkt;
     const Parameters& P = *o.parameters;
-    for (int i = 0; i < o.rows; i++) {
-        o.weights.set(i, 1.0 / (o.theta[i] + o.delta[i]));
-    }
+    using Team = sparse::Team<V>;
+    Problem<Team>& problem = o;
+    auto diagonal = o.added;
+    Team::each(o.rows, [&](auto i) { o.weights.set(i, 1.0 / (o.theta[i] + o.delta[i])); });
+    Team::each(o.np, [&](auto j) { diagonal.set(j, o.diagonal_Q[j] + o.rho[j] + bound_weights(problem, j)); });
     for (int j = 0; j < o.n; j++) {
-        V weights = bound_weights(static_cast<Problem<sparse::Team<V>>&>(o), j);
-        o.matrix[kkt.diagonal[j]] = o.diagonal_Q[j] + o.rho[j] + weights;
-        o.units[kkt.place[j]] = o.per_D2[j];
+        o.matrix[kkt.diagonal[j]] = diagonal.data[j];
+        o.units[kkt.place[j]] = o.per_D2.data[j];
     }
+    Team::each(o.lp, [&](auto i) {
+        auto entry = o.theta[i] + o.delta[i];
+        diagonal.set(i, -select(is_finite(entry), entry, largest_root<double>));
+    });
     for (int i = 0; i < o.linear; i++) {
-        V entry = o.theta[i] + o.delta[i];
-        o.matrix[kkt.diagonal[o.n + i]] = -select(is_finite(entry), entry, largest_root<double>);
-        o.units[kkt.place[o.n + i]] = o.per_E2[i];
+        o.matrix[kkt.diagonal[o.n + i]] = diagonal.data[i];
+        o.units[kkt.place[o.n + i]] = o.per_E2.data[i];
     }
     sparse::Pivots<V> pivots{kkt.signs.data(), o.units, P.least_sparse_pivot, P.sparse_pivot};
     return sparse::factor<COMPARED, V>(kkt.ldl, o.matrix, pivots, o.ldl, P.sparse_pivot_errors);
@@ -216,39 +220,47 @@ QP_INLINE mask_of<V> factor(Problem<sparse::Team<V>>& problem) {
 }
 
 // Solve for dx and dv.
-template <Form FORM, class V, class Vector = lanes::Vector<V>>
+template <Form FORM, class V, class Vector = typename sparse::Team<V>::Vector>
     requires(FORM == Form::sparse_kkt)
 QP_NOINLINE void solve_multipliers(Problem<sparse::Team<V>>& problem, Vector r_x, Vector r_v, Vector dx, Vector dv) {
     auto& o = static_cast<SparseProblem<V>&>(problem);
     const SparseKkt& kkt = *o.kkt;
+    using Team = sparse::Team<V>;
     int n = o.n, low = o.at_lower(), up = o.at_upper();
-    for (int j = 0; j < n; j++) {
-        V right = r_x[j];
+    Team::each(o.np, [&](auto j) {
+        auto right = r_x[j];
         if (o.lower) {
             right -= o.weights[j + low] * r_v[j + low];
         }
         if (o.upper) {
             right += o.weights[j + up] * r_v[j + up];
         }
-        o.right[kkt.place[j]] = right;
+        dx.set(j, right);
+    });
+    for (int j = 0; j < n; j++) {
+        o.right[kkt.place[j]] = dx.data[j];
     }
     for (int i = 0; i < o.linear; i++) {
-        o.right[kkt.place[n + i]] = r_v[i];
+        o.right[kkt.place[n + i]] = r_v.data[i];
     }
     sparse::solve<V>(kkt.ldl, o.ldl, o.right);
     for (int j = 0; j < n; j++) {
-        V x = o.right[kkt.place[j]];
-        dx.set(j, x);
+        dx.data[j] = o.right[kkt.place[j]];
+    }
+    std::fill(dx.data + n, dx.data + o.np, V{});
+    for (int i = 0; i < o.linear; i++) {
+        dv.data[i] = o.right[kkt.place[n + i]];
+    }
+    std::fill(dv.data + o.linear, dv.data + o.lp, V{});
+    Team::each(o.np, [&](auto j) {
+        auto x = dx[j];
         if (o.lower) {
             dv.set(j + low, o.weights[j + low] * (-x - r_v[j + low]));
         }
         if (o.upper) {
             dv.set(j + up, o.weights[j + up] * (x - r_v[j + up]));
         }
-    }
-    for (int i = 0; i < o.linear; i++) {
-        dv.set(i, o.right[kkt.place[n + i]]);
-    }
+    });
 }
 
 } // namespace qpdiff
