@@ -38,7 +38,8 @@ int ldl(int n, const int* starts, const int* rows, const double* values, const d
     p.analyse(n, {starts, starts + n + 1}, {rows, rows + starts[n]});
     Numbers<V> M(starts[n], values), right(n, x), L(p.size()), inverse(n), work(n), units(n);
     std::fill(units.data.get(), units.data.get() + n, V{} + 1.0);
-    sparse::Factor<V> f{L, inverse, work};
+    Numbers<V> of_rows(width<double> * n);
+    sparse::Factor<V> f{L, inverse, work, of_rows};
     bool factor_ok = every(sparse::factor<false, V>(p, M, {signs, units, 1e-13, 1e-6}, f).ok);
     sparse::solve<V>(p, f, right);
     right.give(x);
@@ -66,6 +67,17 @@ void products(int rows, int columns, const int* starts, const int* of_columns, c
 extern "C" {
 int lanes_of_a_register() {
     return sizeof(pack_of<double>) / sizeof(double);
+}
+
+// Return the largest number of rows that one problem factors together.
+int rows_together(int n, const int* starts, const int* rows) {
+    sparse::LdlPattern p;
+    p.analyse(n, {starts, starts + n + 1}, {rows, rows + starts[n]});
+    int most = 0;
+    for (int group = 0; group + 1 < int(p.groups.rows.size()); group++) {
+        most = std::max(most, p.groups.rows[group + 1] - p.groups.rows[group]);
+    }
+    return most;
 }
 
 int ldl_one(int n, const int* starts, const int* rows, const double* values, const double* signs, double* x) {

@@ -14,7 +14,7 @@ from .test_kernels import COMPILER, HERE, LEVELS, OPTIONS, SOURCES, engine
 
 PATTERNS = {
     "empty K": (5, 0, 0.3), "one": (1, 1, 1.0), "thin": (40, 12, 0.05), "square": (30, 30, 0.1), "full": (12, 9, 1.0),
-    "more rows": (20, 60, 0.08),
+    "more rows": (20, 60, 0.08), "dense": (60, 30, 0.3),
 }  # fmt: skip
 
 
@@ -85,6 +85,14 @@ def test_solves_as_scipy(library, teams, name):
         after = k + 1 + np.flatnonzero(linked[k + 1 :, k])
         linked[np.ix_(after, after)] = True
     assert size == np.tril(linked, -1).sum()
+
+
+def test_factors_rows_together_where_that_saves_time(library):
+    """Rows of the same columns fill a register; those of a chain are factored one by one."""
+    _, dense, *_ = quasidefinite(PATTERNS["dense"], 1)
+    chain = sp.diags_array([np.ones(29), np.ones(30)], offsets=[1, 0]).tocsc()
+    assert call(library.rows_together, 90, dense.indptr, dense.indices) == library.lanes_of_a_register()
+    assert call(library.rows_together, 30, chain.indptr, chain.indices) == 1
 
 
 @pytest.mark.parametrize("teams", ["one", "lanes"])

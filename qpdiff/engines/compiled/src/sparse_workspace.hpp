@@ -24,6 +24,9 @@ template <class V> class SparseWorkspace {
               o.matrix = arena.take<V>(Index(kkt.ldl.rows.size()));
               o.units = arena.take<V>(kkt.ldl.n), o.right = arena.take<V>(kkt.ldl.n);
               o.ldl = {arena.take<V>(kkt.ldl.size()), arena.take<V>(kkt.ldl.n), arena.take<V>(kkt.ldl.n)};
+              if constexpr (!is_vector<V>) {
+                  o.ldl.of_rows = arena.take<V>(Index(width<V>) * kkt.ldl.n);
+              }
           }) {
         for (int j = 0; j < problem.n; j++) {
             problem.exists.data[j] = as<V>(1.0);
