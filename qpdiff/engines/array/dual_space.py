@@ -235,7 +235,7 @@ def assess_without_x(sub: SubBatch, before: State, state: State):
     if elastic is not None:
         size = xp.maximum(size, price)
     far = primal > allowed(settings, scaled_size(backend, units.v, Kx))
-    far = far | (gap > allowed(settings, size, per_unit, times=2.0, rounding=DOUBLE.product_rounding))
+    far = far | (gap > allowed(settings, per_unit * size, 2.0, DOUBLE.product_rounding))
     well = (without_progress < DOUBLE.equal_steps_after) & (worst < float("inf"))
     well = well & ~(infeasible > DOUBLE.late_certificate * settings.certificate)
     enough = far & well & ~before.within_tolerance & (state.iterations < state.limit)

@@ -86,13 +86,12 @@ def row_rounding(sub: SubBatch, x):
 # ---- the stopping test
 
 
-def allowed(settings: Settings, size, per_unit=1.0, *, times=1.0, rounding=0.0):
-    """Return what the tolerance allows for a residual whose terms have this size, both in the same units.
+def allowed(settings: Settings, size, times=1.0, rounding=0.0):
+    """Return what the tolerance allows for a residual whose terms have this size, in the units of the tolerance.
 
-    It is tol + rtol·size, where `per_unit` brings the size to the units of the tolerance; `times` it, and with
-    `rounding` relative to the size on top.
+    It is tol + rtol·size, `times` it, and with `rounding` relative to the size on top.
     """
-    return times * settings.tol + (times * settings.rtol + rounding) * per_unit * size
+    return times * settings.tol + (times * settings.rtol + rounding) * size
 
 
 def is_within_tolerance(sub: SubBatch, x, v, products: Products, terms: GapTerms, found: Residuals):
@@ -103,7 +102,7 @@ def is_within_tolerance(sub: SubBatch, x, v, products: Products, terms: GapTerms
     size_gap = xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(sum(kv, 0.0 * qx)))
     if problem.is_elastic:
         size_gap = xp.maximum(size_gap, price)
-    allowed_gap = allowed(settings, size_gap, per_unit)
+    allowed_gap = allowed(settings, per_unit * size_gap)
     within = found.gap <= allowed_gap
     if backend.known_all_false(within):
         return within
