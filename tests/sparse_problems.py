@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy.sparse as sp
 from problems import apply, random_problem, solve_for_point
 
 import qpdiff
@@ -47,3 +48,12 @@ def as_sparse(value, mask):
     rows, columns = np.nonzero(mask)
     indptr = np.searchsorted(rows, np.arange(len(mask) + 1))
     return qpdiff.Sparse(value[..., rows, columns], columns, indptr, mask.shape)
+
+
+def flows_on_a_grid(N):
+    """Q, q, A and b of a flow on the edges of a grid with one unit into each of N × N nodes, free at the boundary."""
+    D = sp.diags_array([-np.ones(N), np.ones(N)], offsets=[0, 1], shape=(N, N + 1))
+    A = sp.hstack([sp.kron(sp.eye_array(N), D), sp.kron(D, sp.eye_array(N))]).tocsr()
+    inside = np.r_[0.0, np.ones(N - 1), 0.0]
+    inside = np.r_[np.tile(inside, N), np.repeat(inside, N)]
+    return sp.diags_array(inside), -inside, A, np.ones(N * N)

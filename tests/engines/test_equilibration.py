@@ -5,6 +5,11 @@ import pytest
 from problems import DEGENERATE, SCALED, random_problem, random_units, rescaled
 
 from qpdiff.engines.array.equilibration import balance, equilibrate, scale_cost
+from qpdiff.engines.array.reduced_forms import PrimalForm
+from qpdiff.engines.array.start import make_origin, with_cost
+from qpdiff.engines.array.state import make_sub_batch
+from qpdiff.engines.array.status import descent_direction, farkas_certificate, residuals
+from qpdiff.engines.base import make_settings
 from qpdiff.problem import OPERANDS
 from qpdiff.validation import make_problem
 
@@ -96,3 +101,23 @@ def test_scales_are_positive_and_finite(kind, factor):
         assert np.all(value > 0)
         assert np.all(np.isfinite(value))
     assert np.all(scaling.reach > 0)
+
+
+@pytest.mark.parametrize("cost", ["psd", "lp"])
+@pytest.mark.parametrize("parts", ["A", "A G", "G lb ub"])
+def test_certificates_do_not_depend_on_how_large_the_cost_counts(cost, parts):
+    rng = np.random.default_rng(4)
+    problem = make(random_problem(rng, parts, cost=cost))
+    sub = make_sub_batch(PrimalForm(problem), make_settings(problem))
+    x, v = rng.normal(size=(4, problem.n)), rng.normal(size=(4, problem.rows))
+    proofs = []
+    for each in (sub, with_cost(sub, 1e-5 + np.zeros((4, 1)))):
+        origin, far = make_origin(each), np.full((4, 1), np.inf)
+        found = residuals(problem, x, v, 0.0 * v)
+        proofs.append((
+            descent_direction(each, x, found, origin, far).ratio,
+            farkas_certificate(each, v, origin.v, found.Kx, far).ratio,
+        ))  # fmt: skip
+    assert np.any(proofs[0][0] > 0) or np.any(proofs[0][1] > 0)
+    for one, other in zip(*proofs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10)

@@ -9,6 +9,7 @@ import scipy.sparse as sp
 from numpy.testing import assert_allclose
 from problems import DEGENERATE, INFEASIBLE, apply, infeasible
 from scipy.sparse.linalg import splu
+from sparse_problems import flows_on_a_grid
 
 import qpdiff
 from qpdiff.engines.base import Linearization, StartingPoint, _settings
@@ -226,20 +227,36 @@ def test_infeasible_problems_have_certificates(change, cost):
         assert abs(np.concatenate(K).T @ v).max() < 1e-6
 
 
+@pytest.mark.parametrize("count", [1, B])
+def test_a_linear_program_in_other_units_is_not_unbounded(count):
+    """Its cost is scaled to the size of its right-hand sides, which says nothing of the direction of a step."""
+    problems = list(linear_program(np.random.default_rng(5)))[:count]
+    pattern, operands, _ = make_batch(problems, full=False)
+    objective = solve(pattern, operands, count, tol=None).objective
+    for unit in 10.0 ** np.arange(-8, 9, 2):
+        large = operands | {name: unit * operands[name] for name in ("h", "lb", "ub")}
+        done = solve(pattern, large | {"q": operands["q"] / unit}, count, tol=None)
+        assert (done.status == qpdiff.Status.SOLVED).all()
+        assert_allclose(done.objective, objective, atol=1e-6)
+
+
 def test_large_multipliers_do_not_look_like_an_unbounded_cost():
-    """Flows on a grid: a start for a fraction of the cost takes the place of the ordinary one."""
-    N = 100
-    D = sp.diags_array([-np.ones(N), np.ones(N)], offsets=[0, 1], shape=(N, N + 1))
-    A = sp.hstack([sp.kron(sp.eye_array(N), D), sp.kron(D, sp.eye_array(N))]).tocsr()
-    inside = np.r_[0.0, np.ones(N - 1), 0.0]
-    inside = np.r_[np.tile(inside, N), np.repeat(inside, N)]
-    b, none = np.ones(N * N), (sp.csr_array((0, A.shape[1])), np.zeros(0))
-    Q = sp.diags_array(inside)
-    pattern, operands, _ = make_batch([(Q, -inside, A, b, *none, None, None)], full=False)
+    """A start for a fraction of the cost takes the place of the ordinary one."""
+    Q, q, A, b = flows_on_a_grid(100)
+    none = sp.csr_array((0, A.shape[1])), np.zeros(0)
+    pattern, operands, _ = make_batch([(Q, q, A, b, *none, None, None)], full=False)
     outcome = solve(pattern, operands, 1, tol=1e-6)
     assert outcome.status == qpdiff.Status.SOLVED
     assert abs(A @ outcome.x[0] - b).max() < 1e-8
-    assert abs(Q @ outcome.x[0] - inside + A.T @ outcome.v[0]).max() < 1e-6
+    assert abs(Q @ outcome.x[0] + q + A.T @ outcome.v[0]).max() < 1e-6
+
+
+def test_large_multipliers_do_not_look_like_an_unbounded_cost_when_dense():
+    Q, q, A, b = flows_on_a_grid(40)
+    sol = qpdiff.solve_qp(Q.toarray(), q, A=A.toarray(), b=b, check=False)
+    assert sol.status == qpdiff.Status.SOLVED
+    assert_allclose(A @ sol.x, b, atol=1e-8)
+    assert_allclose(Q @ sol.x + q + A.T @ sol.y, 0.0, atol=1e-6)
 
 
 def test_gap_of_many_terms():

@@ -111,7 +111,7 @@ def _center(sub: SubBatch, kappa: float, x, v, s):
         x, v, s, and for which problems they were found.
     factor
     """
-    problem, settings, (D, E, primal, dual, _) = sub.problem, sub.settings, sub.scaling
+    problem, settings, (D, E, primal, dual, *_) = sub.problem, sub.settings, sub.scaling
     backend, xp = problem.backend, problem.backend.xp
     difference = v / E - E * s
     if (elastic := problem.elastic) is not None:

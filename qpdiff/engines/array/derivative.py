@@ -54,7 +54,7 @@ class Factors(NamedTuple):
 def without_factor(problem: Problem, scaling) -> Factors:
     """Return factors that store the scaling alone, as `engines.base.Engine` says."""
     unit = problem.backend.full((1, 1), 1.0, problem.dtype)  # what residuals are measured in does not matter here
-    return saved_together(problem, None, Scaling(scaling[:, : problem.n], scaling[:, problem.n :], unit, unit, unit))
+    return saved_together(problem, None, Scaling(scaling[:, : problem.n], scaling[:, problem.n :], *[unit] * 4))
 
 
 def saved_together(problem: Problem, factor, scaling: Scaling) -> Factors:

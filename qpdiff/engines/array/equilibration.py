@@ -26,6 +26,8 @@ class Scaling(NamedTuple):
     """The unit of the scaled dual residual D(Qx + q + Kᵀv), (B or 1, 1)."""
     reach: Any
     """The largest distance from 0 that x/D is likely to go, infinite where nothing is known of it, (B or 1, 1)."""
+    cost: Any
+    """How many times as large the cost counts (`scale_cost`), (B or 1, 1)."""
 
 
 def equilibrate(problem: Problem) -> Scaling:
@@ -65,7 +67,8 @@ def equilibrate(problem: Problem) -> Scaling:
         if not backend.known_all_false(bounded):
             D = xp.where(bounded, span / primal, D)
             E = scale_bounds(rows, D)
-    return balance_cost(backend, Scaling(D, E, primal, dual, reach), curvature, k, q)
+    unscaled = Scaling(D, E, primal, dual, reach, xp.ones_like(primal))
+    return balance_cost(backend, unscaled, curvature, k, q)
 
 
 def balance_cost(backend, scaling: Scaling, curvature, k, q) -> Scaling:
@@ -108,9 +111,9 @@ def join_columns(xp, parts, like):
 
 def scale_cost(scaling: Scaling, c) -> Scaling:
     """Return the scaling as if the cost were c times as large; what residuals are compared with does not change."""
-    D, E, primal, dual, reach = scaling
+    D, E, primal, dual, reach, cost = scaling
     root = c**0.5
-    return Scaling(root * D, E / root, primal / root, root * dual, reach / root)
+    return Scaling(root * D, E / root, primal / root, root * dual, reach / root, cost * c)
 
 
 def measure_residual_units(problem: Problem, E, k, q, curvature, least_curvature):

@@ -37,12 +37,19 @@ def begin_closer(sub: SubBatch):
     large, one = ratio > DOUBLE.large_multipliers, xp.ones_like(ratio)
     if backend.known_all_false(large):
         return sub, state, factor
-    other = sub._replace(scaling=scale_cost(sub.scaling, xp.where(large, DOUBLE.smaller_cost, one)))
+    other = with_cost(sub, xp.where(large, DOUBLE.smaller_cost, one))
     smaller, factor = begin(other)
     closer = large & (smaller.primal < DOUBLE.closer * state.primal)
     closer = closer & (multiplier_ratio(other, smaller) < DOUBLE.less_multipliers * ratio)
-    sub = sub._replace(scaling=scale_cost(sub.scaling, xp.where(closer, DOUBLE.smaller_cost, one)))
+    sub = with_cost(sub, xp.where(closer, DOUBLE.smaller_cost, one))
     return sub, choose(xp, closer, smaller, state), factor
+
+
+def with_cost(sub: SubBatch, c) -> SubBatch:
+    """Return the problems as if their cost were c times as large (`scale_cost`), with the sizes of their data."""
+    sizes, root = sub.sizes, c**0.5
+    sizes = sizes._replace(scaled_k=sizes.scaled_k / root, scaled_q=sizes.scaled_q * root)
+    return sub._replace(scaling=scale_cost(sub.scaling, c), sizes=sizes)
 
 
 def multiplier_ratio(sub: SubBatch, state: State):
@@ -148,7 +155,7 @@ def begin_warm(sub: SubBatch, point: StartingPoint, ordinary: State):
     μ grows with what that solution leaves of the residuals here, so that the slacks let the steps make up for it, up to
     the μ of the ordinary start.
     """
-    problem, backend, (D, E, *units, _) = sub.problem, sub.problem.backend, sub.scaling
+    problem, backend, (D, E, *units) = sub.problem, sub.problem.backend, sub.scaling
     xp, inequality, equality, unit = backend.xp, problem.inequality, problem.equality, units[0] * units[1]
     x, v = point.x + xp.zeros_like(ordinary.x), point.v + xp.zeros_like(ordinary.v)
     slack = E * (problem.k - problem.constraints(x))

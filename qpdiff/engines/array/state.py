@@ -151,7 +151,7 @@ def make_sub_batch(form, settings: Settings) -> SubBatch:
     """Equilibrate the problems of a reduced form and find the units of their residuals."""
     problem, backend = form.problem, form.problem.backend
     xp, scaling, wide = backend.xp, equilibrate(problem), problem.astype(backend.widest_float)
-    D, E, primal, dual, reach = scaling
+    D, E, primal, dual, reach, _ = scaling
     units = Units(None, None, None) if settings.absolute else Units(Unit(D, dual), Unit(E, primal), primal * dual)
     count, k = backend.total(xp.astype(problem.inequality, problem.dtype)), E * wide.k
     inequalities = pairs = backend.clip(count, 1.0)

@@ -270,7 +270,7 @@ class Direction(NamedTuple):
 
 def descent_direction(sub: SubBatch, x, products: Products, previous: State, dual) -> Direction:
     """Compare the last step in the variables with a direction of unbounded descent."""
-    problem, (D, E, *_), backend = sub.wide_problem, sub.scaling, sub.problem.backend
+    problem, (D, E, *_, cost), backend = sub.wide_problem, sub.scaling, sub.problem.backend
     xp = backend.xp
     if sub.form.skips_rho:  # a definite Q bounds the cost
         return Direction(backend.full(tuple(dual.shape), 0.0, dual.dtype), x, dual)
@@ -281,9 +281,10 @@ def descent_direction(sub: SubBatch, x, products: Products, previous: State, dua
     Qx, Kx = products.Qx, products.Kx
     slope = Kx - previous.Kx
     climb = xp.where(problem.equality, xp.abs(slope), backend.clip(slope, 0.0))
+    curved = D / cost  # as if the cost were not scaled, which changes the curvature of the scaled problem
     # The rounding of these differences hides as much.
-    hidden = xp.maximum(backend.norm(D * Qx), backend.norm(E * Kx))
-    least = xp.maximum(backend.norm(D * (Qx - previous.Qx)), xp.finfo(problem.dtype).eps * hidden)
+    hidden = xp.maximum(backend.norm(curved * Qx), backend.norm(E * Kx))
+    least = xp.maximum(backend.norm(curved * (Qx - previous.Qx)), xp.finfo(problem.dtype).eps * hidden)
 
     def ratio(falls, fall, climb):
         uphill = xp.maximum(least, backend.largest(E * climb))

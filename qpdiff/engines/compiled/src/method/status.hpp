@@ -119,14 +119,16 @@ QP_NOINLINE Direction<E> descent_direction(Problem<Team>& o, const Iterate<Team>
                                            const Iterate<Team>& previous) {
     using N = typename Team::ExactEntry;
     N total_{}, size_{}, length_{}, uphill_{}, hidden_{}, cost_{};
+    // As if the cost were not scaled, which changes the curvature of the scaled problem.
+    auto per_cost = as<N>(1.0 / as<E>(o.cost));
     Team::each_exactly(o.np, [&](auto j) {
         N ray = current.x[j] - previous.x[j], q = o.q[j], term = q * ray, D = o.D[j], Qx = current.Qx[j];
         o.ray.set(j, ray);
         total_ += term;
         size_ += absolute(term);
         length_ += absolute(ray) / o.unit_x[j];
-        uphill_ = larger(absolute(D * (Qx - previous.Qx[j])), uphill_);
-        hidden_ = larger(absolute(D * Qx), hidden_);
+        uphill_ = larger(absolute(D * per_cost * (Qx - previous.Qx[j])), uphill_);
+        hidden_ = larger(absolute(D * per_cost * Qx), hidden_);
         cost_ = larger(absolute(D * q), cost_);
     });
     E total, size, length;
@@ -145,11 +147,7 @@ QP_NOINLINE Direction<E> descent_direction(Problem<Team>& o, const Iterate<Team>
     E uphill, hidden, cost;
     Team::reduce(Largest{uphill_, uphill}, Largest{hidden_, hidden}, Largest{cost_, cost});
     E residual = larger(uphill, EPS * hidden), scaled_q = larger(cost, as<E>(o.dual_unit));
-    E ratio = fall / (residual * scaled_q);
-    if constexpr (Team::SPARSE) {
-        ratio *= as<E>(o.cost); // as if the cost were not scaled, which changes the curvature of the scaled problem
-    }
-    return {select(falls, ratio, E{}), fall};
+    return {select(falls, fall / (residual * scaled_q), E{}), fall};
 }
 
 // Compare the last step in the multipliers, stored in `farkas`, with a Farkas certificate. `scaled_k` is the size of
