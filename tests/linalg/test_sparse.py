@@ -87,6 +87,23 @@ def test_solves_as_scipy(library, teams, name):
     assert size == np.tril(linked, -1).sum()
 
 
+@pytest.mark.parametrize("teams", ["one", "lanes"])
+def test_solves_chains(library, teams):
+    """Most columns have an entry in the next row; some in others too, some in none."""
+    count, n = 1 if teams == "one" else library.lanes_of_a_register(), 40
+    rng = np.random.default_rng(0)
+    M = sp.diags_array([rng.normal(size=n - 1), np.zeros(n)], offsets=[1, 0]).tolil()
+    M[np.arange(0, n, 5), n - 1] = 1.0
+    M[9, 10] = M[24, 25] = 0.0
+    signs = rng.choice([-1.0, 1.0], n)
+    full = (M + M.T + sp.diags_array(10 * signs)).toarray()
+    U = sp.triu(sp.csc_array(full)).tocsc()
+    x = rng.normal(size=(count, n))
+    right = x.copy()
+    assert call(getattr(library, f"ldl_{teams}"), n, U.indptr, U.indices, np.tile(U.data, (count, 1)), signs, x) > 0
+    assert_allclose(x, np.linalg.solve(full, right.T).T, rtol=1e-12, atol=1e-14)
+
+
 def test_factors_rows_together_where_that_saves_time(library):
     """Rows of the same columns fill a register; those of a chain are factored one by one."""
     _, dense, *_ = quasidefinite(PATTERNS["dense"], 1)

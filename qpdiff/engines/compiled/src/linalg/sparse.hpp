@@ -55,6 +55,7 @@ class LdlPattern {
     std::vector<int> R_starts, R_cols; // of the rows of L: the columns of their entries, ascending
     std::vector<int> R_places;         // where each of these entries is in the columns of L
     RowGroups groups;
+    bool chained = false; // whether most columns have an entry in the next row
 
     // Analyse a matrix that has a diagonal. Return whether the number of entries of L is within the range of `int`.
     bool analyse(int size, std::vector<int> column_starts, std::vector<int> entry_rows) {
@@ -93,6 +94,11 @@ class LdlPattern {
                 L_rows[place] = k;
             }
         }
+        int next_rows = 0;
+        for (int j = 0; j < n; j++) {
+            next_rows += L_starts[j] < L_starts[j + 1] && L_rows[L_starts[j]] == j + 1;
+        }
+        chained = 2 * next_rows > n;
         group_rows();
         return true;
     }
@@ -306,22 +312,34 @@ QP_NOINLINE Factored<V> factor(const LdlPattern& p, const V* M, const Pivots<V>&
     return work.result();
 }
 
-// Solve with the factor, in place.
-template <class V> QP_NOINLINE void solve(const LdlPattern& p, const Factor<V>& f, V* x) {
+// Solve with the factor, in place. With `CHAINED`, what goes from a column to the next one stays in a register; by way
+// of memory it would take several times as long.
+template <bool CHAINED, class V> QP_NOINLINE void solve(const LdlPattern& p, const Factor<V>& f, V* x) {
     const int *starts = p.L_starts.data(), *rows = p.L_rows.data();
+    auto is_next = [&](int j) { return CHAINED && starts[j] < starts[j + 1] && rows[starts[j]] == j + 1; };
+    V handed{};
     for (int j = 0; j < p.n; j++) {
-        V value = x[j];
-        for (int place = starts[j]; place < starts[j + 1]; place++) {
+        V value = x[j] - handed;
+        bool next = is_next(j);
+        x[j] = value;
+        handed = next ? f.L[starts[j]] * value : V{};
+        for (int place = starts[j] + next; place < starts[j + 1]; place++) {
             x[rows[place]] -= f.L[place] * value;
         }
     }
+    V behind{};
     for (int j = p.n - 1; j >= 0; j--) {
         V value = x[j] * f.inverse[j];
-        for (int place = starts[j]; place < starts[j + 1]; place++) {
+        bool next = is_next(j);
+        for (int place = starts[j] + next; place < starts[j + 1]; place++) {
             value -= f.L[place] * x[rows[place]];
         }
-        x[j] = value;
+        behind = next ? value - f.L[starts[j]] * behind : value;
+        x[j] = behind;
     }
+}
+template <class V> QP_INLINE void solve(const LdlPattern& p, const Factor<V>& f, V* x) {
+    p.chained ? solve<true, V>(p, f, x) : solve<false, V>(p, f, x);
 }
 
 // ---- the team
