@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -14,10 +15,13 @@ import numpy as np
 import qpdiff
 
 from .common import MIB, RECORDED, Clock, Plan, Row, resident, same_bits, threads, verdict
-from .jobs import CASES, ENGINES, draw, optnet, solve, working_threads
+from .jobs import ENGINES, by_choice, draw, engine_for, mpc, optnet, solve, sparse, with_a_price, working_threads
 
 SECONDS = 5.0
 """A call has to end so long after Ctrl-C; on an idle machine it takes a tenth of a second."""
+THREADS = [1, 2, 3]
+INTERRUPTS = 16
+"""How many there are at least: what some of them take once, no quarter of them does."""
 GROWTH = 16 * MIB
 """Memory that interrupts may take in each quarter of them: a leak does so in every one, buffers that stay do not."""
 
@@ -25,6 +29,7 @@ GROWTH = 16 * MIB
 def run(plan: Plan) -> Iterator[Row]:
     """Interrupt each kind of call again and again."""
     calls = {what: call for engine in ENGINES for what, call in _of_engine(engine, plan.quick).items()}
+    calls |= _of_choice(plan.quick)
     if not plan.quick:
         calls |= _of_frameworks()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,6 +51,21 @@ def _of_engine(engine: str, quick: bool) -> dict[str, Callable[[], object]]:
         f"{engine}: {size} small problems": lambda: qpdiff.solve_qp(**small, engine=engine),
         f"{engine}: 4 large problems": lambda: qpdiff.solve_qp(**large, engine=engine),
         f"{engine}: vjp": differentiate,
+    }
+
+
+def _of_choice(quick: bool) -> dict[str, Callable[[], object]]:
+    """Return long calls with sparse matrices and with prices: many small problems, and few large ones."""
+    rng, scale = np.random.default_rng(0), 10 if quick else 1
+    batches = {
+        "small sparse problems": sparse(mpc(rng, 3000 // scale, 10, 8, 3)),
+        "large sparse problems": sparse(mpc(rng, 4, 1000 // scale, 12, 4)),
+        "small problems with a price": with_a_price(rng, 5000 // scale, 8),
+        "large problems with a price": with_a_price(rng, 4, 400 // scale),
+    }
+    return {
+        f"{engine_for(given)}: {len(given['q'])} {what}": partial(qpdiff.solve_qp, **given)
+        for what, given in batches.items()
     }
 
 
@@ -79,14 +99,16 @@ def _interrupt(what: str, call: Callable[[], object], clock: Clock, plan: Plan) 
     """Send Ctrl-C at random moments of a call until the time is over."""
     rng, after = plan.random(), _after()
     expected = after()
-    start = time.monotonic()
-    call()
-    length = time.monotonic() - start
+    for count in THREADS:  # whose workspaces stay
+        start = time.monotonic()
+        with working_threads(count):
+            call()
+        length = time.monotonic() - start
     late: list[float] = []
     memory, ended, early, wrong, errors = [], 0, 0, 0, set()
     running = threads()
-    while not clock.over() or len(memory) < 8:
-        with working_threads(rng.choice([1, 2, 3])):
+    while not clock.over() or len(memory) < INTERRUPTS:
+        with working_threads(rng.choice(THREADS)):
             in_call, seconds, error = _once(call, rng.uniform(0.0, length))
         ended += in_call
         early += not in_call
@@ -108,8 +130,10 @@ def _interrupt(what: str, call: Callable[[], object], clock: Clock, plan: Plan) 
 
 def _after() -> Callable[[], list[np.ndarray]]:
     """Return calls that must give what they gave before."""
-    cases = {case: draw(case) for case in CASES if case in ("small", "medium", "bounds")}
-    return lambda: [array for e in ENGINES for operands in cases.values() for array in solve(operands, e)]
+    cases = [draw(case) for case in ("small", "medium", "bounds")]
+    jobs = [partial(solve, operands, engine) for engine in ENGINES for operands in cases]
+    jobs += by_choice(["sparse", "a price"]).values()
+    return lambda: [array for job in jobs for array in job()]
 
 
 def _middle(values: list[float]) -> float:

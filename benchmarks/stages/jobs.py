@@ -7,20 +7,26 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import scipy.sparse
+from families import mpc, tv
+from operands import Matrices
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
+from elastic_problems import contradictory
 from problems import infeasible, optnet, random_problem, row_beyond_bounds
 
 import qpdiff
 from qpdiff.backend.threads import THREADS
-from qpdiff.engines.choice import compiled_engine
+from qpdiff.engines.choice import compiled_engine, explain_choice
+from qpdiff.prices import with_prices
+from qpdiff.problem import OPERANDS
+from qpdiff.validation import make_problem
 
 Job = Callable[[], list[np.ndarray]]
 ENGINES = ["compiled", "array"] if compiled_engine()[0] is not None else ["array"]
@@ -36,6 +42,34 @@ def _diagonal(rng):
     return operands | {"Q": np.eye(40) * rng.uniform(0.5, 2.0, (60, 1, 40))}
 
 
+def sparse(operands: dict) -> dict:
+    """Return operands of a family, whose matrices are given as qpdiff takes them."""
+    return {name: qpdiff.Sparse(*value) if isinstance(value, Matrices) else value for name, value in operands.items()}
+
+
+def _made_dense(rng):
+    operands = optnet(rng, (300,), 8, 5, 2)
+    G = qpdiff.Sparse.like(scipy.sparse.csr_array(np.ones((5, 8))), operands["G"].reshape(-1, 40))
+    return operands | {"Q": scipy.sparse.eye_array(8, format="csr"), "G": G}
+
+
+def with_a_price(rng, batch: int, n: int) -> dict:
+    """Draw problems without a feasible point, and one price of all violations."""
+    return contradictory(rng, "A G lb ub", batch=(batch,), n=n, m=n, p=n // 4) | {"elastic": 10.0}
+
+
+def _with_prices_of_rows(rng):
+    operands = contradictory(rng, "A G lb ub", batch=(60,), n=8, m=8, p=4)
+    price = np.array([np.inf, np.inf, np.inf, 0.0, 1.0, 3.0, 10.0, 1.0])  # the second half contradicts the first
+    return operands | {"elastic": {"A": np.full(4, 5.0), "G": price}, "elastic_quadratic": {"A": 0.1}}
+
+
+def _with_prices_of_problems(rng):
+    operands = contradictory(rng, "A G lb ub", batch=(60,), n=8, m=8, p=4)
+    prices = {name: rng.uniform(1.0, 10.0, size=operands[of].shape) for name, of in (("A", "b"), ("G", "h"))}
+    return operands | {"elastic": prices | {"bounds": rng.uniform(1.0, 10.0, size=(60, 8))}}
+
+
 CASES = {
     "small": lambda rng: optnet(rng, (300,), 8, 5, 2),
     "medium": lambda rng: optnet(rng, (40,), 40, 20, 4),
@@ -47,12 +81,34 @@ CASES = {
     "infeasible": lambda rng: infeasible(rng, row_beyond_bounds, "pd", (6, 5, 2)),
 }
 """Batches for every way through the solver: lane groups, one by one, BLAS; each reduced form; certificates."""
+SPARSE = {
+    "sparse": lambda rng: sparse(mpc(rng, 40, 10, 8, 3)),
+    "sparse, one by one": lambda rng: sparse(tv(rng, 3, 250)),
+    "sparse, made dense": _made_dense,
+}
+"""Batches of sparse matrices: shared ones and others for each problem, in lane groups and not."""
+PRICED = {
+    "a price": lambda rng: with_a_price(rng, 60, 8),
+    "a price, large": lambda rng: with_a_price(rng, 2, 140),
+    "prices of rows": _with_prices_of_rows,
+    "prices of problems": _with_prices_of_problems,
+}
+"""Batches of problems whose constraints contradict each other, with prices of violations."""
+ANY_ENGINE = SPARSE | PRICED
+"""Batches for the engine that `engine="auto"` takes."""
 
 
 @cache
-def draw(case: str) -> dict[str, np.ndarray]:
+def draw(case: str) -> dict:
     """Draw the operands of a case once: products in it have other bits where BLAS has another number of threads."""
-    return CASES[case](np.random.default_rng(0))
+    return (CASES | ANY_ENGINE)[case](np.random.default_rng(0))
+
+
+def engine_for(given: dict) -> str:
+    """Return the engine that `engine="auto"` takes for these operands and prices."""
+    prices = {name: given.get(name) for name in ("elastic", "elastic_quadratic")}
+    operands, _ = with_prices({name: given.get(name) for name in OPERANDS}, **prices)
+    return explain_choice("auto", make_problem(operands)).split()[0]
 
 
 @contextmanager
@@ -65,17 +121,38 @@ def working_threads(count: int) -> Iterator[None]:
         THREADS.reset(token)
 
 
-def solve(operands: dict[str, np.ndarray], engine: str, **options) -> list[np.ndarray]:
-    """Solve and differentiate; return all that this gives."""
-    sol = qpdiff.solve_qp(**operands, engine=engine, **options)
+def solve(given: dict, engine: str, **options) -> list[np.ndarray]:
+    """Solve and differentiate with operands and prices; return all that this gives."""
+    sol = qpdiff.solve_qp(**given, engine=engine, **options)
     gradients = qpdiff.vjp(sol, x=np.ones_like(sol.x), unsolved="zero")
     parts = [sol.x, sol.y, sol.z, sol.z_lb, sol.z_ub, sol.s, sol.status, sol.iterations, sol.objective]
-    return [*parts, *(getattr(gradients, name) for name in operands)]
+    return [*parts, *(array for name in given for array in arrays(getattr(gradients, name)))]
+
+
+def arrays(value) -> list[np.ndarray]:
+    """Return the arrays that an operand, a dict of prices, or its gradient consists of."""
+    if isinstance(value, dict):
+        return [array for each in value.values() for array in arrays(each)]
+    return [value.values if isinstance(value, qpdiff.Sparse) else value]
+
+
+def each_array(change: Callable[[np.ndarray], np.ndarray], value):
+    """Return operands, or a dict of them, whose arrays are changed; the values of a `Sparse` are such an array."""
+    if isinstance(value, dict):
+        return {name: each_array(change, each) for name, each in value.items()}
+    if isinstance(value, qpdiff.Sparse):
+        return value.with_values(change(value.values))
+    return change(value) if isinstance(value, np.ndarray) else value
 
 
 def by_engines() -> dict[str, Job]:
     """Return a job for each engine and case."""
     return {f"{engine}: {case}": partial(solve, draw(case), engine) for engine in ENGINES for case in CASES}
+
+
+def by_choice(cases: Collection[str] = ANY_ENGINE) -> dict[str, Job]:
+    """Return a job for each of these cases, with the engine that `engine="auto"` takes for it in the name."""
+    return {f"{engine_for(draw(case))}: {case}": partial(solve, draw(case), "auto") for case in cases}
 
 
 def by_options() -> dict[str, Job]:
@@ -289,21 +366,6 @@ def _files() -> dict[str, Job]:
     return {"files": read, "command": command}
 
 
-def by_matrices() -> dict[str, Job]:
-    """Return a job on sparse matrices of one pattern, shared ones and others for each problem."""
-    operands = draw("small")
-    pattern = scipy.sparse.csr_array(np.ones((5, 8)))
-    G = qpdiff.Sparse.like(pattern, operands["G"].reshape(-1, 40))
-    given = operands | {"Q": scipy.sparse.eye_array(8, format="csr"), "G": G}
-
-    def call():
-        sol = qpdiff.solve_qp(**given)
-        gradients = qpdiff.vjp(sol, x=np.ones_like(sol.x), unsolved="zero")
-        return [sol.x, sol.z, gradients.Q.values, gradients.G.values, gradients.q]
-
-    return {"sparse matrices": call}
-
-
 def all_jobs(quick: bool) -> dict[str, Job]:
     """Return every job."""
-    return by_engines() | by_matrices() | ({} if quick else by_options() | by_adapters())
+    return by_engines() | by_choice() | ({} if quick else by_options() | by_adapters())

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .common import MIB, RECORDED, Clock, Plan, Row, counted, same_bits, verdict, virtual
-from .jobs import ENGINES, draw, optnet, solve, working_threads
+from .jobs import ENGINES, draw, each_array, engine_for, mpc, optnet, solve, sparse, with_a_price, working_threads
 
 PATIENCE = 60
 """Seconds after which a call counts as hanging."""
@@ -32,6 +32,12 @@ def run(plan: Plan) -> Iterator[Row]:
         "large problems": optnet(rng, (8,), 300 // scale + 100, 50, 4),
     }
     cases = [(engine, what, operands) for engine in ENGINES for what, operands in batches.items()]
+    chosen = {
+        "sparse problems": sparse(mpc(rng, 1000 // scale, 10, 8, 3)),
+        "large sparse problems": sparse(mpc(rng, 8, 1000 // scale, 12, 4)),
+        "problems with a price": with_a_price(rng, 10_000 // scale, 8),
+    }
+    cases += [(engine_for(given), what, given) for what, given in chosen.items()]
     for (engine, what, operands), clock in zip(cases, plan.parts(len(cases)), strict=True):
         yield _limited(f"{engine}: {what}", operands, engine, clock, plan)
 
@@ -40,7 +46,7 @@ def _limited(what: str, operands, engine: str, clock: Clock, plan: Plan) -> Row:
     """Try limits from nothing to twice what the call takes, at random, until the time is over."""
     rng, small = plan.random(), draw("small")
     with working_threads(1):  # what is imported or made at the first call, without starting threads
-        solve({name: value[:8] for name, value in operands.items()}, engine)
+        solve(each_array(lambda value: value[:8], operands), engine)
         after, expected = solve(small, engine), solve(operands, engine)
     need = max(MIB, int(_in_child(lambda: _most(lambda: solve(operands, engine)))))
 

@@ -71,7 +71,8 @@ def _batch(engine: str, size: int, plan: Plan) -> Iterator[Row]:
     found += f"{1e6 * seconds / size:.1f} µs for each problem"
     yield Row(f"{engine}: statuses", f"{size} problems, {spoiled}", found, verdict(wrong == 0))
     moved = np.max(np.abs(sol.x[ordinary] - good[ordinary]), axis=-1)
-    found = f"x of {np.count_nonzero(moved)} differs, by up to {np.max(moved):.0e}"
+    differ = np.count_nonzero(moved)
+    found = f"x of {differ} differs, by up to {np.max(moved):.0e}" if differ else "x of none differs"
     what = f"{engine}: the others, beside them and not"
     yield Row(what, f"{int(ordinary.sum())} problems", found, verdict(np.max(moved) < DIGITS))
 

@@ -48,7 +48,9 @@ gradients are compared with differences of solutions along a random direction of
         "Which bits repeat",
         """\
 * The same call gives the same bits on the same machine and with the same releases of NumPy and SciPy: again, in another
-  process, with any number of qpdiff's threads, and wherever the operands lie in memory.
+  process, wherever the operands lie in memory, and in the compiled engine with any number of qpdiff's threads.
+* The array engine on NumPy divides a batch of large problems for its threads: another number of them, or of processors,
+  may change the last digits.
 * Problems of the same batch in another order or number may differ in their last digits: small problems are solved in
   lane groups where there are enough of them, and NumPy sums long and short arrays differently.
 * Results of BLAS may depend on its own number of threads. qpdiff holds it to one where several of its own threads work,
@@ -56,7 +58,9 @@ gradients are compared with differences of solutions along a random direction of
 * Another processor, another level of x86-64 or another release of a library may change the last digits. So may the
   engine: the two take the same steps, in another order of sums.
 
-*Same bits* are those of x, the multipliers, slacks, statuses, iterations, objectives and all gradients.""",
+*Same bits* are those of x, the multipliers, slacks, statuses, iterations, objectives and all gradients.
+[Sparse matrices](sparse.md) and [prices](elastic.md) are among the cases of the engine that `engine="auto"` takes for
+them.""",
     ),
     "threads": (
         "Threads",

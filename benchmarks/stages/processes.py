@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .common import RECORDED, Clock, Plan, Row, counted, verdict
-from .jobs import Job, by_adapters, by_engines, working_threads
+from .jobs import Job, by_adapters, by_choice, by_engines, working_threads
 
 PATIENCE = 60.0
 """Seconds after which a child counts as hanging; alone it takes about two."""
@@ -23,9 +23,7 @@ PATIENCE = 60.0
 def run(plan: Plan) -> Iterator[Row]:
     """Compare children with this process, first those that are forked before it has solved anything."""
     clocks = iter(plan.parts(5 if plan.quick else 7))
-    jobs = by_engines()
-    if plan.quick:
-        jobs = {name: job for name, job in jobs.items() if name.endswith(("small", "medium"))}
+    jobs = _jobs(plan.quick)
     before = _forked(lambda: _digests(jobs), next(clocks))
     expected = _digests(jobs)
     yield _row("fork before the first solve", _judged(before, expected))
@@ -40,6 +38,12 @@ def run(plan: Plan) -> Iterator[Row]:
             used = {name: job for name, job in by_adapters().items() if name.startswith(what)}
             if used:
                 yield _of_framework(what, used, next(clocks))
+
+
+def _jobs(quick: bool) -> dict[str, Job]:
+    jobs = by_engines() | by_choice()
+    ends = ("small", "medium", "sparse", "a price")
+    return {name: job for name, job in jobs.items() if not quick or name.endswith(ends)}
 
 
 def _of_framework(what: str, jobs: dict[str, Job], clock: Clock) -> Row:
@@ -140,8 +144,7 @@ def _started(method: str, quick: bool, clock: Clock) -> list[list[bytes] | str]:
 
 
 def _in_a_new_process(quick: bool) -> list[bytes]:
-    jobs = by_engines()
-    return _digests({name: job for name, job in jobs.items() if not quick or name.endswith(("small", "medium"))})
+    return _digests(_jobs(quick))
 
 
 @contextmanager

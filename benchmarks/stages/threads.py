@@ -12,7 +12,7 @@ import qpdiff
 from qpdiff.backend import single_threaded_blas
 
 from .common import Clock, Plan, Row, same_bits, verdict
-from .jobs import ENGINES, Job, by_adapters, by_engines, by_matrices, draw, working_threads
+from .jobs import ENGINES, PRICED, SPARSE, Job, by_adapters, by_choice, by_engines, draw, working_threads
 
 CALLERS = 8
 SHARED = ("torch", "torch: second order", "JAX: jit", "JAX: eager", "autograd", "from_cvxpy")
@@ -23,7 +23,7 @@ def run(plan: Plan) -> Iterator[Row]:
     """Compare calls from many threads with the same calls one by one."""
     groups = {f"{e} engine": {k: v for k, v in by_engines().items() if k.startswith(e)} for e in ENGINES}
     groups |= {f"{engine} engine, one solution": _differentiations(engine) for engine in ENGINES}
-    groups["sparse matrices"] = by_matrices()
+    groups |= {"sparse matrices": by_choice(SPARSE), "prices": by_choice(PRICED)}
     if not plan.quick:
         adapters = {name: job for name, job in by_adapters().items() if name in SHARED}
         groups |= {", ".join(sorted({name.partition(":")[0] for name in adapters})): adapters} if adapters else {}
