@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import matplotlib
 from measure import BOTH, FORWARD
-from report import table
+from report import digits, table
 from rows import Row, SparseRow
 from solvers import Solver, counterpart
 from verdicts import SparseTable, Table
@@ -75,7 +75,7 @@ def draw(parts: list[Panel], path: Path) -> None:
         names = [name + ("*" if name in part.inaccurate else "") for name in part.milliseconds]
         values = list(part.milliseconds.values())
         bars = axis.barh(names, values, color=["black", *["tab:blue"] * (len(names) - 1)], height=0.7)
-        times = [f"{value:.2g} ms" + (f"  ({value / values[0]:.3g} ×)" if k else "") for k, value in enumerate(values)]
+        times = [f"{digits(v, 2)} ms" + (f"  ({digits(v / values[0])} ×)" if k else "") for k, v in enumerate(values)]
         axis.bar_label(bars, times, padding=3, fontsize=8)
         axis.set_title(part.title, loc="left", fontsize=9, fontweight="bold")
         axis.set(xscale="log", xlim=(least / 2, 10 * largest))
@@ -92,8 +92,8 @@ def write(parts: list[Panel]) -> str:
     lines = []
     for part in parts:
         (_, own), *others = part.milliseconds.items()
-        others = [f"{name} {ms / own:.3g} ×{'*' if name in part.inaccurate else ''}" for name, ms in others]
-        lines.append([part.title, f"{own:.2g} ms", ", ".join(others)])
+        others = [f"{name} {digits(ms / own)} ×{'*' if name in part.inaccurate else ''}" for name, ms in others]
+        lines.append([part.title, f"{digits(own, 2)} ms", ", ".join(others)])
     return table(["", "qpdiff, per problem", "the others take"], lines)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from accuracy import ASKED
 from measure import BOTH, FORWARD
 from operations import operations
-from report import table
+from report import digits, table
 from rows import Growth
 from solvers import QPDIFF, QPDIFF_SPARSE, Solver, counterpart
 from verdicts import SparseTable, Table, Verdict, check_sparse_targets, check_targets
@@ -110,14 +110,14 @@ def _ratios(run: Run, pairs: list[tuple[str, str]], measure: str) -> str:
         for results in run.rows.values():
             ours, other = results[own].seconds(measure), results[name].seconds(measure)
             mark = _mark(results[name]) or _mark(results[own])
-            cells.append("—" if ours is None or other is None else f"{other / ours:.3g}{mark}")
+            cells.append("—" if ours is None or other is None else f"{digits(other / ours)}{mark}")
         lines.append([f"{name} / {own}", *cells])
     return table(["B, n, m, p", *(row.title for row in run.rows)], lines)
 
 
 def _milliseconds(result, measure) -> str:
     seconds = result.seconds(measure)
-    return "—" if seconds is None else f"{1000 * seconds:.3g}{_mark(result)}"
+    return "—" if seconds is None else f"{digits(1000 * seconds)}{_mark(result)}"
 
 
 def _first(result) -> str:
@@ -149,11 +149,11 @@ def _peak(run: Run) -> list[str]:
             continue
         form, count = operations(row, own.iterations)
         rate = count / seconds
-        cells = [form, f"{own.iterations / row.batch:.1f}", f"{count / 1e9:.3g}", f"{1000 * seconds:.3g}"]
-        lines.append([row.title, *cells, f"{rate / 1e9:.3g}", f"{100 * rate / run.peak:.1f} %"])
+        cells = [form, f"{own.iterations / row.batch:.1f}", digits(count / 1e9), digits(1000 * seconds)]
+        lines.append([row.title, *cells, digits(rate / 1e9), f"{100 * rate / run.peak:.1f} %"])
     headings = ["B, n, m, p", "reduced system", "iterations", "GFLOP", "f [ms]", "GFLOP/s", "of the peak"]
     text = (
-        f"The peak is that of a product of two 2000 × 2000 matrices with all threads, {run.peak / 1e9:.3g} GFLOP/s "
+        f"The peak is that of a product of two 2000 × 2000 matrices with all threads, {digits(run.peak / 1e9)} GFLOP/s "
         "before or after the run. What qpdiff computes is counted by the formula in `benchmarks/operations.py`."
     )
     return [text, table(headings, lines)]

@@ -42,5 +42,6 @@ def style(number: int) -> dict:
     """Return the style of a solver's line; the first is qpdiff's."""
     if number == 0:
         return {"color": "black", "linewidth": 2.5, "marker": "o"}
-    colour = COLOURS[(number - 1) % len(COLOURS)]
-    return {"color": colour, "linewidth": 1.3, "marker": "o^sDvPX"[number % 7], "markersize": 4}
+    again, colour = divmod(number - 1, len(COLOURS))
+    line = {"color": COLOURS[colour], "linewidth": 1.3, "linestyle": "--" if again else "-"}
+    return line | {"marker": "o^sDvPX"[number % 7], "markersize": 4}

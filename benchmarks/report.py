@@ -7,6 +7,8 @@ import os
 import platform
 from pathlib import Path
 
+import numpy as np
+
 import qpdiff
 
 
@@ -27,6 +29,11 @@ def machine(*packages: str) -> str:
         f"{model}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, "
         f"{' '.join(limits) or 'threads not limited'}; Python {platform.python_version()}, {', '.join(versions)}"
     )
+
+
+def digits(value: float, count: int = 3) -> str:
+    """Write a number with so many significant digits, and without an exponent."""
+    return np.format_float_positional(value, precision=count, unique=False, fractional=False, trim="-")
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from accuracy import ASKED
 from measure import BACKWARD, BOTH, FORWARD, Result
+from report import digits
 from rows import Row, SparseRow
 from solvers import QPDIFF, QPDIFF_SPARSE, Solver, counterpart
 
@@ -98,7 +99,7 @@ def _faster(target, row, results, measure, ratio, pairs) -> Verdict:
     quotients = {rival: times[rival] / times[own] for rival, own in pairs.items()}
     rival = min(quotients, key=quotients.__getitem__)
     measured = quotients[rival]
-    return Verdict(target, row, pairs[rival], rival, f"{measured:.3g} ×", asked, _outcome(measured >= ratio))
+    return Verdict(target, row, pairs[rival], rival, f"{digits(measured)} ×", asked, _outcome(measured >= ratio))
 
 
 def _close(target, row, results, ratio, own) -> Verdict:
@@ -108,7 +109,7 @@ def _close(target, row, results, ratio, own) -> Verdict:
     if None in times:
         return Verdict(target, row, own, QPDIFF.name, "", asked, f"not checked: no answer within {ASKED:.0e}")
     measured = times[0] / times[1]
-    return Verdict(target, row, own, QPDIFF.name, f"{measured:.3g} ×", asked, _outcome(measured <= ratio))
+    return Verdict(target, row, own, QPDIFF.name, f"{digits(measured)} ×", asked, _outcome(measured <= ratio))
 
 
 def _accurate_seconds(result: Result, measure) -> float | None:
@@ -128,7 +129,7 @@ def _sharing(row, shared, distinct) -> Verdict:
     if not shared.times.get(BOTH) or not distinct.times.get(BOTH):
         return Verdict(target, row, QPDIFF.name, "", "", asked, "not checked: not measured")
     ratio = distinct.seconds(BOTH) / shared.seconds(BOTH)
-    return Verdict(target, row, QPDIFF.name, "distinct", f"{ratio:.3g} ×", asked, _outcome(ratio >= 2))
+    return Verdict(target, row, QPDIFF.name, "distinct", f"{digits(ratio)} ×", asked, _outcome(ratio >= 2))
 
 
 def _outcome(met: bool) -> str:
