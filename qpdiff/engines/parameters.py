@@ -60,7 +60,9 @@ class Parameters:
     """A pivot of the sparse KKT matrix that is smaller in the scaled problem, where none is smaller than ρ or δ, or of
     the wrong sign, is a rounding error."""
     sparse_pivot: float = 1e-6
-    """What takes the place of such a pivot."""
+    """What takes the place of such a pivot,"""
+    sparse_pivot_growth: float = 100.0
+    """or so many times its absolute value where that is more: the entries that it divides have errors as large."""
     sparse_pivot_errors: float = 30.0
     """A pivot of a row is significant above so many rounding errors of its terms. Where one is not, how dependent
     constraints share is not known, and the derivative takes another factor."""

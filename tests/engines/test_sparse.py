@@ -452,6 +452,22 @@ def test_degenerate_derivatives(kind):
         assert_allclose(a / size, b / size, atol=max(1e-6, share * (not duplicated)))
 
 
+@pytest.mark.parametrize("count", [1, 40])
+def test_derivatives_where_x_is_not_unique_are_finite(count):
+    """What is left of the pivots of variables without curvature is the rounding error of an equality's elimination."""
+    rng = np.random.default_rng(19)
+    for _ in range(400 // count):
+        F = rng.choice([-1.0, 0.0, 0.0, 1.0], size=(count, 10, 20))
+        A, x = rng.normal(size=(count, 1, 20)), rng.normal(size=(count, 20))
+        Q = F.mT @ F
+        dense = {"Q": Q, "q": -apply(Q, x), "A": A, "b": apply(A, x)}
+        dense |= {"lb": x - rng.uniform(0.1, 1.0, size=x.shape), "ub": x + rng.uniform(0.1, 1.0, size=x.shape)}
+        lin = linearize(*with_pattern(dense), count)
+        assert (lin.status == qpdiff.Status.SOLVED).all()
+        for value in lin.factors.solve(lin, np.ones_like(lin.x), np.zeros_like(lin.v), np.nan, ())[:2]:
+            assert abs(value).max() < 1e16
+
+
 def test_gradients_of_shared_matrices_are_sums():
     pattern, operands, _ = make_batch(list(mpc(np.random.default_rng(13))))
     repeated = operands | {name: np.repeat(operands[name][:1], B, 0) for name in "QAG"}

@@ -165,9 +165,11 @@ class LdlPattern {
 
 // The pivots that a factorisation has to end with, against rounding errors.
 template <class V> struct Pivots {
-    const scalar_of<V>* signs;       // 1 or −1 for each pivot
-    const V* units;                  // positive: what its size is measured in
-    scalar_of<V> least, replacement; // a pivot below `least` units, or of the other sign, becomes `replacement` units
+    const scalar_of<V>* signs; // 1 or −1 for each pivot
+    const V* units;            // positive: what its size is measured in
+    // A pivot below `least` units, or of the other sign, becomes `replacement` units, or `growth` times as large where
+    // that is more: it is a rounding error, as large as those of the entries that it divides.
+    scalar_of<V> least, replacement, growth;
 };
 
 // The arrays that a factorisation fills.
@@ -283,7 +285,8 @@ template <bool COMPARED, class V> class Factorization {
         if constexpr (COMPARED) {
             significant &= (d * sign > errors * Real(EPS) * size) | truth<mask_of<V>>(sign > 0);
         }
-        d = select(d * sign <= pivots.least * unit, sign * pivots.replacement * unit, d); // NaN stays
+        V replacement = larger(pivots.replacement * unit, pivots.growth * absolute(d));
+        d = select(d * sign <= pivots.least * unit, sign * replacement, d); // NaN stays
         factor_ok &= is_finite(d);
         f.inverse[k] = Real(1) / d;
     }

@@ -182,7 +182,7 @@ template <class V> QP_NOINLINE mask_of<V> convex(SparseProblem<V>& o, double rou
         o.matrix[place] = V{};
     }
     std::fill(o.units, o.units + kkt.ldl.n, as<V>(1.0));
-    auto factored = sparse::factor<false, V>(kkt.ldl, o.matrix, {kkt.signs.data(), o.units, 0, NOT_A_NUMBER}, o.ldl);
+    auto factored = sparse::factor<false, V>(kkt.ldl, o.matrix, {kkt.signs.data(), o.units, 0, NOT_A_NUMBER, 1}, o.ldl);
     assemble(o);
     return factored.ok;
 }
@@ -208,7 +208,7 @@ template <bool COMPARED, class V> QP_NOINLINE sparse::Factored<V> factor_kkt(Spa
         o.matrix[kkt.diagonal[o.n + i]] = diagonal.data[i];
         o.units[kkt.place[o.n + i]] = o.per_E2.data[i];
     }
-    sparse::Pivots<V> pivots{kkt.signs.data(), o.units, P.least_sparse_pivot, P.sparse_pivot};
+    sparse::Pivots<V> pivots{kkt.signs.data(), o.units, P.least_sparse_pivot, P.sparse_pivot, P.sparse_pivot_growth};
     return sparse::factor<COMPARED, V>(kkt.ldl, o.matrix, pivots, o.ldl, P.sparse_pivot_errors);
 }
 
