@@ -6,6 +6,7 @@ import sys
 from collections.abc import Hashable
 from functools import cache, cached_property, lru_cache
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -146,7 +147,7 @@ class Sparse:
 class Pattern:
     """The places of the entries of a sparse matrix: valid, sorted in each row and without duplicates.
 
-    Two that are equal are one object as long as it is remembered.
+    Two that are equal are one object, as what depends on it is found by that.
 
     Parameters
     ----------
@@ -559,6 +560,11 @@ def _compressed(indptr: bytes, indices: bytes, shape: tuple[int, int]):
     return pattern, order if leads.all() else SegmentSums(np.append(np.flatnonzero(leads), count), order)
 
 
+_patterns: WeakValueDictionary[tuple, Pattern] = WeakValueDictionary()
+"""All patterns in use, also those that are no longer remembered."""
+
+
 @lru_cache(maxsize=REMEMBERED)
 def _remembered(indptr: bytes, indices: bytes, shape: tuple[int, int]) -> Pattern:
-    return Pattern(np.frombuffer(indptr, np.int32), np.frombuffer(indices, np.int32), shape)
+    pattern = Pattern(np.frombuffer(indptr, np.int32), np.frombuffer(indices, np.int32), shape)
+    return _patterns.setdefault(pattern.key, pattern)

@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import qpdiff
 from qpdiff import Sparse
+from qpdiff.sparse import REMEMBERED
 
 N = 5
 
@@ -96,6 +97,10 @@ def test_one_pattern_is_one_object():
     assert_array_equal(pickle.loads(pickle.dumps(first)).values, first.values)
     with pytest.raises(ValueError, match="read-only"):
         first.indices[0] = 1
+    for column in range(2 * REMEMBERED):
+        Sparse(np.ones(1), [column], [0, 1], (1, 2 * REMEMBERED))
+    assert Sparse(np.ones(2), [0, 1], [0, 1, 2], (2, 2)).pattern is first.pattern
+    assert pickle.loads(pickle.dumps(first)).pattern is first.pattern
 
 
 def test_lists_and_repr():
