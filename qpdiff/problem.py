@@ -184,6 +184,8 @@ class Problem:
             vars(self).update({name: operands.get(name) for name in PRICES})
         self._operands = operands
         self._row_data = row_data
+        self._deferred = False
+        """Whether a matrix may be a `DeferredTake`, which to ask of each takes time in a small solve."""
 
     @property
     def Q(self):
@@ -199,15 +201,17 @@ class Problem:
 
     def _matrix(self, name: str):
         value = self._operands.get(name)
-        if isinstance(value, DeferredTake):
+        if self._deferred and isinstance(value, DeferredTake):
             self._operands[name] = value = value.evaluate(self.backend.xp)
         return value
 
     @property
     def operands(self) -> dict[str, Any]:
         """The operands that were given, by name."""
-        for name in MATRICES:
-            self._matrix(name)
+        if self._deferred:
+            for name in MATRICES:
+                self._matrix(name)
+            self._deferred = False
         return self._operands
 
     @cached_property
@@ -283,7 +287,10 @@ class Problem:
                 operands[name] = deferred.select(xp, index)
             else:
                 operands[name] = take(xp, value, index)
-        return Problem(self.layout._replace(batch_shape=(index.shape[0],)), operands, take(xp, self.row_data, index))
+        layout = self.layout._replace(batch_shape=(index.shape[0],))
+        selected = Problem(layout, operands, take(xp, self.row_data, index))
+        selected._deferred = True
+        return selected
 
     @property
     def bytes_per_problem(self) -> int:
@@ -475,6 +482,11 @@ def _priced(problem: Problem, k, equalities, inequalities) -> RowData:
     return RowData(xp.where(exists, k, 0.0), equalities & ~limited, inequalities | elastic.two_sided, exists, elastic)
 
 
+def least_distance(eps: float) -> float:
+    """Return the least distance of a multiplier from a limit that counts, against the limit."""
+    return eps**0.625
+
+
 def limit_distances(problem: Problem, v):
     """Return how far multipliers (B, rows) are from their lower and their upper limits.
 
@@ -484,7 +496,7 @@ def limit_distances(problem: Problem, v):
     backend, elastic, accuracy = problem.backend, problem.elastic, problem.backend.xp.finfo(v.dtype)
     xp, one = backend.xp, backend.xp.ones_like(v)
     upper = xp.where(elastic.limited, elastic.upper, 1.0)
-    least, tiny = accuracy.eps**0.625 * upper, float(accuracy.smallest_normal) ** 0.25
+    least, tiny = least_distance(float(accuracy.eps)) * upper, float(accuracy.smallest_normal) ** 0.25
     z = backend.clip(xp.where(problem.inequality, v, one), tiny)
     z = xp.where(elastic.two_sided, xp.maximum(v + upper, least), z)
     return z, xp.where(elastic.limited, xp.maximum(upper - v, least), one)

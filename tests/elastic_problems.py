@@ -21,6 +21,13 @@ def contradictory(rng, parts, **options):
     return problem
 
 
+def random_prices(rng, problem, quadratic=False):
+    """Prices of all rows and bounds between 1e-2 and 1e2, or σ between 1e-3 and 10."""
+    low, high = (-3, 1) if quadratic else (-2, 2)
+    rows = {"G": "h", "A": "b", "bounds": "lb"}
+    return {of: 10 ** rng.uniform(low, high, problem[k].shape) for of, k in rows.items() if k in problem}
+
+
 def optimality(problem, sol, elastic, sigma=None):
     """How far x and the multipliers are from optimal, by the definition: the largest of the batch.
 

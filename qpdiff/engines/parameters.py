@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..problem import least_distance
+
 EPS, EPS_SINGLE = (float(np.finfo(kind).eps) for kind in (np.float64, np.float32))
 """The distance from 1 to the next larger number."""
 
@@ -89,6 +91,8 @@ class Parameters:
     near_limit: float = 0.1
     """Distance from the limit that a price sets to a multiplier, against the price, up to which it is counted from
     there."""
+    least_distance: float = least_distance(EPS)
+    """Distance of a multiplier from such a limit in derivatives, against the price, at least (`limit_distances`)."""
     refine_relative: float = 1e-6
     """A linear solve is exact enough without refinement where it leaves so little of the residuals."""
     refine_absolute: float = 0.01
@@ -191,7 +195,7 @@ SINGLE = replace(
     DOUBLE, tolerance=1e-4, rho=3e-4, delta=1e-3, smallest=3e-4, certificate=1e5, tiny=1e-30, smallest_pivot=1e-2,
     diagonal_regularization=1e-5, row_rounding=5e-7, refined=EPS_SINGLE**0.625, factor_residual=0.1 * EPS_SINGLE**0.5,
     factor_moved=EPS_SINGLE**0.5, inactive=1e4, least_theta=1e-5, derivative_accuracy=1e-3, afresh_smallest=1e-4,
-    afresh_largest=1e-2, afresh_equality=1e-5, afresh_rho=1e-5,
+    afresh_largest=1e-2, afresh_equality=1e-5, afresh_rho=1e-5, least_distance=least_distance(EPS_SINGLE),
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from problems import random_problem
 import qpdiff
 from qpdiff import Status
 
+pytestmark = pytest.mark.usefixtures("each_engine")
 OUTPUTS = ("x", "y", "z")
 
 

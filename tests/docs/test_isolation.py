@@ -189,7 +189,7 @@ ALLOWED = {
     "prices": {"problem"},
     "adjoint": {"problem", "sparse"},
     "engines": set(),
-    "engines.parameters": set(),
+    "engines.parameters": {"problem"},
     "engines.base": {"problem", "engines.parameters"},
     "engines.reduction": {"problem"},
     "engines.array": {"problem", "validation", "solution", *BASE},

@@ -1,7 +1,5 @@
 """Constraints that may be violated at a price: the conditions of optimality, the slack form, limits of the price."""
 
-import logging
-
 import clarabel
 import numpy as np
 import pytest
@@ -11,6 +9,8 @@ from scipy import sparse
 
 import qpdiff
 from qpdiff import Status
+
+pytestmark = pytest.mark.usefixtures("each_engine")
 
 
 def prices(rng, problem, *, quadratic=False):
@@ -99,7 +99,7 @@ def by_clarabel(problem):
 @pytest.mark.parametrize("parts", ["G h", "A b", "G h A b", "G h A b lb ub"])
 def test_prices_above_the_multipliers_give_the_problem_without_prices(parts):
     problem = random_problem(np.random.default_rng(3), parts, batch=(30,))
-    hard = qpdiff.solve_qp(**problem, engine="array")
+    hard = qpdiff.solve_qp(**problem)
     largest = max(np.max(np.abs(v), initial=0.0) for v in (hard.y, hard.z))
     for w in (1.1 * largest, 1e3 * largest, 1e9):
         sol = qpdiff.solve_qp(**problem, elastic=w)
@@ -112,7 +112,7 @@ def test_prices_above_the_multipliers_give_the_problem_without_prices(parts):
 
 def test_infinite_prices_are_none():
     problem = optnet(np.random.default_rng(4), (8,), 6, 5, 2)
-    hard = qpdiff.solve_qp(**problem, engine="array")
+    hard = qpdiff.solve_qp(**problem)
     sol = qpdiff.solve_qp(**problem, elastic=np.inf, elastic_quadratic=0.0)
     for name in ("x", "y", "z", "s"):
         np.testing.assert_allclose(getattr(sol, name), getattr(hard, name), atol=1e-9)
@@ -135,7 +135,7 @@ def test_what_costs_nothing_is_no_constraint():
     problem = random_problem(np.random.default_rng(6), "G h", batch=(4,))
     w = np.array([0.0, np.inf, 0.0, np.inf, np.inf])
     sol = qpdiff.solve_qp(**problem, elastic={"G": w})
-    without = qpdiff.solve_qp(problem["Q"], problem["q"], problem["G"][:, 1::2], problem["h"][:, 1::2], engine="array")
+    without = qpdiff.solve_qp(problem["Q"], problem["q"], problem["G"][:, 1::2], problem["h"][:, 1::2])
     rest = qpdiff.solve_qp(problem["Q"], problem["q"], problem["G"][:, w > 0], problem["h"][:, w > 0])
     np.testing.assert_allclose(sol.x, rest.x, atol=1e-7)
     assert np.all(sol.z[:, w == 0] == 0)
@@ -203,7 +203,7 @@ def test_every_library_gives_the_same(xp, dtype):
     expected = qpdiff.solve_qp(**problem, elastic=elastic)
     sol = qpdiff.solve_qp(
         **{name: xp.asarray(value.astype(dtype)) for name, value in problem.items()},
-        elastic={of: xp.asarray(value.astype(dtype)) for of, value in elastic.items()}, engine="array",
+        elastic={of: xp.asarray(value.astype(dtype)) for of, value in elastic.items()},
     )  # fmt: skip
     tolerance = 1e-6 if dtype == np.float64 else 1e-3
     for name in ("x", "y", "z", "z_lb"):
@@ -233,13 +233,15 @@ def test_warm_start():
     assert np.mean(warm.iterations) < np.mean(cold.iterations)
 
 
-def test_the_compiled_engine_refuses(caplog):
-    operands = {"Q": np.eye(2), "q": np.zeros(2), "G": np.ones((1, 2)), "h": [-1.0]}
-    with pytest.raises(ValueError, match="'compiled', which takes no prices of violations"):
-        qpdiff.solve_qp(**operands, elastic=1.0, engine="compiled")
-    with caplog.at_level(logging.DEBUG, logger="qpdiff"):
-        qpdiff.solve_qp(**operands, elastic=1.0)
-    assert "the compiled one takes no prices of violations" in caplog.text
+def test_bounds_may_cross_at_a_price_alone():
+    lb, ub = np.array([[1.0, 0.0], [0.0, 1.0]]), np.zeros(2)
+    operands = {"Q": np.eye(2), "q": -0.5 * np.ones(2), "lb": lb, "ub": ub}
+    for options in ({"elastic": {"bounds": [1.0, np.inf]}}, {"elastic_quadratic": {"bounds": [1.0, 0.0]}}, {}):
+        with pytest.raises(ValueError, match=r"lb is greater than ub for a variable.*lb.*= 1\.0, ub.*= 0\.0"):
+            qpdiff.solve_qp(**operands, **options)
+    sol = qpdiff.solve_qp(**operands, elastic={"bounds": np.where(lb > ub, 4.0, np.inf)})
+    np.testing.assert_allclose(sol.x, lb / 2, atol=1e-6)  # both sides cost the same
+    np.testing.assert_allclose(sol.violation.lb, lb / 2, atol=1e-6)
 
 
 @pytest.mark.parametrize(

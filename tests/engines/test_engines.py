@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from elastic_problems import contradictory, random_prices
 from problems import (
     documented_test,
     duplicated_variables,
@@ -84,6 +85,37 @@ UNDECIDED = {"infeasible": 0.1, "unbounded": 0.1}
 """The share of problems for which it may decide between a certificate and none."""
 
 
+def priced(problem, *, infinite=0.0, free=0.0, bounds=True):
+    """A problem with a linear price of some rows, a quadratic one of some, and rows that cost nothing."""
+    options = {"elastic": random_prices(rng(), problem), "elastic_quadratic": random_prices(rng(), problem, True)}
+    for option, missing in (("elastic", np.inf), ("elastic_quadratic", 0.0)):
+        if not bounds:
+            options[option].pop("bounds", None)
+        for price in options[option].values():
+            price[rng().uniform(size=price.shape) < infinite] = missing
+            price[rng().uniform(size=price.shape) > 1.0 - free] = 0.0
+    return problem | options
+
+
+ELASTIC = {
+    "dense dual": lambda: priced(contradictory(rng(), "A G", batch=(20,))),
+    "dense dual, larger": lambda: priced(contradictory(rng(), "A G", batch=(5,), n=80, m=30, p=10)),
+    "diagonal": lambda: priced(contradictory(rng(), "A G lb ub", batch=(20,), cost="diagonal", n=12)),
+    "primal": lambda: priced(contradictory(rng(), "A G lb ub", batch=(20,))),
+    "equalities only": lambda: priced(contradictory(rng(), "A", batch=(20,))),
+    "linear programs": lambda: priced(contradictory(rng(), "A G lb ub", batch=(20,), cost="lp"), bounds=False),
+    "some rows": lambda: priced(
+        random_problem(rng(), "A G lb ub", batch=(20,), infinite=0.2, fixed=1), infinite=0.3, free=0.1
+    ),
+    "some rows of a dense dual": lambda: priced(random_problem(rng(), "A G", batch=(20,)), infinite=0.3, free=0.1),
+    "shared matrices": lambda: priced(
+        random_problem(rng(), "A G", batch=(20,), shared=("Q", "A", "G"), n=12), infinite=0.3
+    ),
+    "only a linear price": lambda: priced(contradictory(rng(), "A G", batch=(20,))) | {"elastic_quadratic": None},
+    "only a quadratic price": lambda: priced(contradictory(rng(), "A G", batch=(20,))) | {"elastic": None},
+}
+
+
 def of_case(table, case, otherwise):
     return next((value for word, value in table.items() if word in case), otherwise)
 
@@ -99,28 +131,54 @@ def assert_same(a, b, accuracy):
         assert np.max(np.abs(one - other) / scale, initial=0.0) <= accuracy, name
 
 
-@pytest.mark.parametrize("way", ["in groups", "one by one", "as a small batch"])
-@pytest.mark.parametrize("case", CASES)
-def test_iteration_by_iteration(case, way, monkeypatch):
-    """The first iterates to rounding, which grows from one to the next; then where each problem ends."""
+WAYS = ("in groups", "one by one", "as a small batch")
+
+
+def go_this_way(way, monkeypatch):
+    """Let both engines solve small batches in one of `WAYS`."""
     if way == "one by one":
         monkeypatch.setattr("qpdiff.engines.compiled.engine.SMALL", 0)
     # The array engine makes steps in the rows alone, and drops problems, where more is in work.
     monkeypatch.setattr(NumPyBackend, "launch_bound_bytes", 2**40 if way == "as a small batch" else 0)
-    operands = CASES[case]()
-    for k in range(3 if of_case(ROUNDING, case, 0) else 8):
+
+
+def assert_same_iterates(operands, count, accuracy):
+    for k in range(count):
         array, compiled = (
             qpdiff.solve_qp(**operands, engine=engine, max_iterations=k) for engine in ("array", "compiled")
         )
         np.testing.assert_array_equal(array.status, compiled.status)
         np.testing.assert_array_equal(array.iterations, compiled.iterations)
-        assert_same(array, compiled, of_case(ROUNDING, case, 1e-7))
+        assert_same(array, compiled, accuracy)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
+def test_iteration_by_iteration(case, way, monkeypatch):
+    """The first iterates to rounding, which grows from one to the next; then where each problem ends."""
+    go_this_way(way, monkeypatch)
+    operands = CASES[case]()
+    assert_same_iterates(operands, 3 if of_case(ROUNDING, case, 0) else 8, of_case(ROUNDING, case, 1e-7))
     array, compiled = (qpdiff.solve_qp(**operands, engine=engine, tol=1e-8) for engine in ("array", "compiled"))
     assert np.mean(array.status != compiled.status) <= of_case(UNDECIDED, case, 0.0)
     solved = (array.status == qpdiff.Status.SOLVED) & (compiled.status == qpdiff.Status.SOLVED)
     assert np.max(np.abs(array.iterations - compiled.iterations)[solved], initial=0) <= 2
     point = [getattr(compiled, name) for name in ("x", "y", "z", "z_lb", "z_ub")]
     assert np.all(documented_test(operands, *point, 1e-8, 1e-8)[solved] <= 1.01)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", ELASTIC)
+def test_iteration_by_iteration_with_prices(case, way, monkeypatch):
+    go_this_way(way, monkeypatch)
+    operands = ELASTIC[case]()
+    assert_same_iterates(operands, 5, 1e-6 if case == "linear programs" else 1e-7)
+    array, compiled = (qpdiff.solve_qp(**operands, engine=engine) for engine in ("array", "compiled"))
+    np.testing.assert_array_equal(array.status, compiled.status)
+    assert np.all(compiled.status == qpdiff.Status.SOLVED)
+    assert np.max(np.abs(array.iterations - compiled.iterations)) <= 2
+    for name in ("objective", "primal_residual", "dual_residual", "duality_gap"):
+        np.testing.assert_allclose(getattr(compiled, name), getattr(array, name), rtol=1e-7, atol=1e-7, err_msg=name)
 
 
 def test_one_bad_step_is_not_the_end_of_a_problem():
@@ -172,9 +230,31 @@ def test_the_same_derivatives(case):
         np.testing.assert_allclose(other, one, atol=1e-5 * np.max(np.abs(one), initial=1.0))
 
 
-@pytest.mark.parametrize("case", ["everything", "larger", "rows without a limit"])
+@pytest.mark.parametrize("case", ELASTIC)
+def test_the_same_derivatives_with_prices(case):
+    operands = ELASTIC[case]()
+    options = {name: operands.pop(name) for name in ("elastic", "elastic_quadratic")}
+    array, compiled = (qpdiff.solve_qp(**operands, **options, engine=e, tol=1e-10) for e in ("array", "compiled"))
+    cotangents = {name: rng().normal(size=getattr(array, name).shape) for name in ("x", "y", "z", "z_lb", "z_ub")}
+    expected, gradients = (qpdiff.vjp(sol, **cotangents) for sol in (array, compiled))
+    pairs = [(getattr(expected, name), getattr(gradients, name)) for name in operands]
+    for option, prices in options.items():
+        for of in prices or ():
+            pairs.append((getattr(expected, option)[of], getattr(gradients, option)[of]))
+    for one, other in pairs:
+        np.testing.assert_allclose(other, one, atol=1e-5 * np.max(np.abs(one)))
+    tangents = {name: rng().normal(size=value.shape) for name, value in operands.items()}
+    for option, prices in options.items():
+        tangents[option] = prices and {of: rng().normal(size=price.shape) for of, price in prices.items()}
+    for one, other in zip(qpdiff.jvp(array, **tangents), qpdiff.jvp(compiled, **tangents), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * np.max(np.abs(one), initial=1.0))
+
+
+@pytest.mark.parametrize(
+    "case", ["everything", "larger", "rows without a limit", "primal", "some rows of a dense dual"]
+)
 def test_warm_start(case):
-    operands = CASES[case]()
+    operands = (CASES | ELASTIC)[case]()
     moved = operands | {"q": operands["q"] + 1e-3}
     starts = [qpdiff.solve_qp(**operands, engine=engine) for engine in ("array", "compiled")]
     for k in (0, 1, 3, 200):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...backend import NumPyBackend, single_threaded_blas
-from ...problem import MATRICES, OPERANDS, Problem
+from ...problem import MATRICES, OPERANDS, PRICES, Problem
 from ...validation import check_values
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from ..parameters import DOUBLE, SINGLE
@@ -89,7 +89,7 @@ class Factors(NamedTuple):
         u_x, u_v = allocate(lin.x.shape, dtype), allocate(lin.v.shape, dtype)
         gradients = {name: allocate(problem.operands[name].shape, dtype) for name in matrices}
         _core.solve_kkt(
-            tuple(map(problem.operands.get, OPERANDS)), self.stored,
+            _arrays_of(problem), self.stored,
             (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
             (u_x, u_v, *[gradients.get(name) for name in MATRICES]), PARAMETERS[dtype], self.form, fill,
             workers_with_memory(problem, workers_for(problem, count, DERIVATIVE_COST)),
@@ -107,8 +107,6 @@ def refusal(problem: Problem, verbose: bool) -> str | None:
     """Say why it cannot take these problems; None: it can."""
     if not isinstance(problem.backend, NumPyBackend):
         return "takes NumPy arrays only; pass backend='numpy'"
-    if problem.is_elastic:
-        return "takes no prices of violations"
     if verbose:
         return "takes one problem after the other; verbose needs engine='array'"
     return None
@@ -141,7 +139,7 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
     longest = max(n, problem.m + problem.p)
     in_lanes = start is None and longest <= SMALL and count >= ENOUGH * workers and dtype.itemsize == 8
     call = (
-        tuple(map(problem.operands.get, OPERANDS)), outcome, stored,
+        _arrays_of(problem), outcome, stored,
         (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
         PARAMETERS[dtype], form, check, problem.rounding, in_lanes, workers, progress,
     )  # fmt: skip
@@ -150,6 +148,11 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
     _set_blas()
     with single_threaded_blas() if workers > 1 else nullcontext():
         return done if _core.solve(*call) else None
+
+
+def _arrays_of(problem: Problem) -> tuple:
+    """Return the operands in the order of C++: with those of prices, where there are any."""
+    return tuple(map(problem.operands.get, (*OPERANDS, *PRICES) if problem.is_elastic else OPERANDS))
 
 
 @cache

@@ -68,19 +68,24 @@ class Arrays {
         }
     }
     const Array& operator[](int i) const { return arrays[i]; }
+    int size() const { return int(arrays.size()); }
 
   private:
     std::vector<Array> arrays;
 };
 
-// Read the operands in the order of qpdiff.problem.OPERANDS: Q, q, G, h, A, b, lb, ub.
+// Read the operands in the order of qpdiff.problem.OPERANDS: Q, q, G, h, A, b, lb, ub; then, where there are prices of
+// violations, those in the order of qpdiff.problem.PRICES.
 Operands read_operands(const Arrays& arrays, Index count) {
     Operands operands;
-    Operand* all[] = {&operands.Q, &operands.q, &operands.G,  &operands.h,
-                      &operands.A, &operands.b, &operands.lb, &operands.ub};
-    for (int i = 0; i < 8; i++) {
+    auto &linear = operands.linear_prices, &quadratic = operands.quadratic_prices;
+    Operand* all[] = {&operands.Q,       &operands.q,     &operands.G,     &operands.h,         &operands.A,
+                      &operands.b,       &operands.lb,    &operands.ub,    &linear.of_A,        &linear.of_G,
+                      &linear.of_bounds, &quadratic.of_A, &quadratic.of_G, &quadratic.of_bounds};
+    for (int i = 0; i < arrays.size(); i++) {
         *all[i] = arrays[i].operand();
     }
+    operands.priced = arrays.size() > 8;
     operands.n = int(arrays[1].size(1)), operands.m = int(arrays[3].size(1)), operands.p = int(arrays[5].size(1));
     operands.count = count;
     return operands;
@@ -123,7 +128,8 @@ bool solve_as(const Operands& operands, const Arrays& outcome, const Arrays& sto
     batch.start = read_start<T>(start);
     batch.outcome = read_outcome<T>(outcome);
     batch.stored = read_stored<T>(stored, batch.shape);
-    bool valid = solve_batch(batch, workers, progress.ptr());
+    auto run = operands.priced ? solve_batch<T, true> : solve_batch<T, false>;
+    bool valid = run(batch, workers, progress.ptr());
     if (PyErr_Occurred()) {
         throw nb::python_error();
     }
@@ -164,7 +170,8 @@ void differentiate_as(const Operands& operands, const Arrays& stored, const Arra
     batch.u_x = out[0].rows<T>(), batch.u_v = out[1].rows<T>(), batch.fill = T(fill);
     batch.own = read_gradients<T>(out, operands.count, false);
     batch.sums = read_gradients<T>(out, operands.count, true);
-    if (!differentiate_batch(batch, workers)) {
+    auto run = operands.priced ? differentiate_batch<T, true> : differentiate_batch<T, false>;
+    if (!run(batch, workers)) {
         throw nb::python_error();
     }
 }

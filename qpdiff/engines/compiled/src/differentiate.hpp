@@ -37,7 +37,7 @@ template <class T> QP_INLINE void prefetch(const T* numbers, Index count) {
 }
 
 // Solves the KKT system for the problems that one thread claims, and computes the gradients of their own matrices.
-template <class T> class DerivativeWorker {
+template <class T, bool PRICED> class DerivativeWorker {
   public:
     DerivativeWorker(const DerivativeBatch<T>& batch, Queue& queue, bool calling)
         : batch(batch), queue(queue), calling(calling), workspace(batch.shape, calling), o(workspace->problem),
@@ -60,7 +60,8 @@ template <class T> class DerivativeWorker {
     }
 
   private:
-    using Team = serial::Team<T>;
+    using Team = WithPrices<serial::Team<T>, PRICED>;
+    using Stored = StoredFactors<serial::Team<T>>;
     static constexpr int PREFETCH_FROM = 32; // variables from which on the hardware prefetcher does not keep up
     static constexpr int PREFETCH_ROWS = 8;  // rows of a gradient between two prefetches
 
@@ -86,7 +87,7 @@ template <class T> class DerivativeWorker {
     // factors of problem `next`, unless that is negative.
     void differentiate(Index b, Index next) {
         bool own_factors = next >= 0 && batch.stored.sizes.F && batch.stored.constant.stride;
-        StoredFactors<Team> next_factors = own_factors ? batch.stored.at(next) : StoredFactors<Team>{};
+        Stored next_factors = own_factors ? batch.stored.at(next) : Stored{};
         prefetch_vectors(next);
         read(batch.x.at(b), batch.x.column, o.n, d.x.data);
         read_rows(batch.v, b, d.v);
@@ -109,9 +110,9 @@ template <class T> class DerivativeWorker {
     }
 
     // Solve the KKT system at the solution of problem b; meanwhile prefetch factors of the next one.
-    void solve_kkt(Index b, const StoredFactors<Team>& next_factors, Index next) {
+    void solve_kkt(Index b, const Stored& next_factors, Index next) {
         Form form = Form(*batch.stored.form.at(b));
-        StoredFactors<Team> stored = batch.stored.at(b);
+        Stored stored = batch.stored.at(b);
         bool usable = *batch.stored.factor_ok.at(b) && form == batch.shape.form;
         load_vectors(o, batch.operands, b);
         const T* scaling = batch.stored.scaling.at(b);
@@ -120,6 +121,9 @@ template <class T> class DerivativeWorker {
         read_rows(batch.s, b, d.s);
         read(batch.r_x.at(b), batch.r_x.column, o.n, d.right.x.data);
         read_rows(batch.r_v, b, d.right.v);
+        if constexpr (PRICED) {
+            matrices.load(o, batch.operands, b);
+        }
         set_point(o, d);
         if (usable) {
             workspace->use(stored, form);
@@ -132,7 +136,9 @@ template <class T> class DerivativeWorker {
             }
             set_point(o, d);
         }
-        matrices.load(o, batch.operands, b);
+        if constexpr (!PRICED) {
+            matrices.load(o, batch.operands, b);
+        }
         if (usable && form != Form::dense_dual && stored.U && solve_with_inexact_factor(form)) {
             return;
         }
@@ -158,7 +164,7 @@ template <class T> class DerivativeWorker {
     }
 
     // Compute the gradients of the matrices of problem b; meanwhile prefetch V of the next one.
-    void put_gradients(Index b, const StoredFactors<Team>& next_factors) {
+    void put_gradients(Index b, const Stored& next_factors) {
         const T *u_x = d.u.x.data, *u_v = d.u.v.data, *x = d.x.data, *v = d.v.data;
         Index n = o.n;
         if (T* out = batch.own.Q.at(b)) {
@@ -180,14 +186,14 @@ template <class T> class DerivativeWorker {
     }
 
     // Prefetch one of `count` equal shares of the rows of the triangle F.
-    void prefetch_F(const StoredFactors<Team>& next_factors, int share, int count) const {
+    void prefetch_F(const Stored& next_factors, int share, int count) const {
         for (int i = next_factors.F ? o.n * share / count : o.n; i < o.n * (share + 1) / count; i++) {
             prefetch(next_factors.F + (Index)i * Team::leading(o.n) + i, o.n - i);
         }
     }
 
     // Prefetch, of one of `count` equal shares of the rows of S, those of nearly active constraints.
-    void prefetch_S(const StoredFactors<Team>& next_factors, Index next, int share, int count) const {
+    void prefetch_S(const Stored& next_factors, Index next, int share, int count) const {
         int last = o.linear * (share + 1) / count;
         for (int i = next_factors.S ? o.linear * share / count : last; i < last; i++) {
             T s = entry<T>(batch.s.at(next), batch.s.column, i), v = entry<T>(batch.v.at(next), batch.v.column, i);
@@ -314,9 +320,9 @@ template <class T> class SumWorker {
 };
 
 // Differentiate a batch; return false, with a Python error set, where the call was interrupted.
-template <class T> bool differentiate_batch(const DerivativeBatch<T>& batch, int workers) {
+template <class T, bool PRICED> bool differentiate_batch(const DerivativeBatch<T>& batch, int workers) {
     Queue problems(batch.operands.count, 1, workers, Py_None);
-    if (!problems.run([&](bool calling) { DerivativeWorker<T>(batch, problems, calling).run(); })) {
+    if (!problems.run([&](bool calling) { DerivativeWorker<T, PRICED>(batch, problems, calling).run(); })) {
         return false;
     }
     int items = SumWorker<T>::items(batch);

@@ -19,10 +19,17 @@ struct Operand {
     const char* at(Index b, int i = 0) const { return data + b * batch + i * row; }
 };
 
+// Prices of violations, by the constraints.
+struct Prices {
+    Operand of_A, of_G, of_bounds;
+};
+
 struct Operands {
     Operand Q, q, G, h, A, b, lb, ub;
+    Prices linear_prices, quadratic_prices;
     int n = 0, m = 0, p = 0;
-    Index count = 0; // problems
+    Index count = 0;     // problems
+    bool priced = false; // whether violations have prices
     int linear() const { return m + p; }
     bool matrices_shared() const { return Q.shared() && A.shared() && G.shared() && lb.shared() && ub.shared(); }
 };
@@ -94,7 +101,13 @@ template <class Team> QP_INLINE typename Team::Real take(const typename Team::St
 template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operands, Index b, int lane = 0) {
     using T = typename Team::Real;
     bool same_kinds = true;
-    auto set_row = [&](int i, T k, Kind kind) {
+    auto set_row = [&](int i, T k, Kind kind, const RowPrice<T>& price) {
+        if constexpr (Team::PRICED) {
+            Limits<T> limits = price.apply(k, kind);
+            put<Team>(o.v_lower.data[i], lane, limits.lower);
+            put<Team>(o.v_upper.data[i], lane, limits.upper);
+            put<Team>(o.compliance.data[i], lane, limits.compliance);
+        }
         put<Team>(o.k.data[i], lane, k);
         decltype(+o.kind.is_equality[0]) is_equality = kind == EQUALITY ? -1 : 0,
                                          is_inequality = kind == INEQUALITY ? -1 : 0;
@@ -103,38 +116,52 @@ template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operan
         }
         same_kinds &= o.kind.is_equality[i] == is_equality && o.kind.is_inequality[i] == is_inequality;
     };
-    auto set_limit = [&](int i, T limit) {
+    auto set_limit = [&](int i, T limit, const RowPrice<T>& price) {
         if (limit >= T(INFINITE)) {
-            set_row(i, 0, ABSENT);
+            set_row(i, 0, ABSENT, price);
         } else {
-            set_row(i, limit > -T(INFINITY_) ? limit : T(NOT_A_NUMBER), INEQUALITY);
+            set_row(i, limit > -T(INFINITY_) ? limit : T(NOT_A_NUMBER), INEQUALITY, price);
         }
     };
+    auto price_of = [&](const Operand& linear, const Operand& quadratic, int j) -> RowPrice<T> {
+        auto number = [&](const Operand& of, T missing) {
+            return of.given() ? entry<T>(of.at(b), of.column, j) : missing;
+        };
+        if constexpr (Team::PRICED) {
+            return {number(linear, T(INFINITY_)), number(quadratic, T(0))};
+        } else {
+            return {};
+        }
+    };
+    const Prices &linear = operands.linear_prices, &quadratic = operands.quadratic_prices;
     const char* q = operands.q.at(b);
     for (int j = 0; j < o.n; j++) {
         put<Team>(o.q.data[j], lane, entry<T>(q, operands.q.column, j));
     }
     for (int i = 0; i < o.p; i++) {
-        set_row(i, entry<T>(operands.b.at(b), operands.b.column, i), EQUALITY);
+        auto price = price_of(linear.of_A, quadratic.of_A, i);
+        set_row(i, entry<T>(operands.b.at(b), operands.b.column, i), EQUALITY, price);
     }
     for (int i = o.p; i < o.linear; i++) {
-        set_limit(i, entry<T>(operands.h.at(b), operands.h.column, i - o.p));
+        auto price = price_of(linear.of_G, quadratic.of_G, i - o.p);
+        set_limit(i, entry<T>(operands.h.at(b), operands.h.column, i - o.p), price);
     }
     for (int j = 0; j < o.n && (o.lower || o.upper); j++) {
         T low = o.lower ? entry<T>(operands.lb.at(b), operands.lb.column, j) : 0;
         T high = o.upper ? entry<T>(operands.ub.at(b), operands.ub.column, j) : 0;
         put<Team>(o.lb.data[j], lane, low);
         put<Team>(o.ub.data[j], lane, high);
+        auto price = price_of(linear.of_bounds, quadratic.of_bounds, j);
         if (o.lower && o.upper && low == high && std::fabs(low) < T(INFINITY_)) {
-            set_row(o.at_lower() + j, -low, EQUALITY);
-            set_row(o.at_upper() + j, 0, ABSENT);
+            set_row(o.at_lower() + j, -low, EQUALITY, price);
+            set_row(o.at_upper() + j, 0, ABSENT, price);
             continue;
         }
         if (o.lower) {
-            set_limit(o.at_lower() + j, -low);
+            set_limit(o.at_lower() + j, -low, price);
         }
         if (o.upper) {
-            set_limit(o.at_upper() + j, high);
+            set_limit(o.at_upper() + j, high, price);
         }
     }
     return same_kinds;
@@ -182,7 +209,7 @@ class MatrixReader {
 };
 
 // Read the matrices of `size` problems from b on into the lanes; the other lanes get the last one again.
-inline void load_lanes(Problem<lanes::Team>& o, const Operands& operands, Index b, int size) {
+template <class Team> void load_lanes(Problem<Team>& o, const Operands& operands, Index b, int size) {
     constexpr int W = lanes::Team::PROBLEMS;
     auto load_rows = [&](const Operand& from, int count, Matrix<lanes::Team::Number> to, int first) {
         for (int i = 0; i < count; i++) {
@@ -222,14 +249,30 @@ template <class T> bool plausible_vectors(const Operands& operands, Index b, boo
     auto finite = [&](T value) { return std::fabs(value) < infinity; };
     auto not_above = [&](T value) { return value < infinity; };
     auto not_below = [&](T value) { return value > -infinity; };
+    auto linear = [&](T value) { return value >= 0; };
+    auto quadratic = [&](T value) { return value >= 0 && value < infinity; };
     bool valid = holds(operands.q, operands.n, finite) & holds(operands.b, operands.p, finite) &
                  holds(operands.h, operands.m, not_below) & holds(operands.lb, operands.n, not_above) &
                  holds(operands.ub, operands.n, not_below);
-    if (operands.lb.given() && operands.ub.given() && (checked(operands.lb) || checked(operands.ub))) {
+    valid &= holds(operands.linear_prices.of_A, operands.p, linear) &
+             holds(operands.linear_prices.of_G, operands.m, linear) &
+             holds(operands.linear_prices.of_bounds, operands.n, linear) &
+             holds(operands.quadratic_prices.of_A, operands.p, quadratic) &
+             holds(operands.quadratic_prices.of_G, operands.m, quadratic) &
+             holds(operands.quadratic_prices.of_bounds, operands.n, quadratic);
+    const Operand &linear_bounds = operands.linear_prices.of_bounds,
+                  &quadratic_bounds = operands.quadratic_prices.of_bounds;
+    auto has_price = [&](int j) {
+        return (linear_bounds.given() && entry<T>(linear_bounds.at(b), linear_bounds.column, j) < T(INFINITE)) ||
+               (quadratic_bounds.given() && entry<T>(quadratic_bounds.at(b), quadratic_bounds.column, j) > 0);
+    };
+    bool crossing_checked =
+        checked(operands.lb) || checked(operands.ub) || checked(linear_bounds) || checked(quadratic_bounds);
+    if (operands.lb.given() && operands.ub.given() && crossing_checked) {
         for (int j = 0; j < operands.n; j++) {
             T low = entry<T>(operands.lb.at(b), operands.lb.column, j),
               high = entry<T>(operands.ub.at(b), operands.ub.column, j);
-            valid &= low <= high;
+            valid &= low <= high || has_price(j);
         }
     }
     return valid;

@@ -89,7 +89,7 @@ template <class Team> class Borrowed {
 };
 
 // Solves the problems that one thread claims. Where all matrices are shared, they are prepared once for all threads.
-template <class T> class Worker {
+template <class T, bool PRICED> class Worker {
   public:
     Worker(const Batch<T>& batch, Queue& queue, bool calling)
         : batch(batch), queue(queue), calling(calling), workspace(batch.shape, calling), o(workspace->problem),
@@ -121,7 +121,8 @@ template <class T> class Worker {
     }
 
   private:
-    using Serial = serial::Team<T>;
+    using Serial = WithPrices<serial::Team<T>, PRICED>;
+    using Lanes = WithPrices<lanes::Team, PRICED>;
     const Batch<T>& batch;
     Queue& queue;
     bool calling;
@@ -247,7 +248,7 @@ template <class T> class Worker {
     // ---- lane groups; problems that `iterate_lanes` defers are solved one by one
 
     struct LaneGroup {
-        Borrowed<lanes::Team> workspace;
+        Borrowed<Lanes> workspace;
         bool ready = false; // whether its matrices are prepared
         bool safe = false;  // whether the preferred form is safe for all of its problems
         explicit LaneGroup(const Shape& shape, bool calling) : workspace(shape, calling) {}
@@ -256,7 +257,7 @@ template <class T> class Worker {
 
     void solve_in_lanes(Index first, Index last) {
         if constexpr (sizeof(T) == 8) {
-            constexpr int W = lanes::Team::PROBLEMS;
+            constexpr int W = Lanes::PROBLEMS;
             if (!group) {
                 group = std::make_unique<LaneGroup>(batch.shape, calling);
                 group->workspace->problem.parameters = batch.parameters;
@@ -282,7 +283,7 @@ template <class T> class Worker {
     // Solve the problems of a lane group but for those that stay `unsolved`; return false where an operand breaks a
     // rule.
     bool solve_group(Index b, int size, bool* unsolved) {
-        using Team = lanes::Team;
+        using Team = Lanes;
         auto& o = group->workspace->problem;
         const Operands& operands = batch.operands;
         bool same_kinds = true;
@@ -307,7 +308,8 @@ template <class T> class Worker {
         }
         auto slope = equilibrate(o);
         // The scales of variables with a linear cost and no curvature are found one by one (`enlarge_flat`).
-        bool curved = every((o.any_flat == Team::Number{}) | no(slope > Team::Number{}));
+        typename Team::Number zero{};
+        bool curved = every((o.any_flat == zero) | no(slope > zero));
         if (!same_kinds || !group->safe || !curved) {
             return true;
         }
@@ -323,12 +325,12 @@ template <class T> class Worker {
     }
 
     // Prepare the preferred form; return whether it is safe for all problems.
-    bool prepare_group(Problem<lanes::Team>& o) {
+    bool prepare_group(Problem<Lanes>& o) {
         if (batch.shape.form == Form::dense_dual) {
             return every(prepare<Form::dense_dual>(o));
         }
         if (batch.shape.form == Form::diagonal_dual) {
-            lanes::Team::transpose(o.K, o.linear, o.n, o.K_transposed);
+            Lanes::transpose(o.K, o.linear, o.n, o.K_transposed);
             return every(prepare<Form::diagonal_dual>(o));
         }
         return true;
@@ -339,7 +341,7 @@ template <class T> class Worker {
         std::fill(unsolved, unsolved + size, false);
         iterate_lanes<FORM>(
             o, size,
-            [&](int lane, const Iterate<lanes::Team>& at, const State<lanes::Team>& state, int iterations) {
+            [&](int lane, const Iterate<Lanes>& at, const State<Lanes>& state, int iterations) {
                 finish_lane<FORM>(b + lane, lane, at, state, iterations);
             },
             [&](int lane) { unsolved[lane] = true; }, [&] { return queue.interrupted(calling); });
@@ -347,9 +349,8 @@ template <class T> class Worker {
 
     // Put the outcome of problem b, which is in a lane, its scaling and its factors into the arrays.
     template <Form FORM>
-    void finish_lane(Index b, int lane, const Iterate<lanes::Team>& at, const State<lanes::Team>& state,
-                     int iterations) {
-        using Team = lanes::Team;
+    void finish_lane(Index b, int lane, const Iterate<Lanes>& at, const State<Lanes>& state, int iterations) {
+        using Team = Lanes;
         const auto& o = group->workspace->problem;
         const Outcome<T>& outcome = batch.outcome;
         auto vector = [&](Team::Vector from, int count, T* to) {
@@ -402,14 +403,14 @@ template <class T> class Worker {
 };
 
 // Solve a batch; return false where an operand breaks a rule or, with a Python error set, where it was interrupted.
-template <class T> bool solve_batch(const Batch<T>& batch, int workers, PyObject* progress) {
+template <class T, bool PRICED> bool solve_batch(const Batch<T>& batch, int workers, PyObject* progress) {
     Queue queue(batch.operands.count, batch.lanes ? lanes::Team::PROBLEMS : 1, workers, progress);
     bool shared = batch.operands.matrices_shared();
     Form form = batch.shape.form;
     std::mutex preparing;
     bool ready = false, valid = true;
     return queue.run([&](bool calling) {
-        Worker<T> worker(batch, queue, calling);
+        Worker<T, PRICED> worker(batch, queue, calling);
         if (shared) {
             std::lock_guard<std::mutex> lock(preparing);
             if (!ready) {

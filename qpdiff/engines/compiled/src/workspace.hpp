@@ -75,6 +75,10 @@ void lay_out_vectors(Problem<Team>& o, const Shape& shape, Arena& arena, typenam
         exact(o.np, at->Qx);
         exact(o.rows, at->Kx);
     }
+    if constexpr (Team::PRICED) {
+        of_rows(o.v_lower, o.v_upper, o.compliance, o.per_t, o.per_r, o.complementarity_t, o.dt);
+        of_rows(o.first.t, o.first.z, o.first.r, o.second.t, o.second.z, o.second.r);
+    }
     exact(o.np, o.Kv, o.ray);
     exact(o.rows, o.farkas);
     o.added.data = arena.take<Stored>(std::max(o.np, o.lp) + ROWS);
@@ -91,6 +95,9 @@ template <class Team> class Workspace {
     explicit Workspace(const Shape& shape) : shape(shape), memory([this](Arena& arena) { lay_out(arena); }) {
         for (int j = 0; j < problem.n; j++) {
             problem.exists.data[j] = typename Team::Number{} + Real(1);
+        }
+        if constexpr (Team::PRICED) { // the padding has no price
+            std::fill_n(problem.v_upper.data, problem.rows, typename Team::Number{} + Real(INFINITY_));
         }
     }
 

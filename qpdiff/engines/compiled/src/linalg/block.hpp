@@ -471,6 +471,7 @@ template <class T> struct Team : Algebra<T> {
     using Kinds = block::Kinds;
     using Indices = block::Vector<int>;
     static constexpr bool SPARSE = false;
+    static constexpr bool PRICED = false;
     static constexpr bool lanes = false;
     static constexpr int PROBLEMS = 1;
 

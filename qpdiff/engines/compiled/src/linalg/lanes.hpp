@@ -296,6 +296,7 @@ struct Team : Algebra<pack_of<double>> {
     using ExactStored = Number;
     static constexpr bool lanes = true;
     static constexpr bool SPARSE = false;
+    static constexpr bool PRICED = false;
     static constexpr int PROBLEMS = entries<Number>;
 
     static QP_INLINE int padded(int n) { return n; }

@@ -771,6 +771,7 @@ template <class T> struct Team : Tiles<T> {
     using ExactStored = double;
     static constexpr bool lanes = false;
     static constexpr int PROBLEMS = 1;
+    static constexpr bool PRICED = false;
 
     static QP_INLINE int padded(int n) { return whole_lines<T>(n); }
     static QP_INLINE int leading(int columns) { return whole_lines<T>(columns); }

@@ -2,7 +2,8 @@
 // factor made for the purpose (engines/array/derivative.py, where the mathematics is explained):
 //
 //     [ Q   Kᵀ ] [u_x]   [r_x]
-//     [ K  −θ  ] [u_v] = [r_v],    θ = s/v at the inequalities, 0 at the equalities, ∞ where there is no constraint.
+//     [ K  −θ  ] [u_v] = [r_v],    θ = s/v at the inequalities, 0 at the equalities, ∞ where there is no constraint;
+//                                  with prices of violations s/z + t/r + σ.
 //
 // For one problem, not for lane groups.
 #pragma once
@@ -49,17 +50,43 @@ template <class Team, class I> QP_INLINE auto is_nearly_active(const Derivative<
     return d.nearly_active[i] > typename Team::Entry{};
 }
 
-// Fill θ and 1/θ at the solution, and find the constraints that are nearly active there.
+// Return the θ of a row that may have a price, for the product Kx there.
+//
+// The distances z and r of the multiplier from its limits count as at least a small share of these (`limit_distances`
+// in problem.py, which says why).
+template <class Team, class I, class N = typename Team::Entry>
+QP_INLINE N ratio_with_price(const Problem<Team>& o, const Derivative<Team>& d, I i, N Kx) {
+    using Real = typename Team::Real;
+    auto priced = limited(o, i);
+    N s = d.s[i], v = d.v[i], sigma = o.compliance[i], one = as<N>(Real(1)), zero{};
+    N upper = select(priced, o.v_upper[i], one), least = Real(o.parameters->least_distance) * upper;
+    N z = select(two_sided(o, i), larger(v - o.v_lower[i], least), v), r = larger(upper - v, least);
+    N t = positive(s - (o.k[i] - Kx + sigma * v));
+    N other = select(o.kind.equality(i), zero, Real(INFINITY_));
+    return select(o.kind.inequality(i), s / z, other) + sigma + select(priced, t / r, zero);
+}
+
+// Fill θ and 1/θ at the solution, and find the constraints that are nearly active there. With prices, the matrices have
+// to be there.
 template <class Team> QP_INLINE void set_point(const Problem<Team>& o, Derivative<Team>& d) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
+    if constexpr (Team::PRICED) {
+        constraints(o, d.x, d.u.Kx);
+    }
     Team::each(o.rows, [&](auto i) {
         auto equality = o.kind.equality(i), inequality = o.kind.inequality(i);
-        N theta = select(inequality, d.s[i] / d.v[i], select(equality, N{}, Real(INFINITY_)));
+        N theta;
+        if constexpr (Team::PRICED) {
+            theta = ratio_with_price(o, d, i, N(d.u.Kx[i]));
+        } else {
+            theta = select(inequality, d.s[i] / d.v[i], select(equality, N{}, Real(INFINITY_)));
+        }
         N scaled = theta * square(o.E[i]);
         d.theta.set(i, theta);
         d.weights.set(i, Real(1) / theta);
-        d.nearly_active.set(i, select(scaled < as<N>(Real(o.parameters->nearly_active)), as<N>(Real(1)), N{}));
+        auto active = equality | (scaled < as<N>(Real(o.parameters->nearly_active)));
+        d.nearly_active.set(i, select(active, as<N>(Real(1)), N{}));
     });
 }
 
@@ -285,7 +312,8 @@ QP_INLINE void raise_nearly_active(Problem<Team>& o, const Derivative<Team>& d, 
     Team::each(o.rows, [&](auto i) {
         N E2 = square(o.E[i]), scaled = d.theta[i] * E2;
         N level = select(raised(i, scaled), smaller(larger(scaled * lift, smallest), largest), scaled);
-        o.theta.set(i, select(o.kind.equality(i), Real(to.equality), level) / E2);
+        N of_equality = larger(scaled, as<N>(Real(to.equality)));
+        o.theta.set(i, select(o.kind.equality(i), of_equality, level) / E2);
         o.delta.set(i, N{});
     });
 }

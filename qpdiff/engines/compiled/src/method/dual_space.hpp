@@ -95,7 +95,7 @@ QP_NOINLINE Step<Team> step(Problem<Team>& o, double mu, const Regularization<Te
     take_step(o, without_progress, fraction, previous, current, made.alpha_s, made.alpha_z);
     made.computed =
         all_finite<Team>(o.Sdv, o.lp) & all_finite<Team>(current.v, o.rows) & all_finite<Team>(current.s, o.rows);
-    made.mu = made.computed ? mean(o, current.s, current.v) : mu;
+    made.mu = made.computed ? mean(o, current) : mu;
     return made;
 }
 
@@ -114,7 +114,7 @@ QP_NOINLINE ImplicitX update(Problem<Team>& o, const ImplicitX& known, const Ste
         v_Kdx_ += previous.v[i] * Kdx;
         N Kx = select(o.kind.absent(i), 0.0, Kx_before + alpha_s * Kdx);
         current.Kx.set(i, Kx);
-        current.r_v.set(i, o.k[i] - Kx - current.s[i]);
+        current.r_v.set(i, o.k[i] - Kx - net_slack(o, current, i));
         o.t.set(i, rest * t + apart * Sdv);
         o.u.set(i, rest * o.u[i] + apart * dv);
     });
@@ -137,12 +137,20 @@ QP_NOINLINE bool assess_without_x(Problem<Team>& o, const ImplicitX& known, cons
     using N = typename Team::Entry;
     const Parameters& P = *o.parameters;
     const Settings& settings = *o.settings;
-    N primal_{}, Kx_{}, scaled_{}, vKx_{}, kv_{}, uu_{};
+    N primal_{}, Kx_{}, scaled_{}, vKx_{}, kv_{}, uu_{}, price_{};
     N farthest = as<N>(P.loose * o.reach);
     Team::each(o.lp, [&](auto i) {
         N k = o.k[i], Kx = current.Kx[i], v = current.v[i], unit = o.unit_v[i], scaled = o.E[i] * k;
         auto absent = o.kind.absent(i);
-        N violation = select(o.kind.equality(i), absolute(current.r_v[i]), select(absent, 0.0, positive(Kx - k)));
+        auto equality = o.kind.equality(i);
+        N beyond = Kx - k;
+        if constexpr (Team::PRICED) { // what is paid for
+            N of_quadratic = o.compliance[i] * v;
+            equality |= two_sided(o, i);
+            beyond -= current.t[i] + of_quadratic;
+            price_ += linear_price(o, current, i) + of_quadratic * v;
+        }
+        N violation = select(equality, absolute(current.r_v[i]), select(absent, 0.0, positive(beyond)));
         primal_ = larger(unit * violation, primal_);
         Kx_ = larger(unit * absolute(Kx), Kx_);
         scaled_ = larger(select(scaled <= farthest, absolute(scaled), 0.0), scaled_);
@@ -153,7 +161,8 @@ QP_NOINLINE bool assess_without_x(Problem<Team>& o, const ImplicitX& known, cons
     double primal, Kx_size, scaled_k, vKx, kv, uu, per_unit = per_gap_unit(o);
     Team::reduce(Largest{primal_, primal}, Largest{Kx_, Kx_size}, Largest{scaled_, scaled_k}, Sum{vKx_, vKx},
                  Sum{kv_, kv}, Sum{uu_, uu});
-    double gap = per_unit * std::fabs(kv - vKx - known.xr);
+    double price = Team::PRICED ? double(Team::sum(price_)) : 0;
+    double gap = per_unit * std::fabs(kv - vKx - known.xr + price);
     // The residual of the variables is seldom the largest, and if so a bound says that, without K.
     double dual = known.a * known.r + known.column * std::sqrt(uu);
     if (!(dual <= larger(primal, gap))) {
@@ -173,6 +182,9 @@ QP_NOINLINE bool assess_without_x(Problem<Team>& o, const ImplicitX& known, cons
     assessed.worst = larger(primal, larger(dual, gap));
     progress(o, state, infeasible, assessed);
     double size = larger(std::fabs(known.xr + known.qx + vKx), larger(std::fabs(known.qx), std::fabs(kv)));
+    if constexpr (Team::PRICED) {
+        size = larger(size, price);
+    }
     bool far = primal > allowed(settings, Kx_size) || gap > allowed(settings, per_unit * size, 2, P.product_rounding);
     bool well = assessed.without_progress < P.equal_steps_after && assessed.worst < INFINITY_ &&
                 !(infeasible > P.late_certificate * settings.certificate);
@@ -232,7 +244,7 @@ QP_NOINLINE Start<Team> begin(Problem<Team>& o, Iterate<Team>& current, Iterate<
         N Kx = select(exists & no(o.kind.absent(i)), t - o.Sdv[i], 0.0);
         o.u.set(i, u);
         current.Kx.set(i, Kx);
-        current.r_v.set(i, o.k[i] - Kx - current.s[i]);
+        current.r_v.set(i, o.k[i] - Kx - net_slack(o, current, i));
         qx += t * dv;
         xr += Kx * u;
     });

@@ -127,7 +127,14 @@ template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(P
     N needed_{}, nearest_{}, slope_{};
     each_constraint(o, [&](auto i, auto counts) {
         N k = select(counts & no(o.kind.absent(i)), o.E[i] * o.k[i], Real(0)), length = absolute(k);
-        needed_ = larger(select(o.kind.equality(i), length, positive(-k)), needed_);
+        N unsatisfied = select(o.kind.equality(i), length, positive(-k));
+        if constexpr (Team::PRICED) {
+            unsatisfied = select(two_sided(o, i), length, unsatisfied);
+            auto moves = limited(o, i) & (as<N>(o.curvature) > N{}); // x, up to where the curvature outweighs the price
+            N moved = o.v_upper[i] / (o.E[i] * select(moves, as<N>(o.curvature), Real(1)));
+            unsatisfied = select(moves, smaller(unsatisfied, moved), unsatisfied);
+        }
+        needed_ = larger(unsatisfied, needed_);
         nearest_ = larger(select(length == N{}, Real(0), Real(1) / select(length == N{}, Real(1), length)), nearest_);
     });
     Team::each(o.np, [&](auto j) { slope_ = larger(absolute(o.D[j] * o.q[j]), slope_); });

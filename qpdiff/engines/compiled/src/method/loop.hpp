@@ -81,6 +81,11 @@ QP_NOINLINE Ended<Team> iterate(Problem<Team>& o, LoadWarmStart load_warm_start,
                 copy<Team>(previous->x, current->x, o.np);
                 copy<Team>(previous->v, current->v, o.rows);
                 copy<Team>(previous->s, current->s, o.rows);
+                if constexpr (Team::PRICED) {
+                    copy<Team>(previous->t, current->t, o.rows);
+                    copy<Team>(previous->z, current->z, o.rows);
+                    copy<Team>(previous->r, current->r, o.rows);
+                }
             }
             iterations++;
             State<Team> moved;
@@ -145,6 +150,11 @@ QP_NOINLINE void exchange(const Problem<Team>& o, typename Team::Truth where, It
     exchange<Team>(where, a.s, b.s, o.rows);
     exchange<Team>(where, a.r_v, b.r_v, o.rows);
     exchange<Team>(where, a.Kx, b.Kx, o.rows);
+    if constexpr (Team::PRICED) {
+        exchange<Team>(where, a.t, b.t, o.rows);
+        exchange<Team>(where, a.z, b.z, o.rows);
+        exchange<Team>(where, a.r, b.r, o.rows);
+    }
 }
 
 // Iterate on the problems of the first `size` lanes together. `finish(lane, iterate, state, iterations)` is called for

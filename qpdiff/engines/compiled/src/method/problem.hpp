@@ -22,7 +22,7 @@ constexpr double INFINITE = 1e20; // bounds from this magnitude on count as infi
     X(sparse_pivot_growth) X(sparse_pivot_errors) X(sparse_smallest) X(sparse_largest) X(sparse_equality) \
     X(sparse_settled) X(sparse_better) X(least_centrality) \
     X(large_multipliers) X(smaller_cost) X(closer) X(less_multipliers) X(warm_centrality) X(step_fraction) \
-    X(largest_step_fraction) X(refine_relative) X(refine_absolute) X(delta_share) X(delta_stuck) X(delta_floor) \
+    X(largest_step_fraction) X(near_limit) X(least_distance) X(refine_relative) X(refine_absolute) X(delta_share) X(delta_stuck) X(delta_floor) \
     X(fast_rate) X(failure_growth) X(solved_share) X(worthwhile) X(improvement) X(certificate_improvement) \
     X(equal_steps_after) X(least_centering) X(stalled_after) X(reached) X(gap_rounding) X(product_rounding) \
     X(certificate_rounding) X(late_certificate) X(ray_violation) X(nearly_active) X(inactive) X(least_theta) \
@@ -45,12 +45,22 @@ struct Settings {
     double rho, delta, smallest, certificate, tiny;
 };
 
+// A team whose problems have prices of violations (engines/array/state.py: `ElasticState`), which are code of its own:
+// problems without them do without.
+template <class Team> struct Priced : Team {
+    static constexpr bool PRICED = true;
+};
+template <class Team, bool PRICED> using WithPrices = std::conditional_t<PRICED, Priced<Team>, Team>;
+
 // A point of the iteration, with its products and residuals.
 template <class Team> struct Iterate {
     typename Team::Vector x, v, s;
     typename Team::Vector r_x; // −(Qx + q + Kᵀv)
-    typename Team::Vector r_v; // k − Kx − s
+    typename Team::Vector r_v; // k − Kx − s, with prices k − Kx − s + t + σv
     typename Team::ExactVector Qx, Kx;
+    // With prices: the violation beyond that of the quadratic one, 0 in rows without a linear price; the distances of
+    // the multiplier from its lower limit, and from its upper one.
+    typename Team::Vector t, z, r;
 };
 
 // The count of numbers in each array of `StoredFactors`, with a team's padding.
@@ -124,8 +134,14 @@ template <class Team_> struct Problem {
     Vector q, k, lb, ub;
     Vector exists; // 1 for the variables, 0 for their padding
     typename Team::Kinds kind;
-    Number inequalities; // their number, at least 1
+    Number inequalities; // their number, at least 1; with prices, that of those which are no equality with a price
+    Number pairs;        // the number of pairs whose product is μ on the central path, at least 1
     bool any_inequality = false;
+
+    // ---- prices of violations (`Team::PRICED`)
+    Vector v_lower, v_upper; // limits of the multipliers by a linear price w: ±w at equalities, 0 and w at
+                             // inequalities; 0 and infinity without one
+    Vector compliance;       // σ of the quadratic price, 0 where there is none
 
     // ---- equilibration
     Vector D, E;                   // the scaled problem has variables x/D, slacks E s, multipliers v/E
@@ -154,11 +170,12 @@ template <class Team_> struct Problem {
 
     // ---- a step
     Vector theta, rho, delta;
-    Vector per_s, per_z;     // 1/s, 1/z
-    Vector right_v;          // right-hand side of the constraints
-    Vector complementarity;  // right-hand side of the complementarity: the amount to take off s ∘ z
-    Vector dx, dv, ds;       // the direction
-    Vector cx, cv, e_x, e_v; // a correction of it, and the residual that it leaves
+    Vector per_s, per_z;                        // 1/s, 1/z
+    Vector right_v;                             // right-hand side of the constraints
+    Vector complementarity;                     // right-hand side of the complementarity: the amount to take off s ∘ z
+    Vector dx, dv, ds;                          // the direction
+    Vector per_t, per_r, complementarity_t, dt; // the same for t ∘ r, with prices
+    Vector cx, cv, e_x, e_v;                    // a correction of it, and the residual that it leaves
     Vector forward;          // F⁻ᵀ r_x; in the diagonal dual form, the eliminated right-hand side over the diagonal
     Vector t;                // K Q⁻¹ r_x
     Vector columns, lengths; // workspace of the variables, of the constraints
@@ -170,6 +187,62 @@ template <class Team_> struct Problem {
     Vector x_anchor, r_anchor, v_anchor;
     Vector u, Sdv;
 };
+
+// ---- rows with prices of violations
+
+// What a price makes of a constraint: limits of its multiplier, and σ.
+template <class T> struct Limits {
+    T lower, upper, compliance;
+};
+
+// The price of violating a constraint: w ≥ 0, infinite where it has none, and σ ≥ 0.
+template <class T> struct RowPrice {
+    T linear, quadratic;
+
+    // Set the right-hand side and the kind of the constraint at this price. What costs nothing is no constraint; of
+    // numbers that were not checked, NaN and those below 0 make a row that no point satisfies.
+    QP_INLINE Limits<T> apply(T& k, Kind& kind) const {
+        kind = linear == 0 ? ABSENT : kind;
+        if (kind == ABSENT) {
+            k = 0;
+            return {0, T(INFINITY_), 0};
+        }
+        k = linear >= 0 && quadratic >= 0 ? k : T(NOT_A_NUMBER);
+        if (!(linear < T(INFINITE))) {
+            return {0, T(INFINITY_), quadratic};
+        }
+        bool both = kind == EQUALITY;
+        kind = INEQUALITY;
+        return {both ? -linear : T(0), linear, quadratic};
+    }
+};
+
+// Return whether a violation has a linear price; such an equality is an inequality from both sides.
+template <class Team, class I> QP_INLINE auto limited(const Problem<Team>& o, I i) {
+    return is_finite(o.v_upper[i]);
+}
+template <class Team, class I> QP_INLINE auto two_sided(const Problem<Team>& o, I i) {
+    auto lower = o.v_lower[i];
+    return lower < decltype(lower){};
+}
+
+// Return the distances of the multipliers from their lower limits: without prices, the multipliers of inequalities.
+template <class Team> QP_INLINE typename Team::Vector distance(const Iterate<Team>& at) {
+    if constexpr (Team::PRICED) {
+        return at.z;
+    } else {
+        return at.v;
+    }
+}
+
+// Return the slack less the violation that is paid for.
+template <class Team, class I> QP_INLINE auto net_slack(const Problem<Team>& o, const Iterate<Team>& at, I i) {
+    if constexpr (Team::PRICED) {
+        return at.s[i] - (at.t[i] + o.compliance[i] * at.v[i]);
+    } else {
+        return at.s[i];
+    }
+}
 
 // ---- products
 

@@ -4,23 +4,40 @@
 
 namespace qpdiff {
 
-// Return the mean of s ∘ z over the inequalities.
-template <class Team, class Vector = typename Team::Vector>
-QP_INLINE typename Team::Number mean(const Problem<Team>& o, Vector s, Vector v) {
+// Return the mean of s ∘ z over the inequalities; with prices, of s ∘ z and t ∘ r.
+template <class Team> QP_INLINE typename Team::Number mean(const Problem<Team>& o, const Iterate<Team>& at) {
     typename Team::Entry sum{};
-    Team::each(o.rows, [&](auto i) { sum += select(o.kind.inequality(i), s[i] * v[i], typename Team::Real(0)); });
-    return Team::sum(sum) / o.inequalities;
+    auto z = distance(at);
+    Team::each(o.rows, [&](auto i) {
+        sum += select(o.kind.inequality(i), at.s[i] * z[i], typename Team::Real(0));
+        if constexpr (Team::PRICED) {
+            sum += at.t[i] * at.r[i];
+        }
+    });
+    return Team::sum(sum) / o.pairs;
 }
 
-// Fill `inequalities` and `any_inequality`.
+// Fill `inequalities`, `pairs` and `any_inequality`.
 template <class Team> QP_INLINE void count_inequalities(Problem<Team>& o) {
     using N = typename Team::Entry;
+    using S = typename Team::Number;
     using Real = typename Team::Real;
     N count{};
     Team::each(o.rows, [&](auto i) { count += select(o.kind.inequality(i), N{} + Real(1), Real(0)); });
-    auto sum = Team::sum(count), one = as<typename Team::Number>(Real(1));
-    o.inequalities = larger(sum, one);
+    S sum = Team::sum(count), one = as<S>(Real(1));
+    o.pairs = o.inequalities = larger(sum, one);
     o.any_inequality = some(sum >= one);
+    if constexpr (Team::PRICED) {
+        N of_upper_{}, from_both_{};
+        Team::each(o.rows, [&](auto i) {
+            of_upper_ += select(limited(o, i), N{} + Real(1), Real(0));
+            from_both_ += select(two_sided(o, i), N{} + Real(1), Real(0));
+        });
+        S of_upper, from_both;
+        Team::reduce(Sum{of_upper_, of_upper}, Sum{from_both_, from_both});
+        o.inequalities = larger(sum - from_both, one);
+        o.pairs = larger(sum + of_upper, one);
+    }
 }
 
 // Return the ρ to begin with; the dense dual form, whose Q is definite, has none.
@@ -45,16 +62,51 @@ template <Form FORM, class Team> QP_INLINE void first_diagonals(Problem<Team>& o
         o.per_E2.set(i, per_E2);
         o.delta.set(i, delta * per_E2);
         auto other = select(o.kind.equality(i), N{}, Real(INFINITY_));
-        o.theta.set(i, select(o.kind.inequality(i), distance * per_E2, other));
+        N theta = select(o.kind.inequality(i), distance * per_E2, other);
+        if constexpr (Team::PRICED) {
+            theta = select(two_sided(o, i), N{}, theta) + o.compliance[i];
+        }
+        o.theta.set(i, theta);
+    });
+}
+
+// Move rows with a linear price, which `center_on_path` has treated as those without, to where s ∘ z = t ∘ r = μ and
+// v − s + t has a given difference in the scaled constraints; the pair of the limit that is farther from it does not
+// count in the difference. Fill t, z and r.
+template <class Team, class N = typename Team::Entry>
+QP_NOINLINE void center_between_limits(const Problem<Team>& o, typename Team::Vector difference,
+                                       typename Team::Number mu, const Iterate<Team>& at) {
+    using Real = typename Team::Real;
+    Real half = Real(0.5);
+    Team::each(o.rows, [&](auto i) {
+        auto priced = limited(o, i);
+        N d = difference[i], scale = o.E[i], zero{};
+        N upper = select(priced, o.v_upper[i] / scale, Real(1)), lower = o.v_lower[i] / scale, width = upper - lower;
+        auto below = Real(2) * d <= lower + upper;
+        N to_limit = select(below, d - lower, upper - d);
+        N large = (absolute(to_limit) + root(to_limit * to_limit + Real(4) * mu)) * half, moved = mu / large;
+        N near = smaller(select(to_limit > zero, large, moved), width * half), far = width - near;
+        // Not the limit and the distance from it where the limit may be so large that it drowns the multiplier.
+        auto inside = (to_limit > zero) & (large < width * half);
+        N from_difference = select(below, d + moved, d - moved);
+        N v = select(inside, from_difference, select(below, lower + near, upper - near));
+        N of_lower = select(below, near, far), of_upper = select(below, far, near);
+        at.s.set(i, select(priced, mu / of_lower / scale, at.s[i]));
+        at.z.set(i, select(priced, of_lower * scale, select(o.kind.inequality(i), at.v[i], zero)));
+        at.v.set(i, select(priced, v * scale, at.v[i]));
+        at.t.set(i, select(priced, mu / of_upper / scale, zero));
+        at.r.set(i, select(priced, of_upper * scale, zero));
     });
 }
 
 // Set slacks and multipliers to the point of s ∘ z = μ with a given difference z − s in the scaled constraints; the
 // multipliers of equalities stay.
-template <class Team, class Vector = typename Team::Vector>
-QP_INLINE void center_on_path(Problem<Team>& o, Vector difference, typename Team::Number mu, Vector v, Vector s) {
+template <class Team>
+QP_INLINE void center_on_path(Problem<Team>& o, typename Team::Vector difference, typename Team::Number mu,
+                              const Iterate<Team>& at) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
+    auto s = at.s, v = at.v;
     Team::each(o.rows, [&](auto i) {
         N d = difference[i], scale = o.E[i];
         N large = (absolute(d) + root(d * d + Real(4) * mu)) * Real(0.5), small = mu / large;
@@ -63,6 +115,9 @@ QP_INLINE void center_on_path(Problem<Team>& o, Vector difference, typename Team
         N other = select(o.kind.equality(i), v[i], Real(0));
         v.set(i, select(inequality, select(z_larger, large, small) * scale, other));
     });
+    if constexpr (Team::PRICED) {
+        center_between_limits(o, difference, mu, at);
+    }
 }
 
 // Center the multipliers of `current`, a solution with θ, and fill its slacks; return the mean complementarity.
@@ -71,25 +126,47 @@ template <class Team> QP_NOINLINE typename Team::Number center_start(Problem<Tea
     using S = typename Team::Number;
     using Real = typename Team::Real;
     auto difference = o.lengths;
+    auto one_sided = [&](auto i) {
+        if constexpr (Team::PRICED) {
+            return o.kind.inequality(i) & no(two_sided(o, i));
+        } else {
+            return o.kind.inequality(i);
+        }
+    };
     N most_{}, least_{}, sum{};
     Team::each(o.rows, [&](auto i) {
-        N z = select(o.kind.inequality(i), current.v[i] / o.E[i], Real(0));
+        N z = select(one_sided(i), current.v[i] / o.E[i], Real(0));
         difference.set(i, z);
         most_ = larger(z, most_);
         least_ = larger(-z, least_);
     });
     S most, least;
     Team::reduce(Largest{most_, most}, Largest{least_, least});
+    S size = larger(most, least);
     Team::each(o.rows, [&](auto i) {
         N z = difference[i];
-        sum += select(o.kind.inequality(i), (z + least) * (most - z), Real(0));
-        N scaled_theta = select(o.kind.inequality(i), square(o.E[i]) * o.theta[i], Real(0));
+        sum += select(one_sided(i), (z + least) * (most - z), Real(0));
+        N scaled_theta = select(one_sided(i), square(o.E[i]) * o.theta[i], Real(0));
         difference.set(i, z * scaled_theta);
     });
-    S mu = larger(Team::sum(sum) / o.inequalities, Real(o.parameters->least_centrality) * square(larger(most, least)));
+    if constexpr (Team::PRICED) {
+        N any_{}, multiplier_{};
+        Team::each(o.rows, [&](auto i) {
+            auto both = two_sided(o, i);
+            N v = current.v[i], of_limit = smaller(absolute(v), N(o.v_upper[i])) / o.E[i];
+            any_ = larger(select(one_sided(i), N{} + Real(1), Real(0)), any_);
+            multiplier_ = larger(select(both, of_limit, Real(0)), multiplier_);
+            difference.set(i, select(both, v / o.E[i], difference[i]));
+        });
+        // Equalities with a price decide where there are no inequalities.
+        S any, multiplier;
+        Team::reduce(Largest{any_, any}, Largest{multiplier_, multiplier});
+        size = select(any > S{}, size, multiplier);
+    }
+    S mu = larger(Team::sum(sum) / o.inequalities, Real(o.parameters->least_centrality) * square(size));
     mu = larger(mu, Real(o.settings->smallest) * o.primal_unit * o.dual_unit);
-    center_on_path(o, difference, mu, current.v, current.s);
-    return mean(o, current.s, current.v);
+    center_on_path(o, difference, mu, current);
+    return mean(o, current);
 }
 
 // A starting point, beside its iterate.
@@ -202,7 +279,17 @@ QP_NOINLINE typename Team::Number begin_warm(Problem<Team>& o, Iterate<Team>& cu
     Team::each(o.rows, [&](auto i) {
         N scale = o.E[i], value = scale * (o.k[i] - slack[i]);
         auto inequality = o.kind.inequality(i);
+        if constexpr (Team::PRICED) {
+            value += scale * o.compliance[i] * current.v[i];
+        }
         N violation = select(inequality, positive(-value), select(o.kind.equality(i), absolute(value), Real(0)));
+        if constexpr (Team::PRICED) { // what is violated at its price is no error
+            auto both = two_sided(o, i);
+            N v = current.v[i], upper = o.v_upper[i], of_lower = select(both, absolute(upper + v), Real(0));
+            N to_limit = select(value < N{}, absolute(upper - v), of_lower);
+            violation = select(both, absolute(value), violation);
+            violation = select(limited(o, i), smaller(violation, to_limit / scale), violation);
+        }
         error_ = larger(violation, error_);
         difference.set(i, select(inequality, current.v[i] / scale - value, Real(0)));
     });
@@ -211,8 +298,8 @@ QP_NOINLINE typename Team::Number begin_warm(Problem<Team>& o, Iterate<Team>& cu
     Real mu = Real(o.parameters->warm_centrality) * Team::largest(error_) * std::sqrt(unit);
     mu = mu < ordinary_mu ? mu : ordinary_mu;
     mu = std::max(mu, std::max(Real(o.settings->tol), Real(o.settings->smallest)) * unit);
-    center_on_path(o, difference, mu, current.v, current.s);
-    return mean(o, current.s, current.v);
+    center_on_path(o, difference, mu, current);
+    return mean(o, current);
 }
 
 } // namespace qpdiff

@@ -18,6 +18,12 @@ template <class Team, class E = typename Team::Exact> QP_INLINE E row_rounding(c
     return o.settings->absolute ? E{} : o.parameters->row_rounding * largest / as<E>(o.primal_unit);
 }
 
+// Return the price of a violation but for the quadratic one; at an equality s is a violation like t.
+template <class Team, class I> QP_INLINE auto linear_price(const Problem<Team>& o, const Iterate<Team>& at, I i) {
+    decltype(at.s[i]) s = at.s[i], zero{};
+    return select(limited(o, i), o.v_upper[i] * (at.t[i] + select(two_sided(o, i), s, zero)), zero);
+}
+
 // ---- the stopping test
 
 // Return what the tolerance allows for a residual whose terms have this size: tol + rtol·size, `times` it, and with
@@ -99,6 +105,8 @@ QP_INLINE void progress(const Problem<Team>& o, const State<Team>& state, E cert
 //
 // Farkas: Kᵀv = 0, z ≥ 0, kᵀv < 0 leaves no x; Qx = 0, Kx ≤ 0 (= 0), qᵀx < 0 is a direction of unbounded descent.
 // Iterates without a limit go off along such a direction, so it shows in their last step long before it does in them.
+// Rows with a price contradict nothing, v = 0 there; along x they may be violated if qᵀx < 0 outweighs the linear
+// price.
 
 // A direction that may prove that there is no solution; its entries are in `ray` or `farkas`.
 template <class E> struct Direction {
@@ -138,16 +146,34 @@ QP_NOINLINE Direction<E> descent_direction(Problem<Team>& o, const Iterate<Team>
     if (!some(falls)) {
         return {E{}, fall};
     }
+    N unpaid_ = uphill_, price_{};
     Team::each_exactly(o.rows, [&](auto i) {
         N Kx = current.Kx[i], slope = Kx - previous.Kx[i], scale = o.E[i];
-        uphill_ = larger(scale * select(o.kind.equality(i), absolute(slope), positive(slope)), uphill_);
+        N climb = select(o.kind.equality(i), absolute(slope), positive(slope));
+        if constexpr (Team::PRICED) {
+            auto priced = limited(o, i);
+            climb = select(two_sided(o, i), absolute(slope), climb);
+            price_ += select(priced, o.v_upper[i] * climb, N{});
+            unpaid_ = larger(scale * select(priced, N{}, climb), unpaid_);
+        }
+        uphill_ = larger(scale * climb, uphill_);
         hidden_ = larger(absolute(scale * Kx), hidden_);
     });
     // The rounding of these differences hides as much.
     E uphill, hidden, cost;
     Team::reduce(Largest{uphill_, uphill}, Largest{hidden_, hidden}, Largest{cost_, cost});
-    E residual = larger(uphill, EPS * hidden), scaled_q = larger(cost, as<E>(o.dual_unit));
-    return {select(falls, fall / (residual * scaled_q), E{}), fall};
+    E scaled_q = larger(cost, as<E>(o.dual_unit));
+    auto ratio_of = [&](E fall, E uphill) { return fall / (larger(uphill, EPS * hidden) * scaled_q); };
+    E ratio = select(falls, ratio_of(fall, uphill), E{});
+    if constexpr (Team::PRICED) { // or rows with a linear price are violated along the direction, at that price
+        E unpaid, price;
+        Team::reduce(Largest{unpaid_, unpaid}, Sum{price_, price});
+        E left = fall - price;
+        E paid = select(falls_along(o, left, size, length), ratio_of(left, unpaid), E{});
+        auto pays = paid > ratio;
+        return {select(pays, paid, ratio), select(pays, left, fall)};
+    }
+    return {ratio, fall};
 }
 
 // Compare the last step in the multipliers, stored in `farkas`, with a Farkas certificate. `scaled_k` is the size of
@@ -160,6 +186,9 @@ QP_NOINLINE Direction<E> farkas_certificate(Problem<Team>& o, const Iterate<Team
     N total_{}, size_{}, length_{}, left_{}, reached_{}, hidden_{};
     Team::each_exactly(o.rows, [&](auto i) {
         N step = current.v[i] - previous.v[i], farkas = select(o.kind.inequality(i), positive(step), step);
+        if constexpr (Team::PRICED) {
+            farkas = select(limited(o, i) | (o.compliance[i] > N{}), N{}, farkas);
+        }
         N term = o.k[i] * farkas;
         o.farkas.set(i, farkas);
         total_ += term;
@@ -244,7 +273,7 @@ QP_NOINLINE State<Team> assess(Problem<Team>& o, Iterate<Team>& current, const I
         xQx_ += x * Qx;
         qx_ += x * q;
     });
-    N absolute_primal_{}, primal_{}, Kx_{}, violated_{}, scaled_{};
+    N absolute_primal_{}, primal_{}, Kx_{}, violated_{}, scaled_{}, linear_{}, quadratic_{};
     auto farthest = as<N>(P.loose * as<E>(o.reach));
     Team::each_exactly(o.rows, [&](auto i) {
         N k = o.k[i], scale = o.E[i], unit = o.unit_v[i], scaled = scale * k;
@@ -252,10 +281,19 @@ QP_NOINLINE State<Team> assess(Problem<Team>& o, Iterate<Team>& current, const I
         scaled_ = larger(select(scaled <= farthest, absolute(scaled), 0.0), scaled_);
         terms += absolute(current.v[i] * k);
         N Kx = select(absent, 0.0, current.Kx[i]);
-        N r_v = select(absent, 0.0, k - Kx - current.s[i]);
+        N r_v = select(absent, 0.0, k - Kx - net_slack(o, current, i));
         current.Kx.set(i, Kx);
         current.r_v.set(i, r_v);
-        N violation = select(o.kind.equality(i), absolute(r_v), select(absent, 0.0, positive(Kx - k)));
+        auto equality = o.kind.equality(i);
+        N beyond = Kx - k;
+        if constexpr (Team::PRICED) { // what is paid for
+            N v = current.v[i], of_quadratic = o.compliance[i] * v;
+            equality |= two_sided(o, i);
+            beyond -= current.t[i] + of_quadratic;
+            linear_ += linear_price(o, current, i);
+            quadratic_ += of_quadratic * v;
+        }
+        N violation = select(equality, absolute(r_v), select(absent, 0.0, positive(beyond)));
         absolute_primal_ = larger(violation, absolute_primal_);
         primal_ = larger(unit * violation, primal_);
         Kx_ = larger(unit * absolute(Kx), Kx_);
@@ -264,8 +302,12 @@ QP_NOINLINE State<Team> assess(Problem<Team>& o, Iterate<Team>& current, const I
     N of_A_{}, of_G_{}, of_upper_{}, of_lower_{};
     Team::each_exactly(o.lp, [&](auto i) {
         N term = current.v[i] * o.k[i];
-        of_A_ += select(o.kind.equality(i), term, 0.0);
-        of_G_ += select(o.kind.equality(i), 0.0, term);
+        auto equality = o.kind.equality(i);
+        if constexpr (Team::PRICED) {
+            equality |= two_sided(o, i);
+        }
+        of_A_ += select(equality, term, 0.0);
+        of_G_ += select(equality, 0.0, term);
     });
     auto add_bounds = [&](int at, N& block) {
         Team::each_exactly(o.np, [&](auto j) { block += current.v[j + at] * o.k[j + at]; });
@@ -290,17 +332,24 @@ QP_NOINLINE State<Team> assess(Problem<Team>& o, Iterate<Team>& current, const I
     if constexpr (Team::SPARSE) {
         absolute_gap = exact_gap(o, current);
     }
+    E linear{}, price{};
+    if constexpr (Team::PRICED) {
+        Team::reduce(Sum{linear_, linear}, Sum{quadratic_, price});
+        price += linear;
+        absolute_gap += price;
+        size_of_terms += price;
+    }
     E per_unit = per_gap_unit(o);
     absolute_gap = absolute(absolute_gap);
     E gap = per_unit * absolute_gap;
     // The rounding error of the constraints at x is no violation.
     E beyond = primal - row_rounding(o, x_size);
     E slope = larger(Qx_size, larger(q_size, Kv_size));
-    E size_gap = per_unit * larger(absolute(xQx), larger(absolute(qx), absolute(kv)));
+    E size_gap = per_unit * larger(larger(absolute(xQx), price), larger(absolute(qx), absolute(kv)));
     E hidden = P.gap_rounding * EPS * per_unit * size_of_terms;
 
     State<Team> assessed;
-    assessed.objective = 0.5 * xQx + qx;
+    assessed.objective = 0.5 * (xQx + (price + linear)) + qx;
     assessed.absolute = {absolute_primal, absolute_dual, absolute_gap};
     assessed.primal = primal, assessed.dual = dual, assessed.gap = gap;
     assessed.worst = larger(primal, larger(dual, gap));

@@ -19,7 +19,7 @@ template <class Team> struct Regularization {
     typename Team::Number rho, delta;
 };
 
-// Find the largest steps in [0, 1] that keep s and z at least 1 − fraction times as large.
+// Find the largest steps in [0, 1] that keep s and z, and with prices t and r, at least 1 − fraction times as large.
 template <class Team, class S = typename Team::Number>
 QP_INLINE void step_lengths(const Problem<Team>& o, S fraction, S& alpha_s, S& alpha_z) {
     using N = typename Team::Entry;
@@ -29,6 +29,11 @@ QP_INLINE void step_lengths(const Problem<Team>& o, S fraction, S& alpha_s, S& a
         auto inequality = o.kind.inequality(i);
         of_s = larger(select(inequality, -o.ds[i] * o.per_s[i], Real(0)), of_s);
         of_z = larger(select(inequality, -o.dv[i] * o.per_z[i], Real(0)), of_z);
+        if constexpr (Team::PRICED) { // r falls as the multiplier grows
+            auto priced = limited(o, i);
+            of_s = larger(select(priced, -o.dt[i] * o.per_t[i], Real(0)), of_s);
+            of_z = larger(select(priced, o.dv[i] * o.per_r[i], Real(0)), of_z);
+        }
     });
     S one = as<S>(Real(1)), most_of_s, most_of_z;
     Team::reduce(Largest{of_s, most_of_s}, Largest{of_z, most_of_z});
@@ -46,14 +51,34 @@ QP_INLINE void predictor_rhs(Problem<Team>& o, const Regularization<Team>& regul
     if constexpr (FORM != Form::dense_dual) {
         Team::each(o.np, [&](auto j) { o.rho.set(j, regularization.rho * o.per_D2[j]); });
     }
+    auto z = distance(previous);
     Team::each(o.rows, [&](auto i) {
-        N s = previous.s[i], per_z = Real(1) / previous.v[i];
+        N s = previous.s[i], per_z = Real(1) / z[i];
         o.delta.set(i, regularization.delta * o.per_E2[i]);
         o.per_s.set(i, Real(1) / s);
         o.per_z.set(i, per_z);
-        o.theta.set(i, select(o.kind.inequality(i), s * per_z, select(o.kind.equality(i), N{}, Real(INFINITY_))));
-        o.right_v.set(i, previous.r_v[i] + s); // s is 0 where the constraint is no inequality
+        N theta = select(o.kind.inequality(i), s * per_z, select(o.kind.equality(i), N{}, Real(INFINITY_)));
+        N right = previous.r_v[i] + s; // s is 0 where the constraint is no inequality
+        if constexpr (Team::PRICED) {
+            N t = previous.t[i], per_r = Real(1) / previous.r[i];
+            o.per_t.set(i, Real(1) / t);
+            o.per_r.set(i, per_r);
+            theta += select(limited(o, i), t * per_r, Real(0)) + o.compliance[i];
+            right -= t;
+        }
+        o.theta.set(i, theta);
+        o.right_v.set(i, right);
     });
+}
+
+// Return s/z of an inequality: without prices, what `predictor_rhs` has filled θ with.
+template <class Team, class I>
+QP_INLINE auto ratio_of_slack(const Problem<Team>& o, const Iterate<Team>& previous, I i) {
+    if constexpr (Team::PRICED) {
+        return previous.s[i] * o.per_z[i];
+    } else {
+        return o.theta[i];
+    }
 }
 
 // Fill the corrector's right-hand sides, after the predictor's multipliers; return its share of the step to the
@@ -68,27 +93,67 @@ QP_INLINE S corrector_rhs(Problem<Team>& o, S mu, typename Team::Exact without_p
     using Real = typename Team::Real;
     const Parameters& P = *o.parameters;
     S one = as<S>(Real(1)), alpha_s, alpha_z;
+    auto z = distance(previous);
     Team::each(o.rows, [&](auto i) {
-        o.ds.set(i, select(o.kind.inequality(i), -(previous.s[i] + o.theta[i] * o.dv[i]), Real(0)));
+        o.ds.set(i, select(o.kind.inequality(i), -(previous.s[i] + ratio_of_slack(o, previous, i) * o.dv[i]), Real(0)));
+        if constexpr (Team::PRICED) {
+            N t = previous.t[i];
+            o.dt.set(i, select(limited(o, i), t * o.per_r[i] * o.dv[i] - t, Real(0)));
+        }
     });
     step_lengths(o, one, alpha_s, alpha_z);
     N sum{};
     Team::each(o.rows, [&](auto i) {
-        N reached = (previous.s[i] + alpha_s * o.ds[i]) * (previous.v[i] + alpha_z * o.dv[i]);
+        N reached = (previous.s[i] + alpha_s * o.ds[i]) * (z[i] + alpha_z * o.dv[i]);
         sum += select(o.kind.inequality(i), reached, Real(0));
+        if constexpr (Team::PRICED) {
+            N of_upper = (previous.t[i] + alpha_s * o.dt[i]) * (previous.r[i] - alpha_z * o.dv[i]);
+            sum += select(limited(o, i), of_upper, Real(0));
+        }
     });
-    S ratio = smaller(positive(Team::sum(sum) / o.inequalities / (mu + Real(o.settings->tiny))), one);
+    S ratio = smaller(positive(Team::sum(sum) / o.pairs / (mu + Real(o.settings->tiny))), one);
     // Iterates that would repeat each other come to an end with more centering.
     S sigma = ratio * ratio * ratio, least = as<S>(Real(P.least_centering));
     auto repeating = without_progress > as<typename Team::Exact>(P.equal_steps_after);
     sigma = select(repeating, larger(sigma, least), sigma);
     S target = sigma * mu;
     Team::each(o.rows, [&](auto i) {
-        N complementarity = previous.s[i] * previous.v[i] + o.ds[i] * o.dv[i] - target;
+        N complementarity = previous.s[i] * z[i] + o.ds[i] * o.dv[i] - target;
         o.complementarity.set(i, complementarity);
-        o.right_v.set(i, previous.r_v[i] + select(o.kind.inequality(i), complementarity * o.per_z[i], Real(0)));
+        N right = previous.r_v[i] + select(o.kind.inequality(i), complementarity * o.per_z[i], Real(0));
+        if constexpr (Team::PRICED) {
+            N of_upper = previous.t[i] * previous.r[i] - o.dt[i] * o.dv[i] - target;
+            o.complementarity_t.set(i, of_upper);
+            right -= select(limited(o, i), of_upper * o.per_r[i], Real(0));
+        }
+        o.right_v.set(i, right);
     });
     return smaller(larger(Real(1) - ratio, as<S>(Real(P.step_fraction))), as<S>(Real(P.largest_step_fraction)));
+}
+
+// Move what an iterate has of rows with a price, for multipliers v and slacks after a step, which are those of rows
+// without.
+//
+// A multiplier near a limit follows from its distance, which is known better than the difference of the two.
+template <class Team, class S = typename Team::Number>
+QP_NOINLINE void move_priced(const Problem<Team>& o, S alpha_s, S alpha_z, const Iterate<Team>& previous,
+                             const Iterate<Team>& current) {
+    using N = typename Team::Entry;
+    using Real = typename Team::Real;
+    auto tiny = as<N>(Real(o.settings->tiny));
+    Real near_limit = Real(o.parameters->near_limit);
+    Team::each(o.rows, [&](auto i) {
+        auto priced = limited(o, i), both = two_sided(o, i), inequality = o.kind.inequality(i);
+        N dz = alpha_z * o.dv[i], zero{}, upper = select(priced, o.v_upper[i], Real(1)), lower = o.v_lower[i];
+        N z = larger(previous.z[i] + dz, tiny), r = larger(previous.r[i] - dz, tiny), near = near_limit * upper;
+        auto at_upper = r < near, at_lower = z < near;
+        N v = select(inequality & no(both), z, select(o.kind.absent(i), zero, previous.v[i] + dz));
+        v = select(priced, select(at_upper, upper - r, select(at_lower | no(both), lower + z, v)), v);
+        current.v.set(i, v);
+        current.z.set(i, select(both & no(at_lower), v - lower, select(inequality, z, zero)));
+        current.r.set(i, select(priced, select(at_upper, r, upper - v), zero));
+        current.t.set(i, select(priced, larger(previous.t[i] + alpha_s * o.dt[i], tiny), zero));
+    });
 }
 
 // Move slacks and multipliers along the corrector's direction; find the step lengths.
@@ -98,8 +163,12 @@ QP_INLINE void take_step(Problem<Team>& o, typename Team::Exact without_progress
     using N = typename Team::Entry;
     using Real = typename Team::Real;
     Team::each(o.rows, [&](auto i) {
-        N ds = -(o.complementarity[i] * o.per_z[i] + o.theta[i] * o.dv[i]);
+        N ds = -(o.complementarity[i] * o.per_z[i] + ratio_of_slack(o, previous, i) * o.dv[i]);
         o.ds.set(i, select(o.kind.inequality(i), ds, Real(0)));
+        if constexpr (Team::PRICED) {
+            N dt = (previous.t[i] * o.dv[i] - o.complementarity_t[i]) * o.per_r[i];
+            o.dt.set(i, select(limited(o, i), dt, Real(0)));
+        }
     });
     step_lengths(o, fraction, alpha_s, alpha_z);
     // Unequal steps leave Qx + Kᵀv behind, with which iterates may repeat each other.
@@ -109,10 +178,15 @@ QP_INLINE void take_step(Problem<Team>& o, typename Team::Exact without_progress
     auto tiny = as<N>(Real(o.settings->tiny));
     Team::each(o.rows, [&](auto i) {
         auto inequality = o.kind.inequality(i);
-        N v = previous.v[i] + alpha_z * o.dv[i];
         current.s.set(i, select(inequality, larger(previous.s[i] + alpha_s * o.ds[i], tiny), Real(0)));
-        current.v.set(i, select(inequality, larger(v, tiny), select(o.kind.equality(i), v, Real(0))));
+        if constexpr (!Team::PRICED) {
+            N v = previous.v[i] + alpha_z * o.dv[i];
+            current.v.set(i, select(inequality, larger(v, tiny), select(o.kind.equality(i), v, Real(0))));
+        }
     });
+    if constexpr (Team::PRICED) {
+        move_priced(o, alpha_s, alpha_z, previous, current);
+    }
 }
 
 // Make one predictor-corrector step from `previous` to `current`.
@@ -135,7 +209,7 @@ QP_NOINLINE Step<Team> step(Problem<Team>& o, S mu, const Regularization<Team>& 
     Team::each(o.np, [&](auto j) { current.x.set(j, previous.x[j] + made.alpha_s * o.dx[j]); });
     made.computed &=
         all_finite<Team>(current.x, o.np) & all_finite<Team>(current.v, o.rows) & all_finite<Team>(current.s, o.rows);
-    made.mu = select(made.computed, mean(o, current.s, current.v), mu);
+    made.mu = select(made.computed, mean(o, current), mu);
     return made;
 }
 
@@ -178,13 +252,17 @@ QP_NOINLINE typename Team::Truth constraints_are_accurate(const Problem<Team>& o
     using E = typename Team::Exact;
     const Parameters& P = *o.parameters;
     N left_{}, before_{}, after_{}, by_delta_{}, of_gap{};
-    E alpha_s = as<E>(made.alpha_s), rest = 1.0 - alpha_s;
+    E alpha_s = as<E>(made.alpha_s), rest = 1.0 - alpha_s, apart = as<E>(made.alpha_z) - alpha_s;
     Team::each_exactly(o.rows, [&](auto i) {
         N unit = o.unit_v[i], r = previous.r_v[i], r_after = current.r_v[i], share = alpha_s * o.delta[i] * o.dv[i];
         before_ = larger(unit * absolute(r), before_);
         after_ = larger(unit * absolute(r_after), after_);
         by_delta_ = larger(unit * absolute(share), by_delta_);
-        left_ = larger(unit * absolute(r_after - rest * r + share), left_);
+        N left_of_row = r_after - rest * r + share;
+        if constexpr (Team::PRICED) { // what unequal step lengths leave where violations have a quadratic price
+            left_of_row -= apart * o.compliance[i] * o.dv[i];
+        }
+        left_ = larger(unit * absolute(left_of_row), left_);
         if constexpr (Team::SPARSE) {
             of_gap += current.v[i] * r_after;
         }
@@ -202,7 +280,11 @@ QP_NOINLINE typename Team::Truth constraints_are_accurate(const Problem<Team>& o
         N multipliers{}, products{};
         Team::each_exactly(o.rows, [&](auto i) {
             multipliers = larger(absolute(current.v[i] / o.E[i]), multipliers);
-            products = larger(absolute(o.E[i] * current.Kx[i]), products);
+            N product = current.Kx[i];
+            if constexpr (Team::PRICED) { // less the violation that is paid for
+                product += net_slack(o, current, i) - current.s[i];
+            }
+            products = larger(absolute(o.E[i] * product), products);
         });
         limiting &= Team::largest(multipliers) > Team::largest(products);
     }
