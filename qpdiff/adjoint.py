@@ -349,28 +349,28 @@ def _operand_gradients(problem: Problem, v, names, *, q=None, k=None, Q=None, K=
         vectors |= {"b": of_A, "h": of_G, "lb": None if problem.lb is None else -of_lb, "ub": of_ub}
     if prices is not None:
         vectors |= _split_prices(problem, *prices)
-    names = list(problem.operands if names is None else names)
-    shared = {name: getattr(problem, name).shape[0] == 1 != problem.batch for name in names}
     out = {}
-    for name in names:
-        if isinstance(operand := getattr(problem, name), Sparse):
+    for name in problem.operands if names is None else names:
+        operand = getattr(problem, name)
+        shared = operand.shape[0] == 1 != problem.batch
+        if isinstance(operand, Sparse):
             a, b = -0.5 * Q[0], Q[1]
             pairs = [(a, b), (b, a)] if name == "Q" else [(-a[:, blocks[name]], b) for a, b in K]
             rows, columns = operand.pattern.rows, operand.indices
             values = sum(gather(backend, a, rows) * gather(backend, b, columns) for a, b in pairs)
-            out[name] = operand.with_values(xp.sum(values, axis=0, keepdims=True) if shared[name] else values)
+            out[name] = operand.with_values(xp.sum(values, axis=0, keepdims=True) if shared else values)
         elif name == "Q":
             a, b = -0.5 * Q[0], Q[1]
-            if shared[name]:
+            if shared:
                 half = a.T @ b
                 out[name] = (half + half.T)[None, :, :]
             else:
                 out[name] = backend.symmetric_outer(a, b)
         elif name in ("A", "G"):
             pairs = [(-a[:, blocks[name]], b) for a, b in K]
-            out[name] = sum(a.T @ b for a, b in pairs)[None, :, :] if shared[name] else backend.outer(pairs)
+            out[name] = sum(a.T @ b for a, b in pairs)[None, :, :] if shared else backend.outer(pairs)
         else:
-            out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared[name] else vectors[name]
+            out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared else vectors[name]
     return out
 
 

@@ -362,10 +362,9 @@ def objective_gradients(
 
 def _at_solved(lin: Linearization) -> Linearization:
     """Return a linearization with zeros for x and v of problems that are not SOLVED; the same one without such."""
-    unsolved = lin.status != int(Status.SOLVED)
-    if lin.problem.backend.known_all_false(unsolved):
+    if lin.problem.backend.known_all_false(lin.status):  # SOLVED is 0
         return lin
-    x, v = masked(lin.problem.backend.xp, ~unsolved, lin.x, lin.v)
+    x, v = masked(lin.problem.backend.xp, lin.status == int(Status.SOLVED), lin.x, lin.v)
     return lin._replace(x=x, v=v)
 
 

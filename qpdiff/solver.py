@@ -13,7 +13,7 @@ from .engines.base import MAX_ITERATIONS, Linearization, Outcome, Settings, Star
 from .engines.choice import check_engine, choose_engine, explain_choice
 from .prices import with_prices
 from .problem import INFINITE, Problem, join_rows, split_rows
-from .solution import Solution, Status, Violation, whole_solution
+from .solution import FIELDS, Solution, Status, Violation, whole_solution
 from .validation import broadcasts, make_problem, symmetrized
 
 _log = logging.getLogger("qpdiff")
@@ -328,30 +328,18 @@ def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
     if problem.m and not problem.backend.known_all_false(absent := problem.h >= INFINITE):
         slack = xp.where(absent, float("inf"), slack)
 
-    def shaped(value):
-        value = problem.returned(value)
-        if len(batch_shape) == 1:
-            return value
-        return xp.reshape(value, (*batch_shape, value.shape[-1])) if batch_shape else value[0, ...]
-
-    def scalar(value):
-        if len(batch_shape) == 1:
-            return value[:, 0]
-        return xp.reshape(value, batch_shape) if batch_shape else value[0, 0, ...]
-
+    point = [outcome.x, y, z, z_lb, z_ub, slack]
+    if problem.result != problem.dtype:
+        point = [problem.returned(value) for value in point]
+    if len(batch_shape) == 1:
+        scalars = [value[:, 0] for value in outcome[3:]]
+    elif batch_shape:
+        point = [xp.reshape(value, (*batch_shape, value.shape[-1])) for value in point]
+        scalars = [xp.reshape(value, batch_shape) for value in outcome[3:]]
+    else:
+        point, scalars = [value[0, ...] for value in point], [value[0, 0, ...] for value in outcome[3:]]
     return whole_solution(
-        x=shaped(outcome.x),
-        y=shaped(y),
-        z=shaped(z),
-        z_lb=shaped(z_lb),
-        z_ub=shaped(z_ub),
-        s=shaped(slack),
-        status=scalar(outcome.status),
-        iterations=scalar(outcome.iterations),
-        objective=scalar(outcome.objective),
-        primal_residual=scalar(outcome.primal),
-        dual_residual=scalar(outcome.dual),
-        duality_gap=scalar(outcome.gap),
+        **dict(zip(FIELDS, point + scalars, strict=True)),
         violation=violation(problem, outcome.x),
         linearization=Linearization(problem, factors, outcome.x, outcome.v, outcome.s, outcome.status),
     )

@@ -63,14 +63,13 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
     layout, changes = _plan(chosen, chosen.widest_float, described, read_dtype(dtype), cores)
     if "Q" in patterns:
         _check_symmetric(patterns["Q"])
-    xp = chosen.xp
-    with chosen.context():  # what overflows in the working type is refused as infinite
-        for name, value in arrays.items():
-            if value.dtype != layout.dtype:
-                value = xp.astype(value, layout.dtype)
-            if (change := changes.get(name)) is not None:
-                value = change(xp, value)
-            arrays[name] = Sparse.of_pattern(value, patterns[name]) if name in patterns else chosen.for_products(value)
+    if changes:
+        with chosen.context():  # what overflows in the working type is refused as infinite
+            for name, change in changes.items():
+                arrays[name] = change(chosen.xp, arrays[name])
+    arrays = chosen.for_products(arrays)
+    for name, pattern in patterns.items():
+        arrays[name] = Sparse.of_pattern(arrays[name], pattern)
     return Problem(layout, arrays)
 
 
@@ -114,8 +113,8 @@ def _plan(backend: Backend, widest, described, dtype: str | None, cores: tuple) 
     -------
     layout
     changes : dict
-        By the name of an operand, the function of the array namespace and the array that gives it one batch axis, where
-        it does not have one.
+        By the name of an operand, the function of the array namespace and the array that gives it the working type and
+        one batch axis, where it does not have both.
     """
     types = floating_types(backend, [Kind(name, kind, typed) for name, _, kind, typed in described], dtype)
     dtypes = {name: kind for name, _, kind, _ in described}
@@ -134,9 +133,9 @@ def _plan(backend: Backend, widest, described, dtype: str | None, cores: tuple) 
             flat[name] = (1, *core)
         else:
             flat[name] = (math.prod(batch_shape), *core)
-        if flat[name] != arrays[name]:
+        if flat[name] != arrays[name] or dtypes[name] != types.working:
             broadcast = shape if math.prod(leading) == 1 else batch_shape + core
-            changes[name] = _change(arrays[name], broadcast, flat[name])
+            changes[name] = _change(arrays[name], broadcast, flat[name], types.working)
     layout = Layout(
         backend=backend,
         dtype=types.working,
@@ -157,12 +156,17 @@ def _shape_of_number(name: str, shapes: dict[str, Shape]) -> Shape | None:
     return shapes[SIZED_BY[name]][-2:-1]
 
 
-def _change(given: Shape, broadcast: Shape, flat: Shape) -> Callable:
-    if flat == (1, *given):
-        return lambda xp, value: value[None, ...]
-    if broadcast == given:
-        return lambda xp, value: xp.reshape(value, flat)
-    return lambda xp, value: xp.reshape(xp.broadcast_to(value, broadcast), flat)
+def _change(given: Shape, broadcast: Shape, flat: Shape, dtype) -> Callable:
+    def change(xp, value):
+        if value.dtype != dtype:
+            value = xp.astype(value, dtype)
+        if flat == given:
+            return value
+        if flat == (1, *given):
+            return value[None, ...]
+        return xp.reshape(value if broadcast == given else xp.broadcast_to(value, broadcast), flat)
+
+    return change
 
 
 @cache

@@ -145,7 +145,7 @@ class Backend:
         """Refuse changes of arrays in place, where the library has that; views that are made later refuse them too."""
 
     def known_all_false(self, mask) -> bool:
-        """Return whether a mask is known, without a transfer to the host, to be all False."""
+        """Return whether a mask, or numbers, are known to be all False, or 0, without a transfer to the host."""
         return False
 
     def count(self, mask, *others) -> tuple:
@@ -207,9 +207,9 @@ class Backend:
         """Return the products of matrices (B or 1, k, n) and (B or 1, n, l)."""
         return a @ b
 
-    def for_products(self, operand):
-        """Return an operand in a layout that products with it read without a copy."""
-        return operand
+    def for_products(self, operands: dict) -> dict:
+        """Return operands in a layout that products with them read without a copy."""
+        return operands
 
     def gram(self, K):
         """Return a function of weights w (B, k) that gives Kᵀ diag(w) K, for matrices K (B or 1, k, n) that stay."""

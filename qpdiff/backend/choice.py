@@ -73,10 +73,15 @@ def choose_backend(operands, name=None):
         kind = _kind(xp)
         own = {key: value for key, value in operands.items() if kind.owns(value, xp)}
         there = {key: kind.device_of(value) for key, value in own.items()}
-        _check_one_device(there)
-        backend = _backend(xp, next(iter(there.values())) if there else kind.current_device(xp))
-        stay = own if name != "numpy" else {}  # of NumPy's arrays some are of kinds that are refused
-        return backend, {k: v if k in stay else _move(k, v, backend, name) for k, v in operands.items()}
+        devices = set(there.values())
+        if len(devices) > 1:
+            _check_one_device(there)
+        backend = _backend(xp, devices.pop() if devices else kind.current_device(xp))
+        if name == "numpy":  # of NumPy's arrays some are of kinds that are refused
+            own = {}
+        if len(own) == len(operands):
+            return backend, own
+        return backend, {k: own[k] if k in own else _move(k, v, backend, name) for k, v in operands.items()}
     arrays = {
         key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))
     }

@@ -59,8 +59,9 @@ class CuPyBackend(Backend):
         stack.enter_context(errstate(linalg="ignore"))
         return stack
 
-    def for_products(self, operand):
-        return self.xp.ascontiguousarray(operand)
+    def for_products(self, operands: dict) -> dict:
+        with self.context():
+            return {name: self.xp.ascontiguousarray(value) for name, value in operands.items()}
 
     def gram(self, K):
         # A batched matmul copies what is not contiguous, every time; so the transposes are made once.
