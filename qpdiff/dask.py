@@ -8,6 +8,7 @@ worker loses, Dask computes again from the graph.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -264,8 +265,7 @@ def jvp(
     Returns
     -------
     Tangents
-        Dask arrays in the blocks of the solution. ``dask.compute`` of it computes the five entries of the tuple; name
-        its `objective` beside it: ``dask.compute(tangents, tangents.objective)``.
+        Dask arrays in the blocks of the solution; ``dask.compute`` of it computes its `objective` too.
 
     Raises
     ------
@@ -299,9 +299,26 @@ def jvp(
         given[name] = _fitting(label, value, sol.status.shape + blocks.core(name), blocks)
     core = {name: len(blocks.core(name)) for name in given}
     pushed = blocks.map(_jvp_block, given, core, options, "qpdiff-jvp")
-    out = Tangents(*(blocks.read(pushed, name, getattr(empty, name)) for name in Tangents._fields))
-    out.objective = blocks.read(pushed, "objective", empty.objective)
-    return out
+    names = *Tangents._fields, "objective"
+    return LazyTangents(*(blocks.read(pushed, name, getattr(empty, name)) for name in names))
+
+
+@dataclass(init=False, repr=False, eq=False)
+class LazyTangents(Tangents):
+    """`Tangents` with the objective among the fields of a data class, by which Dask takes them apart and makes them."""
+
+    x: Any
+    y: Any
+    z: Any
+    z_lb: Any
+    z_ub: Any
+    objective: Any
+
+    def __new__(cls, x, y, z, z_lb, z_ub, objective=None):
+        """Make the tuple of five; pickle makes it of these and sets the objective by itself."""
+        out = super().__new__(cls, x, y, z, z_lb, z_ub)
+        out.objective = objective
+        return out
 
 
 # ---- the blocks

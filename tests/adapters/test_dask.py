@@ -107,7 +107,7 @@ def test_the_same_as_without_dask(seed):
     for name in FIELDS:
         one, other = getattr(sol, name), getattr(expected, name)
         assert (one.shape, one.dtype) == (other.shape, other.dtype), name
-    found, found_gradients, found_tangents, found_slope = sync(sol, gradients, pushed, pushed.objective)
+    found, found_gradients, found_tangents = sync(sol, gradients, pushed)
     for name in FIELDS:
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-7, err_msg=name)
     residuals = kkt_residuals(eager, found.x, found.y, found.z, found.z_lb, found.z_ub)
@@ -123,7 +123,20 @@ def test_the_same_as_without_dask(seed):
         assert getattr(pushed, name).shape == value.shape
         np.testing.assert_allclose(getattr(found_tangents, name), value, rtol=1e-5, atol=1e-5, err_msg=name)
     assert (pushed.objective.shape, pushed.objective.dtype) == (tangents.objective.shape, tangents.objective.dtype)
-    np.testing.assert_allclose(found_slope, tangents.objective, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found_tangents.objective, tangents.objective, rtol=1e-5, atol=1e-5)
+
+
+def test_tangents_stay_a_tuple_of_five_with_an_objective():
+    sol = qpdiff.dask.solve_qp(np.eye(2), da.ones((3, 2), chunks=(2, 2)))
+    pushed = qpdiff.dask.jvp(sol, q=np.ones(2))
+    (computed,), (persisted,) = sync(pushed), dask.persist(pushed, scheduler="sync")
+    for tangents in (pushed, computed, persisted, pickle.loads(pickle.dumps(computed))):
+        assert isinstance(tangents, qpdiff.differentiation.Tangents)
+        assert len(tangents) == 5
+        x, *_ = tangents
+        for value in (x, tangents.x, tangents[0]):
+            np.testing.assert_allclose(value, -np.ones((3, 2)))
+        np.testing.assert_allclose(tangents.objective, -2.0 * np.ones(3))  # the value is −½qᵀq
 
 
 @pytest.mark.parametrize("batch", BATCHES)
