@@ -617,5 +617,5 @@ def product_transposed(M, v):
 
 def concat_last(xp, arrays):
     """Join arrays (B or 1, ·) along their last axis."""
-    batch = max(a.shape[0] for a in arrays)
+    batch = next((a.shape[0] for a in arrays if a.shape[0] != 1), 1)  # 0 where the batch is empty
     return xp.concat([xp.broadcast_to(a, (batch, a.shape[-1])) for a in arrays], axis=-1)

@@ -265,3 +265,14 @@ def test_bad_prices(options, error):
 def test_a_number_needs_rows():
     with pytest.raises(ValueError, match=r"elastic is a number, .* but the problem has neither"):
         qpdiff.solve_qp(np.eye(2), np.zeros(2), lb=np.zeros(2), elastic=1.0)
+
+
+@pytest.mark.parametrize("prices", [1.0, {"G": np.ones((0, 2)), "bounds": 1.0}], ids=["number", "of each problem"])
+def test_no_problems(prices):
+    """Of some rows each problem has its own, and all share the others."""
+    problem = {"Q": np.eye(3), "q": np.ones((0, 3)), "G": np.ones((0, 2, 3)), "h": np.ones((0, 2)), "lb": np.zeros(3)}
+    sol = qpdiff.solve_qp(**problem, elastic=prices)
+    assert (sol.x.shape, sol.violation.G.shape, sol.violation.lb.shape) == ((0, 3), (0, 2), (0, 3))
+    gradients, tangents = qpdiff.vjp(sol, x=sol.x, objective=np.ones(0)), qpdiff.jvp(sol, q=sol.x, elastic=1.0)
+    np.testing.assert_array_equal(gradients.Q, np.zeros((3, 3)))
+    assert tangents.x.shape == (0, 3)
