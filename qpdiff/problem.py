@@ -13,6 +13,8 @@ from functools import cached_property, lru_cache, wraps
 from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .backend import Backend
 from .sparse import Sparse, apply, gather, stored, to_dense
 
@@ -326,10 +328,13 @@ class Problem:
 
     @cached_property
     def fixed(self):
-        """Mask (B or 1, n) of the variables that lb = ub fixes; None where there is but one of the two."""
+        """Mask (B or 1, n) of the variables that lb = ub fixes; None where none is, as far as is known."""
         if self.lb is None or self.ub is None:
             return None
-        return (self.lb == self.ub) & self.backend.xp.isfinite(self.lb)
+        equal = self.lb == self.ub
+        if type(equal) is np.ndarray and not equal.any():  # other libraries may trace, or compute somewhere else
+            return None
+        return equal & self.backend.xp.isfinite(self.lb)
 
     @property
     def k(self):

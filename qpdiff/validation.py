@@ -79,7 +79,7 @@ def _patterns(operands: dict[str, Any]) -> dict[str, Pattern]:
     if _ARRAYS.issuperset(map(type, operands.values())):  # to ask each takes time in a small solve
         return patterns
     for name, value in operands.items():
-        if not is_sparse(value):
+        if type(value) is np.ndarray or not is_sparse(value):
             continue
         if name not in MATRICES:
             raise TypeError(f"{name} is a sparse matrix; expected an array: of the operands Q, G and A may be sparse")

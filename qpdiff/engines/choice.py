@@ -33,6 +33,7 @@ def compiled_engine():
     return compiled, f"built ahead of time for {compiled.INSTRUCTIONS}"
 
 
+@cache
 def sparse_engine():
     """Return the module of the compiled engine for sparse NumPy arrays, or None, and the reason."""
     compiled, reason = compiled_engine()
@@ -95,10 +96,11 @@ def _for_sparse(name: str, problem: Problem, verbose: bool) -> Engine:
     elif compiled:
         refusal = compiled.refusal(problem, verbose)
         reason = refusal and f"it {refusal}"
-    fits = problem.dense_bytes <= DENSE_BYTES
-    if reason is None and (not fits or compiled.suits(problem)):
+    if reason is None and compiled.suits(problem):
         return compiled
-    if not fits:
+    if problem.dense_bytes > DENSE_BYTES:
+        if reason is None:
+            return compiled
         raise MemoryError(
             f"the sparse matrices would take {problem.dense_bytes / 2**30:.1f} GiB as dense ones; the compiled engine "
             f"takes them as they are, but {reason}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...problem import MATRICES, OPERANDS, Problem
 from ...sparse import Pattern as MatrixPattern
-from ...sparse import Sparse, stored
+from ...sparse import Sparse
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from .engine import DERIVATIVE_COST, PARAMETERS, SCALARS, SOLVE_COST, _core, as_many_as_pay
 
@@ -19,6 +19,7 @@ LARGEST_LANES = 10**6
 """Entries of L from which on problems are solved one by one, as the factors of a lane group leave the cache."""
 DENSE_SPEED = 0.1
 """Time of an operation of the dense engine against that of one in the factorisation of a sparse matrix."""
+PLACES = {name: place for place, name in enumerate(OPERANDS)}
 
 
 class Pattern:
@@ -39,14 +40,36 @@ class Pattern:
             raise ValueError("the KKT matrix of this pattern has too many entries in its factor; pass dense operands")
         return kkt
 
+    @cached_property
+    def size(self) -> int:
+        """Entries of L."""
+        return self.kkt.size
+
+    @cached_property
+    def operations(self) -> float:
+        """Multiplications of a factorisation."""
+        return self.kkt.operations
+
+    @cached_property
+    def pays(self) -> bool:
+        """Whether problems of this pattern are solved faster as sparse than as dense ones."""
+        n, linear = self.Q.shape[0], self.K.shape[0]
+        return self.operations < DENSE_SPEED * (n**3 / 3 + n * n * linear)
+
+    def workers(self, most: int, count: int, cost: float, solves: int) -> int:
+        """Return up to `most` threads for so many problems, whose cost is in so many factorisations and solves."""
+        if count <= 1:
+            return 1
+        rows = self.K.shape[0] + 2 * self.Q.shape[0]
+        operations = self.operations + solves * self.size + 100 * (self.Q.shape[0] + rows)
+        return as_many_as_pay(most, count, cost * operations)
+
+    def in_lanes(self, count: int) -> bool:
+        """Return whether so many problems are worked on in lane groups."""
+        return count >= _core.LANES and self.size <= LARGEST_LANES
+
     def __reduce__(self):
         return pattern_of, (self.Q, self.A, self.G)
-
-
-def pays(pattern: Pattern) -> bool:
-    """Return whether problems of this pattern are solved faster as sparse than as dense ones."""
-    n, linear = pattern.Q.shape[0], pattern.K.shape[0]
-    return pattern.kkt.operations < DENSE_SPEED * (n**3 / 3 + n * n * linear)
 
 
 @lru_cache(maxsize=8)
@@ -56,37 +79,29 @@ def pattern_of(Q: MatrixPattern, A: MatrixPattern, G: MatrixPattern) -> Pattern:
 
 
 def solve(
-    pattern: Pattern, operands: dict, count: int, settings: Settings, start: StartingPoint | None, *, check: bool,
+    pattern: Pattern, operands: tuple, count: int, settings: Settings, start: StartingPoint | None, *, check: bool,
     rounding: float, workers: int, progress=None,
 ) -> tuple[Outcome, np.ndarray] | None:  # fmt: skip
     """Solve a batch of problems of one pattern in float64.
 
-    `operands` has the vectors (B or 1, size), lb and ub None where there are none, and the entries of Q, G and A
-    (B or 1, nnz) in the order of the pattern, Q in full. With `check` their numbers are checked, but for convexity;
+    `operands` are those of `operands_of`. With `check` their numbers are checked, but for convexity;
     that is checked unless `rounding`, the error to allow in Q relative to its largest entry, is infinite.
 
     Return the outcome, and the scaling D and E (B, n + rows); None where an operand may not be valid.
     """
-    kkt, n = pattern.kkt, pattern.Q.shape[0]
-    rows = pattern.K.shape[0] + n * sum(operands[name] is not None for name in ("lb", "ub"))
+    n, (*_, lb, ub) = pattern.Q.shape[0], operands
+    rows = pattern.K.shape[0] + n * ((lb is not None) + (ub is not None))
     x, v, s, scaling = (np.empty((count, size)) for size in (n, rows, rows, n + rows))
     outcome = Outcome(x, v, s, *[np.empty((count, 1), kind) for kind in SCALARS])
     if count == 0:
         return outcome, scaling
-    operations = kkt.operations + 4 * kkt.size + 100 * (n + rows)
-    workers = as_many_as_pay(workers, count, SOLVE_COST * operations)
-    in_lanes = start is None and _in_lanes(kkt, count)
     valid = _core.solve_sparse(
-        kkt, tuple(operands[name] for name in ("Q", "q", "G", "h", "A", "b", "lb", "ub")), (*outcome, scaling),
+        pattern.kkt, operands, (*outcome, scaling),
         (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
-        PARAMETERS[x.dtype], check, rounding, in_lanes, workers, progress,
+        PARAMETERS[x.dtype], check, rounding, start is None and pattern.in_lanes(count),
+        pattern.workers(workers, count, SOLVE_COST, 4), progress,
     )  # fmt: skip
     return (outcome, scaling) if valid else None
-
-
-def _in_lanes(kkt, count: int) -> bool:
-    """Return whether so many problems are worked on in lane groups."""
-    return count >= _core.LANES and kkt.size <= LARGEST_LANES
 
 
 class Factors(NamedTuple):
@@ -104,19 +119,17 @@ class Factors(NamedTuple):
         The gradients of all matrices that are named come along: of the entries (B or 1, nnz) of a sparse one, in the
         order of its pattern, and of all (B or 1, ·, n) of a dense one.
         """
-        problem, kkt, count = lin.problem, self.pattern.kkt, len(lin.x)
+        problem, pattern, count = lin.problem, self.pattern, len(lin.x)
         operands = operands_of(problem)
-        given = [np.ascontiguousarray(a, np.float64) for a in (lin.x, lin.v, lin.s, r_x, r_v)]
-        u_x, u_v = (np.empty_like(a) for a in given[:2])
-        gradients = {name: np.empty(operands[name].shape) for name in matrices}
+        given = tuple([np.ascontiguousarray(a) for a in (lin.x, lin.v, lin.s, r_x, r_v, lin.status)])
+        u_x, u_v = np.empty(lin.x.shape), np.empty(lin.v.shape)
+        gradients = {name: np.empty(operands[PLACES[name]].shape) for name in matrices}
         if count:
-            operations = kkt.operations + 10 * kkt.size + 100 * (u_x.size + u_v.size) / count
-            workers = as_many_as_pay(problem.backend.workers, count, DERIVATIVE_COST * operations)
             _core.solve_sparse_kkt(
-                kkt, tuple(map(operands.get, OPERANDS)),
-                (*given, np.ascontiguousarray(lin.status, np.int32), self.equilibration),
+                pattern.kkt, operands, (*given, self.equilibration),
                 (u_x, u_v, *[gradients.get(name) for name in MATRICES]), PARAMETERS[u_x.dtype],
-                _in_lanes(kkt, count), fill, workers,
+                pattern.in_lanes(count), fill,
+                pattern.workers(problem.backend.workers, count, DERIVATIVE_COST, 10),
             )  # fmt: skip
         return u_x, u_v, {name: entries_as(problem.operands[name], a) for name, a in gradients.items()}
 
@@ -125,19 +138,21 @@ class Factors(NamedTuple):
         return self.equilibration
 
 
-def operands_of(problem: Problem) -> dict:
-    """Return the operands as `solve` takes them, with the entries of the matrices in the order of their patterns.
+def operands_of(problem: Problem) -> tuple:
+    """Return arrays in the order of `OPERANDS`, None where there is none: vectors (B or 1, size), and of matrices the
+    entries (B or 1, nnz) in the order of their patterns, Q in full.
 
     A dense matrix has a full pattern.
     """
-    given, arrays = problem.operands, {}
-    for name in OPERANDS:
-        value = given.get(name)
-        if name in MATRICES and value is not None:
-            value = stored(value)
-            value = value.reshape(len(value), math.prod(value.shape[1:]))  # of an empty batch too
-        arrays[name] = None if value is None else np.asarray(value, np.float64)
-    return arrays
+    return tuple([_entries(value) for value in map(problem.operands.get, OPERANDS)])
+
+
+def _entries(value):
+    if isinstance(value, Sparse):
+        return value.values
+    if value is not None and value.ndim == 3:
+        return value.reshape(len(value), math.prod(value.shape[1:]))  # of an empty batch too
+    return value
 
 
 def entries_as(operand, entries):

@@ -29,7 +29,7 @@ def refusal(problem: Problem, verbose: bool) -> str | None:
 def suits(problem: Problem) -> bool:
     """Return whether sparse problems take fewer operations sparse than dense."""
     try:
-        return sparse.pays(pattern_of(problem))
+        return pattern_of(problem).pays
     except ValueError:  # the factor is too large
         return False
 
@@ -66,11 +66,11 @@ def without_factor(problem: Problem, scaling) -> Factors:
 
 def pattern_of(problem: Problem) -> sparse.Pattern:
     """Return the patterns of Q, A and G together; that of a dense one is full."""
-    return sparse.pattern_of(*[_matrix_pattern(problem, name) for name in ("Q", "A", "G")])
+    n = problem.n
+    return sparse.pattern_of(_pattern(problem.Q, n), _pattern(problem.A, n), _pattern(problem.G, n))
 
 
-def _matrix_pattern(problem: Problem, name: str) -> MatrixPattern:
-    value = getattr(problem, name)
-    if isinstance(value, Sparse):
-        return value.pattern
-    return full_pattern(0 if value is None else value.shape[1], problem.n)
+def _pattern(matrix, n: int) -> MatrixPattern:
+    if isinstance(matrix, Sparse):
+        return matrix.pattern
+    return full_pattern(0 if matrix is None else matrix.shape[1], n)
