@@ -6,7 +6,7 @@ import importlib
 from functools import cache
 from typing import Any, NamedTuple
 
-import array_api_compat
+import array_api_compat.numpy
 import numpy as np
 
 from .base import Backend
@@ -123,7 +123,7 @@ def _check_one_device(devices) -> None:
 
 @cache
 def _numpy_backend() -> Backend:
-    return _backend(importlib.import_module(_LIBRARIES["numpy"].namespace))
+    return _backend(array_api_compat.numpy)
 
 
 class Types(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from contextlib import suppress
 from functools import cache
 
 from ..problem import Problem
@@ -19,6 +20,8 @@ _BUILD = "pip install --no-binary qpdiff qpdiff builds it, with a C++20 compiler
 DENSE_BYTES = 2**31
 """Memory up to which sparse matrices are made dense."""
 _log = logging.getLogger(__name__)
+with suppress(ImportError):  # now, or the first solve would take 6 ms more; if it is missing, that one says so
+    importlib.import_module(".compiled.sparse_engine", __package__)
 
 
 @cache
