@@ -54,7 +54,7 @@ def draw(operands: dict[str, np.ndarray]) -> Figure:
     Examples
     --------
     >>> import numpy as np
-    >>> figure = draw({"Q": np.eye(2), "q": np.array([-2.0, -1.0]), "ub": np.ones(2)})
+    >>> figure = draw({"Q": np.eye(2), "q": [-2.0, -1.0], "ub": [1.0, 1.0]})
     >>> [axes.get_title() for axes in figure.axes]
     ['primal residual', 'dual residual', 'duality gap', 'complementarity μ', 'problem 0: SOLVED']
     """

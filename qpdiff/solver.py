@@ -159,7 +159,8 @@ def solve_qp(
 
     No x satisfies x ≥ 1 and x ≤ 0. With prices of 2 and 1 the second gives way:
 
-    >>> sol = solve_qp(np.zeros((1, 1)), np.zeros(1), [[-1.0], [1.0]], [-1.0, 0.0], elastic={"G": [2.0, 1.0]})
+    >>> G, h = [[-1.0], [1.0]], [-1.0, 0.0]
+    >>> sol = solve_qp([[0.0]], [0.0], G, h, elastic={"G": [2.0, 1.0]})
     >>> np.round(sol.x, 6).tolist(), np.round(sol.violation.G, 6).tolist()
     ([1.0], [0.0, 1.0])
     """

@@ -58,7 +58,8 @@ class Sparse:
 
     >>> import numpy as np
     >>> import qpdiff
-    >>> Q = qpdiff.Sparse(values=[[1.0, 2.0], [4.0, 2.0]], indices=[0, 1], indptr=[0, 1, 2], shape=(2, 2))
+    >>> places = {"indices": [0, 1], "indptr": [0, 1, 2], "shape": (2, 2)}
+    >>> Q = qpdiff.Sparse(values=[[1.0, 2.0], [4.0, 2.0]], **places)
     >>> sol = qpdiff.solve_qp(Q, -np.ones(2))
     >>> sol.x.round(6).tolist()
     [[1.0, 0.5], [0.25, 0.5]]

@@ -49,6 +49,12 @@ def test_code_runs_and_prints_what_it_says(page):
         assert expected in printed  # after what was found before
 
 
+def test_examples_of_docstrings_fit_the_page():
+    for file in (ROOT / "qpdiff").rglob("*.py"):
+        lines = map(str.strip, file.read_text(encoding="utf-8").splitlines())
+        assert not [line for line in lines if line.startswith((">>>", "...")) and len(line) > 80], file
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
