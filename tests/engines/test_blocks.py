@@ -7,14 +7,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from emulated_gpu import COMPILER, SOURCES, build
-from engines.test_engines import CASES, ROUNDING, UNDECIDED, assert_same, of_case, rng
+from engines.test_engines import CASES, ELASTIC, ROUNDING, UNDECIDED, assert_same, of_case, rng
 
 import qpdiff
 from qpdiff.engines import parameters
 from qpdiff.engines.base import Outcome
 from qpdiff.engines.choice import choose_engine
 from qpdiff.engines.reduction import Form, preferred_form
-from qpdiff.problem import MATRICES, OPERANDS
+from qpdiff.problem import MATRICES, OPERANDS, PRICE_NAMES, PRICED
 
 pytest.importorskip("qpdiff.engines.compiled.engine")
 from qpdiff.engines.compiled.launch import (
@@ -78,8 +78,9 @@ class EmulatedBlocks:
         sizes = (ctypes.c_longlong * 5)()
         layout = problem.layout
         self.library.qp_block_sizes(
-            derivative, form, layout.n, layout.p, layout.m, layout.lower, layout.upper, itemsize, self.shared, sizes
-        )
+            derivative, form, layout.n, layout.p, layout.m, layout.lower, layout.upper, problem.is_elastic, itemsize,
+            self.shared, sizes,
+        )  # fmt: skip
         return list(sizes)
 
     def launch(self, kernel, problem, form, arguments, derivative=False):
@@ -90,9 +91,9 @@ class EmulatedBlocks:
         blocks = self.blocks or problem.batch
         memory = np.full(blocks * workspace // 8 + 1, np.nan)
         arguments.memory = BlockMemory(memory.ctypes.data, workspace, shared, 0)
-        kind = {8: "double", 4: "float"}[dtype.itemsize]
+        kind, priced = {8: "double", 4: "float"}[dtype.itemsize], "_priced" if problem.is_elastic else ""
         failed = self.library.qp_emulated_launch(
-            f"{kernel}_{kind}".encode(), blocks, self.threads, ctypes.c_size_t(shared), ctypes.byref(arguments),
+            f"{kernel}_{kind}{priced}".encode(), blocks, self.threads, ctypes.c_size_t(shared), ctypes.byref(arguments),
             ctypes.c_size_t(ctypes.sizeof(arguments)), self.order,
         )  # fmt: skip
         assert not failed
@@ -102,7 +103,10 @@ class EmulatedBlocks:
         launch.parameters = ParameterStruct(*[getattr(P, name) for name, _ in ParameterStruct._fields_])
         for name in OPERANDS:
             setattr(launch.operands, name, operand(problem.operands.get(name)))
-        launch.shape = BlockShape(form, layout.n, layout.p, layout.m, layout.lower, layout.upper)
+        for option, names in PRICE_NAMES.items():
+            for of, name in names.items():
+                setattr(getattr(launch.operands, f"price_of_{of}"), option, operand(problem.operands.get(name)))
+        launch.shape = BlockShape(form, layout.n, layout.p, layout.m, layout.lower, layout.upper, problem.is_elastic)
         launch.count, launch.stored = problem.batch, stored.struct()
 
     def solve(self, problem, settings, start, *, check, verbose, progress):
@@ -187,7 +191,13 @@ def blocks(library, monkeypatch):
 
 def some_of(operands, count):
     """The first problems of a batch."""
-    return {name: value[:count] if value.ndim > len(OPERANDS[name]) else value for name, value in operands.items()}
+
+    def some(name, value):
+        if name in PRICED:
+            return value and {of: price[:count] for of, price in value.items()}
+        return value[:count] if value.ndim > len(OPERANDS[name]) else value
+
+    return {name: some(name, value) for name, value in operands.items()}
 
 
 @pytest.mark.parametrize("threads", [1, 32, 64])
@@ -210,18 +220,36 @@ def test_iteration_by_iteration(case, threads, blocks):
     assert np.max(np.abs(array.iterations - compiled.iterations)[solved], initial=0) <= 2
 
 
+@pytest.mark.parametrize("threads", [1, 64])
+@pytest.mark.parametrize("case", ELASTIC)
+def test_iteration_by_iteration_with_prices(case, threads, blocks):
+    blocks(threads=threads)
+    operands = some_of(ELASTIC[case](), {1: 20, 64: 2}[threads])
+    for k in (*range(5), 200) if threads == 1 else (0, 2, 200):
+        array, compiled = (
+            qpdiff.solve_qp(**operands, engine=engine, max_iterations=k) for engine in ("array", "compiled")
+        )
+        np.testing.assert_array_equal(array.status, compiled.status)
+        if k < 200:
+            np.testing.assert_array_equal(array.iterations, compiled.iterations)
+        assert_same(array, compiled, 1e-7 if 0 < k < 200 and case != "linear programs" else 1e-5)
+
+
 @pytest.mark.parametrize("threads", [32, 64])
-@pytest.mark.parametrize("case", ["optnet", "everything", "diagonal", "infeasible", "unbounded", "shared matrices"])
+@pytest.mark.parametrize(
+    "case",
+    ["optnet", "everything", "diagonal", "infeasible", "unbounded", "shared matrices", "some rows", "dense dual"],
+)
 def test_order_of_threads(case, threads, blocks):
     """Bits do not depend on the order in which the threads run."""
-    operands = some_of(CASES[case](), 2)
+    operands = some_of((CASES | ELASTIC)[case](), 2)
     found = []
     for order in (FORWARD, BACKWARD, WARP_AHEAD, SHUFFLED):
         blocks(threads=threads, order=order)
         sol = qpdiff.solve_qp(**operands, engine="compiled")
         gradients = qpdiff.vjp(sol, x=np.ones_like(sol.x), z=np.ones_like(sol.z))
         found.append([getattr(sol, name) for name in ("x", "y", "z", "s", "iterations", "objective")])
-        found[-1] += [value for value in gradients if value is not None]
+        found[-1] += [value for value in gradients if isinstance(value, np.ndarray)]
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             np.testing.assert_array_equal(one, two)
@@ -230,13 +258,25 @@ def test_order_of_threads(case, threads, blocks):
 @pytest.mark.parametrize("store", [True, False], ids=["stored factors", "new factors"])
 @pytest.mark.parametrize("threads", [1, 64])
 @pytest.mark.parametrize(
-    "case", ["optnet", "larger", "everything", "diagonal", "shared matrices", "shared, primal", "rows without a limit"]
+    "case",
+    [
+        "optnet",
+        "larger",
+        "everything",
+        "diagonal",
+        "shared matrices",
+        "shared, primal",
+        "rows without a limit",
+        "dense dual",
+        "some rows",
+    ],
 )
 def test_the_same_derivatives(case, threads, store, blocks):
-    operands = some_of(CASES[case](), {1: 20, 64: 3}[threads])
-    expected = qpdiff.solve_qp(**operands, engine="compiled", tol=1e-10)
+    operands = some_of((CASES | ELASTIC)[case](), {1: 20, 64: 3}[threads])
+    prices = {name: operands.pop(name) for name in PRICED if name in operands}
+    expected = qpdiff.solve_qp(**operands, **prices, engine="compiled", tol=1e-10)
     blocks(threads=threads, store=store)
-    sol = qpdiff.solve_qp(**operands, engine="compiled", tol=1e-10)
+    sol = qpdiff.solve_qp(**operands, **prices, engine="compiled", tol=1e-10)
     cotangents = {name: rng().normal(size=getattr(sol, name).shape) for name in ("x", "y", "z", "z_lb", "z_ub")}
     one, other = qpdiff.vjp(expected, **cotangents), qpdiff.vjp(sol, **cotangents)
     # An iteration more on one side changes gradients that are zero but for the last iterate's distance to the bounds.
@@ -315,6 +355,20 @@ def test_values_that_are_refused(blocks):
     wrong["G"][4, 0, 0] = np.inf
     qpdiff.solve_qp(**wrong, engine="compiled")
     np.testing.assert_array_equal(engine.refused, [1, 1, 1, 1, 1, 0])
+
+
+def test_prices_that_are_refused(blocks):
+    operands = some_of(ELASTIC["primal"](), 5)
+    engine = blocks(threads=32)
+    qpdiff.solve_qp(**operands, engine="compiled")
+    np.testing.assert_array_equal(engine.refused, 0)
+    linear, quadratic = operands["elastic"], operands["elastic_quadratic"]
+    linear["A"][0, 0], linear["G"][1, 0], quadratic["bounds"][2, 0] = -1.0, np.nan, np.inf
+    operands["lb"][3, 0] = operands["ub"][3, 0] + 1.0  # at its price
+    operands["lb"][4, 0] = operands["ub"][4, 0] + 1.0
+    linear["bounds"][4, 0], quadratic["bounds"][4, 0] = np.inf, 0.0
+    qpdiff.solve_qp(**operands, engine="compiled")
+    np.testing.assert_array_equal(engine.refused, [1, 1, 1, 0, 1])
 
 
 def test_problems_that_a_dual_form_cannot_solve(blocks):

@@ -97,6 +97,24 @@ def test_float32(gpu, form):
     assert gradients(sol).q.dtype == torch.float32
 
 
+@pytest.mark.parametrize("form", sorted(FORMS.keys() - {"no constraints"}))
+def test_prices(gpu, form):
+    operands = draw(form)
+    sizes = {of: operands[name].shape for of, name in (("A", "b"), ("G", "h"), ("bounds", "lb")) if name in operands}
+    rng, first = np.random.default_rng(1), next(iter(sizes))
+    prices = {"elastic": {of: 10 ** rng.uniform(-2, 0, size) for of, size in sizes.items()}}
+    prices["elastic_quadratic"] = {first: 10 ** rng.uniform(-2, 0, sizes[first][1:])}
+    sol = qpdiff.solve_qp(**tensors(operands), **{option: tensors(values) for option, values in prices.items()})
+    expected = qpdiff.solve_qp(**operands, **prices)
+    assert all(each.kernel.endswith("_priced") for each in gpu.launches)
+    assert_same(sol, expected, ("status", "x", "y", "z", "z_lb", "z_ub", "s", "objective"))
+    ours, others = gradients(sol), gradients(expected)
+    assert_same(ours, others, operands, 1e-5)
+    for option, values in prices.items():
+        for of in values:
+            np.testing.assert_allclose(getattr(ours, option)[of], getattr(others, option)[of], rtol=1e-5, atol=1e-5)
+
+
 def test_no_problems(gpu):
     sol = qpdiff.solve_qp(**tensors(draw("primal", batch=0)))
     assert sol.x.shape == (0, 9)
@@ -196,7 +214,7 @@ def test_at_most_one_number_goes_to_the_host(strict, transfers, monkeypatch, for
 
 def least_shared(module, n=9, m=8):
     """The least bytes of shared memory with which all kernels can run for problems of these sizes."""
-    shape = (n, 2, m, True, True)
+    shape = (n, 2, m, True, True, False)
     return max(module._sizes(derivative, one, shape, 8, 0).least_shared for derivative in (False, True) for one in Form)
 
 
@@ -215,7 +233,7 @@ def test_matrices_in_the_workspace_and_nothing_stored(monkeypatch, module, form)
 def test_fewer_blocks_than_problems_where_workspace_is_short(monkeypatch, module):
     operands, least = draw("primal", n=40, m=60), least_shared(module, 40, 60)
     gpu = pose(monkeypatch, TorchBackend, shared_bytes=least)
-    workspace = module._sizes(False, 0, (40, 2, 60, True, False), 8, least).workspace
+    workspace = module._sizes(False, 0, (40, 2, 60, True, False, False), 8, least).workspace
     monkeypatch.setattr(module, "WORKSPACE_BYTES", 2 * workspace + 1)
     assert_same(qpdiff.solve_qp(**tensors(operands)), qpdiff.solve_qp(**operands), ("status", "x"))
     assert gpu.launches[0].blocks == 2

@@ -50,8 +50,9 @@ def compile_kernel(nvrtc, *options):
 
 @pytest.mark.parametrize(("gpu", "kind"), GPUS)
 @pytest.mark.parametrize(("stage", "form"), KERNELS)
-def test_registers(stage, form, gpu, kind, nvrtc):
-    definitions = [f"-DQP_STAGE={stage}", f"-DQP_FORM={form}", f"-DQP_TYPE={kind}"]
+@pytest.mark.parametrize("priced", [0, 1], ids=["", "priced"])
+def test_registers(priced, stage, form, gpu, kind, nvrtc):
+    definitions = [f"-DQP_STAGE={stage}", f"-DQP_FORM={form}", f"-DQP_TYPE={kind}", f"-DQP_PRICED={priced}"]
     log = compile_kernel(nvrtc, f"--gpu-architecture={gpu}", *definitions)
     (registers, stack), *others = re.findall(r"Used (\d+) registers.* (\d+) bytes cumulative stack size", log)
     assert not others

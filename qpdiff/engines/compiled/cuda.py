@@ -240,8 +240,9 @@ def compile_kernel(kernel: str, architecture: str) -> bytes:
         raise RuntimeError(f"NVRTC {version} does not compile for {architecture}; install a newer one ({INSTALL})")
     program = _result(nvrtc.nvrtcCreateProgram((SOURCES / MAIN).read_bytes(), MAIN.encode(), 0, [], []))
     try:
-        stage, *form, kind = kernel.split("_")
-        given = {"STAGE": stage, "FORM": "_".join(form), "TYPE": kind}
+        name, priced, _ = kernel.partition("_priced")
+        stage, *form, kind = name.split("_")
+        given = {"STAGE": stage, "FORM": "_".join(form), "TYPE": kind, "PRICED": int(bool(priced))}
         options = [f"--gpu-architecture={architecture}", *OPTIONS]
         options += [f"--define-macro=QP_{name}={value}" for name, value in given.items()]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])

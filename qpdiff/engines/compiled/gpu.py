@@ -11,7 +11,7 @@ from collections.abc import Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ...problem import MATRICES, Layout, Problem
+from ...problem import MATRICES, OPERANDS, PRICE_NAMES, Problem
 from ...validation import check_values
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from ..parameters import Parameters, parameters
@@ -71,8 +71,9 @@ def _sizes(derivative: bool, form: int, shape: tuple, itemsize: int, limit: int)
     return Sizes(*_core.block_sizes(derivative, form, *shape, itemsize, limit))
 
 
-def _shape(layout: Layout) -> tuple[int, int, int, bool, bool]:
-    return layout.n, layout.p, layout.m, layout.lower, layout.upper
+def _shape(problem: Problem) -> tuple[int, int, int, bool, bool, bool]:
+    layout = problem.layout
+    return layout.n, layout.p, layout.m, layout.lower, layout.upper, problem.is_elastic
 
 
 def _itemsize(problem: Problem) -> int:
@@ -80,7 +81,7 @@ def _itemsize(problem: Problem) -> int:
 
 
 def _sizes_on(on: cuda.Device, problem: Problem, derivative: bool, form: Form) -> Sizes:
-    return _sizes(derivative, int(form), _shape(problem.layout), _itemsize(problem), on.shared_bytes)
+    return _sizes(derivative, int(form), _shape(problem), _itemsize(problem), on.shared_bytes)
 
 
 def _workspace_bytes(problem: Problem, sizes: Sizes) -> int:
@@ -99,14 +100,12 @@ def threads_for(n: int, linear: int) -> int:
 
 def refusal(problem: Problem, verbose: bool) -> str | None:
     """Say why it cannot take these problems; None: it can."""
-    if problem.is_elastic:
-        return "takes no prices of violations; pass engine='array', or engine='auto'"
     if verbose:
         return "takes one problem after the other; verbose needs engine='array'"
     on, form = cuda.device(problem.backend.gpu), form_of(problem)
     for one in {form, Form.PRIMAL}:
         for derivative in (False, True):
-            needed = _sizes(derivative, one, _shape(problem.layout), 8, on.shared_bytes).least_shared
+            needed = _sizes(derivative, one, _shape(problem), 8, on.shared_bytes).least_shared
             if needed > on.shared_bytes:
                 return (
                     f"needs {needed} bytes of shared memory for the vectors of such a problem, of which the GPU has "
@@ -118,7 +117,7 @@ def refusal(problem: Problem, verbose: bool) -> str | None:
 def suits(problem: Problem) -> bool:
     """Return whether it is likely to take less time than the array engine."""
     on, form = cuda.device(problem.backend.gpu), form_of(problem)
-    least = _sizes(False, form, _shape(problem.layout), 8, on.shared_bytes).least_shared
+    least = _sizes(False, form, _shape(problem), 8, on.shared_bytes).least_shared
     size = problem.n if form == Form.PRIMAL else problem.p + problem.m
     return least + 8 * size**2 <= on.shared_bytes or problem.batch <= WAVES * on.multiprocessors
 
@@ -280,17 +279,26 @@ class _Launch:
         self.kind = "float" if _itemsize(problem) == 4 else "double"
         self.held: list[Any] = []
         self.arguments.parameters = _numbers(parameters(problem))
-        self.arguments.shape = BlockShape(form, *_shape(problem.layout))
+        self.arguments.shape = BlockShape(form, *_shape(problem))
         self.arguments.count = problem.batch
         if problem.batch:
-            for name, value in problem.operands.items():
-                setattr(self.arguments.operands, name, self.operand(value))
+            self.set_operands(problem.operands)
 
     def operand(self, value) -> Any:
         """Return an array (B or 1, ·) as an operand."""
         pointer, stride, owner = self.backend.located(value)
         self.held.append(owner)
         return OperandArray(pointer, stride)
+
+    def set_operands(self, operands: dict[str, Any]) -> None:
+        """Set the operands, and the prices of violations."""
+        to = self.arguments.operands
+        for name in OPERANDS.keys() & operands.keys():
+            setattr(to, name, self.operand(operands[name]))
+        for option, names in PRICE_NAMES.items():
+            for of, name in names.items():
+                if name in operands:
+                    setattr(getattr(to, f"price_of_{of}"), option, self.operand(operands[name]))
 
     def set_pointers(self, **arrays) -> None:
         """Set pointers to arrays (B, ·), which have to be contiguous."""
@@ -317,7 +325,8 @@ class _Launch:
         if sizes.workspace:
             blocks, pointer = min(blocks, workspace.shape[0] // sizes.workspace), self.backend.located(workspace)[0]
         self.arguments.memory = BlockMemory(pointer, sizes.workspace, sizes.shared, 0)
+        priced = "_priced" if problem.is_elastic else ""
         cuda.launch(
-            f"{stage}_{form.name.lower()}_{self.kind}", blocks, threads_for(problem.n, problem.p + problem.m),
+            f"{stage}_{form.name.lower()}_{self.kind}{priced}", blocks, threads_for(problem.n, problem.p + problem.m),
             sizes.shared, self.arguments, self.on, self.backend.stream(),
         )  # fmt: skip

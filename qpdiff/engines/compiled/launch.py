@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from ...problem import OPERANDS
+from ...problem import OPERANDS, PRICED
 from ..base import Outcome, Settings
 from .engine import _core
 
@@ -19,8 +19,15 @@ ParameterStruct = _struct("Parameters", **dict.fromkeys(_core.PARAMETERS, _Doubl
 _KINDS = {"absolute": ctypes.c_bool, "max_iterations": _Int}
 SettingsStruct = _struct("Settings", **{name: _KINDS.get(name, _Double) for name in Settings._fields})
 OperandArray = _struct("OperandArray", data=_Pointer, stride=ctypes.c_longlong)
-OperandArrays = _struct("OperandArrays", **dict.fromkeys(OPERANDS, OperandArray))
-BlockShape = _struct("BlockShape", **dict.fromkeys(("form", "n", "p", "m", "lower", "upper"), _Int))
+PriceArrays = _struct("PriceArrays", **dict.fromkeys(PRICED, OperandArray))
+OperandArrays = _struct(
+    "OperandArrays",
+    **dict.fromkeys(OPERANDS, OperandArray),
+    **dict.fromkeys(("price_of_A", "price_of_G", "price_of_bounds"), PriceArrays),
+)
+BlockShape = _struct(
+    "BlockShape", **dict.fromkeys(("form", "n", "p", "m", "lower", "upper", "priced", "reserved"), _Int)
+)
 StoredArrays = _struct(
     "StoredArrays",
     **dict.fromkeys(("constant", "last", "scaling", "form", "factor_ok"), _Pointer),

@@ -7,7 +7,7 @@
 namespace qpdiff::block {
 
 // Solves the KKT system for the problems that one block takes; `FORM` is the one they were to be solved in.
-template <class T, Form FORM> class Differentiator {
+template <class T, Form FORM, bool PRICED> class Differentiator {
   public:
     QP_INLINE explicit Differentiator(const DerivativeLaunch& launch) : launch(launch) {
         o.parameters = &launch.parameters;
@@ -27,10 +27,10 @@ template <class T, Form FORM> class Differentiator {
     }
 
   private:
-    using Algebra = Team<T>;
+    using Algebra = WithPrices<Team<T>, PRICED>;
     const DerivativeLaunch& launch;
-    Problem<Team<T>> o;
-    Derivative<Team<T>> d;
+    Problem<Algebra> o;
+    Derivative<Algebra> d;
     T* own_U;
 
     QP_INLINE void differentiate(Index b) {
@@ -58,7 +58,7 @@ template <class T, Form FORM> class Differentiator {
     // Solve the KKT system at the solution of problem b.
     QP_NOINLINE void solve_kkt(Index b) {
         bool usable = launch.stored.factor_ok[b] && launch.stored.form[b] == int(FORM);
-        StoredFactors<Team<T>> stored = factors_of(b);
+        StoredFactors<Algebra> stored = factors_of(b);
         load_vectors(o, launch.operands, b);
         load_matrices(o, launch.operands, b);
         const T* scaling = static_cast<const T*>(launch.stored.scaling) + b * (o.n + o.rows);
@@ -76,15 +76,15 @@ template <class T, Form FORM> class Differentiator {
         solve_afresh(o, d);
     }
 
-    QP_INLINE StoredFactors<Team<T>> factors_of(Index b) const {
+    QP_INLINE StoredFactors<Algebra> factors_of(Index b) const {
         const StoredArrays& arrays = launch.stored;
-        StoredSizes<Team<T>> sizes(FORM, o.n, o.linear, o.rows);
+        StoredSizes<Algebra> sizes(FORM, o.n, o.linear, o.rows);
         return {sizes, arrays.constant ? static_cast<T*>(arrays.constant) + b * arrays.constant_stride : nullptr,
                 arrays.last ? static_cast<T*>(arrays.last) + b * sizes.last() : nullptr};
     }
 
     // Solve with the factors of the last iteration; return whether they are stored and the solution is accurate.
-    QP_INLINE bool solve_with_stored(const StoredFactors<Team<T>>& stored) {
+    QP_INLINE bool solve_with_stored(const StoredFactors<Algebra>& stored) {
         if constexpr (FORM == Form::dense_dual) {
             if (!stored.F) {
                 return false;
@@ -131,8 +131,8 @@ template <class T, Form FORM> class Differentiator {
     }
 };
 
-template <class T, Form FORM> QP_INLINE void run(const DerivativeLaunch& launch) {
-    Differentiator<T, FORM>(launch).run();
+template <class T, Form FORM, bool PRICED> QP_INLINE void run(const DerivativeLaunch& launch) {
+    Differentiator<T, FORM, PRICED>(launch).run();
 }
 
 } // namespace qpdiff::block

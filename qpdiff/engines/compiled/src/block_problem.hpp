@@ -42,7 +42,7 @@ class Arena {
 };
 
 // Set the sizes of a problem; return the number of its constraints.
-template <class T> QP_INLINE void set_sizes(Problem<Team<T>>& o, const BlockShape& shape) {
+template <class Of> QP_INLINE void set_sizes(Problem<Of>& o, const BlockShape& shape) {
     o.n = o.np = shape.n, o.p = shape.p;
     o.linear = o.lp = shape.p + shape.m;
     o.lower = shape.lower, o.upper = shape.upper;
@@ -50,7 +50,7 @@ template <class T> QP_INLINE void set_sizes(Problem<Team<T>>& o, const BlockShap
 }
 
 // Take the matrix of both kinds of linear constraints, unless there is only one kind, which is read where it is.
-template <class T> QP_INLINE void lay_out_K(Problem<Team<T>>& o, Arena& arena) {
+template <class Of> QP_INLINE void lay_out_K(Problem<Of>& o, Arena& arena) {
     if (o.p > 0 && o.p < o.linear) {
         arena.matrix(o.K, o.linear, o.n);
     }
@@ -58,16 +58,22 @@ template <class T> QP_INLINE void lay_out_K(Problem<Team<T>>& o, Arena& arena) {
 
 // Lay out a problem that is to be solved in one form. The matrices that every iteration reads come first, so that they
 // are in shared memory.
-template <class T> QP_INLINE void lay_out_to_solve(Problem<Team<T>>& o, Form form, Arena& arena) {
+template <class Of> QP_INLINE void lay_out_to_solve(Problem<Of>& o, Form form, Arena& arena) {
     int n = o.n, linear = o.linear, rows = o.rows;
     arena.vectors(n, o.q, o.lb, o.ub, o.exists, o.D, o.balanced_D, o.occupied, o.flat, o.unit_x, o.per_D2, o.diagonal_Q,
                   o.rho, o.dx, o.cx, o.e_x, o.forward, o.columns, o.Kv, o.ray);
     arena.vectors(rows, o.k, o.E, o.balanced_E, o.filled, o.unit_v, o.per_E2, o.weights, o.theta, o.delta, o.per_s,
                   o.per_z, o.right_v, o.complementarity, o.dv, o.ds, o.cv, o.e_v, o.t, o.lengths, o.farkas,
                   o.kind.kinds);
-    for (Iterate<Team<T>>* at : {&o.first, &o.second}) {
+    for (Iterate<Of>* at : {&o.first, &o.second}) {
         arena.vectors(n, at->x, at->r_x, at->Qx);
         arena.vectors(rows, at->v, at->s, at->r_v, at->Kx);
+        if constexpr (Of::PRICED) {
+            arena.vectors(rows, at->t, at->z, at->r);
+        }
+    }
+    if constexpr (Of::PRICED) {
+        arena.vectors(rows, o.v_lower, o.v_upper, o.compliance, o.per_t, o.per_r, o.complementarity_t, o.dt);
     }
     arena.vectors(n > linear ? n : linear, o.added);
     if (form == Form::diagonal_dual) {
@@ -97,13 +103,16 @@ template <class T> QP_INLINE void lay_out_to_solve(Problem<Team<T>>& o, Form for
 }
 
 // Lay out the KKT system at the solution of a problem.
-template <class T> QP_INLINE void lay_out_to_differentiate(Problem<Team<T>>& o, Derivative<Team<T>>& d, Arena& arena) {
+template <class Of> QP_INLINE void lay_out_to_differentiate(Problem<Of>& o, Derivative<Of>& d, Arena& arena) {
     int n = o.n, linear = o.linear, rows = o.rows;
     arena.vectors(n, o.q, o.lb, o.ub, o.D, o.diagonal_Q, o.diagonal, o.inverse, o.rho, o.forward, o.columns, d.right.x,
                   d.u.x, d.x, d.per_D, d.eliminated.x, d.left.x, d.left_after.x, d.correction.x);
     arena.vectors(rows, o.k, o.E, o.weights, o.theta, o.delta, o.t, o.lengths, o.kind.kinds, d.right.v, d.u.v, d.u.Kx,
                   d.v, d.s, d.theta, d.weights, d.nearly_active, d.per_E, d.eliminated.v, d.left.v, d.left_after.v,
                   d.correction.v, d.correction.Kx, d.of_inactive);
+    if constexpr (Of::PRICED) {
+        arena.vectors(rows, o.v_lower, o.v_upper, o.compliance);
+    }
     arena.vectors(n > linear ? n : linear, o.added);
     arena.vectors(linear, d.numbers);
     int size = n > linear ? n : linear; // of the nearly active constraints, or of the primal form
@@ -113,24 +122,28 @@ template <class T> QP_INLINE void lay_out_to_differentiate(Problem<Team<T>>& o, 
 }
 
 // Return how much memory a kernel needs, with a limit on the bytes of shared memory.
-template <class T> BlockSizes sizes(bool derivative, const BlockShape& shape, Index limit) {
+template <class Of> BlockSizes sizes_of(bool derivative, const BlockShape& shape, Index limit) {
     auto lay_out = [&](Index limit) {
-        Problem<Team<T>> o;
+        Problem<Of> o;
         set_sizes(o, shape);
         Arena arena(nullptr, limit, nullptr);
         if (derivative) {
-            Derivative<Team<T>> d;
+            Derivative<Of> d;
             lay_out_to_differentiate(o, d, arena);
         } else {
             lay_out_to_solve(o, Form(shape.form), arena);
         }
         return arena;
     };
-    Problem<Team<T>> o;
+    Problem<Of> o;
     set_sizes(o, shape);
-    StoredSizes<Team<T>> stored(Form(shape.form), o.n, o.linear, o.rows);
+    StoredSizes<Of> stored(Form(shape.form), o.n, o.linear, o.rows);
     Arena used = lay_out(limit);
     return {lay_out(0).shared_used, used.shared_used, used.workspace_used, stored.constant(), stored.last()};
+}
+template <class T> BlockSizes sizes(bool derivative, const BlockShape& shape, Index limit) {
+    return shape.priced ? sizes_of<Priced<Team<T>>>(derivative, shape, limit)
+                        : sizes_of<Team<T>>(derivative, shape, limit);
 }
 
 // ---- reading
@@ -141,25 +154,35 @@ template <class T> QP_INLINE const T* entries_of(const OperandArray& operand, In
 }
 
 // Read the vectors of problem b and the kinds of its constraints (as `load_vectors` does on the CPU).
-template <class T> QP_INLINE void load_vectors(Problem<Team<T>>& o, const OperandArrays& operands, Index b) {
+template <class Of> QP_INLINE void load_vectors(Problem<Of>& o, const OperandArrays& operands, Index b) {
+    using T = typename Of::Real;
     const T *q = entries_of<T>(operands.q, b), *equal = entries_of<T>(operands.b, b), *h = entries_of<T>(operands.h, b),
             *lb = entries_of<T>(operands.lb, b), *ub = entries_of<T>(operands.ub, b);
-    auto set_row = [&](int i, T k, Kind kind) {
+    // Entry j of prices of the same constraints sets what it makes of one of these.
+    auto set_row = [&](int i, T k, Kind kind, const PriceArrays& price, int j) {
+        if constexpr (Of::PRICED) {
+            const T *linear = entries_of<T>(price.linear, b), *quadratic = entries_of<T>(price.quadratic, b);
+            RowPrice<T> of_row{linear ? linear[j] : T(INFINITY_), quadratic ? quadratic[j] : T(0)};
+            Limits<T> limits = of_row.apply(k, kind);
+            o.v_lower.set(i, limits.lower);
+            o.v_upper.set(i, limits.upper);
+            o.compliance.set(i, limits.compliance);
+        }
         o.k.set(i, k);
         o.kind.kinds.set(i, kind);
     };
-    auto set_limit = [&](int i, T limit) {
+    auto set_limit = [&](int i, T limit, const PriceArrays& price, int j) {
         if (limit >= T(INFINITE)) {
-            set_row(i, 0, ABSENT);
+            set_row(i, 0, ABSENT, price, j);
         } else {
-            set_row(i, limit > -T(INFINITY_) ? limit : T(NOT_A_NUMBER), INEQUALITY);
+            set_row(i, limit > -T(INFINITY_) ? limit : T(NOT_A_NUMBER), INEQUALITY, price, j);
         }
     };
     each(o.linear, [&](int i) {
         if (i < o.p) {
-            set_row(i, equal[i], EQUALITY);
+            set_row(i, equal[i], EQUALITY, operands.price_of_A, i);
         } else {
-            set_limit(i, h[i - o.p]);
+            set_limit(i, h[i - o.p], operands.price_of_G, i - o.p);
         }
     });
     each(o.n, [&](int j) {
@@ -168,21 +191,22 @@ template <class T> QP_INLINE void load_vectors(Problem<Team<T>>& o, const Operan
         o.lb.set(j, low);
         o.ub.set(j, high);
         if (lb && ub && low == high && is_finite(low)) {
-            set_row(o.at_lower() + j, -low, EQUALITY);
-            set_row(o.at_upper() + j, 0, ABSENT);
+            set_row(o.at_lower() + j, -low, EQUALITY, operands.price_of_bounds, j);
+            set_row(o.at_upper() + j, 0, ABSENT, operands.price_of_bounds, j);
         } else {
             if (lb) {
-                set_limit(o.at_lower() + j, -low);
+                set_limit(o.at_lower() + j, -low, operands.price_of_bounds, j);
             }
             if (ub) {
-                set_limit(o.at_upper() + j, high);
+                set_limit(o.at_upper() + j, high, operands.price_of_bounds, j);
             }
         }
     });
 }
 
 // Let Q and K be the matrices of problem b; they are not written to.
-template <class T> QP_INLINE void load_matrices(Problem<Team<T>>& o, const OperandArrays& operands, Index b) {
+template <class Of> QP_INLINE void load_matrices(Problem<Of>& o, const OperandArrays& operands, Index b) {
+    using T = typename Of::Real;
     const T *A = entries_of<T>(operands.A, b), *G = entries_of<T>(operands.G, b);
     o.Q = {const_cast<T*>(entries_of<T>(operands.Q, b)), o.n};
     if (o.p > 0 && o.p < o.linear) {
@@ -195,9 +219,9 @@ template <class T> QP_INLINE void load_matrices(Problem<Team<T>>& o, const Opera
 // ---- checks, as on the CPU
 
 // Return whether the vectors of problem b are valid; with `with_shared`, those that are shared are checked, too.
-template <class T>
-QP_NOINLINE bool plausible_vectors(const Problem<Team<T>>& o, const OperandArrays& operands, Index b,
-                                   bool with_shared) {
+template <class Of>
+QP_NOINLINE bool plausible_vectors(const Problem<Of>& o, const OperandArrays& operands, Index b, bool with_shared) {
+    using T = typename Of::Real;
     bool valid = true;
     auto checked = [&](const OperandArray& v) { return v.data && (with_shared || v.stride != 0); };
     auto check = [&](const OperandArray& operand, int count, auto holds) {
@@ -209,19 +233,35 @@ QP_NOINLINE bool plausible_vectors(const Problem<Team<T>>& o, const OperandArray
     check(operands.h, o.linear - o.p, [](T value) { return value > -T(INFINITY_); });
     check(operands.lb, o.n, [](T value) { return value < T(INFINITY_); });
     check(operands.ub, o.n, [](T value) { return value > -T(INFINITY_); });
-    if (o.lower && o.upper && (checked(operands.lb) || checked(operands.ub))) {
-        const T *lb = entries_of<T>(operands.lb, b), *ub = entries_of<T>(operands.ub, b);
-        each(o.n, [&](int j) { valid &= lb[j] <= ub[j]; });
+    const PriceArrays& price = operands.price_of_bounds;
+    if constexpr (Of::PRICED) {
+        auto check_price = [&](const PriceArrays& of, int count) {
+            check(of.linear, count, [](T value) { return value >= 0; });
+            check(of.quadratic, count, [](T value) { return value >= 0 && is_finite(value); });
+        };
+        check_price(operands.price_of_A, o.p);
+        check_price(operands.price_of_G, o.linear - o.p);
+        check_price(price, o.n);
     }
-    return Team<T>::all(valid);
+    bool prices_checked = Of::PRICED && (checked(price.linear) || checked(price.quadratic));
+    if (o.lower && o.upper && (checked(operands.lb) || checked(operands.ub) || prices_checked)) {
+        const T *lb = entries_of<T>(operands.lb, b), *ub = entries_of<T>(operands.ub, b);
+        const T *linear = entries_of<T>(price.linear, b), *quadratic = entries_of<T>(price.quadratic, b);
+        each(o.n, [&](int j) {
+            bool has_price = Of::PRICED && ((linear && linear[j] < T(INFINITE)) || (quadratic && quadratic[j] > 0));
+            valid &= lb[j] <= ub[j] || has_price;
+        });
+    }
+    return Of::all(valid);
 }
 
 // Return whether the matrices of problem b are finite, and its Q is symmetric.
-template <class T>
-QP_NOINLINE bool plausible_matrices(Problem<Team<T>>& o, const OperandArrays& operands, T rounding, bool with_shared) {
+template <class Of>
+QP_NOINLINE bool plausible_matrices(Problem<Of>& o, const OperandArrays& operands, typename Of::Real rounding,
+                                    bool with_shared) {
     bool of_Q = with_shared || operands.Q.stride != 0;
     bool of_K = with_shared || operands.A.stride != 0 || operands.G.stride != 0;
-    return (!of_Q || plausible_Q(o, rounding)) && (!of_K || Team<T>::all_finite(o.K, o.linear, o.n));
+    return (!of_Q || plausible_Q(o, rounding)) && (!of_K || Of::all_finite(o.K, o.linear, o.n));
 }
 
 } // namespace qpdiff::block

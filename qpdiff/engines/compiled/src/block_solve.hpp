@@ -6,7 +6,7 @@
 namespace qpdiff::block {
 
 // Solves the problems that one block takes, in one form.
-template <class T, Form FORM> class Solver {
+template <class T, Form FORM, bool PRICED> class Solver {
   public:
     QP_INLINE explicit Solver(const SolveLaunch& launch) : launch(launch) {
         o.parameters = &launch.parameters;
@@ -28,8 +28,9 @@ template <class T, Form FORM> class Solver {
     }
 
   private:
+    using Of = WithPrices<Team<T>, PRICED>;
     const SolveLaunch& launch;
-    Problem<Team<T>> o;
+    Problem<Of> o;
 
     // Return whether this is the first launch; a second one solves what it has left.
     QP_INLINE bool preferred() const { return launch.shape.form == int(FORM); }
@@ -44,11 +45,11 @@ template <class T, Form FORM> class Solver {
         if constexpr (FORM == Form::diagonal_dual) { // chosen by the shapes alone
             bool diagonal = true;
             each_entry(o.n, o.n, [&](int i, int j) { diagonal &= i == j || o.Q[i][j] == T(0); });
-            if (!Team<T>::all(diagonal)) {
+            if (!Of::all(diagonal)) {
                 leave(b, Form::primal);
                 return;
             }
-            Team<T>::transpose(o.K, o.linear, o.n, o.K_transposed);
+            Of::transpose(o.K, o.linear, o.n, o.K_transposed);
         }
         balance(o);
         if (!prepare<FORM>(o)) {
@@ -57,7 +58,7 @@ template <class T, Form FORM> class Solver {
         }
         balance_cost(o, equilibrate(o));
         count_inequalities(o);
-        auto load_warm_start = [&](Iterate<Team<T>>& at) {
+        auto load_warm_start = [&](Iterate<Of>& at) {
             if (!launch.start_x || !launch.start_usable[b]) {
                 return false;
             }
@@ -110,7 +111,7 @@ template <class T, Form FORM> class Solver {
     }
 
     // Write the outcome of problem b, its scaling and its factors.
-    QP_NOINLINE void finish(Index b, const Ended<Team<T>>& ended) {
+    QP_NOINLINE void finish(Index b, const Ended<Of>& ended) {
         write(ended.at->x, launch.x, b, o.n);
         write(ended.at->v, launch.v, b, o.rows);
         write(ended.at->s, launch.s, b, o.rows);
@@ -118,7 +119,7 @@ template <class T, Form FORM> class Solver {
         each(o.n, [&](int j) { scaling[j] = o.D[j]; });
         each(o.rows, [&](int i) { scaling[o.n + i] = o.E[i]; });
         if (thread() == 0) {
-            const State<Team<T>>& state = ended.state;
+            const State<Of>& state = ended.state;
             launch.status[b] = int(state.status);
             launch.iterations[b] = ended.iterations;
             launch.objective[b] = state.objective;
@@ -137,11 +138,10 @@ template <class T, Form FORM> class Solver {
     QP_INLINE void store(Index b) {
         using Algebra = Team<T>;
         const StoredArrays& arrays = launch.stored;
-        StoredSizes<Team<T>> sizes(FORM, o.n, o.linear, o.rows);
+        StoredSizes<Of> sizes(FORM, o.n, o.linear, o.rows);
         bool own = arrays.constant && (arrays.constant_stride != 0 || b == 0);
-        StoredFactors<Team<T>> stored(sizes,
-                                      own ? static_cast<T*>(arrays.constant) + b * arrays.constant_stride : nullptr,
-                                      arrays.last ? static_cast<T*>(arrays.last) + b * sizes.last() : nullptr);
+        StoredFactors<Of> stored(sizes, own ? static_cast<T*>(arrays.constant) + b * arrays.constant_stride : nullptr,
+                                 arrays.last ? static_cast<T*>(arrays.last) + b * sizes.last() : nullptr);
         if (stored.F) {
             Algebra::copy_matrix(o.F, o.n, o.n, {stored.F, o.F.ld});
             Algebra::copy_matrix(o.V, o.n, o.linear, {stored.V, o.V.ld});
@@ -160,8 +160,8 @@ template <class T, Form FORM> class Solver {
     }
 };
 
-template <class T, Form FORM> QP_INLINE void run(const SolveLaunch& launch) {
-    Solver<T, FORM>(launch).run();
+template <class T, Form FORM, bool PRICED> QP_INLINE void run(const SolveLaunch& launch) {
+    Solver<T, FORM, PRICED>(launch).run();
 }
 
 } // namespace qpdiff::block

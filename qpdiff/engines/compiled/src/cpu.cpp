@@ -196,8 +196,8 @@ std::tuple<Index, Index> stored_numbers(int form, int n, int linear, bool lower,
 
 // Return how much memory a GPU kernel needs for one shape: the five numbers of `BlockSizes`.
 std::tuple<Index, Index, Index, Index, Index> block_sizes(bool derivative, int form, int n, int p, int m, bool lower,
-                                                          bool upper, int itemsize, Index limit) {
-    BlockShape shape{form, n, p, m, lower, upper};
+                                                          bool upper, bool priced, int itemsize, Index limit) {
+    BlockShape shape{form, n, p, m, lower, upper, priced, 0};
     auto sizes = itemsize == sizeof(double) ? block::sizes<double> : block::sizes<float>;
     BlockSizes s = sizes(derivative, shape, limit);
     return {s.least_shared, s.shared, s.workspace, s.constant, s.last};

@@ -16,13 +16,16 @@ struct Kernel {
     std::size_t argument_bytes;
 };
 
-template <class T, Form FORM, class Launch> void run(const void* arguments) {
-    block::run<T, FORM>(*static_cast<const Launch*>(arguments));
+template <class T, Form FORM, bool PRICED, class Launch> void run(const void* arguments) {
+    block::run<T, FORM, PRICED>(*static_cast<const Launch*>(arguments));
 }
 
 #define QP_KERNELS(form, type)                                                                                         \
-    {"solve_" #form "_" #type, run<type, Form::form, SolveLaunch>, sizeof(SolveLaunch)},                               \
-        {"derivative_" #form "_" #type, run<type, Form::form, DerivativeLaunch>, sizeof(DerivativeLaunch)},
+    {"solve_" #form "_" #type, run<type, Form::form, false, SolveLaunch>, sizeof(SolveLaunch)},                        \
+        {"solve_" #form "_" #type "_priced", run<type, Form::form, true, SolveLaunch>, sizeof(SolveLaunch)},           \
+        {"derivative_" #form "_" #type, run<type, Form::form, false, DerivativeLaunch>, sizeof(DerivativeLaunch)},     \
+        {"derivative_" #form "_" #type "_priced", run<type, Form::form, true, DerivativeLaunch>,                       \
+         sizeof(DerivativeLaunch)},
 
 constexpr Kernel KERNELS[] = {
     // clang-format off
@@ -47,9 +50,9 @@ extern "C" int qp_emulated_launch(const char* kernel, int blocks, int threads, s
 }
 
 // Fill in how much memory a kernel needs: the five numbers of `BlockSizes`.
-extern "C" void qp_block_sizes(int derivative, int form, int n, int p, int m, int lower, int upper, int itemsize,
-                               int limit, long long* sizes) {
-    BlockShape shape{form, n, p, m, lower, upper};
+extern "C" void qp_block_sizes(int derivative, int form, int n, int p, int m, int lower, int upper, int priced,
+                               int itemsize, int limit, long long* sizes) {
+    BlockShape shape{form, n, p, m, lower, upper, priced, 0};
     BlockSizes found = itemsize == sizeof(double) ? block::sizes<double>(derivative, shape, limit)
                                                   : block::sizes<float>(derivative, shape, limit);
     std::memcpy(sizes, &found, sizeof(found));

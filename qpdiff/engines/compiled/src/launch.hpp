@@ -17,6 +17,8 @@
 //       compute the gradients of the matrices that each problem has of its own. The gradient of a matrix that is shared
 //       is the product of two matrices over the batch, −½ (U_xᵀX + XᵀU_x) for Q and −(VᵀU_x + U_vᵀX) for A and G: left
 //       to the array library.
+//
+// Each has a twin for problems with prices of violations, whose name ends with _priced.
 #pragma once
 #include "method/problem.hpp"
 
@@ -32,11 +34,19 @@ struct BlockShape {
     int form;         // the preferred one, which the name of the first kernel has: a `Form`
     int n, p, m;      // variables, rows of A, rows of G
     int lower, upper; // 1 where lb, or ub, is given, else 0
+    int priced;       // 1 where violations have prices, else 0
+    int reserved;     // 0
 };
 
-// The operands, in the order of qpdiff.problem.OPERANDS.
+// The prices of violating some constraints: one for each of them, or none.
+struct PriceArrays {
+    OperandArray linear, quadratic;
+};
+
+// The operands, in the order of qpdiff.problem.OPERANDS, and the prices of violations.
 struct OperandArrays {
     OperandArray Q, q, G, h, A, b, lb, ub;
+    PriceArrays price_of_A, price_of_G, price_of_bounds;
 };
 
 // Factors and scaling that the solve stores for the derivative. Each has room for B problems. `constant` and `last` may
@@ -99,7 +109,7 @@ struct DerivativeLaunch {
 };
 
 // How much memory a kernel needs for one shape, and for a limit on the dynamic shared memory of a block. In Python:
-// `_core.block_sizes(derivative, form, n, p, m, lower, upper, itemsize, limit)`, which returns the five in this order.
+// `_core.block_sizes(derivative, form, n, p, m, lower, upper, priced, itemsize, limit)`, which returns the five.
 // In the shared library of emulation.cpp: `qp_block_sizes`, with the same arguments and a pointer to the five.
 struct BlockSizes {
     long long least_shared;   // bytes of shared memory without any matrix: where this is too much, it cannot run
@@ -108,17 +118,17 @@ struct BlockSizes {
     long long constant, last; // numbers stored for each problem in `StoredArrays`
 };
 
-static_assert(sizeof(OperandArray) == 16 && sizeof(OperandArrays) == 128 && sizeof(BlockShape) == 24);
+static_assert(sizeof(OperandArray) == 16 && sizeof(OperandArrays) == 224 && sizeof(BlockShape) == 32);
 static_assert(sizeof(Settings) == 64 && offsetof(Settings, max_iterations) == 20 && offsetof(Settings, rho) == 24);
 static_assert(sizeof(StoredArrays) == 48 && sizeof(BlockMemory) == 24);
 static_assert(sizeof(Parameters) % 8 == 0 && offsetof(SolveLaunch, settings) == sizeof(Parameters));
-static_assert(offsetof(SolveLaunch, shape) == sizeof(Parameters) + 192 &&
-              offsetof(SolveLaunch, rounding) == sizeof(Parameters) + 224);
-static_assert(offsetof(SolveLaunch, stored) == sizeof(Parameters) + 336 &&
-              sizeof(SolveLaunch) == sizeof(Parameters) + 408);
-static_assert(offsetof(DerivativeLaunch, fill) == sizeof(Parameters) + 160 &&
-              offsetof(DerivativeLaunch, r_x) == sizeof(Parameters) + 200);
-static_assert(offsetof(DerivativeLaunch, stored) == sizeof(Parameters) + 272 &&
-              sizeof(DerivativeLaunch) == sizeof(Parameters) + 344);
+static_assert(offsetof(SolveLaunch, shape) == sizeof(Parameters) + 288 &&
+              offsetof(SolveLaunch, rounding) == sizeof(Parameters) + 328);
+static_assert(offsetof(SolveLaunch, stored) == sizeof(Parameters) + 440 &&
+              sizeof(SolveLaunch) == sizeof(Parameters) + 512);
+static_assert(offsetof(DerivativeLaunch, fill) == sizeof(Parameters) + 264 &&
+              offsetof(DerivativeLaunch, r_x) == sizeof(Parameters) + 304);
+static_assert(offsetof(DerivativeLaunch, stored) == sizeof(Parameters) + 376 &&
+              sizeof(DerivativeLaunch) == sizeof(Parameters) + 448);
 
 } // namespace qpdiff
