@@ -173,7 +173,7 @@ def vjp(
         if g is not None:
             of_value = objective_gradients(lin, g, problem.operands, kappa=kappa, unsolved=unsolved)
             out = {name: _sum(out[name], value) for name, value in of_value.items()} if out else of_value
-        out = {name: _reduce(problem, name, value) for name, value in out.items()}
+        out = {name: in_given_shape(problem, name, value) for name, value in out.items()}
         if problem.result != problem.dtype:
             out = {name: problem.returned(value) for name, value in out.items()}
         if problem.is_elastic:
@@ -392,7 +392,7 @@ def _sum(a, b):
     return a.with_values(a.values + b.values) if isinstance(a, Sparse) else a + b
 
 
-def _reduce(problem: Problem, name: str, gradient):
+def in_given_shape(problem: Problem, name: str, gradient):
     """Sum a gradient (B or 1, core) over the axes that the operand lacks, in the caller's shape."""
     shape = problem.shapes[name]
     if isinstance(gradient, Sparse):

@@ -518,6 +518,11 @@ def price_rows(problem: Problem, values: dict[str, Any], option: str, missing: f
     return concat_last(problem.backend.xp, parts)
 
 
+def slack(xp, s, h):
+    """Return the slacks of G x ≤ h, infinite where h is."""
+    return xp.where(h >= INFINITE, float("inf"), s)
+
+
 # ---- rows and named parts: two linear maps, each the transpose of the other
 #
 # A fixed variable, lb = ub, is one equality in the row of lb. The sign of its multiplier tells which bound holds the
@@ -537,18 +542,23 @@ def split_rows(problem: Problem, values, v):
     of_A, of_G, of_lb, of_ub : arrays (B, p), (B, m), (B, n), (B, n)
         Zeros for bounds that were not given.
     """
-    xp, blocks = problem.backend.xp, problem.blocks
     zero: Any = None
     if problem.lb is None or problem.ub is None:
         zero = problem.backend.zeros_of_all(values.shape[0], problem.n, problem.dtype)
+    return split_blocks(problem.backend.xp, problem.blocks, values, v, zero, problem.fixed)
+
+
+def split_blocks(xp, blocks: dict[str, slice], values, v, zero, fixed):
+    """Split as `split_rows` does, with the zeros of a bound that was not given and the mask of the fixed variables."""
+    rows = values.shape[1]
 
     def block(name: str):
-        rows = blocks[name]
-        return values if rows.stop - rows.start == problem.rows else values[:, rows]
+        of = blocks[name]
+        return values if of.stop - of.start == rows else values[:, of]
 
-    of_lb = block("lb") if problem.lb is not None else zero
-    of_ub = block("ub") if problem.ub is not None else zero
-    if (fixed := problem.fixed) is not None:
+    of_lb = zero if blocks["lb"].start == blocks["lb"].stop else block("lb")
+    of_ub = zero if blocks["ub"].start == blocks["ub"].stop else block("ub")
+    if fixed is not None:
         at_lower = v[:, blocks["lb"]] >= 0
         zero = xp.zeros_like(of_lb)
         of_ub = xp.where(fixed, xp.where(at_lower, zero, -of_lb), of_ub)

@@ -12,7 +12,7 @@ import numpy as np
 from .engines.base import MAX_ITERATIONS, Linearization, Outcome, Settings, StartingPoint, make_settings
 from .engines.choice import check_engine, choose_engine, explain_choice
 from .prices import with_prices
-from .problem import INFINITE, Problem, join_rows, split_rows
+from .problem import INFINITE, Problem, join_rows, slack, split_rows
 from .solution import FIELDS, Solution, Status, Violation, whole_solution
 from .validation import broadcasts, make_problem, symmetrized
 
@@ -188,9 +188,11 @@ def solve_problem(
     engine="auto",
     progress=None,
     read_only=False,
-) -> Solution:
+    finish=None,
+):
     """`solve_qp` for operands that are a `Problem` already.
 
+    `finish` makes what is returned of the problem, the outcome and the factors; by default that is `make_solution`.
     With `read_only`, what the derivative reads of the solution cannot be changed, where the library has that. An
     adapter whose framework sees to that by itself, or takes no such arrays, leaves it out.
     """
@@ -207,7 +209,7 @@ def solve_problem(
         outcome, factors = chosen.solve(problem, settings, start, progress=progress, **options)
         if read_only:
             problem.backend.make_read_only(outcome[:4])  # x, v, s and status: copies would take longer in small solves
-        return make_solution(problem, outcome, factors)
+        return (finish or make_solution)(problem, outcome, factors)
 
 
 def log_choice(problem: Problem, explain: Callable[[], str]) -> None:
@@ -217,7 +219,7 @@ def log_choice(problem: Problem, explain: Callable[[], str]) -> None:
         _log.debug("batch %s, n = %d, m = %d, p = %d: %s", *sizes, explain())
 
 
-OPTIONS = frozenset(inspect.signature(solve_problem).parameters) - {"problem", "read_only"}
+OPTIONS = frozenset(inspect.signature(solve_problem).parameters) - {"problem", "read_only", "finish"}
 """The options of `solve_problem` that users may pass through an adapter."""
 
 
@@ -325,11 +327,11 @@ def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
     """Put the outcome of an engine into the caller's shapes and type."""
     xp, batch_shape = problem.backend.xp, problem.batch_shape
     y, z, z_lb, z_ub = split_rows(problem, outcome.v, outcome.v)
-    slack = outcome.s[:, problem.blocks["G"]]
-    if problem.m and not problem.backend.known_all_false(absent := problem.h >= INFINITE):
-        slack = xp.where(absent, float("inf"), slack)
+    s = outcome.s[:, problem.blocks["G"]]
+    if problem.m and not problem.backend.known_all_false(problem.h >= INFINITE):
+        s = slack(xp, s, problem.h)
 
-    point = [outcome.x, y, z, z_lb, z_ub, slack]
+    point = [outcome.x, y, z, z_lb, z_ub, s]
     if problem.result != problem.dtype:
         point = [problem.returned(value) for value in point]
     if len(batch_shape) == 1:

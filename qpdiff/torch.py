@@ -8,9 +8,12 @@ function's derivatives are made of itself and of torch's operations. Under `torc
 one batch. In eager calls they are two `torch.autograd.Function`, which have rules for forward mode and `torch.func`;
 where `torch.compile` or `torch.export` traces, two operators with the same rules but for these.
 
-Tensors on the CPU go to the solver as the NumPy arrays that share their memory, so that the compiled engine runs. On
-any other device they are solved there, in torch's operations (batched `cholesky_ex`): that takes no second library,
-stays on torch's stream and in its memory, and on a GPU took a little less time than CuPy does.
+Tensors on the CPU go to the solver as the NumPy arrays that share their memory, so that the compiled engine runs. Where
+neither transforms nor forward mode are under way, and all matrices are dense, the first function is a third
+`torch.autograd.Function` there, of which torch has less to record: `_SolvedArrays`.
+
+On any other device tensors are solved there, in torch's operations (batched `cholesky_ex`): that takes no second
+library, stays on torch's stream and in its memory, and on a GPU took a little less time than CuPy does.
 """
 
 from __future__ import annotations
@@ -41,12 +44,12 @@ from .adjoint import (
     solution_vjp,
 )
 from .backend import choose_backend, read_dtype
-from .differentiation import FILL, check_smoothing, objective_gradients, smoothed, solve_adjoint
-from .engines.base import Linearization
+from .differentiation import FILL, check_smoothing, in_given_shape, objective_gradients, smoothed, solve_adjoint
+from .engines.base import Linearization, Outcome
 from .engines.choice import choose_engine
 from .prices import price_operands, with_prices
-from .problem import MATRICES, OPERANDS, PRICED, Problem, make_layout, split_rows
-from .solution import FIELDS, POINT, Solution, Status, Violation, check_unsolved, raise_if_unsolved
+from .problem import OPERANDS, PRICED, Problem, make_layout, slack, split_blocks, split_rows
+from .solution import FIELDS, POINT, Solution, Status, Violation, check_unsolved, raise_if_unsolved, whole_solution
 from .sparse import Pattern, Sparse, is_sparse, read_sparse, stored
 from .validation import make_problem, symmetrized
 
@@ -119,21 +122,25 @@ def solve_qp(
     [0.0, 6.0]
     """
     check_unsolved(unsolved)
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         _refuse_arrays(options | {"smoothing": smoothing})
     check_smoothing(smoothing)
-    solver.check_names("solve_qp", [name for name in options if name != "dtype"])
-    options["smoothing"] = None if smoothing is None else float(smoothing)
+    if options:
+        solver.check_names("solve_qp", [name for name in options if name != "dtype"])
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     operands, _ = with_prices(operands, elastic, elastic_quadratic)
-    operands = {name: _stacked(value) for name, value in operands.items()}
+    operands = {k: _stacked(value) if isinstance(value, (list, tuple)) else value for k, value in operands.items()}
     warm: Any = None
     if isinstance(warm_start, Solution):
         warm = [getattr(warm_start, name) for name in _WARM]
     elif warm_start is not None:
         options["warm_start"] = warm_start  # for the solver to refuse
+    if not compiling and smoothing is None and _are_numpys(operands):
+        return _solve_arrays(operands, warm, unsolved, **options)
+    options["smoothing"] = None if smoothing is None else float(smoothing)
     solve = _solve
-    if torch.compiler.is_compiling():
+    if compiling:
         if len(operands) > len(OPERANDS):
             raise TypeError("torch.compile and torch.export do not take elastic and elastic_quadratic")
         solve = _solve_in_graph
@@ -142,8 +149,7 @@ def solve_qp(
 
 def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options):
     """Return the fields of the solution; an operator has to call others where a transform of torch.func calls it."""
-    operands |= {name: read_sparse(name, operands[name]) for name in MATRICES if is_sparse(operands[name])}
-    result = _half(map(stored, operands.values())) if dtype is None else None
+    result = _half(operands) if dtype is None else None
     problem = make_problem(operands, backend="torch", dtype=dtype if result is None else torch.float64)
     if warm is not None:
         given = (value.detach() if isinstance(value, torch.Tensor) else value for value in warm)
@@ -160,12 +166,18 @@ def _solve(operands, warm, unsolved, *, in_operator=False, dtype=None, **options
     layer = (_Operators if traced else _Layer)(problem.backend, settings)
     x, v, s, *constants = layer.solution(batch_shape, tensors, warm or ())[:_LAST]
     parts = [x, *split_rows(problem, v, v)]
-    if len(batch_shape) != 1:
-        parts = [part.reshape((*batch_shape, part.shape[1])) if batch_shape else part[0] for part in parts]
+    parts = [_in_batch(part, batch_shape) for part in parts]
     parts.append(s)
     if (result := result or problem.result) != problem.dtype:
         parts = [part.to(result) for part in parts]
     return *parts, *constants, *([_violation(problem, x, result)] if problem.is_elastic else [])
+
+
+def _in_batch(value, batch_shape):
+    """Return a tensor (B, ·) with the batch axes of the caller; each operation that torch records takes time."""
+    if len(batch_shape) == 1:
+        return value
+    return value.reshape((*batch_shape, value.shape[1])) if batch_shape else value[0]
 
 
 def _violation(problem: Problem, x, result):
@@ -177,12 +189,12 @@ def _violation(problem: Problem, x, result):
 _HALF = frozenset({torch.float16, torch.bfloat16})
 
 
-def _half(arrays):
+def _half(operands):
     """Return the type of the results where operands are in half precision, else None."""
-    arrays = list(arrays)
-    kinds = [value.dtype for value in arrays if isinstance(value, torch.Tensor)]
-    if _HALF.isdisjoint(kinds):
+    if _HALF.isdisjoint([getattr(value, "dtype", None) for value in operands.values()]):
         return None
+    arrays = [stored(read_sparse(name, value)) if is_sparse(value) else value for name, value in operands.items()]
+    kinds = [value.dtype for value in arrays if isinstance(value, torch.Tensor)]
     on_host = [value for value in arrays if isinstance(value, (np.ndarray, np.generic))]
     kinds += [getattr(torch, value.dtype.name) for value in on_host if value.dtype.name in ("float32", "float64")]
     return functools.reduce(torch.promote_types, [kind for kind in kinds if kind.is_floating_point])
@@ -190,9 +202,7 @@ def _half(arrays):
 
 def _stacked(value):
     """Return a list with tensors in it as one tensor."""
-    if not isinstance(value, (list, tuple)):
-        return value
-    parts = [_stacked(part) for part in value]
+    parts = [_stacked(part) if isinstance(part, (list, tuple)) else part for part in value]
     tensors = any(isinstance(part, torch.Tensor) for part in parts)
     return torch.stack([torch.as_tensor(part) for part in parts]) if tensors else value
 
@@ -307,20 +317,25 @@ class _Layer:
 
     def arrays(self, tensors) -> list:
         """Return what the solver takes for tensors: on the CPU, the NumPy arrays in the same memory."""
-        try:
-            if self.solver_backend is self.backend:
-                return [tensor.detach() for tensor in tensors]
-            return [tensor.numpy(force=True) for tensor in tensors]
-        except RuntimeError as error:
-            raise RuntimeError(
-                "qpdiff.torch does not run under torch's first vmap, which torch.autograd.grad(is_grads_batched=True) "
-                "and torch.autograd.functional.jacobian(vectorize=True) use; take torch.func.jacrev, jacfwd or vmap "
-                "instead"
-            ) from error
+        if self.solver_backend is self.backend:
+            return [tensor.detach() for tensor in tensors]
+        return [_array(tensor) for tensor in tensors]
 
     def problem(self, x, operands) -> Problem:
         """Return the problem in torch's operands and operations."""
         return _problem(self.backend, x, self.operands(self.names, operands))
+
+
+def _array(tensor) -> np.ndarray:
+    """Return the NumPy array in the memory of a tensor."""
+    try:
+        return tensor.numpy(force=True)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "qpdiff.torch does not run under torch's first vmap, which torch.autograd.grad(is_grads_batched=True) "
+            "and torch.autograd.functional.jacobian(vectorize=True) use; take torch.func.jacrev, jacfwd or vmap "
+            "instead"
+        ) from error
 
 
 def _fill(unsolved: str) -> str:
@@ -495,6 +510,192 @@ class _KKTSolve(Function):
     @staticmethod
     def vmap(info, in_dims, layer, wanted, *tensors):
         return _kkt_vmap(layer, info.batch_size, wanted, list(zip(tensors, in_dims[2:], strict=True)))
+
+
+# ---- the first function without transforms, on the CPU
+#
+# Small problems take less time than torch takes for a few operations. So here the operands go to the solver as arrays
+# before anything is recorded, the function takes them in the caller's shapes and returns no more than what moves, and
+# the other fields are made when they are asked for. First derivatives are the engine's; where torch records them, the
+# rules are those of the functions above.
+
+
+_TENSORS = frozenset({torch.Tensor, nn.Parameter})
+_PLAIN = frozenset({type(None), int, float, list, tuple, np.ndarray})
+
+
+def _are_numpys(operands) -> bool:
+    """Return whether the solver takes operands as NumPy arrays in any case, and nothing has to be traced."""
+    if len(operands) > len(OPERANDS) or _transforms() or is_in_torch_dispatch_mode():
+        return False
+    tensors = []
+    for value in operands.values():
+        kind = type(value)
+        if kind in _TENSORS:
+            if not value.is_cpu or value.layout is not torch.strided or value.dtype in _HALF:
+                return False
+            tensors.append(value)
+        elif kind not in _PLAIN:
+            return False
+    return bool(tensors) and _on_host(tensors[0].device)
+
+
+def _solve_arrays(operands, warm, unsolved, *, dtype=None, **options) -> Solution:
+    """Solve as `_solve` does."""
+    tensors = {name: value for name, value in operands.items() if type(value) in _TENSORS}
+    problem = make_problem(operands | {name: _array(value) for name, value in tensors.items()}, dtype=dtype)
+    if warm is not None:
+        arrays = [_array(value) if isinstance(value, torch.Tensor) else value for value in warm]
+        options["warm_start"] = Solution(**dict.fromkeys(FIELDS) | dict(zip(_WARM, arrays, strict=True)))
+    problem, outcome, factors = solver.solve_problem(problem, finish=_as_found, **options)
+    if unsolved == "raise":
+        raise_if_unsolved(outcome.status.reshape(problem.batch_shape))
+    if torch.is_grad_enabled() and any(value.requires_grad for value in tensors.values()):
+        lin = Linearization(problem, factors, outcome.x, outcome.v, outcome.s, outcome.status)
+        solved = _Solved(operands, tuple(tensors), dtype, unsolved, lin, outcome)
+        x, v, objective = _SolvedArrays.apply(solved, *tensors.values())
+        return _RecordedSolution.of(problem, outcome, x, v, objective)
+    sol = solver.make_solution(problem, outcome, None)
+    return whole_solution(**{name: _tensor(getattr(sol, name)) for name in FIELDS})
+
+
+def _as_found(*solved):
+    """Return the problem, the outcome and the factors of a solve."""
+    return solved
+
+
+def _tensor(array) -> torch.Tensor:
+    """Return the tensor in the memory of a NumPy array, which torch may write to."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+class _Solved(NamedTuple):
+    """A batch that was solved as NumPy arrays, with what its derivative needs."""
+
+    operands: dict[str, Any]
+    """The caller's."""
+    names: tuple[str, ...]
+    """Of those that are tensors."""
+    dtype: Any
+    unsolved: str
+    linearization: Linearization
+    outcome: Outcome
+
+    def gradients(self, wanted, g_x, g_v, g) -> dict[str, Any]:
+        """Return the gradients of the tensors that are wanted; a cotangent may be None for zero."""
+        lin, fill, gradients = self.linearization, _fill(self.unsolved), dict[str, Any]()
+        problem = lin.problem
+        with problem.backend.no_grad():
+            if g_x is not None or g_v is not None:
+                r_x, r_v = _cotangent(problem, g_x, lin.x), _cotangent(problem, g_v, lin.v)
+                _, _, gradients = solve_adjoint(lin, r_x, r_v, wanted, unsolved=fill)
+            if g is not None:
+                g = _array(g).reshape(-1, 1).astype(problem.dtype, copy=False)
+                of_value = objective_gradients(lin, g, wanted, unsolved=fill)
+                gradients = {name: _sum(value, gradients.get(name)) for name, value in of_value.items()}
+            return {
+                name: torch.from_numpy(np.asarray(in_given_shape(problem, name, value)))  # NumPy's sums may be numbers
+                for name, value in gradients.items()
+            }
+
+    def recorded_gradients(self, wanted, g_x, g_v, g, x, v, tensors) -> dict[str, Any]:
+        """Return the same by functions and operations that torch differentiates further."""
+        lin, given = self.linearization, self.operands | dict(zip(self.names, tensors, strict=True))
+        problem = make_problem(given, backend="torch", dtype=self.dtype)
+        operands, status = problem.operands, torch.from_numpy(lin.status)
+        layer = _Layer(problem.backend, _Settings(tuple(operands), problem.rounding, self.unsolved, {}, {}))
+        layer.linearization = lin
+        g_x, x = (value if value is None else value.reshape(lin.x.shape) for value in (g_x, x))
+        cotangents = [g_x, g_v, *[g if name == "objective" else None for name in _OTHERS]]
+        needed = [name in wanted for name in operands]
+        gradients = _solution_backward(layer, needed, cotangents, x, v, status, operands.values())
+        found = {name: value for name, value in zip(operands, gradients, strict=True) if value is not None}
+        return {name: in_given_shape(problem, name, value) for name, value in found.items()}
+
+
+def _cotangent(problem: Problem, cotangent, value):
+    """Return the cotangent of an array (B, ·) as one that the solver takes; None stands for zero."""
+    if cotangent is None:
+        return problem.backend.zeros_of_all(problem.batch, value.shape[1], problem.dtype)
+    return _array(cotangent).reshape(value.shape)
+
+
+class _SolvedArrays(Function):
+    """The variables (*batch, n), the multipliers of all rows (B, rows) and the optimal values (*batch).
+
+    torch brings gradients to the types of the operands by itself.
+    """
+
+    @staticmethod
+    def forward(ctx, solved, *tensors):
+        x, v, *_, objective, _, _, _ = solved.outcome
+        shape = solved.linearization.problem.batch_shape
+        if len(shape) != 1:
+            x = x.reshape(*shape, x.shape[1])
+        x, v, objective = torch.from_numpy(x), torch.from_numpy(v), torch.from_numpy(objective.reshape(shape))
+        ctx.solved = solved
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, x, v)
+        return x, v, objective
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        *tensors, x, v = ctx.saved_tensors  # also to refuse those that were changed in place
+        solved, wanted = ctx.solved, _wanted(ctx.solved.names, ctx.needs_input_grad[1:])
+        if _records():
+            gradients = solved.recorded_gradients(wanted, *cotangents, x, v, tensors)
+        else:
+            gradients = solved.gradients(wanted, *cotangents)
+        return None, *map(gradients.get, solved.names)
+
+
+class _RecordedSolution(Solution):
+    """A solution whose fields but x and the objective are made when one of them is asked for."""
+
+    @classmethod
+    def of(cls, problem: Problem, outcome: Outcome, x, v, objective) -> Solution:
+        """Make the solution of what the function has returned."""
+        if problem.result != problem.dtype:
+            x = x.to(torch.float32)
+        source = v, x.dtype, outcome, problem.batch_shape, problem.blocks, problem.fixed, problem.h
+        sol = cls.__new__(cls)
+        vars(sol).update(x=x, objective=objective, _source=source)  # the class is frozen
+        return sol
+
+    def __getattr__(self, name):
+        if name not in FIELDS:
+            raise AttributeError(f"a solution has no {name!r}")
+        if torch.compiler.is_compiling():
+            return _other_fields(*self._source)[name]
+        # Whatever mode torch is in now, the solution is of another one.
+        with torch.inference_mode(False), torch.enable_grad():
+            fields = _other_fields(*self._source)
+        if not _transforms():  # whose tensors are for them alone
+            vars(self).update(fields)
+        return fields[name]
+
+    def __reduce__(self):
+        return Solution, tuple([getattr(self, name) for name in FIELDS])
+
+    def __repr__(self):
+        return repr(Solution(*self.__reduce__()[1]))
+
+
+def _other_fields(v, result, outcome: Outcome, batch_shape, blocks, fixed, h) -> dict[str, Any]:
+    """Return the fields of a solution but x and the objective; the multipliers are views of those of all rows.
+
+    All is in torch's operations, so that torch.compile can trace it.
+    """
+    s, *scalars = [torch.from_numpy(array) for array in outcome[2:]]
+    status, iterations, _, primal, dual, gap = [value.reshape(batch_shape) for value in scalars]
+    s = s[:, blocks["G"]]
+    if h is not None:
+        s = slack(torch, s, torch.from_numpy(h))
+    zero = v.new_zeros((1, outcome.x.shape[1])).expand(v.shape[0], -1)
+    parts = split_blocks(torch, blocks, v, v, zero, None if fixed is None else torch.from_numpy(fixed))
+    parts = [_in_batch(part, batch_shape).to(result) for part in (*parts, s)]
+    names = ("y", "z", "z_lb", "z_ub", "s", "status", "iterations", "primal_residual", "dual_residual", "duality_gap")
+    return dict(zip(names, (*parts, status, iterations, primal, dual, gap), strict=True))
 
 
 # ---- their rules, of the second function and of torch's operations
@@ -1162,7 +1363,7 @@ def _tensors(operands: dict[str, Any]) -> dict[str, torch.Tensor]:
                 f"{name} is sparse; QPFunction takes dense tensors, and qpdiff.torch.solve_qp sparse ones too"
             )
     device = next((value.device for value in operands.values() if isinstance(value, torch.Tensor)), None)
-    given = {name: _stacked(value) for name, value in operands.items() if value is not None}
+    given = {k: _stacked(v) if isinstance(v, (list, tuple)) else v for k, v in operands.items() if v is not None}
     return {
         name: value if isinstance(value, torch.Tensor) else choose_backend({name: value}, "torch")[1][name].to(device)
         for name, value in given.items()

@@ -108,19 +108,20 @@ def test_nothing_is_copied(monkeypatch):
     seen = {}
 
     def spy(problem, **options):
-        seen["sol"] = solve(problem, **options)
-        return seen["sol"]
+        solved, outcome, factors = solve(problem, **options)
+        seen.update(problem=solved, outcome=outcome)
+        return solved, outcome, factors
 
     solve = qpdiff.torch.solver.solve_problem
     monkeypatch.setattr(qpdiff.torch.solver, "solve_problem", spy)
     for batch in [(), (3,), (2, 2)]:
         operands = {k: v.requires_grad_() for k, v in random_problem_in_torch(batch=batch, shared=("Q",)).items()}
         sol = qpdiff.torch.solve_qp(**operands)
-        for name, array in seen["sol"].linearization.problem.operands.items():
+        for name, array in seen["problem"].operands.items():
             assert isinstance(array, np.ndarray)
             assert array.__array_interface__["data"][0] == operands[name].data_ptr()
-        assert np.shares_memory(sol.x.detach().numpy(), seen["sol"].x)
-        assert np.shares_memory(sol.z.detach().numpy(), seen["sol"].z)
+        assert np.shares_memory(sol.x.detach().numpy(), seen["outcome"].x)
+        assert np.shares_memory(sol.z.detach().numpy(), seen["outcome"].v)
 
 
 def test_layouts():
@@ -526,6 +527,104 @@ def test_constants_have_no_gradient():
         assert not getattr(sol, name).requires_grad
 
 
+# ---- fields that are made when they are asked for
+
+
+def unread(parts="A G lb ub", **options):
+    """A solution of which nothing was asked for yet, and the same one by operations alone, with their operands."""
+    operands = random_problem_in_torch(5, parts, batch=(3,), **options)
+    one, other = ({k: v.clone().requires_grad_() for k, v in operands.items()} for _ in range(2))
+    first = qpdiff.torch.solve_qp(**one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qpdiff.torch, "_are_numpys", lambda operands: False)
+        second = qpdiff.torch.solve_qp(**other)
+    return first, second, one, other
+
+
+def nothing(read):
+    return read()
+
+
+def in_no_grad(read):
+    with torch.no_grad():
+        return read()
+
+
+def in_inference(read):
+    with torch.inference_mode():
+        return read()
+
+
+def in_vmap(read):
+    return vmap(lambda t: t * read())(torch.ones(2, dtype=DOUBLE))[0]
+
+
+def in_grad(read):
+    found = []
+    grad(lambda t: found.append(read()) or t)(torch.tensor(1.0))
+    return found[0]
+
+
+def in_forward_mode(read):
+    with forward_ad.dual_level():
+        return read()
+
+
+@pytest.mark.parametrize("mode", [nothing, in_no_grad, in_inference, in_vmap, in_grad, in_forward_mode])
+@pytest.mark.parametrize("parts", ["", "G", "A", "lb", "A G lb ub"])
+def test_fields_do_not_depend_on_the_mode_in_which_they_are_read_first(mode, parts):
+    bounds = {"fixed": 1, "infinite": 0.3} if "lb ub" in parts else {}
+    ours, expected, operands, others = unread(parts, **bounds)
+    for name in FIELDS:
+        mode(lambda name=name: getattr(ours, name))
+    for name in FIELDS:
+        value, other = getattr(ours, name), getattr(expected, name)
+        torch.testing.assert_close(value, other, rtol=0, atol=0)
+        assert value.dtype == other.dtype
+        assert not value.is_inference()
+        assert value is getattr(ours, name)
+    losses = [sum(getattr(sol, name).sin().sum() for name in (*OUTPUTS, "objective")) for sol in (ours, expected)]
+    gradients = [
+        torch.autograd.grad(*pair)
+        for pair in zip(losses, (tuple(operands.values()), tuple(others.values())), strict=True)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("first", FIELDS)
+def test_fields_read_first_in_a_program(first):
+    ours, expected, _, _ = unread()
+    torch._dynamo.reset()
+    program = torch.compile(lambda t: t + getattr(ours, first), fullgraph=True, backend="eager")
+    torch.testing.assert_close(
+        program(torch.zeros(())),
+        getattr(expected, first).to(torch.promote_types(getattr(expected, first).dtype, torch.float32)),
+    )
+    torch.testing.assert_close(getattr(ours, first), getattr(expected, first))
+
+
+def test_copies_and_pickles_of_a_solution_have_all_of_its_fields():
+    for made in (copy.copy, lambda sol: pickle.loads(pickle.dumps(sol)), lambda sol: replace(sol, s=sol.s)):
+        ours, expected, _, _ = unread()
+        again = made(ours)
+        assert isinstance(again, qpdiff.Solution)
+        for name in FIELDS:
+            torch.testing.assert_close(getattr(again, name), getattr(expected, name))
+    shown = repr(unread()[0])
+    assert shown.startswith("Solution(x=tensor(")
+    assert all(f"{name}=" in shown for name in FIELDS)
+    with pytest.raises(AttributeError, match="'w'"):
+        ours.w  # noqa: B018
+
+
+def test_multipliers_of_absent_bounds_are_not_shared_by_solutions():
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode:
+            q = torch.ones(1, 2, requires_grad=True)
+            qpdiff.torch.solve_qp(torch.eye(2), q).z_lb.add_(1.0)
+            assert not qpdiff.torch.solve_qp(torch.eye(2), q).z_lb.any()
+
+
 # ---- the optimal value
 
 
@@ -774,9 +873,8 @@ def linearizations(monkeypatch):
     solve = qpdiff.torch.solver.solve_problem
 
     def spy(problem, **options):
-        sol = solve(problem, **options)
-        kept.append(weakref.ref(sol.linearization.problem))
-        return sol
+        kept.append(weakref.ref(problem))
+        return solve(problem, **options)
 
     monkeypatch.setattr(qpdiff.torch.solver, "solve_problem", spy)
     return kept
