@@ -18,7 +18,8 @@ import numpy as np
 from . import differentiation, solver
 from .backend import choose_backend, floating_types, from_host, kinds_of, read_dtype, single_threaded
 from .differentiation import Gradients, Tangents
-from .problem import OPERANDS, Problem
+from .prices import price_operands, with_prices
+from .problem import OPERANDS, PRICE_NAMES, PRICES, Problem
 from .solution import FIELDS, POINT, Solution, check_unsolved, raise_if_unsolved
 from .sparse import Pattern, Sparse, check_pattern, is_sparse, read_sparse, stored
 from .validation import broadcasts, make_problem
@@ -31,6 +32,7 @@ try:
 except ImportError as error:
     raise ImportError("qpdiff.dask needs Dask: pip install 'qpdiff[dask]'") from error
 
+_CORES = OPERANDS | PRICES
 _CORE = {"x": 1, "y": 1, "z": 1, "z_lb": 1, "z_ub": 1, "status": 0}
 """Core axes of the parts of a solution that a warm start or a cotangent may have."""
 
@@ -45,6 +47,8 @@ def solve_qp(
     lb=None,
     ub=None,
     *,
+    elastic=None,
+    elastic_quadratic=None,
     unsolved: str = "raise",
     dtype=None,
     tol=None,
@@ -63,6 +67,8 @@ def solve_qp(
         arrays are, those of different operands unified; if there is no dask array, it is one block. A block has all of
         an operand's core axes. An operand without batch axes is shared: one task output, which every block reads. The
         values of a `qpdiff.Sparse` may be a dask array.
+    elastic, elastic_quadratic : number or dict, optional
+        As for `qpdiff.solve_qp`, of numbers, arrays or dask arrays.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise where the block is computed, or give them NaN or zero
         gradients. Only the last two let `Solution.status` tell which they are.
@@ -75,8 +81,9 @@ def solve_qp(
     Returns
     -------
     Solution
-        Whose fields are dask arrays, in blocks along the batch axes. Nothing is solved before one of them is computed,
-        and what is computed in one call is solved once: ``dask.compute(sol.x, gradients.Q)``. See also `persist`.
+        Whose fields are dask arrays, in blocks along the batch axes; those of `violation` too. Nothing is solved before
+        one of them is computed, and what is computed in one call is solved once: ``dask.compute(sol.x, gradients.Q)``.
+        See also `persist`.
 
     Raises
     ------
@@ -102,6 +109,7 @@ def solve_qp(
     """
     check_unsolved(unsolved)
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    operands, numbers = with_prices(operands, elastic, elastic_quadratic)
     given = {name: value for name, value in operands.items() if value is not None}
     matrices = {name: read_sparse(name, value) for name, value in given.items() if is_sparse(value)}
     patterns = {name: matrix.pattern for name, matrix in matrices.items()}
@@ -122,7 +130,7 @@ def solve_qp(
     options["dtype"] = None if dtype is None and name == "float32" else name
     cores = {name: _core(name, shape, name in patterns) for name, shape in shapes.items()}
     none = {k: backend.full((0, *cores[k]) if v.ndim else (), 0, v.dtype) for k, v in arrays.items()}
-    empty = solver.solve_qp(**_with_patterns(none, patterns), **options)
+    empty = solver.solve_qp(**_arguments(none, patterns), **options)
     chunks = _batch_chunks(arrays, {name: len(core) for name, core in cores.items()}, problem.batch_shape)
     warm = _warm_parts(warm_start, problem)
     parts = [(name, value, len(cores[name])) for name, value in arrays.items()]
@@ -135,7 +143,7 @@ def solve_qp(
         adjust_chunks=dict.fromkeys(axes, 1), align_arrays=False, dtype=object, meta=np.empty((0,) * len(axes), object),
         token="qpdiff-solve",
     )  # fmt: skip
-    return _fields(Blocks(solutions, shapes, patterns, chunks, empty, unsolved))
+    return _fields(Blocks(solutions, shapes, patterns, numbers, chunks, empty, unsolved))
 
 
 def persist(sol: Solution, **options) -> Solution:
@@ -234,7 +242,8 @@ def vjp(
     }
     core = {name: int(name != "objective") for name in given}
     pulled = blocks.map(_vjp_block, given, core, options, "qpdiff-vjp")
-    return Gradients(**{name: _gradient(blocks, pulled, name, getattr(empty, name)) for name in blocks.shapes})
+    gradients = _by_option({name: _gradient(blocks, pulled, name, _part(empty, name)) for name in blocks.shapes})
+    return Gradients(**gradients | {option: sum(gradients[option].values()) for option in blocks.numbers})
 
 
 def jvp(
@@ -248,6 +257,8 @@ def jvp(
     lb=None,
     ub=None,
     *,
+    elastic=None,
+    elastic_quadratic=None,
     smoothing=None,
     unsolved: str | None = None,
 ) -> Tangents:
@@ -259,6 +270,8 @@ def jvp(
         Of `solve_qp`.
     Q, q, G, h, A, b, lb, ub : dask array, array or list, optional
         Tangents, as for `qpdiff.jvp`.
+    elastic, elastic_quadratic : number or dict, optional
+        As for `qpdiff.jvp`, of numbers, arrays or dask arrays.
     smoothing, unsolved
         As for `vjp`.
 
@@ -288,6 +301,7 @@ def jvp(
     empty = differentiation.jvp(blocks.empty, **options)
     given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     given = {name: value for name, value in given.items() if value is not None}
+    given |= price_operands(blocks.shapes, "tangent of ", elastic=elastic, elastic_quadratic=elastic_quadratic)
     for name, value in given.items():
         if name not in blocks.shapes:
             raise ValueError(f"tangent of {name} was given, but the problem has no {name}")
@@ -304,7 +318,7 @@ def jvp(
 
 
 @dataclass(init=False, repr=False, eq=False)
-class LazyTangents(Tangents):
+class LazyTangents(Tangents):  # type: ignore[misc]
     """`Tangents` with the objective among the fields of a data class, by which Dask takes them apart and makes them."""
 
     x: Any
@@ -337,6 +351,8 @@ class Blocks:
         In which the arrays of the operands were given; of a sparse one the values.
     patterns : dict
         Of the sparse operands.
+    numbers : tuple
+        The options of prices that were given as one number.
     chunks : tuple
         Of the batch axes.
     empty : Solution
@@ -349,6 +365,7 @@ class Blocks:
         solutions,
         shapes: dict[str, tuple[int, ...]],
         patterns: dict[str, Pattern],
+        numbers: tuple[str, ...],
         chunks,
         empty: Solution,
         unsolved: str,
@@ -356,6 +373,7 @@ class Blocks:
         self.solutions = solutions
         self.shapes = shapes
         self.patterns = patterns
+        self.numbers = numbers
         self.chunks = chunks
         self.empty = empty
         self.unsolved = unsolved
@@ -400,7 +418,12 @@ class Blocks:
 
 def _fields(blocks: Blocks) -> Solution:
     lazy = {name: blocks.read(blocks.solutions, name, getattr(blocks.empty, name)) for name in FIELDS}
-    return Solution(**lazy, linearization=blocks)
+    violation = blocks.empty.violation
+    if violation is not None:
+        parts = {name: part for name, part in violation._asdict().items() if part is not None}
+        read = {name: blocks.read(blocks.solutions, f"violation.{name}", part) for name, part in parts.items()}
+        violation = violation._replace(**read)
+    return Solution(**lazy, violation=violation, linearization=blocks)
 
 
 def _blocks_of(sol) -> Blocks:
@@ -440,7 +463,7 @@ def _solve_block(where, *values, names, patterns, warm, unsolved: str, options) 
         options = options | {"warm_start": Solution(**start)}
     try:
         with single_threaded():
-            sol = solver.solve_qp(**_with_patterns(dict(zip(names, parts, strict=False)), patterns), **options)
+            sol = solver.solve_qp(**_arguments(dict(zip(names, parts, strict=False)), patterns), **options)
         if unsolved == "raise":
             raise_if_unsolved(array_api_compat.to_device(sol.status, "cpu"))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -458,11 +481,11 @@ def _vjp_block(sol: Solution, *values, names, options) -> Gradients:
 
 def _jvp_block(sol: Solution, *values, names, options) -> Tangents:
     with single_threaded():
-        return differentiation.jvp(sol, **dict(zip(names, map(_whole, values), strict=True)), **options)
+        return differentiation.jvp(sol, **_by_option(dict(zip(names, map(_whole, values), strict=True))), **options)
 
 
 def _read_gradient(gradients: Gradients, operand: str, dims: int):
-    value = stored(getattr(gradients, operand))
+    value = stored(_part(gradients, operand))
     return value.reshape((1,) * (dims - value.ndim) + value.shape)
 
 
@@ -480,7 +503,7 @@ def _size_of_solution(sol: Solution) -> int:
     if lin is None:
         return sum(sizeof(getattr(sol, name)) for name in FIELDS)
     own = [name for name in FIELDS if name not in POINT or lin.problem.result != lin.problem.dtype]
-    return sizeof(tuple(lin)) + sum(sizeof(getattr(sol, name)) for name in own)
+    return sizeof(tuple(lin)) + sum(sizeof(getattr(sol, name)) for name in own) + sizeof(sol.violation)
 
 
 @sizeof.register(Problem)
@@ -489,6 +512,34 @@ def _size_of_problem(problem: Problem) -> int:
 
 
 # ---- shapes and chunks
+
+
+_NAMED = {name: (option, of) for option, names in PRICE_NAMES.items() for of, name in names.items()}
+"""The options of prices, and the constraints, by the names that their operands have."""
+
+
+def _by_option(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values by operand with those of prices in a dict for each option."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        option, of = _NAMED.get(name, (None, None))
+        if option is None:
+            out[name] = value
+        else:
+            out.setdefault(option, {})[of] = value
+    return out
+
+
+def _part(gradients: Gradients, name: str):
+    """Return the gradient of an operand, of which prices have a dict for each option."""
+    option, of = _NAMED.get(name, (name, None))
+    value = getattr(gradients, option)
+    return value if of is None else value[of]
+
+
+def _arguments(arrays: dict, patterns: dict[str, Pattern]) -> dict:
+    """Return the operands as arguments of `solver.solve_qp`."""
+    return _by_option(_with_patterns(arrays, patterns))
 
 
 def _with_patterns(arrays: dict, patterns: dict[str, Pattern]) -> dict:
@@ -503,8 +554,8 @@ def _with_shapes_of(arrays, patterns) -> Problem:
             raise ValueError(
                 f"{name} has shape {value.shape}, with sizes that Dask does not know; call compute_chunk_sizes() on it"
             )
-    zeros = {k: np.broadcast_to(0.0, arrays[k].shape) if k in arrays else None for k in OPERANDS}
-    return make_problem(_with_patterns(zeros, patterns))
+    zeros = {name: np.broadcast_to(0.0, value.shape) for name, value in arrays.items()}
+    return make_problem(dict.fromkeys(OPERANDS) | _with_patterns(zeros, patterns))
 
 
 def _batch_chunks(arrays, cores: dict[str, int], batch_shape) -> tuple[tuple[int, ...], ...]:
@@ -541,7 +592,7 @@ def _index(name: str, value, core: int, batch: int):
 
 def _core(name: str, shape: tuple[int, ...], sparse: bool) -> tuple[int, ...]:
     """Return the shape of an operand's array without its batch axes; a number that stands for all entries has none."""
-    return shape[max(0, len(shape) - (1 if sparse else len(OPERANDS[name]))) :]
+    return shape[max(0, len(shape) - (1 if sparse else len(_CORES[name]))) :]
 
 
 def _batch_axes(count: int) -> tuple[str, ...]:

@@ -194,3 +194,92 @@ def test_autograd(parts, smoothing):
     step = 1e-6 if smoothing is None else 1e-4
     sides = [along([v + sign * step * d for v, d in zip(values, other_way, strict=True)]) for sign in (1, -1)]
     np.testing.assert_allclose(second, (sides[0] - sides[1]) / (2 * step), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_dask(seed):
+    pytest.importorskip("dask.array")
+    import dask
+    import dask.array as da
+
+    import qpdiff.dask
+
+    rng = np.random.default_rng(seed)
+    parts, batch = (("G", ()), ("A", (5,)), ("A G lb ub", (5,)), ("A G lb ub", (2, 3)))[seed % 4]
+    eager = contradictory(rng, parts, batch=batch, shared=("Q", "G") if seed % 3 else (), n=4, m=4, p=2)
+    sizes = {"A": 2, "G": 4, "bounds": 4}
+    present = [of for of in sizes if of in eager or (of == "bounds" and "lb" in eager)]
+    prices = {}
+    for option in ("elastic", "elastic_quadratic")[: 1 + seed % 2]:
+        shapes = {of: ((), (sizes[of],), (*batch, sizes[of]))[rng.integers(3)] for of in present}
+        prices[option] = {of: 10 ** rng.uniform(-1, 0.5, shape) for of, shape in shapes.items()}
+    if seed % 5 == 0:
+        prices["elastic"] = 0.7  # of A and G alone
+
+    def lazily(value):
+        value = np.asarray(value)
+        chunks = [2] * (value.ndim - 1) + [3] * (value.ndim > 0)
+        return da.from_array(value, chunks=tuple(chunks)) if rng.uniform() < 0.6 else value
+
+    def each(function, option):
+        return {of: function(price) for of, price in option.items()} if isinstance(option, dict) else option
+
+    expected = qpdiff.solve_qp(**eager, **prices, tol=1e-10)
+    cotangents = {"x": rng.normal(size=expected.x.shape), "objective": 2.0}
+    moved = {"q": rng.normal(size=eager["q"].shape)} | {
+        option: each(lambda price: rng.normal(size=np.shape(price)), value) for option, value in prices.items()
+    }
+    lazy = {name: lazily(value) for name, value in eager.items()}
+    lazy_prices = {option: each(lazily, value) for option, value in prices.items()}
+    sol = qpdiff.dask.solve_qp(**lazy, **lazy_prices, tol=1e-10, unsolved="nan")
+    pulled, pushed = qpdiff.dask.vjp(sol, **cotangents), qpdiff.dask.jvp(sol, **moved)
+    found, gradients, tangents = dask.compute(sol, pulled, pushed, scheduler="sync")
+    np.testing.assert_array_equal(found.status, expected.status)
+    np.testing.assert_allclose(found.x, expected.x, atol=1e-7)
+    np.testing.assert_allclose(found.objective, expected.objective, rtol=1e-9)
+    for name, value in expected.violation._asdict().items():
+        lazy_part, part = getattr(sol.violation, name), getattr(found.violation, name)
+        assert (part is None) == (value is None)
+        if value is not None:
+            assert lazy_part.shape == value.shape
+            np.testing.assert_allclose(part, value, atol=1e-7)
+    for name, value in qpdiff.vjp(expected, **cotangents)._asdict().items():
+        both = getattr(gradients, name), value
+        for one, other in zip(*(part.values() if isinstance(value, dict) else [part] for part in both), strict=True):
+            if other is None:
+                assert one is None
+            else:
+                assert one.shape == other.shape, name
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=name)
+        assert isinstance(value, dict) == isinstance(both[0], dict)
+    expected_tangents = qpdiff.jvp(expected, **moved)
+    for one, other in zip(
+        (*tangents, tangents.objective), (*expected_tangents, expected_tangents.objective), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_bad_prices_in_dask_raise_at_once_as_without():
+    pytest.importorskip("dask.array")
+    import qpdiff.dask
+
+    good = {"Q": np.eye(2), "q": np.ones((3, 2)), "G": np.ones((4, 2)), "h": np.ones(4)}
+    for prices in (
+        {"elastic": np.ones(4)},
+        {"elastic": {"A": 1.0}},
+        {"elastic": {"rows": 1.0}},
+        {"elastic": {"G": np.ones(3)}},
+        {"elastic_quadratic": {"G": np.ones((5, 4))}},
+    ):
+        with pytest.raises((TypeError, ValueError)) as expected:
+            qpdiff.solve_qp(**good, **prices)
+        with pytest.raises(expected.type) as error:
+            qpdiff.dask.solve_qp(**good, **prices)
+        assert str(error.value) == str(expected.value)
+    sols = [module.solve_qp(**good, elastic={"G": np.ones(4)}) for module in (qpdiff, qpdiff.dask)]
+    for tangent in ({"elastic": {"A": 1.0}}, {"elastic_quadratic": 1.0}):
+        with pytest.raises(ValueError, match="was given, but the problem has no") as expected:
+            qpdiff.jvp(sols[0], **tangent)
+        with pytest.raises(ValueError, match="was given, but") as error:
+            qpdiff.dask.jvp(sols[1], **tangent)
+        assert str(error.value) == str(expected.value)
