@@ -107,20 +107,29 @@ def solve(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="refuse bad numbers in the operands, such as an indefinite Q")
     ] = True,
+    elastic: Annotated[
+        float | None, typer.Option(help="price of violating a row of A or G by one unit; without it none may be", min=0)
+    ] = None,
+    elastic_quadratic: Annotated[
+        float | None, typer.Option(help="σ of the price ½(violation)²/σ of each row of A and G", min=0)
+    ] = None,
     max_size: SizeOption = LARGEST / 2**30,
     as_json: Annotated[bool, typer.Option("--json", help="print the solutions as JSON")] = False,
 ) -> None:
     """Solve the problems of FILE; exit code 1 if one is not solved, 2 for bad input."""
-    options = {
+    options: dict[str, Any] = {
         "backend": backend, "dtype": dtype, "tol": tol, "rtol": rtol, "max_iterations": max_iterations, "check": check
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {"elastic": elastic, "elastic_quadratic": elastic_quadratic}
+    prices = {name: value for name, value in given.items() if value is not None}
     in_double_precision(backend)
     with bad_input_exits(file), prepared(file, output, (".npz",)) as write:
         problem = read_problem(file, in_bytes(max_size))
+        operands = problem.dense_operands(in_bytes(max_size)) if prices else problem.operands
         with progress_bar("problems") as report:
-            sol = qpdiff.solve_qp(**problem.operands, **options, progress=report)
-        result = {name: to_numpy(getattr(sol, name)) for name in FIELDS}
+            sol = qpdiff.solve_qp(**operands, **prices, **options, progress=report)
+        result = {name: to_numpy(getattr(sol, name)) for name in FIELDS} | violations(sol)
         result["objective"] = problem.objective(result["objective"])
         write(lambda target: np.savez(target, allow_pickle=False, **result))
     if as_json:
@@ -264,6 +273,18 @@ def to_numpy(value) -> np.ndarray:
     return np.asarray(value.cpu() if hasattr(value, "cpu") else value)
 
 
+def violations(sol: qpdiff.Solution) -> dict[str, np.ndarray]:
+    """Return how far x violates the constraints: `violation`, the largest of a problem, and that of A, G, lb and ub.
+
+    Without prices of violations there is nothing to return.
+    """
+    if sol.violation is None:
+        return {}
+    parts = {name: to_numpy(part) for name, part in sol.violation._asdict().items() if part is not None}
+    largest = np.max(np.concat([*parts.values()], axis=-1), axis=-1, initial=0.0)
+    return {"violation": largest} | {f"violation_{name}": part for name, part in parts.items()}
+
+
 def direction(rng: np.random.Generator, name: str, operands, step: float) -> dict[str, np.ndarray]:
     """Draw a random tangent of an operand, and of the bound that it moves, along which the problem keeps its kind.
 
@@ -327,10 +348,11 @@ def keeps_definite(Q: np.ndarray, change: np.ndarray) -> bool:
 
 def problem_table(file: Path, result: dict[str, np.ndarray]) -> Table:
     """Make a table with a row for each problem."""
-    # So narrow that 80 columns, as a pipe has, hold the longest of every column.
+    # So narrow that 80 columns, as a pipe has, hold the longest of every column; beside violations, a short status.
     title = f"Solutions of {escape(printable(file.name))}, their residuals and gaps"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
-    for heading in ("problem", "status", "iterations", "objective", "primal", "dual", "gap"):
+    shown = shown_measures(result)
+    for heading in ("problem", "status", "iterations", "objective", *shown.values()):
         table.add_column(heading, no_wrap=True)
     for index in np.ndindex(result["status"].shape):
         status = qpdiff.Status(int(result["status"][index]))
@@ -340,9 +362,15 @@ def problem_table(file: Path, result: dict[str, np.ndarray]) -> Table:
             f"[{color}]{status.name}[/{color}]",
             str(result["iterations"][index]),
             f"{result['objective'][index]:.8g}",
-            *(f"{result[name][index]:.1e}" for name in ("primal_residual", "dual_residual", "duality_gap")),
+            *(f"{result[name][index]:.1e}" for name in shown),
         )
     return table
+
+
+def shown_measures(result: dict[str, np.ndarray]) -> dict[str, str]:
+    """Return the headings of the numbers that tell how exact a solution is, by field, and of the violation if any."""
+    shown = {"primal_residual": "primal", "dual_residual": "dual", "duality_gap": "gap"}
+    return shown | ({"violation": "violation"} if "violation" in result else {})
 
 
 def number(index: tuple[int, ...]) -> str:
@@ -369,9 +397,9 @@ def to_json(result: dict[str, np.ndarray]) -> str:
 
 def summary_table(file: Path, result: dict[str, np.ndarray]) -> Table:
     """Make a table with a row for each status, and the first few problems that have it where it is not SOLVED."""
+    shown = shown_measures(result)
     table = Table(
-        "status", "problems", "iterations (min, median, max)", "primal residual", "dual residual", "gap",
-        "first problems",
+        "status", "problems", "iterations (min, median, max)", *shown.values(), "first problems",
         title=f"Statuses of {escape(printable(file.name))}, with the largest residuals and gap",
     )  # fmt: skip
     for status in qpdiff.Status:
@@ -388,7 +416,7 @@ def summary_table(file: Path, result: dict[str, np.ndarray]) -> Table:
             status.name,
             str(int(np.sum(chosen))),
             f"{iterations.min()}, {np.median(iterations):g}, {iterations.max()}",
-            *(f"{result[name][chosen].max():.1e}" for name in ("primal_residual", "dual_residual", "duality_gap")),
+            *(f"{result[name][chosen].max():.1e}" for name in shown),
             first,
         )
     return table
@@ -412,7 +440,8 @@ def bad_input_exits(file: Path) -> Iterator[None]:
             yield
     except (OSError, ValueError, TypeError, ImportError, MemoryError, OverflowError) as error:
         text = str(error) or type(error).__name__
-        text = re.sub(r"^(backend|dtype|tol|rtol|max_iterations) is ", option_name, text)
+        text = re.sub(r"^(backend|dtype|tol|rtol|max_iterations|elastic|elastic_quadratic) is ", option_name, text)
+        text = re.sub(r"; pass elastic\w*={'bounds'.*", "", text)  # which no option does
         text = text.replace("check=False", "--no-check")
         text = text if str(file) in text else f"{file}: {text}"
         errors.print(printable(text), style="red", markup=False, highlight=False, soft_wrap=True)

@@ -79,6 +79,54 @@ def test_a_file_in_float32_is_solved_and_checked_in_float64(run, save, tmp_path)
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize("count", [2, 40])
+def test_prices_of_violations(run, save, tmp_path, count):
+    """½x² + ½x + 2 max(0, 1 − x) + 2 max(0, x), or with ½ in place of 1, is least at x = 0."""
+    operands = {"Q": np.eye(1), "q": np.full(1, 0.5), "G": np.array([[-1.0], [1.0]])}
+    file = save(operands | {"h": np.array([[-1.0, 0.0], [-0.5, 0.0]] * (count // 2))})
+    assert run("solve", file).exit_code == 1
+    result = run("solve", file, "--elastic", 2, "-o", tmp_path / "out.npz")
+    assert result.exit_code == 0, result.output
+    for text in ("violation", "1.0e+00", *(["5.0e-01"] if count == 2 else [])):
+        assert text in result.output
+    with np.load(tmp_path / "out.npz") as out:
+        assert {name for name in out if "violation" in name} == {"violation", "violation_G"}
+        np.testing.assert_allclose(out["violation"], [1.0, 0.5] * (count // 2), atol=1e-6)
+        np.testing.assert_allclose(out["violation_G"][:, 0], out["violation"])
+        np.testing.assert_allclose(out["objective"], 2 * out["violation"], atol=1e-6)
+
+
+def test_a_quadratic_price(run, save):
+    """½x² + ½(1 − x)²/σ is least at x = 1 / (1 + σ), where the violation is σx."""
+    file = save({"Q": np.eye(1), "q": np.zeros(1), "A": np.eye(1), "b": np.ones(1), "lb": np.zeros(1)})
+    result = run("solve", file, "--elastic-quadratic", 0.25, "--json")
+    solution = json.loads(result.stdout)
+    np.testing.assert_allclose([solution["x"][0], solution["violation"]], [0.8, 0.2], atol=1e-6)
+    np.testing.assert_allclose([solution["violation_A"], solution["violation_lb"]], [[0.2], [0.0]], atol=1e-6)
+
+
+def test_prices_of_a_model_with_sparse_matrices(run, tmp_path):
+    pytest.importorskip("highspy")
+    lines = ["NAME", "ROWS", " N  obj", " L  r", " G  s", "COLUMNS", "    x  obj  1.0  r  1.0", "    x  s  1.0"]
+    lines += ["RHS", "    rhs  r  1.0  s  3.0", "ENDATA"]
+    (tmp_path / "a.mps").write_text("\n".join(lines) + "\n")
+    assert run("solve", tmp_path / "a.mps").exit_code == 1
+    solution = json.loads(run("solve", tmp_path / "a.mps", "--elastic", 5, "--json").stdout)
+    # x + 5 (3 − x) + 5 (x − 1) between 1 and 3
+    np.testing.assert_allclose([solution["x"][0], solution["objective"]], [1.0, 11.0], atol=1e-6)
+    np.testing.assert_allclose(solution["violation"], 2.0, atol=1e-6)
+
+
+def test_prices_that_cannot_be(run, save):
+    file = save({"Q": np.eye(2), "q": np.ones(2), "lb": np.zeros(2)})
+    for price, message in (("-1", "Invalid value for '--elastic'"), ("1", "--elastic is a number, the price of")):
+        result = run("solve", file, "--elastic", price)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert "bounds" not in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
 def test_an_unsolved_problem_is_exit_code_1(run, save):
     result = run(
         "solve", save({"Q": np.eye(1), "q": np.zeros(1), "G": np.array([[1.0], [-1.0]]), "h": np.array([0.0, -1.0])})
