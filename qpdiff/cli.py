@@ -30,7 +30,7 @@ from typer.core import TyperGroup
 
 import qpdiff
 
-from .engines.choice import GPU_SWITCH, compiled_engine, explain_choice, gpu_engine, gpu_is_switched_on
+from .engines.choice import automatic_engine, explain_choice
 from .files import LARGEST, printable, read_problem
 from .solution import FIELDS
 
@@ -256,8 +256,8 @@ def info() -> None:
         table.add_row(
             f"backend {name}", version(package), runs(name, operands) if importlib_has(package) else "not installed"
         )
-    table.add_row("engine", *engine())
-    table.add_row("engine on a GPU", *engine_on_gpu())
+    table.add_row("engine", *engine(on_gpu=False))
+    table.add_row("engine on a GPU", *engine(on_gpu=True))
     for package in ("scipy", "array-api-compat", "threadpoolctl", "autograd", "dask", "cvxpy", "highspy"):
         table.add_row(package, version(package), "")
     console.print(table)
@@ -552,20 +552,10 @@ def runs(name: str, operands) -> str:
     return f"runs, {chosen}"
 
 
-def engine() -> tuple[str, str]:
-    """Return which engine solves NumPy arrays, and why."""
-    module, reason = compiled_engine()
-    return "compiled" if module else "array", reason
-
-
-def engine_on_gpu() -> tuple[str, str]:
-    """Return which engine solves arrays of CuPy and torch on an NVIDIA GPU, and why."""
-    module, reason = gpu_engine()
-    if module is None:
-        return "array", reason
-    if gpu_is_switched_on():
-        return "compiled", reason
-    return "array", f"no GPU has run the compiled engine's kernels yet; {GPU_SWITCH}=1 switches them on"
+def engine(on_gpu: bool) -> tuple[str, str]:
+    """Return which engine solves arrays in main memory, or on an NVIDIA GPU, and why."""
+    compiled, reason = automatic_engine(on_gpu)
+    return ("array", f"the compiled one {reason}") if compiled is None else ("compiled", reason)
 
 
 def blas_threads() -> str:

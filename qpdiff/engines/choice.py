@@ -73,13 +73,14 @@ def choose_engine(name: str, problem: Problem, verbose: bool) -> Engine:
 
 def _for_dense(name: str, problem: Problem, verbose: bool) -> Engine:
     on_gpu = problem.backend.gpu is not None
-    if name == "array" or (name == "auto" and on_gpu and not gpu_is_switched_on()):
+    if name == "array":
         return array
+    if name == "auto":
+        compiled, _ = automatic_engine(on_gpu)
+        suits = compiled and compiled.refusal(problem, verbose) is None and (not on_gpu or compiled.suits(problem))
+        return compiled if suits else array
     compiled, reason = gpu_engine() if on_gpu else compiled_engine()
     refusal = compiled.refusal(problem, verbose) if compiled else None
-    if name == "auto":
-        suits = compiled and refusal is None and (not on_gpu or compiled.suits(problem))
-        return compiled if suits else array
     if compiled is None:
         raise ImportError(f"engine='compiled' cannot run: {reason}")
     if refusal is not None:
@@ -119,9 +120,17 @@ def _say_dense_once(reason: str) -> None:
     _log.warning("sparse matrices are made dense; the compiled engine takes them as they are, but %s", reason)
 
 
-def gpu_is_switched_on() -> bool:
-    """Return whether "auto" takes the kernels for GPUs."""
-    return os.environ.get(GPU_SWITCH) == "1"
+def automatic_engine(on_gpu: bool):
+    """Return the module of the compiled engine that "auto" takes where it suits, and the reason.
+
+    Where "auto" takes none, None, and what is to be said of the compiled one.
+    """
+    compiled, reason = gpu_engine() if on_gpu else compiled_engine()
+    if compiled is None:
+        return None, f"does not run: {reason}"
+    if on_gpu and os.environ.get(GPU_SWITCH) != "1":
+        return None, f"is off, as no GPU has run its kernels yet; {GPU_SWITCH}=1 switches it on"
+    return compiled, reason
 
 
 def explain_choice(name: str, problem: Problem, verbose: bool = False, device=None) -> str:
@@ -134,17 +143,15 @@ def explain_choice(name: str, problem: Problem, verbose: bool = False, device=No
     made_dense = ", matrices made dense" if isinstance(chosen, Densified) else ""
     if isinstance(chosen, Densified):
         chosen = chosen.engine
-    compiled, reason = gpu_engine() if on_gpu else compiled_engine()
     if name == "array":
         reason = "engine='array'"
     elif chosen is array:
-        if compiled is None:
-            reason = f"does not run: {reason}"
-        elif on_gpu and not gpu_is_switched_on():
-            reason = f"is switched on by {GPU_SWITCH}=1"
-        else:
+        compiled, reason = automatic_engine(on_gpu)
+        if compiled is not None:
             reason = compiled.refusal(problem, verbose) or "is slower for so many problems of this size"
         reason = f"the compiled one {reason}"
+    else:
+        _, reason = gpu_engine() if on_gpu else compiled_engine()
     if device is None:
         device = getattr(problem.q, "device", "cpu")  # JAX's backend leaves the device to JAX
     return f"{'array' if chosen is array else 'compiled'} engine on {device}{made_dense}: {reason}"

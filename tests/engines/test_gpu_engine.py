@@ -308,6 +308,21 @@ def test_what_is_missing_is_said(gpu, monkeypatch):
         choice.choose_engine("compiled", problem(), False)
 
 
+def test_the_choice_is_explained_in_the_same_words_everywhere(gpu, module, monkeypatch):
+    """`qpdiff info` prints what `automatic_engine` says."""
+    assert choice.explain_choice("auto", problem()).startswith("compiled engine on")
+    assert choice.automatic_engine(on_gpu=True) == (module, choice.gpu_engine()[1])
+    monkeypatch.delenv(choice.GPU_SWITCH)
+    assert choice.explain_choice("compiled", problem()).endswith(choice.gpu_engine()[1])
+    off = choice.automatic_engine(on_gpu=True)
+    assert off == (None, "is off, as no GPU has run its kernels yet; QPDIFF_GPU_ENGINE=1 switches it on")
+    assert choice.explain_choice("auto", problem()).endswith(f": the compiled one {off[1]}")
+    monkeypatch.setattr(choice, "gpu_engine", lambda: (None, "it needs the package cuda-bindings"))
+    _, missing = choice.automatic_engine(on_gpu=True)
+    assert missing == "does not run: it needs the package cuda-bindings"
+    assert choice.explain_choice("auto", problem()).endswith(f": the compiled one {missing}")
+
+
 def test_a_solution_pickles(gpu):
     sol = qpdiff.solve_qp(**tensors(draw("dense dual")))
     again = pickle.loads(pickle.dumps(replace(sol)))
