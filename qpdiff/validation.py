@@ -53,8 +53,6 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
             raise ValueError(f"{given} was given without {missing}; they come together")
     present = {name: value for name, value in operands.items() if value is not None}
     patterns = _patterns(present)
-    if patterns and not PRICES.keys().isdisjoint(present):
-        raise ValueError("elastic and elastic_quadratic take no sparse matrices yet; pass Q, G and A as arrays")
     chosen, arrays = choose_backend(present, backend)
     described = tuple(
         [(name, tuple(value.shape), value.dtype, hasattr(present[name], "dtype")) for name, value in arrays.items()]

@@ -2,6 +2,7 @@
 
 import numpy as np
 from problems import apply, random_problem
+from sparse_problems import as_sparse
 
 PRICED = (("A", "b", "y"), ("G", "h", "z"))
 """Rows with prices, their right-hand sides and multipliers."""
@@ -19,6 +20,20 @@ def contradictory(rng, parts, **options):
                 gap = rng.uniform(0.5, 1.5, problem[vector][..., :half].shape)
                 problem[vector][..., -half:] = sign * problem[vector][..., :half] - gap
     return problem
+
+
+def with_zeros(rng, problem):
+    """Set most entries of A and G of a `contradictory` problem to 0; return it, also with `qpdiff.Sparse` matrices."""
+    problem = dict(problem)
+    masks = {"Q": np.ones(problem["Q"].shape[-2:], bool)}
+    for matrix in {"A", "G"} & problem.keys():
+        rows, n = problem[matrix].shape[-2:]
+        mask, half = rng.uniform(size=(rows, n)) < 0.4, rows // 2
+        mask[np.arange(rows), np.arange(rows) % n] = True
+        if half:
+            mask[-half:] = mask[:half]  # the rows that contradict each other
+        masks[matrix], problem[matrix] = mask, np.where(mask, problem[matrix], 0.0)
+    return problem, problem | {name: as_sparse(problem[name], mask) for name, mask in masks.items()}
 
 
 def random_prices(rng, problem, quadratic=False):

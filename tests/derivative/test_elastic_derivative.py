@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from elastic_problems import contradictory, slack_form
+from elastic_problems import contradictory, random_prices, slack_form, with_zeros
 from problems import random_problem
 
 import qpdiff
@@ -192,3 +192,31 @@ def test_every_library_gives_the_same(xp, name):
     grads = getattr(qpdiff.vjp(sol, x=xp.asarray(x_bar)), name)
     for of, value in expected.items():
         close(xp.to_numpy(grads[of]), value, 1e-5)
+
+
+@pytest.mark.parametrize("batch", [3, 24], ids=["one by one", "in groups"])
+@pytest.mark.parametrize("parts", CASES)
+def test_of_sparse_matrices(parts, batch, monkeypatch):
+    monkeypatch.setattr("qpdiff.engines.compiled.sparse_engine.suits", lambda problem: True, raising=False)
+    rng = np.random.default_rng(5)
+    dense, sparse = with_zeros(rng, contradictory(rng, parts, batch=(batch,), n=6, m=7, p=4))
+    prices = {"elastic": random_prices(rng, dense), "elastic_quadratic": random_prices(rng, dense, quadratic=True)}
+    expected, sol = (qpdiff.solve_qp(**operands, **prices, tol=1e-11) for operands in (dense, sparse))
+    given = cotangents(rng, sol, parts) | {"objective": rng.normal(size=batch)}
+    others, grads = (qpdiff.vjp(each, **given) for each in (expected, sol))
+    for name in dense:
+        one, other = getattr(grads, name), getattr(others, name)
+        if isinstance(one, qpdiff.Sparse):
+            rows = np.repeat(np.arange(one.shape[-2]), np.diff(one.indptr))
+            one, other = one.values, other[..., rows, one.indices]
+        close(one, other)
+    for option, by_constraint in prices.items():
+        for of in by_constraint:
+            close(getattr(grads, option)[of], getattr(others, option)[of])
+    tangents = {"q": rng.normal(size=dense["q"].shape)}
+    for option, by_constraint in prices.items():
+        tangents[option] = {of: rng.normal(size=price.shape) for of, price in by_constraint.items()}
+    for one, other in zip(qpdiff.jvp(sol, **tangents), qpdiff.jvp(expected, **tangents), strict=True):
+        close(one, other)
+    with pytest.raises(ValueError, match="smoothing takes no sparse matrices where violations have prices"):
+        qpdiff.vjp(sol, **given, smoothing=0.1)

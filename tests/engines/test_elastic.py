@@ -3,7 +3,7 @@
 import clarabel
 import numpy as np
 import pytest
-from elastic_problems import contradictory, optimality, slack_form
+from elastic_problems import contradictory, optimality, random_prices, slack_form, with_zeros
 from problems import apply, optnet, random_problem
 from scipy import sparse
 
@@ -276,3 +276,37 @@ def test_no_problems(prices):
     gradients, tangents = qpdiff.vjp(sol, x=sol.x, objective=np.ones(0)), qpdiff.jvp(sol, q=sol.x, elastic=1.0)
     np.testing.assert_array_equal(gradients.Q, np.zeros((3, 3)))
     assert tangents.x.shape == (0, 3)
+
+
+@pytest.mark.parametrize("quadratic", [False, True], ids=["linear", "both"])
+@pytest.mark.parametrize("batch", [3, 24], ids=["one by one", "in groups"])
+@pytest.mark.parametrize("parts", ["G h", "A b", "G h A b lb ub"])
+def test_sparse_matrices(parts, batch, quadratic, monkeypatch):
+    monkeypatch.setattr("qpdiff.engines.compiled.sparse_engine.suits", lambda problem: True, raising=False)
+    rng = np.random.default_rng(13)
+    dense, sparse_one = with_zeros(rng, contradictory(rng, parts, batch=(batch,), n=6, m=7, p=4))
+    elastic = random_prices(rng, dense)
+    sigma = random_prices(rng, dense, quadratic=True) if quadratic else None
+    sol = qpdiff.solve_qp(**sparse_one, elastic=elastic, elastic_quadratic=sigma)
+    assert np.all(sol.status == Status.SOLVED)
+    assert max(optimality(dense, sol, elastic, sigma)) < 1e-8
+    expected = qpdiff.solve_qp(**dense, elastic=elastic, elastic_quadratic=sigma)
+    for name in ("x", "y", "z", "z_lb", "z_ub", "objective"):
+        np.testing.assert_allclose(getattr(sol, name), getattr(expected, name), atol=1e-6)
+    for one, other in zip(sol.violation, expected.violation, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_sparse_problems_that_prices_do_not_help(monkeypatch):
+    monkeypatch.setattr("qpdiff.engines.compiled.sparse_engine.suits", lambda problem: True, raising=False)
+    G, h = sparse.csr_array([[1.0], [-1.0], [1.0], [-1.0]]), np.array([0.0, -1.0, 5.0, -7.0])
+    sol = qpdiff.solve_qp(np.eye(1), [0.0], G, h, elastic={"G": [np.inf, np.inf, 1.0, 1.0]})
+    assert sol.status == Status.PRIMAL_INFEASIBLE
+    np.testing.assert_allclose(sol.z, [1.0, 1.0, 0.0, 0.0], atol=1e-6)
+    rng = np.random.default_rng(9)
+    G, q = rng.normal(size=(4, 3)), rng.normal(size=3)
+    for w, status in ((0.01, Status.DUAL_INFEASIBLE), (1e3, Status.SOLVED)):
+        matrices = sparse.csr_array((3, 3)), q, sparse.csr_array(np.concatenate([G, -G]))
+        assert qpdiff.solve_qp(*matrices, np.ones(8), elastic=w).status == status

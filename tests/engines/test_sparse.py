@@ -326,7 +326,8 @@ def linearize(pattern, operands, count=B, **options):
 
     outcome, scaling = solve(pattern, operands, count, scaled=True, **options)
     of = {name: qpdiff.Sparse.of_pattern(operands[name], getattr(pattern, name)) for name in "QAG"}
-    problem = SimpleNamespace(operands=operands | of, backend=SimpleNamespace(workers=options.get("workers", 1)))
+    workers = SimpleNamespace(workers=options.get("workers", 1))
+    problem = SimpleNamespace(operands=operands | of, backend=workers, is_elastic=False)
     return Linearization(problem, Factors(pattern, scaling), outcome.x, outcome.v, outcome.s, outcome.status)
 
 
@@ -482,7 +483,7 @@ def test_gradients_of_shared_matrices_are_sums():
     for name in "QAG":
         assert sums[name].shape == (1, each[name].shape[1])
         assert_allclose(sums[name][0], each[name].sum(0), rtol=1e-7, atol=1e-7)
-    again = lin._replace(problem=SimpleNamespace(operands=lin.problem.operands, backend=SimpleNamespace(workers=2)))
+    again = lin._replace(problem=SimpleNamespace(**vars(lin.problem) | {"backend": SimpleNamespace(workers=2)}))
     for name, value in again.factors.solve(again, *right, np.nan, ("Q", "A", "G"))[2].items():
         assert np.array_equal(value, sums[name])
 

@@ -26,6 +26,10 @@ def relax(lin: Linearization, kappa: float) -> Linearization:
     A problem whose point is not found counts as STALLED.
     """
     if lin.problem.sparse:
+        if lin.problem.is_elastic:
+            raise ValueError(
+                "smoothing takes no sparse matrices where violations have prices; pass Q, G and A as arrays"
+            )
         return _relax_by_derivative(lin, kappa)
     backend: Any = lin.problem.backend
     if backend.traced:

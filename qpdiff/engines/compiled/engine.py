@@ -89,7 +89,7 @@ class Factors(NamedTuple):
         u_x, u_v = allocate(lin.x.shape, dtype), allocate(lin.v.shape, dtype)
         gradients = {name: allocate(problem.operands[name].shape, dtype) for name in matrices}
         _core.solve_kkt(
-            _arrays_of(problem), self.stored,
+            arrays_of(problem), self.stored,
             (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
             (u_x, u_v, *[gradients.get(name) for name in MATRICES]), PARAMETERS[dtype], self.form, fill,
             workers_with_memory(problem, workers_for(problem, count, DERIVATIVE_COST)),
@@ -139,7 +139,7 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
     longest = max(n, problem.m + problem.p)
     in_lanes = start is None and longest <= SMALL and count >= ENOUGH * workers and dtype.itemsize == 8
     call = (
-        _arrays_of(problem), outcome, stored,
+        arrays_of(problem), outcome, stored,
         (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
         PARAMETERS[dtype], form, check, problem.rounding, in_lanes, workers, progress,
     )  # fmt: skip
@@ -150,7 +150,7 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
         return done if _core.solve(*call) else None
 
 
-def _arrays_of(problem: Problem) -> tuple:
+def arrays_of(problem: Problem) -> tuple:
     """Return the operands in the order of C++: with those of prices, where there are any."""
     return tuple(map(problem.operands.get, (*OPERANDS, *PRICES) if problem.is_elastic else OPERANDS))
 

@@ -13,7 +13,7 @@ from ...problem import MATRICES, OPERANDS, Problem
 from ...sparse import Pattern as MatrixPattern
 from ...sparse import Sparse
 from ..base import Linearization, Outcome, Settings, StartingPoint
-from .engine import DERIVATIVE_COST, PARAMETERS, SCALARS, SOLVE_COST, _core, as_many_as_pay
+from .engine import DERIVATIVE_COST, PARAMETERS, SCALARS, SOLVE_COST, _core, arrays_of, as_many_as_pay
 
 LARGEST_LANES = 10**6
 """Entries of L from which on problems are solved one by one, as the factors of a lane group leave the cache."""
@@ -89,7 +89,7 @@ def solve(
 
     Return the outcome, and the scaling D and E (B, n + rows); None where an operand may not be valid.
     """
-    n, (*_, lb, ub) = pattern.Q.shape[0], operands
+    n, lb, ub = pattern.Q.shape[0], operands[PLACES["lb"]], operands[PLACES["ub"]]
     rows = pattern.K.shape[0] + n * ((lb is not None) + (ub is not None))
     x, v, s, scaling = (np.empty((count, size)) for size in (n, rows, rows, n + rows))
     outcome = Outcome(x, v, s, *[np.empty((count, 1), kind) for kind in SCALARS])
@@ -139,12 +139,12 @@ class Factors(NamedTuple):
 
 
 def operands_of(problem: Problem) -> tuple:
-    """Return arrays in the order of `OPERANDS`, None where there is none: vectors (B or 1, size), and of matrices the
-    entries (B or 1, nnz) in the order of their patterns, Q in full.
+    """Return arrays in the order of C++, None where there is none: vectors (B or 1, size), and of matrices the entries
+    (B or 1, nnz) in the order of their patterns, Q in full.
 
     A dense matrix has a full pattern.
     """
-    return tuple([_entries(value) for value in map(problem.operands.get, OPERANDS)])
+    return tuple(map(_entries, arrays_of(problem)))
 
 
 def _entries(value):

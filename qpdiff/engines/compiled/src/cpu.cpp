@@ -237,7 +237,8 @@ bool solve_sparse_problems(const SparseKkt& kkt, nb::tuple operands, nb::tuple o
     batch.check = check, batch.rounding = rounding, batch.lanes = lanes;
     batch.start = read_start<double>(warm_start), batch.outcome = read_outcome<double>(out);
     batch.scaling = out[9].rows<double>();
-    bool valid = solve_sparse_batch(batch, workers, progress.ptr());
+    auto run = batch.operands.priced ? solve_sparse_batch<true> : solve_sparse_batch<false>;
+    bool valid = run(batch, workers, progress.ptr());
     if (PyErr_Occurred()) {
         throw nb::python_error();
     }
@@ -260,7 +261,8 @@ void differentiate_sparse_problems(const SparseKkt& kkt, nb::tuple operands, nb:
     batch.u_x = results[0].rows<double>(), batch.u_v = results[1].rows<double>();
     batch.own = read_gradients<double>(results, batch.operands.count, false);
     batch.sums = read_gradients<double>(results, batch.operands.count, true);
-    if (!differentiate_sparse_batch(batch, workers)) {
+    auto run = batch.operands.priced ? differentiate_sparse_batch<true> : differentiate_sparse_batch<false>;
+    if (!run(batch, workers)) {
         throw nb::python_error();
     }
 }

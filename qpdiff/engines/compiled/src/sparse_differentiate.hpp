@@ -62,7 +62,7 @@ QP_INLINE void each_gradient(const SparseDerivativeBatch& batch, const SparseGra
 }
 
 // Solves the KKT system for the problems that one thread claims, and computes the gradients of their own matrices.
-class SparseDerivativeWorker {
+template <bool PRICED> class SparseDerivativeWorker {
   public:
     SparseDerivativeWorker(const SparseDerivativeBatch& batch, Queue& queue, bool calling)
         : batch(batch), queue(queue), calling(calling), one(batch, calling), group(batch, calling) {}
@@ -95,15 +95,15 @@ class SparseDerivativeWorker {
 
     // A workspace with the vectors of the derivative, and whether its matrices are those of all problems.
     template <class V> struct Place {
-        BorrowedSparse<V> workspace;
-        SparseDerivative<V> derivative;
+        BorrowedSparse<V, PRICED> workspace;
+        SparseDerivative<V, PRICED> derivative;
         std::unique_ptr<Memory> memory;
         bool ready = false;
 
         Place(const SparseDerivativeBatch& batch, bool calling)
             : workspace(batch.shape, *batch.kkt, batch.parameters, calling) {}
 
-        SparseProblem<V>& problem() {
+        SparseProblem<V, PRICED>& problem() {
             auto& o = workspace.problem();
             if (!memory) {
                 memory = std::make_unique<Memory>([&](Arena& arena) { lay_out(o, arena); });
@@ -111,11 +111,11 @@ class SparseDerivativeWorker {
             return o;
         }
 
-        void lay_out(const SparseProblem<V>& o, Arena& arena) {
+        void lay_out(const SparseProblem<V, PRICED>& o, Arena& arena) {
             auto& d = derivative;
             auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<V>(o.np)), ...); };
             auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<V>(o.rows)), ...); };
-            of_variables(d.right.x, d.per_D, d.left.x, d.left_after.x);
+            of_variables(d.x, d.right.x, d.per_D, d.left.x, d.left_after.x);
             of_rows(d.right.v, d.v, d.s, d.theta, d.weights, d.nearly_active, d.per_E, d.share, d.left.v,
                     d.left_after.v);
             for (auto* u : {&d.u, &d.correction, &d.first}) {
@@ -147,8 +147,8 @@ class SparseDerivativeWorker {
 
     // Solve for problems in the lanes of a place; return false where their constraints are not of the same kinds.
     template <class V> bool solve(Place<V>& place, const Index* problems, int size) {
-        using Team = sparse::Team<V>;
-        SparseProblem<V>& o = place.problem();
+        using Team = sparse::Team<V, PRICED>;
+        SparseProblem<V, PRICED>& o = place.problem();
         Derivative<Team>& d = place.derivative;
         bool same_kinds = true;
         for (int lane = 0; lane < Team::PROBLEMS; lane++) {
@@ -167,6 +167,7 @@ class SparseDerivativeWorker {
             Index b = problems[std::min(lane, size - 1)];
             read_variables<Team>(o, batch.scaling.at(b), o.D, lane);
             read_rows<Team>(o, batch.scaling.at(b) + o.n, o.E, lane);
+            read_variables<Team>(o, batch.x.at(b), d.x, lane);
             read_rows<Team>(o, batch.v.at(b), d.v, lane);
             read_rows<Team>(o, batch.s.at(b), d.s, lane);
             read_variables<Team>(o, batch.r_x.at(b), d.right.x, lane);
@@ -234,9 +235,9 @@ class SparseSums {
 };
 
 // Differentiate a batch; return false, with a Python error set, where the call was interrupted.
-inline bool differentiate_sparse_batch(const SparseDerivativeBatch& batch, int workers) {
+template <bool PRICED> bool differentiate_sparse_batch(const SparseDerivativeBatch& batch, int workers) {
     Queue problems(batch.operands.count, batch.lanes ? entries<pack_of<double>> : 1, workers, Py_None);
-    if (!problems.run([&](bool calling) { SparseDerivativeWorker(batch, problems, calling).run(); })) {
+    if (!problems.run([&](bool calling) { SparseDerivativeWorker<PRICED>(batch, problems, calling).run(); })) {
         return false;
     }
     SparseSums sums(batch);

@@ -23,7 +23,7 @@ struct SparseBatch {
 };
 
 // Solves the problems that one thread claims.
-class SparseWorker {
+template <bool PRICED> class SparseWorker {
   public:
     SparseWorker(const SparseBatch& batch, Queue& queue, bool calling)
         : batch(batch), queue(queue), calling(calling), one(batch, calling), group(batch, calling) {}
@@ -55,7 +55,7 @@ class SparseWorker {
 
     // A workspace, and whether its matrices are those of all problems.
     template <class V> struct Place {
-        BorrowedSparse<V> workspace;
+        BorrowedSparse<V, PRICED> workspace;
         bool ready = false;
 
         Place(const SparseBatch& batch, bool calling) : workspace(batch.shape, *batch.kkt, batch.parameters, calling) {}
@@ -68,26 +68,26 @@ class SparseWorker {
     Place<Lanes> group;
 
     // Make the workspace ready for a problem of this batch.
-    template <class V> SparseProblem<V>& problem_of(Place<V>& place) {
-        SparseProblem<V>& o = place.workspace.problem();
+    template <class V> SparseProblem<V, PRICED>& problem_of(Place<V>& place) {
+        SparseProblem<V, PRICED>& o = place.workspace.problem();
         o.settings = &batch.settings;
         return o;
     }
 
     // Read the matrices of `size` problems from b on, where they are not those that are there; balance them. Return
     // whether they are valid.
-    template <class V> bool load_matrices(Place<V>& place, SparseProblem<V>& o, Index b, int size) {
+    template <class V> bool load_matrices(Place<V>& place, SparseProblem<V, PRICED>& o, Index b, int size) {
         if (place.ready && entries_shared(batch.operands)) {
             return true;
         }
-        Index problems[sparse::Team<V>::PROBLEMS];
+        Index problems[sparse::Team<V, PRICED>::PROBLEMS];
         std::iota(problems, problems + size, b);
         load_entries(o, batch.operands, problems, size);
         place.ready = true;
         if (batch.check && !every(plausible_entries(o, batch.rounding))) {
             return false;
         }
-        balance(static_cast<Problem<sparse::Team<V>>&>(o));
+        balance(static_cast<Problem<sparse::Team<V, PRICED>>&>(o));
         assemble(o);
         return every(convex(o, batch.rounding));
     }
@@ -97,15 +97,15 @@ class SparseWorker {
 
     // Solve problem b; return false where an operand is not valid.
     bool solve_one(Index b) {
-        SparseProblem<double>& matrices = problem_of(one);
-        Problem<sparse::Team<double>>& o = matrices;
+        SparseProblem<double, PRICED>& matrices = problem_of(one);
+        Problem<sparse::Team<double, PRICED>>& o = matrices;
         load_vectors(o, batch.operands, b);
         if (!plausible(b) || !load_matrices(one, matrices, b, 1)) {
             return false;
         }
         balance_cost(o, equilibrate(o));
         count_inequalities(o);
-        auto load_warm_start = [&](Iterate<sparse::Team<double>>& at) {
+        auto load_warm_start = [&](Iterate<sparse::Team<double, PRICED>>& at) {
             if (!batch.start.x.data || !*batch.start.usable.at(b)) {
                 return false;
             }
@@ -123,8 +123,8 @@ class SparseWorker {
     // Solve the problems of a lane group but for those that stay `unsolved`; return false where an operand is not
     // valid.
     bool solve_group(Index b, int size, bool* unsolved) {
-        using Team = sparse::Team<Lanes>;
-        SparseProblem<Lanes>& matrices = problem_of(group);
+        using Team = sparse::Team<Lanes, PRICED>;
+        SparseProblem<Lanes, PRICED>& matrices = problem_of(group);
         Problem<Team>& o = matrices;
         bool same_kinds = true, valid = true;
         for (int lane = 0; lane < LANES; lane++) {
@@ -170,9 +170,9 @@ class SparseWorker {
 };
 
 // Solve a batch; return false where an operand is not valid or, with a Python error set, where it was interrupted.
-inline bool solve_sparse_batch(const SparseBatch& batch, int workers, PyObject* progress) {
+template <bool PRICED> bool solve_sparse_batch(const SparseBatch& batch, int workers, PyObject* progress) {
     Queue queue(batch.operands.count, batch.lanes ? entries<pack_of<double>> : 1, workers, progress);
-    return queue.run([&](bool calling) { SparseWorker(batch, queue, calling).run(); });
+    return queue.run([&](bool calling) { SparseWorker<PRICED>(batch, queue, calling).run(); });
 }
 
 } // namespace qpdiff

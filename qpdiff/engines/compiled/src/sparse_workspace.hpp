@@ -9,9 +9,9 @@
 namespace qpdiff {
 
 // A sparse problem with memory for its operands and work vectors.
-template <class V> class SparseWorkspace {
+template <class V, bool PRICED> class SparseWorkspace {
   public:
-    SparseProblem<V> problem;
+    SparseProblem<V, PRICED> problem;
 
     SparseWorkspace(const Shape& shape, const SparseKkt& kkt)
         : shape(shape), pattern(kkt.number), memory([&](Arena& arena) {
@@ -34,6 +34,9 @@ template <class V> class SparseWorkspace {
         // Of the padding too, which nothing else sets for the derivative.
         std::fill(problem.D.data, problem.D.data + problem.np, as<V>(1.0));
         std::fill(problem.E.data, problem.E.data + problem.rows, as<V>(1.0));
+        if constexpr (PRICED) {
+            std::fill(problem.v_upper.data, problem.v_upper.data + problem.rows, as<V>(INFINITY_));
+        }
     }
 
     // Return whether it has been made for problems of this shape and pattern.
@@ -46,14 +49,14 @@ template <class V> class SparseWorkspace {
 };
 
 // Return the workspace of this thread that is not in use, or null.
-template <class V> std::unique_ptr<SparseWorkspace<V>>& idle_sparse_workspace() {
-    static thread_local std::unique_ptr<SparseWorkspace<V>> workspace;
+template <class V, bool PRICED> std::unique_ptr<SparseWorkspace<V, PRICED>>& idle_sparse_workspace() {
+    static thread_local std::unique_ptr<SparseWorkspace<V, PRICED>> workspace;
     return workspace;
 }
 
 // The workspace of a thread during a call, made where it is needed first. The calling thread reuses small ones in the
 // next call.
-template <class V> class BorrowedSparse {
+template <class V, bool PRICED> class BorrowedSparse {
   public:
     static constexpr Index LARGEST = 1 << 20; // entries of L
 
@@ -61,16 +64,16 @@ template <class V> class BorrowedSparse {
         : shape(shape), kkt(kkt), parameters(parameters), calling(calling) {}
     ~BorrowedSparse() {
         if (calling && workspace && kkt.ldl.size() <= LARGEST) {
-            idle_sparse_workspace<V>() = std::move(workspace);
+            idle_sparse_workspace<V, PRICED>() = std::move(workspace);
         }
     }
     BorrowedSparse(const BorrowedSparse&) = delete;
 
-    SparseProblem<V>& problem() {
+    SparseProblem<V, PRICED>& problem() {
         if (!workspace) {
-            auto& idle = idle_sparse_workspace<V>();
+            auto& idle = idle_sparse_workspace<V, PRICED>();
             bool reused = calling && idle && idle->serves(shape, kkt);
-            workspace = reused ? std::move(idle) : std::make_unique<SparseWorkspace<V>>(shape, kkt);
+            workspace = reused ? std::move(idle) : std::make_unique<SparseWorkspace<V, PRICED>>(shape, kkt);
             workspace->problem.parameters = parameters;
         }
         return workspace->problem;
@@ -81,7 +84,7 @@ template <class V> class BorrowedSparse {
     const SparseKkt& kkt;
     const Parameters* parameters;
     bool calling;
-    std::unique_ptr<SparseWorkspace<V>> workspace;
+    std::unique_ptr<SparseWorkspace<V, PRICED>> workspace;
 };
 
 // Call f(place in the problem, place in an array of the caller's) for all constraints.
@@ -121,9 +124,9 @@ inline bool entries_shared(const Operands& operands) {
 
 // Read the entries of Q, A and G of `size` problems, given by their numbers in the batch; the other lanes get the last
 // one again.
-template <class V>
-QP_NOINLINE void load_entries(SparseProblem<V>& o, const Operands& operands, const Index* problems, int size) {
-    using Team = sparse::Team<V>;
+template <class V, bool PRICED>
+QP_NOINLINE void load_entries(SparseProblem<V, PRICED>& o, const Operands& operands, const Index* problems, int size) {
+    using Team = sparse::Team<V, PRICED>;
     auto load = [&](const Operand& from, int count, V* to) {
         for (int lane = 0; lane < Team::PROBLEMS && count > 0; lane++) {
             const char* entries = from.at(problems[std::min(lane, size - 1)]);

@@ -349,13 +349,15 @@ template <class V> QP_INLINE void solve(const LdlPattern& p, const Factor<V>& f,
 
 // The team of one thread and one problem (V is a number), or one in each lane, with sparse matrices. All but these is
 // that of the team for dense ones: its vectors, their padding and the loops over them.
-template <class V> struct Team : std::conditional_t<is_vector<V>, lanes::Team, serial::Team<V>> {
+template <class V, bool OF_PRICED = false>
+struct Team : std::conditional_t<is_vector<V>, lanes::Team, serial::Team<V>> {
     using Base = std::conditional_t<is_vector<V>, lanes::Team, serial::Team<V>>;
     using Truth = typename Base::Truth;
     using Vector = typename Base::Vector;
     using Matrix = sparse::Matrix<V>;
     using Indices = int*;
     static constexpr bool SPARSE = true;
+    static constexpr bool PRICED = OF_PRICED;
 
     // Set the entries of a vector to 0, with its padding.
     static QP_INLINE void clear(Vector a, int count) { std::fill(a.data, a.data + Base::padded(count), V{}); }

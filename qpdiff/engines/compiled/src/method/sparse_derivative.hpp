@@ -8,17 +8,18 @@
 namespace qpdiff {
 
 // A derivative with the vectors that a problem in a lane needs for itself.
-template <class V> struct SparseDerivative : Derivative<sparse::Team<V>> {
-    typename sparse::Team<V>::Vector
+template <class V, bool PRICED> struct SparseDerivative : Derivative<sparse::Team<V, PRICED>> {
+    typename sparse::Team<V, PRICED>::Vector
         share; // factors on residuals of the constraints: E, less where a constraint is inactive
-    KktSolution<sparse::Team<V>> first;
+    KktSolution<sparse::Team<V, PRICED>> first;
 };
 
 // Return the size of a right-hand side or a residual in the scaled problem. An inactive constraint counts with what its
 // elimination adds to those of the variables.
-template <class V>
-V size_of(const SparseProblem<V>& o, const SparseDerivative<V>& d, const RightHandSide<sparse::Team<V>>& right) {
-    using Team = sparse::Team<V>;
+template <class V, bool PRICED>
+V size_of(const SparseProblem<V, PRICED>& o, const SparseDerivative<V, PRICED>& d,
+          const RightHandSide<sparse::Team<V, PRICED>>& right) {
+    using Team = sparse::Team<V, PRICED>;
     typename Team::Entry size{};
     Team::each(o.np, [&](auto j) { size = larger(absolute(right.x[j] * o.D[j]), size); });
     Team::each(o.rows,
@@ -37,9 +38,10 @@ template <class V> struct Refined {
 //
 // Where active constraints are dependent, the multipliers that cancel each other converge slowly if at all: how they
 // share what is asked of them is decided by the raised θ. Corrections that do not move the variables are of that kind.
-template <class V>
-QP_NOINLINE Refined<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDerivative<V>& d, int rounds) {
-    using Team = sparse::Team<V>;
+template <class V, bool PRICED>
+QP_NOINLINE Refined<V> solve_with_nearby_factor(SparseProblem<V, PRICED>& o, SparseDerivative<V, PRICED>& d,
+                                                int rounds) {
+    using Team = sparse::Team<V, PRICED>;
     using Mask = mask_of<V>;
     constexpr Form FORM = Form::sparse_kkt;
     const Parameters& P = *o.parameters;
@@ -91,8 +93,9 @@ QP_NOINLINE Refined<V> solve_with_nearby_factor(SparseProblem<V>& o, SparseDeriv
 }
 
 // Solve the KKT system at the solution that `set_point` has been called for.
-template <class V> QP_NOINLINE void solve_kkt(SparseProblem<V>& o, SparseDerivative<V>& d) {
-    using Team = sparse::Team<V>;
+template <class V, bool PRICED>
+QP_NOINLINE void solve_kkt(SparseProblem<V, PRICED>& o, SparseDerivative<V, PRICED>& d) {
+    using Team = sparse::Team<V, PRICED>;
     const Parameters& P = *o.parameters;
     Problem<Team>& problem = o;
     V rho = as<V>(P.afresh_rho);

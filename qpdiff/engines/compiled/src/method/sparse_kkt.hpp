@@ -109,7 +109,7 @@ class SparseKkt {
 };
 
 // A problem with sparse matrices, and its KKT matrix.
-template <class V> struct SparseProblem : Problem<sparse::Team<V>> {
+template <class V, bool PRICED> struct SparseProblem : Problem<sparse::Team<V, PRICED>> {
     const SparseKkt* kkt = nullptr;
     V* matrix = nullptr; // the entries of the KKT matrix, in the order of `kkt->ldl.rows`
     V* units = nullptr;  // what its pivots are measured in: 1/D², 1/E²
@@ -118,7 +118,7 @@ template <class V> struct SparseProblem : Problem<sparse::Team<V>> {
 };
 
 // Put the entries of Q and K that are not on the diagonal into the KKT matrix.
-template <class V> void assemble(SparseProblem<V>& o) {
+template <class V, bool PRICED> void assemble(SparseProblem<V, PRICED>& o) {
     const SparseKkt& kkt = *o.kkt;
     for (size_t e = 0; e < kkt.of_Q.size(); e++) {
         if (kkt.of_Q[e] >= 0) {
@@ -131,8 +131,9 @@ template <class V> void assemble(SparseProblem<V>& o) {
 }
 
 // Return where all entries are finite and Q is symmetric but for a rounding error relative to its largest entry.
-template <class V> QP_NOINLINE mask_of<V> plausible_entries(const SparseProblem<V>& o, double rounding) {
-    using Team = sparse::Team<V>;
+template <class V, bool PRICED>
+QP_NOINLINE mask_of<V> plausible_entries(const SparseProblem<V, PRICED>& o, double rounding) {
+    using Team = sparse::Team<V, PRICED>;
     const SparseKkt& kkt = *o.kkt;
     V largest = as<V>(smallest_normal<double>), apart{};
     Team::each_entry(o.Q, o.n, [&](int i, int j, V entry) {
@@ -148,7 +149,7 @@ template <class V> QP_NOINLINE mask_of<V> plausible_entries(const SparseProblem<
 
 // Return where Q is positive semidefinite but for a rounding error relative to its largest entry, after `balance` and
 // `assemble`: at once where no row has more beside its diagonal than on it (Gershgorin), else by a factorisation.
-template <class V> QP_NOINLINE mask_of<V> convex(SparseProblem<V>& o, double rounding) {
+template <class V, bool PRICED> QP_NOINLINE mask_of<V> convex(SparseProblem<V, PRICED>& o, double rounding) {
     const SparseKkt& kkt = *o.kkt;
     if (rounding == INFINITY_) {
         return truth<mask_of<V>>(true); // not to be checked
@@ -159,7 +160,7 @@ template <class V> QP_NOINLINE mask_of<V> convex(SparseProblem<V>& o, double rou
         largest = larger(absolute(o.diagonal_Q.data[j]), largest);
         beside.data[j] = V{};
     }
-    sparse::Team<V>::each_entry(o.Q, o.n, [&](int i, int j, V entry) {
+    sparse::Team<V, PRICED>::each_entry(o.Q, o.n, [&](int i, int j, V entry) {
         if (i != j) {
             beside.data[i] += absolute(entry);
         }
@@ -188,10 +189,10 @@ template <class V> QP_NOINLINE mask_of<V> convex(SparseProblem<V>& o, double rou
 }
 
 // Factor the KKT matrix for θ, ρ and δ. With `COMPARED`, find where the pivots are significant.
-template <bool COMPARED, class V> QP_NOINLINE sparse::Factored<V> factor_kkt(SparseProblem<V>& o) {
+template <bool COMPARED, class V, bool PRICED> QP_NOINLINE sparse::Factored<V> factor_kkt(SparseProblem<V, PRICED>& o) {
     const SparseKkt& kkt = *o.kkt;
     const Parameters& P = *o.parameters;
-    using Team = sparse::Team<V>;
+    using Team = sparse::Team<V, PRICED>;
     Problem<Team>& problem = o;
     auto diagonal = o.added;
     Team::each(o.rows, [&](auto i) { o.weights.set(i, 1.0 / (o.theta[i] + o.delta[i])); });
@@ -213,19 +214,20 @@ template <bool COMPARED, class V> QP_NOINLINE sparse::Factored<V> factor_kkt(Spa
 }
 
 // Factor the KKT matrix for θ, ρ and δ; return whether its pivots are finite.
-template <Form FORM, class V>
+template <Form FORM, class V, bool PRICED>
     requires(FORM == Form::sparse_kkt)
-QP_INLINE mask_of<V> factor(Problem<sparse::Team<V>>& problem) {
-    return factor_kkt<false>(static_cast<SparseProblem<V>&>(problem)).ok;
+QP_INLINE mask_of<V> factor(Problem<sparse::Team<V, PRICED>>& problem) {
+    return factor_kkt<false>(static_cast<SparseProblem<V, PRICED>&>(problem)).ok;
 }
 
 // Solve for dx and dv.
-template <Form FORM, class V, class Vector = typename sparse::Team<V>::Vector>
+template <Form FORM, class V, bool PRICED, class Vector = typename sparse::Team<V, PRICED>::Vector>
     requires(FORM == Form::sparse_kkt)
-QP_NOINLINE void solve_multipliers(Problem<sparse::Team<V>>& problem, Vector r_x, Vector r_v, Vector dx, Vector dv) {
-    auto& o = static_cast<SparseProblem<V>&>(problem);
+QP_NOINLINE void solve_multipliers(Problem<sparse::Team<V, PRICED>>& problem, Vector r_x, Vector r_v, Vector dx,
+                                   Vector dv) {
+    auto& o = static_cast<SparseProblem<V, PRICED>&>(problem);
     const SparseKkt& kkt = *o.kkt;
-    using Team = sparse::Team<V>;
+    using Team = sparse::Team<V, PRICED>;
     int n = o.n, low = o.at_lower(), up = o.at_upper();
     Team::each(o.np, [&](auto j) {
         auto right = r_x[j];
