@@ -285,15 +285,6 @@ def _elastic_vjp(problem: Problem, x, v, kappa: float, of_theta, of_c):
     return of_slack, of_v + elastic.compliance * of_slack, of_w, of_theta + v * of_slack
 
 
-def moved_gradients(problem: Problem, x, v, u_x, u_v, dx, dv, tangents: dict[str, Any], names, kappa: float = 0.0):
-    """Compute the tangents of the gradients that `solution_vjp` computes, but for that of u, of the named operands."""
-    moved = solution_vjp(problem, dx, dv, u_x, u_v, [name for name in names if name in MATRICES])
-    if problem.is_elastic:
-        dc = elastic_jvp(problem, x, v, dx, dv, tangents, kappa)[1]
-        moved |= price_gradients(problem, dc * u_v, dv * u_v, names)
-    return moved
-
-
 def _slopes_of_distances(problem: Problem, v, at: Complementarity):
     """Return the derivatives of z, and of r, by v and by w: at their least, which is a share of w, not by v."""
     xp, elastic = problem.backend.xp, problem.elastic
@@ -304,7 +295,7 @@ def _slopes_of_distances(problem: Problem, v, at: Complementarity):
     return (xp.where(least_z, zero, one), z_by_w), (xp.where(least_r, zero, -one), xp.where(least_r, at.r / upper, one))
 
 
-def elastic_jvp(problem: Problem, x, v, dx, dv, tangents: dict[str, Any], kappa: float = 0.0):
+def _elastic_jvp(problem: Problem, x, v, dx, dv, tangents: dict[str, Any], kappa: float = 0.0):
     """Return the tangents of θ and of c, (B, rows)."""
     xp, elastic, at = problem.backend.xp, problem.elastic, complementarity(problem, x, v, kappa)
     dw, d_sigma = price_tangents(problem, tangents)
@@ -323,17 +314,28 @@ def elastic_jvp(problem: Problem, x, v, dx, dv, tangents: dict[str, Any], kappa:
     return lower + upper + d_sigma, xp.where(elastic.two_sided, lower, zero) - upper
 
 
-def kkt_jvp(problem: Problem, x, v, u_x, u_v, dx, dv, tangents: dict[str, Any], kappa: float = 0.0):
-    """Compute −dK u, the right-hand side for the tangent of u = K⁻¹ r but for the tangent of r."""
+def kkt_jvp(problem: Problem, x, v, u_x, u_v, dx, dv, tangents: dict[str, Any], names, kappa: float = 0.0):
+    """Compute what tangents of x, v and the operands move u = K⁻¹ r and the gradients of the named operands by.
+
+    Returns
+    -------
+    r_x, r_v : arrays (B, n), (B, rows)
+        −dK u, the right-hand side for the tangent of u but for the tangent of r.
+    moved : dict
+        The tangents of the gradients that `solution_vjp` computes, but for that of u, of those that have others.
+    """
     xp = problem.backend.xp
     matrices = {name: tangent for name, tangent in tangents.items() if name in MATRICES}
     r_x, r_v = right_hand_side(problem, u_x, u_v, matrices)
+    moved = solution_vjp(problem, dx, dv, u_x, u_v, [name for name in names if name in MATRICES])
     if problem.is_elastic:
-        return r_x, r_v + elastic_jvp(problem, x, v, dx, dv, tangents, kappa)[0] * u_v
-    at = complementarity(problem, x, v)
-    d_slack = right_hand_side(problem, x, v, tangents)[1] - problem.constraints(dx)
-    d_theta = xp.where(problem.inequality, (d_slack - at.theta * dv) / at.z, xp.zeros_like(v))
-    return r_x, r_v + d_theta * u_v
+        d_theta, dc = _elastic_jvp(problem, x, v, dx, dv, tangents, kappa)
+        moved |= price_gradients(problem, dc * u_v, dv * u_v, names)
+    else:
+        at = complementarity(problem, x, v)
+        d_slack = right_hand_side(problem, x, v, tangents)[1] - problem.constraints(dx)
+        d_theta = xp.where(problem.inequality, (d_slack - at.theta * dv) / at.z, xp.zeros_like(v))
+    return r_x, r_v + d_theta * u_v, moved
 
 
 def _operand_gradients(problem: Problem, v, names, *, q=None, k=None, Q=None, K=None, prices=None) -> dict[str, Any]:

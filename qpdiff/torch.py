@@ -35,7 +35,6 @@ from .adjoint import (
     kkt_jvp,
     kkt_vjp,
     masked,
-    moved_gradients,
     objective_jvp,
     objective_vjp,
     price_gradients,
@@ -501,8 +500,8 @@ class _KKTSolve(Function):
         dr_x, dr_v, dx, dv = (_or_zeros(d, value) for d, value in ((dr_x, x), (dr_v, v), (dx, x), (dv, v)))
         with layer.backend.in_full_precision():
             problem, tangents = layer.problem(x, operands), _given(layer, layer.names, tangents)
-            r_x, r_v = kkt_jvp(problem, x, v, u_x, u_v, dx, dv, tangents, layer.kappa)
-            moved = _gradients(moved_gradients, problem, x, v, u_x, u_v, dx, dv, tangents, wanted, layer.kappa)
+            r_x, r_v, moved = kkt_jvp(problem, x, v, u_x, u_v, dx, dv, tangents, wanted, layer.kappa)
+            moved = {name: stored(value) for name, value in moved.items()}
         du_x, du_v, *gradients = layer.kkt_solve(wanted, dr_x + r_x, dr_v + r_v, x, v, operands)
         named = zip(wanted, gradients, strict=True)
         return du_x, du_v, *[d + moved[name] if name in moved else d for name, d in named]
