@@ -146,8 +146,8 @@ def check_unsolved(unsolved: str) -> None:
         raise ValueError(f"unsolved is {unsolved!r}; expected 'raise', 'nan' or 'zero'")
 
 
-GO_ON = "Pass unsolved='nan' or 'zero' to go on without their gradients"
-"""Advice to the callers of an adapter that takes `unsolved`."""
+GO_ON = "Call solve_qp with unsolved='nan' or 'zero' to go on without their gradients"
+"""Advice to the callers of an adapter whose `solve_qp` takes `unsolved`, as its layers may not."""
 
 
 def raise_if_unsolved(status: np.ndarray, *, relaxed: bool = False, advice: str = GO_ON) -> None:

@@ -1504,7 +1504,8 @@ def test_qpfunction_prints_and_refuses(capsys):
     qpdiff.torch.QPFunction(verbose=1)(*operands)
     assert "primal" in capsys.readouterr().out
     Q, p, G, h, A, b = operands
-    with pytest.raises(RuntimeError, match="3 of 3 problems not solved; the first is problem 0: PRIMAL_INFEASIBLE"):
+    message = "3 of 3 problems not solved; the first is problem 0: PRIMAL_INFEASIBLE. Call solve_qp with unsolved="
+    with pytest.raises(RuntimeError, match=message):  # QPFunction has no such option
         qpdiff.torch.QPFunction()(Q, p, torch.cat([G, -G]), torch.cat([h, -h - 1]), A, b)
     with pytest.raises(ValueError, match="Q is not positive semidefinite"):
         qpdiff.torch.QPFunction()(-Q, p, G, h, A, b)
