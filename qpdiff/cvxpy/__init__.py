@@ -5,7 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("qpdiff.from_cvxpy and qpdiff.CVXPYSolver need CVXPY: pip install 'qpdiff[cvxpy]'") from error
 
-from .layer import Layer, LayerSolution, from_cvxpy
+from .layer import Layer, LayerSolution, LayerTangents, from_cvxpy
 from .solver import CVXPYSolver
 
-__all__ = ["CVXPYSolver", "Layer", "LayerSolution", "from_cvxpy"]
+__all__ = ["CVXPYSolver", "Layer", "LayerSolution", "LayerTangents", "from_cvxpy"]

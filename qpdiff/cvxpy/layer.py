@@ -157,11 +157,24 @@ class LayerSolution:
         return self.variables[self.layer._position(key)]
 
 
+class LayerTangents(tuple):
+    """Tangents of the variables of a layer, in their order.
+
+    Attributes
+    ----------
+    value : array (*batch)
+        Tangent of `LayerSolution.value`. It is not among the entries of the tuple.
+    """
+
+    value: Any = None
+
+
 class Layer:
     """A CVXPY problem as a function of its parameters; `qpdiff.from_cvxpy` makes it.
 
-    Calling it solves the problem for a batch of parameters; `vjp` and `jvp` differentiate the variables by the
-    parameters. A parameter is an array of its CVXPY shape with any leading batch axes, and these broadcast together.
+    Calling it solves the problem for a batch of parameters; `vjp` and `jvp` differentiate the variables and the
+    objective by the parameters. A parameter is an array of its CVXPY shape with any leading batch axes, and these
+    broadcast together.
     Operands of the QP that depend on parameters without batch axes only are shared by all problems: factored once where
     that can be, and never copied.
 
@@ -252,8 +265,8 @@ class Layer:
             value = xp.where(sol.status == int(status), sign * self._sense * xp.inf, value)
         return LayerSolution(self.values(sol.x), value, sol.status, sol, self, arrays)
 
-    def vjp(self, solution: LayerSolution, *cotangents, smoothing=None, unsolved: str = "nan") -> tuple:
-        """Pull cotangents of the variables back to the parameters.
+    def vjp(self, solution: LayerSolution, *cotangents, value=None, smoothing=None, unsolved: str = "nan") -> tuple:
+        """Pull cotangents of the variables and of the objective back to the parameters.
 
         Parameters
         ----------
@@ -261,6 +274,8 @@ class Layer:
             Of this layer.
         *cotangents : array, optional
             One for each variable, of a shape that broadcasts to that of its value; None means zero.
+        value : array, optional
+            The cotangent of `LayerSolution.value`, of a shape that broadcasts to that of the batch.
         smoothing, unsolved
             As in `qpdiff.vjp`.
 
@@ -274,17 +289,25 @@ class Layer:
         Raises
         ------
         TypeError, ValueError
-            For a number of cotangents that is not that of the variables, or one whose shape does not fit, naming the
-            variable.
+            For a number of cotangents that is neither 0 nor that of the variables, or one whose shape does not fit,
+            naming the variable.
         """
         problem = self._problem(solution)
-        given = self._tangents("cotangent", problem, self.variables, cotangents)
+        given: dict[int, Any] = {}
+        if cotangents or value is None:
+            given = self._tangents("cotangent", problem, self.variables, cotangents)
         x = self.values_adjoint(*(given.get(i) for i in range(len(self.variables))))
-        gradients = differentiation.vjp(solution.solution, x=x, smoothing=smoothing, unsolved=unsolved)
-        return self.operands_adjoint(gradients, *solution.parameters)
+        options = {"smoothing": smoothing, "unsolved": unsolved}
+        if value is None:
+            gradients = differentiation.vjp(solution.solution, x=x, **options)
+            return self.operands_adjoint(gradients, *solution.parameters)
+        objective = self._sense * as_tangent(problem, "cotangent of the value", value, problem.batch_shape)
+        gradients = differentiation.vjp(solution.solution, x=x, objective=objective, **options)
+        of_offset = problem.returned(_where_solved(problem, solution, objective, unsolved))
+        return self._operands_adjoint(gradients, solution.parameters, offset=of_offset)
 
-    def jvp(self, solution: LayerSolution, *tangents, smoothing=None, unsolved: str = "nan") -> tuple:
-        """Push tangents of the parameters forward to the variables.
+    def jvp(self, solution: LayerSolution, *tangents, smoothing=None, unsolved: str = "nan") -> LayerTangents:
+        """Push tangents of the parameters forward to the variables and the objective.
 
         Parameters
         ----------
@@ -299,8 +322,8 @@ class Layer:
 
         Returns
         -------
-        tuple of arrays (*batch, *shape)
-            A tangent for each variable.
+        LayerTangents
+            A tuple of arrays (*batch, *shape), a tangent for each variable, with the attribute `value`.
 
         Raises
         ------
@@ -312,7 +335,14 @@ class Layer:
         given = self._tangents("tangent", problem, self.parameters, tangents)
         flat = {i: _flattened(problem.backend.xp, value, self.parameters[i].shape) for i, value in given.items()}
         moved = {name: self._maps[name].linear(problem.backend, flat) for name in OPERANDS if name in self._maps}
-        return self.values(differentiation.jvp(solution.solution, **moved, smoothing=smoothing, unsolved=unsolved).x)
+        of_solution = differentiation.jvp(solution.solution, **moved, smoothing=smoothing, unsolved=unsolved)
+        of_offset, value = self._maps["offset"].linear(problem.backend, flat), of_solution.objective
+        if of_offset is not None:
+            of_offset = problem.backend.xp.astype(of_offset, value.dtype)
+            value = value + _where_solved(problem, solution, of_offset, unsolved)
+        out = LayerTangents(self.values(of_solution.x))
+        out.value = self._sense * value
+        return out
 
     # ---- the linear maps before and after the QP
 
@@ -334,7 +364,11 @@ class Layer:
         Each gradient has the shape of its operand, None means zero; the parameters are those that `operands` was given,
         of which only the shapes matter.
         """
-        given = {name: stored(value) for name, value in gradients._asdict().items() if value is not None}
+        return self._operands_adjoint(gradients, parameters)
+
+    def _operands_adjoint(self, gradients: Gradients, parameters: tuple, **others) -> tuple:
+        """Return `operands_adjoint` with gradients of other maps than the operands."""
+        given = {name: stored(value) for name, value in gradients._asdict().items() if value is not None} | others
         backend, given = choose_backend(given)
         xp, dtype = backend.xp, floating_types(backend, kinds_of(given, given)).result
         out = []
@@ -420,6 +454,11 @@ class Layer:
             for i, (leaf, value) in enumerate(zip(leaves, values, strict=True))
             if value is not None
         }
+
+
+def _where_solved(problem, solution: LayerSolution, value, unsolved: str):
+    """Return numbers (*batch) with those that problems get that are not SOLVED, as in `qpdiff.vjp`."""
+    return problem.backend.xp.where(solution.status == int(Status.SOLVED), value, differentiation.FILL[unsolved])
 
 
 def _flattened(xp, value, core: tuple[int, ...]):

@@ -206,16 +206,27 @@ def test_derivatives_are_those_of_cvxpys_solutions(case, seed):
     layer = qpdiff.from_cvxpy(problem, parameters, variables)
     solution = layer(*values, **TIGHT)
     cotangents = [rng.normal(size=(BATCH, *variable.shape)) for variable in variables]
-    gradients = layer.vjp(solution, *cotangents)
-    assert [g.shape for g in gradients] == [np.shape(value) for value in values]
+    of_value = rng.normal(size=BATCH)
+    gradients, of_objective, of_both = (
+        layer.vjp(solution, *given, **options)
+        for given, options in ((cotangents, {}), ((), {"value": of_value}), (cotangents, {"value": of_value}))
+    )
+    assert [g.shape for g in gradients] == [g.shape for g in of_objective] == [np.shape(value) for value in values]
+    for one, other, both in zip(gradients, of_objective, of_both, strict=True):
+        np.testing.assert_allclose(one + other, both, rtol=1e-8, atol=1e-8)
     for _ in range(2):
         tangents = draw_tangents(rng, parameters, values)
         nearby = ([v + h * t for v, t in zip(values, tangents, strict=True)] for h in (step, -step))
-        (above, _), (below, _) = (solve_each(problem, parameters, there, variables) for there in nearby)
+        (above, value_above), (below, value_below) = (
+            solve_each(problem, parameters, there, variables) for there in nearby
+        )
+        value_moved = (value_above - value_below) / (2 * step)
         differences = [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
         moved = layer.jvp(solution, *tangents)
-        for mine, theirs in zip(moved, differences, strict=True):
+        for mine, theirs in zip((*moved, moved.value), (*differences, value_moved), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+        pulled = sum(np.sum(g * t) for g, t in zip(of_objective, tangents, strict=True))
+        np.testing.assert_allclose(pulled, of_value @ value_moved, rtol=1e-4, atol=1e-4)
         pulled = sum(np.sum(g * t) for g, t in zip(gradients, tangents, strict=True))
         pushed = sum(np.sum(c * d) for c, d in zip(cotangents, differences, strict=True))
         np.testing.assert_allclose(pulled, pushed, rtol=1e-4, atol=1e-3)
@@ -500,6 +511,26 @@ def test_a_problem_without_numbers_leaves_the_gradients_of_shared_parameters_alo
     found, of_sides = layer.vjp(solution, cotangents, unsolved="zero")
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
     np.testing.assert_array_equal(of_sides[1], 0.0)
+
+
+@pytest.mark.parametrize("unsolved", ["nan", "zero"])
+def test_the_value_with_its_constant_terms_and_its_sign(unsolved):
+    """The largest value of 2c + dx − x² is 2c + d²/4; x ≤ 9 and x ≥ 10 have no solution."""
+    c, d, least = (cp.Parameter(name=name) for name in ("c", "d", "least"))
+    x = cp.Variable()
+    layer = qpdiff.from_cvxpy(cp.Problem(cp.Maximize(2 * c + d * x - x**2), [x <= 9, x >= least]), [c, d, least])
+    solution = layer(3.0, np.array([4.0, 6.0, 4.0]), np.array([-9.0, -9.0, 10.0]))
+    np.testing.assert_allclose(solution.value, [10.0, 15.0, -np.inf], rtol=1e-6)
+    of_c, of_d, _ = layer.vjp(solution, value=np.array([1.0, 10.0, 100.0]), unsolved=unsolved)
+    moved = layer.jvp(solution, 1.0, None, None, unsolved=unsolved)
+    rest = np.nan if unsolved == "nan" else 0.0
+    np.testing.assert_allclose(of_c, 22.0 + rest, rtol=1e-6)
+    np.testing.assert_allclose(of_d, [2.0, 30.0, rest], rtol=1e-6)
+    np.testing.assert_allclose(moved.value, [2.0, 2.0, rest], rtol=1e-6)
+    with pytest.raises(ValueError, match="cotangent of the value has shape"):
+        layer.vjp(solution, value=np.ones(2))
+    with pytest.raises(TypeError, match="0 cotangents were given; expected 1: "):
+        layer.vjp(solution)
 
 
 def test_parameters_that_are_not_listed_keep_their_value():
