@@ -259,6 +259,15 @@ REFUSED = -1
 """The status of all problems where an operand breaks a rule of `check_values`."""
 
 
+class _Stored(NamedTuple):
+    """What the compiled engine stores of every problem; None where it does not (`engines.compiled.engine.Stored`)."""
+
+    constant: Any = None
+    last: Any = None
+    scaling: Any = None
+    factor_ok: Any = None
+
+
 class _Compiled(NamedTuple):
     """The compiled engine: all but the arrays of a call, hashable."""
 
@@ -267,29 +276,41 @@ class _Compiled(NamedTuple):
     """The same with NumPy and the type that the engine computes in."""
     settings: Settings
     check: bool
+    stores: bool = False
+    """Store factors for the derivative, too: memory of JAX's, which a solve alone need not take."""
 
     def solve(self, operands, start):
-        """Return the outcome, and the scaling, for `linearization`."""
+        """Return the outcome, and what is stored of each problem, for `linearization`."""
         exact, working = self.layout.backend.widest_float, self.layout.dtype
-        rows = self.layout.problem(operands).rows
-        columns = [(self.layout.n, working), (rows, working), (rows, working), (1, jnp.int32), (1, jnp.int32)]
-        columns += [(1, exact)] * 4 + [(self.layout.n + rows, working)]
-        batch = math.prod(self.layout.batch_shape)
-        shapes = [jax.ShapeDtypeStruct((batch, width), dtype) for width, dtype in columns]
-        *outcome, scaling = buffer_callback(_Solve(self), shapes, vmap_method="expand_dims")(operands, start)
-        return Outcome(*outcome), scaling
+        problem = self.layout.problem(operands)
+        in_place = not problem.sparse and working == self.on_host.dtype and exact == np.float64
+        batch, n, rows = problem.batch, problem.n, problem.rows
 
-    def relax(self, problem: Problem, outcome: Outcome, scaling, kappa: float):
-        """Return the outcome at the relaxed points, and the scaling."""
+        def shaped(width: int, kind=working):
+            return jax.ShapeDtypeStruct((batch, width), kind)
+
+        outcome = Outcome(shaped(n), shaped(rows), shaped(rows), *[shaped(1, jnp.int32)] * 2, *[shaped(1, exact)] * 4)
+        constant = last = None
+        if in_place and self.stores:
+            constant, last = (
+                jax.ShapeDtypeStruct(shape, working) if math.prod(shape) else None
+                for shape in _engine(problem).shapes_of_factors(problem, np.dtype(working).itemsize)
+            )
+        any_factor = constant is not None or last is not None
+        stored = _Stored(constant, last, shaped(n + rows), shaped(1, jnp.bool_) if any_factor else None)
+        return buffer_callback(_Solve(self, in_place), (outcome, stored), vmap_method="expand_dims")(operands, start)
+
+    def relax(self, problem: Problem, outcome: Outcome, stored, kappa: float):
+        """Return the outcome at the relaxed points, and what is stored: no factor is known there."""
         point = outcome.x, outcome.v, outcome.s, outcome.status
         shapes = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in point]
         callback: Any = _Relax(self, kappa)
         call = buffer_callback(callback, shapes, vmap_method="expand_dims")
-        x, v, s, status = call(problem.operands, (*point, scaling))
-        return outcome._replace(x=x, v=v, s=s, status=status), scaling
+        x, v, s, status = call(problem.operands, (*point, stored.scaling))
+        return outcome._replace(x=x, v=v, s=s, status=status), _Stored(scaling=stored.scaling)
 
-    def linearization(self, problem: Problem, outcome: Outcome, scaling) -> Linearization:
-        return Linearization(problem, _Factors(self, scaling), outcome.x, outcome.v, outcome.s, outcome.status)
+    def linearization(self, problem: Problem, outcome: Outcome, stored) -> Linearization:
+        return Linearization(problem, _Factors(self, stored), outcome.x, outcome.v, outcome.s, outcome.status)
 
     def problem(self, operands, axes) -> Problem:
         """Make NumPy's problem of operands with leading axes, which are to be `axes`."""
@@ -317,26 +338,55 @@ class _Solve(NamedTuple):
     """The callback that solves."""
 
     method: _Compiled
+    in_place: bool
+    """Let the engine write into JAX's buffers, which have the types that it writes."""
 
     def __call__(self, context, out, operands, start) -> None:
-        operands, start, out = jax.tree.map(np.asarray, (operands, start, out))
+        operands, start, outcome, stored = _arrays(operands), start and _arrays(start), *map(_arrays, out)
         axes = _mapped_axes(operands, start or ())
         problem = symmetrized(self.method.problem(operands, axes))
         if start is not None:
             batch_shape, kinds = (*axes, *self.method._batch), (problem.dtype, problem.dtype, np.bool_)
-            start = start._make(_flat(part, batch_shape, 1, kind) for part, kind in zip(start, kinds, strict=True))
+            parts = (_flat(part, batch_shape, 1, kind) for part, kind in zip(start, kinds, strict=True))
+            start = StartingPoint(*parts)
+        in_place = {"out": _joined_batches(outcome, stored, axes)} if self.in_place else {}
         try:
-            outcome, factors = _engine(problem).solve(
-                problem, self.method.settings, start, check=self.method.check, verbose=False, progress=None
+            solved, factors = _engine(problem).solve(
+                problem, self.method.settings, start, check=self.method.check, verbose=False, progress=None, **in_place
             )
         except ValueError:
             if not self.method.check:
                 raise
-            for to in out:
+            for to in outcome:
                 to[...] = REFUSED
             return
-        for to, value in zip(out, (*outcome, factors.scaling(problem)), strict=True):
-            to[...] = value.reshape(to.shape)
+        stored = _Stored(*stored)
+        if not self.in_place:
+            for to, value in zip((*outcome, stored.scaling), (*solved, factors.scaling(problem)), strict=True):
+                to[...] = value.reshape(to.shape)
+        elif stored.factor_ok is not None and not _all_written(stored, factors.stored):
+            stored.factor_ok[...] = False
+
+
+def _joined_batches(outcome, stored, axes) -> tuple[Outcome, _Stored]:
+    """Return arrays to write to with one batch axis in place of mapped axes and the batch."""
+    if axes:
+        outcome = [to.reshape(-1, to.shape[-1]) for to in outcome]
+        stored = [None if to is None else to.reshape(-1, to.shape[-1]) for to in stored]
+    constant, last, scaling, factor_ok = stored
+    return Outcome(*outcome), _Stored(constant, last, scaling, None if factor_ok is None else factor_ok[:, 0])
+
+
+def _all_written(to: _Stored, stored) -> bool:
+    """Write the constants that a batch shares along mapped axes; return whether all that is stored has been written.
+
+    It is not where what is stored depends on the numbers of the operands, or on axes that are mapped.
+    """
+    if to.constant is not None and stored.constant.shape[0] == to.constant.shape[-2] == 1:
+        to.constant[...] = stored.constant
+    elif (0 if to.constant is None else to.constant.size) != stored.constant.size:
+        return False
+    return (0 if to.last is None else to.last.size) == stored.last.size
 
 
 class _Relax(NamedTuple):
@@ -346,7 +396,7 @@ class _Relax(NamedTuple):
     kappa: float
 
     def __call__(self, context, out, operands, point) -> None:
-        operands, point, out = jax.tree.map(np.asarray, (operands, point, out))
+        operands, point, out = map(_arrays, (operands, point, out))
         axes = _mapped_axes(operands, point)
         problem = symmetrized(self.method.problem(operands, axes))
         *numbers, status, scaling = (_of_each(part, problem.batch, axes) for part in point)
@@ -358,23 +408,21 @@ class _Relax(NamedTuple):
 
 
 class _Factors(NamedTuple):
-    """`engines.base.Factors` of the compiled engine in JAX: it factors the KKT matrix at the solution in each solve."""
+    """`engines.base.Factors` of the compiled engine in JAX."""
 
     method: _Compiled
-    stored: Any
-    """The scaling."""
+    stored: _Stored
 
     def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices):
         """Solve the KKT system, as `engines.base.Factors` says; no gradients of matrices come along."""
         shapes = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in (r_x, r_v)]
-        point = lin.x, lin.v, lin.s, lin.status, self.stored
         callback: Any = _KKTSolve(self.method, fill == 0)
         call = buffer_callback(callback, shapes, vmap_method="expand_dims")
-        return *call(lin.problem.operands, point, (r_x, r_v)), {}
+        return *call(lin.problem.operands, (lin.x, lin.v, lin.s, lin.status), self.stored, (r_x, r_v)), {}
 
     def scaling(self, problem: Problem):
         """Return D and E of every problem, as `engines.base.Factors` says."""
-        return self.stored
+        return self.stored.scaling
 
 
 class _KKTSolve(NamedTuple):
@@ -384,24 +432,42 @@ class _KKTSolve(NamedTuple):
     zero: bool
     """Give problems that are not SOLVED zeros, else NaN."""
 
-    def __call__(self, context, out, operands, point, right) -> None:
-        operands, point, right, out = jax.tree.map(np.asarray, (operands, point, right, out))
+    def __call__(self, context, out, operands, point, stored, right) -> None:
+        operands, point, stored, right, out = map(_arrays, (operands, point, stored, right, out))
         axes = _mapped_axes(operands, point)
         problem = self.method.problem(operands, axes)
-        *numbers, status, scaling = (_of_each(part, problem.batch, axes) for part in point)
+        *numbers, status = (_of_each(part, problem.batch, axes) for part in point)
         x, v, s = (part.astype(problem.dtype, copy=False) for part in numbers)
-        factors = _engine(problem).without_factor(problem, scaling.astype(problem.dtype, copy=False))
-        lin = Linearization(problem, factors, x, v, s, status)
-        # Along the axes that only right-hand sides are mapped over, one solve after the other with the same matrices.
-        mapped = np.broadcast_shapes(*(r.shape[:-2] for r in right)) if axes else ()
-        repeated = [a if b == 1 else 1 for a, b in zip(mapped, axes, strict=True)]
-        right = [_broadcast(r, (*mapped, *r.shape[-2:])) for r in right]
-        for index in product(*map(range, repeated)):
-            at = tuple([slice(None) if size == 1 else slice(i, i + 1) for i, size in zip(index, repeated, strict=True)])
+        lin = Linearization(problem, self._factors(problem, _Stored(*stored), axes), x, v, s, status)
+        right, places = _repeated(right, axes) if axes else (right, [()])
+        for at in places:
             r_x, r_v = (_of_each(r[at], problem.batch, axes).astype(problem.dtype, copy=False) for r in right)
             u = solve_kkt(lin, r_x, r_v, unsolved="zero" if self.zero else "nan")
             for to, part in zip(out, u, strict=True):
                 to[at] = part.reshape(to[at].shape)
+
+    def _factors(self, problem: Problem, stored: _Stored, axes) -> Any:
+        """Return the engine's factors of what JAX has stored."""
+        scaling = _of_each(stored.scaling, problem.batch, axes).astype(problem.dtype, copy=False)
+        if stored.factor_ok is None:
+            return _engine(problem).without_factor(problem, scaling)
+        constant, last = (self._factor(value, problem.batch, axes) for value in (stored.constant, stored.last))
+        factor_ok = _of_each(stored.factor_ok, problem.batch, axes)[:, 0]
+        return _engine(problem).factors_of(problem, constant, last, scaling, factor_ok)
+
+    def _factor(self, value, batch: int, axes):
+        """Return an array of `_Stored` for so many problems; one that a batch shares has one entry, for all axes."""
+        if value is None or not axes:
+            return value
+        shared = value.shape[-2] < math.prod(self.method.layout.batch_shape)
+        return value.reshape(-1, value.shape[-1])[:1] if shared else _of_each(value, batch, axes)
+
+
+def _arrays(buffers):
+    """Return NumPy's views of buffers, or None: of operands by name, or in a row."""
+    if isinstance(buffers, dict):
+        return {name: apply(np.asarray, buffer) for name, buffer in buffers.items()}
+    return [None if buffer is None else np.asarray(buffer) for buffer in buffers]
 
 
 def _mapped_axes(operands, vectors):
@@ -422,8 +488,24 @@ def _flat(value, batch_shape, core: int, dtype):
     return value.astype(dtype, copy=False)
 
 
+def _repeated(right, axes):
+    """Return right-hand sides that are broadcast along mapped axes, and the index of each that a solve takes.
+
+    Along the axes that only right-hand sides are mapped over, one is solved for after the other with the same matrices.
+    """
+    mapped = np.broadcast_shapes(*(r.shape[:-2] for r in right))
+    repeated = [a if b == 1 else 1 for a, b in zip(mapped, axes, strict=True)]
+    places = (
+        tuple([slice(None) if size == 1 else slice(i, i + 1) for i, size in zip(index, repeated, strict=True)])
+        for index in product(*map(range, repeated))
+    )
+    return [_broadcast(r, (*mapped, *r.shape[-2:])) for r in right], places
+
+
 def _of_each(value, batch: int, axes):
     """Return vectors with one batch axis, for each problem its own."""
+    if not axes:
+        return value
     value = _broadcast(value, (*axes, *value.shape[-2:]))
     return np.ascontiguousarray(value.reshape(batch, value.shape[-1]))
 
@@ -616,8 +698,13 @@ def _iterate(method: _Method, unsolved: str, operands, start):
 
 @_iterate.defjvp
 def _iterate_jvp(method, unsolved, primals, tangents):
-    result = _iterate(method, unsolved, *primals)
-    return result, _tangent(method, unsolved, 0.0, primals[0], tangents[0], *result)
+    storing = method._replace(stores=True) if isinstance(method, _Compiled) else method
+    result = _iterate(storing, unsolved, *primals)
+    moved = _tangent(storing, unsolved, 0.0, primals[0], tangents[0], *result)
+    if storing == method:
+        return result, moved
+    (outcome, stored), (of_outcome, of_stored) = result, moved
+    return (outcome, _Stored(scaling=stored.scaling)), (of_outcome, _Stored(scaling=of_stored.scaling))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

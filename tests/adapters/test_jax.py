@@ -364,6 +364,43 @@ def test_gradients_in_any_order_of_transformations(called):
             np.testing.assert_allclose(pulled[name], getattr(expected, name), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("parts", ["A G", "A G lb"])
+def test_gradients_of_the_factor_that_the_solve_has_stored(parts, on_host):
+    """Another factor of the same matrix would give other last digits."""
+    operands = some(np.random.default_rng(21), parts, n=6, m=2)
+    cotangent = jnp.asarray(np.random.default_rng(22).normal(size=operands["q"].shape))
+    gradient = jax.grad(lambda operands, cotangent: jnp.sum(cotangent * on_host(**operands).x))
+    shared = operands | {name: operands[name][0] for name in operands if name not in ("q", "h")}
+    axes = {name: 0 if name in ("q", "h") else None for name in operands}
+    for given, transformed in (
+        (operands, (gradient, jax.jit(gradient), jax.vmap(gradient))),
+        (shared, (gradient, jax.jit(jax.vmap(gradient, in_axes=(axes, 0))))),
+    ):
+        sol = qpdiff.solve_qp(**{name: np.asarray(value) for name, value in given.items()})
+        expected = qpdiff.vjp(sol, x=np.asarray(cotangent))
+        for function in transformed:
+            np.testing.assert_array_equal(function(given, cotangent)["q"], expected.q)
+
+
+@pytest.mark.parametrize("case", ["numbers decide on the form", "mapped matrices", "too many"])
+def test_gradients_where_a_factor_cannot_be_stored(case, on_host, monkeypatch):
+    diagonal = case == "numbers decide on the form"
+    operands = some(
+        np.random.default_rng(23), "A lb ub" if diagonal else "A G", n=6, cost="diagonal" if diagonal else "pd"
+    )
+    if case == "mapped matrices":  # which the problems of one call share
+        operands |= {name: operands[name][0] for name in ("Q", "A", "G")}
+    if case == "too many":  # for all of the mapped problems together
+        monkeypatch.setattr("qpdiff.engines.compiled.engine.STORED_BYTES", (8 * 3 * 300, 0))
+    given = {name: jnp.stack([value, 1.1 * value]) for name, value in operands.items()}
+    mapped = jax.vmap(jax.grad(lambda operands: jnp.sum(on_host(**operands, **TIGHT).x)))(given)
+    for i in range(2):
+        sol = qpdiff.solve_qp(**{name: np.asarray(value[i]) for name, value in given.items()}, **TIGHT)
+        expected = qpdiff.vjp(sol, x=np.ones((3, 6)))
+        for name in operands:
+            np.testing.assert_allclose(mapped[name][i], getattr(expected, name), rtol=1e-6, atol=1e-8, err_msg=name)
+
+
 def test_jacobians_of_shared_operands_under_vmap(called):
     """Right-hand sides that are mapped, beside problems that are not, or along another axis."""
     rng = np.random.default_rng(13)

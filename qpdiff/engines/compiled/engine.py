@@ -60,7 +60,8 @@ PARAMETERS = {np.dtype(np.float64): _core.Parameters(DOUBLE), np.dtype(np.float3
 class Stored(NamedTuple):
     """Factors and scaling of every problem, stored for the derivative; src/method/problem.hpp has their layout.
 
-    The first axis is the batch, of length 1 where one entry is for all problems and 0 where nothing is stored.
+    The first axis is the batch, of length 1 where one entry is for all problems and 0 where nothing is stored; None
+    there is as good.
     """
 
     constant: Any
@@ -113,30 +114,58 @@ def refusal(problem: Problem, verbose: bool) -> str | None:
 
 
 def solve(
-    problem: Problem, settings: Settings, start: StartingPoint | None, *, check: bool, verbose: bool, progress
+    problem: Problem, settings: Settings, start: StartingPoint | None, *, check: bool, verbose: bool, progress, out=None
 ) -> tuple[Outcome, Factors]:
-    """Solve every problem of a batch, as `engines.base.Engine` says."""
-    solved = _solve(problem, settings, start, progress, check)
-    if solved is None:
+    """Solve every problem of a batch, as `engines.base.Engine` says; `out` is that of `arrays_of_solve`."""
+    outcome, factors = arrays_of_solve(problem, out)
+    if not _solve(problem, settings, start, progress, check, outcome, factors):
         check_values(problem)  # raises the error, if there is one: the checks in C++ are stricter
-        solved = _solve(problem, settings, start, progress, False)
-    return solved
+        _solve(problem, settings, start, progress, False, outcome, factors)
+    return outcome, factors
 
 
-def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, progress, check: bool):
-    """Solve as `solve` does; return None where an operand may break a rule."""
-    n, count, dtype = problem.n, problem.batch, np.dtype(problem.dtype)
+def arrays_of_solve(problem: Problem, out: tuple[Outcome, Stored] | None = None) -> tuple[Outcome, Factors]:
+    """Make the arrays that a solve fills.
+
+    `out` has those that the caller wants filled, contiguous; of factors, which may be None, those are taken whose size
+    is that of what is stored.
+    """
+    count, dtype = problem.batch, np.dtype(problem.dtype)
     form = int(preferred_form(problem))
     plan = _plan(problem, form, dtype.itemsize)
-    x, v, s, constant, last, scaling = [make(shape, dtype) for make, shape in plan]
-    scalars = [np.empty((count, 1), kind) for kind in SCALARS]
-    outcome = Outcome(x, v, s, *scalars)
-    stored = Stored(constant, last, scaling, np.empty(count, np.int32), np.empty(count, np.bool_))
-    done = outcome, Factors(form, stored)
+    if out is None:
+        x, v, s, constant, last, scaling = [make(shape, dtype) for make, shape in plan]
+        outcome = Outcome(x, v, s, *[np.empty((count, 1), kind) for kind in SCALARS])
+        factor_ok = np.empty(count, np.bool_)
+    else:
+        outcome, stored = out
+        scaling, factor_ok = stored.scaling, np.empty(count, np.bool_) if stored.factor_ok is None else stored.factor_ok
+        constant, last = (
+            to.reshape(shape) if to is not None and to.size == math.prod(shape) else make(shape, dtype)
+            for to, (make, shape) in zip((stored.constant, stored.last), plan[3:5], strict=True)
+        )
+    return outcome, Factors(form, Stored(constant, last, scaling, np.empty(count, np.int32), factor_ok))
+
+
+def shapes_of_factors(problem: Problem, itemsize: int) -> list[tuple[int, int]]:
+    """Return the shapes of the first two fields of `Stored` after a solve, by the shapes of the operands alone.
+
+    For problems whose numbers decide on the form they are those of the primal one.
+    """
+    plan = _plan(problem, int(preferred_form(problem, diagonal=False)), itemsize)
+    return [shape for _, shape in plan[3:5]]
+
+
+def _solve(
+    problem: Problem, settings: Settings, start: StartingPoint | None, progress, check: bool, outcome, factors
+) -> bool:
+    """Fill the arrays of `arrays_of_solve`; return False where an operand may break a rule."""
+    count, dtype = problem.batch, outcome.x.dtype
+    form, stored = factors
     if count == 0:
-        return done
+        return True
     workers = workers_with_memory(problem, workers_for(problem, count, SOLVE_COST))
-    longest = max(n, problem.m + problem.p)
+    longest = max(problem.n, problem.m + problem.p)
     in_lanes = start is None and longest <= SMALL and count >= ENOUGH * workers and dtype.itemsize == 8
     call = (
         arrays_of(problem), outcome, stored,
@@ -144,10 +173,10 @@ def _solve(problem: Problem, settings: Settings, start: StartingPoint | None, pr
         PARAMETERS[dtype], form, check, problem.rounding, in_lanes, workers, progress,
     )  # fmt: skip
     if longest <= _core.BLOCK:
-        return done if _core.solve(*call) else None
+        return _core.solve(*call)
     _set_blas()
     with single_threaded_blas() if workers > 1 else nullcontext():
-        return done if _core.solve(*call) else None
+        return _core.solve(*call)
 
 
 def arrays_of(problem: Problem) -> tuple:
@@ -203,16 +232,18 @@ def _operations(problem: Problem) -> float:
 
 def without_factor(problem: Problem, scaling) -> Factors:
     """Return factors that store the scaling D and E alone, (B, n + rows): each solve factors the KKT matrix again."""
-    form, count = int(preferred_form(problem)), problem.batch
-    plan, _ = _plan_of(_sizes(problem, form, scaling.itemsize), count, False, False)
-    constant, last = (make(shape, scaling.dtype) for make, shape in plan[3:5])
-    stored = Stored(constant, last, scaling, np.full(count, form, np.int32), np.zeros(count, np.bool_))
-    return Factors(form, stored)
+    return factors_of(problem, None, None, scaling, np.zeros(problem.batch, np.bool_))
+
+
+def factors_of(problem: Problem, constant, last, scaling, factor_ok) -> Factors:
+    """Return factors made of fields of `Stored`; of those that are None nothing is stored."""
+    form = int(preferred_form(problem))
+    return Factors(form, Stored(constant, last, scaling, np.full(problem.batch, form, np.int32), factor_ok))
 
 
 def is_shared(value) -> bool:
     """Return whether an operand is the same for all problems: one entry, or one broadcast with a stride of 0."""
-    return value.shape[0] == 1 or value.strides[0] == 0
+    return value.shape[0] == 1 or getattr(value, "strides", (1,))[0] == 0  # traced arrays have none
 
 
 def _plan(problem: Problem, form: int, itemsize: int):
@@ -224,7 +255,7 @@ def _plan(problem: Problem, form: int, itemsize: int):
     shared = count == 1 or all(is_shared(value) for name, value in operands.items() if name in DECIDING)
     plan, stored = _plan_of(sizes, count, shared, True)
     if stored > STORED_BYTES[0]:
-        data = itemsize * sum(v[:1].size if is_shared(v) else v.size for v in operands.values())
+        data = itemsize * sum(math.prod(v.shape[is_shared(v) :]) for v in operands.values())
         if not stores(stored, data):
             plan, _ = _plan_of(sizes, count, shared, False)
     return plan
