@@ -137,7 +137,8 @@ def solve_qp(
     how large D⁻¹x and E⁻¹v are: X is the largest entry of Ek that x = 0 does not satisfy; where it satisfies all, the
     smaller of ‖Dq‖∞ / ‖DQD‖ and of the least entry of E|k| that is not 0. V is the geometric mean of ‖Dq‖∞ and
     ‖DQD‖X, where the first is larger, else the larger of the first and of the least length of a row of DQD times X
-    (‖DQD‖X for q = 0). 1e-13 ‖D⁻¹x‖∞ (5e-7 in float32) of the primal residual counts as rounding.
+    (‖DQD‖X for q = 0). Variables in no entry of Q, A and G do not count unless they have the whole cost. 1e-13 ‖D⁻¹x‖∞
+    (5e-7 in float32) of the primal residual counts as rounding.
 
     References
     ----------

@@ -265,3 +265,21 @@ def test_right_hand_sides_of_rounding(noise):
         assert sol.status == Status.SOLVED
         expected = -(q - np.linalg.pinv(A[:3]) @ (A[:3] @ q))
         np.testing.assert_allclose(sol.x, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e-4, 1.0, 1e4, 1e9])
+@pytest.mark.parametrize("curved", [0, 2])
+def test_variables_that_only_have_bounds(unit, curved):
+    """Each is at the bound that its cost leads to; those with curvature are clipped."""
+    rng = np.random.default_rng(6)
+    lower, span = rng.normal(size=(20, 8)), rng.uniform(0.1, 2.0, size=(20, 8))
+    lower[:, 2:4], q = 0.0, rng.uniform(0.5, 2.0, size=(20, 8)) * rng.choice([-1.0, 1.0], size=(20, 8))
+    upper = lower + span
+    lower[:, 4:6], upper[:, 6:] = -np.inf, np.inf
+    q[:, 4:6], q[:, 6:] = -np.abs(q[:, 4:6]), np.abs(q[:, 6:])
+    x = np.where(q > 0, lower, upper)
+    x[:, :curved] = np.clip(-q, lower, upper)[:, :curved]
+    Q = np.diag(np.arange(8) < curved) / unit**2
+    sol = qpdiff.solve_qp(Q, q / unit, lb=unit * lower, ub=unit * upper)
+    assert np.all(sol.status == Status.SOLVED)
+    np.testing.assert_allclose(sol.x / unit, x, atol=1e-6)

@@ -39,20 +39,20 @@ def equilibrate(problem: Problem) -> Scaling:
     xp, backend = problem.backend.xp, problem.backend
     balanced = balance(problem)
     D, occupied, curvature = balanced.D, balanced.occupied, balanced.curvature
-    boxed = problem.lb is not None and problem.ub is not None
     rows, bounds = balanced.E, [bound for bound in (problem.lb, problem.ub) if bound is not None]
 
     def scale_bounds(rows, D):
         """Return E: the scale of a bound is that of its variable."""
         return join_columns(xp, [*rows, *(1.0 / D for _ in bounds)], D)
 
-    # A variable in no row and not in Q takes the scale of its bounds, so that they say nothing of the others.
-    counts = join_columns(xp, [*balanced.filled, *(occupied if boxed else occupied | True for _ in bounds)], occupied)
+    # A variable in no row and not in Q takes the scale of its bounds, or that of others where these are 0 or infinite,
+    # and says nothing of them.
+    counts = join_columns(xp, [*balanced.filled, *(occupied for _ in bounds)], occupied)
 
     def scaled(rows, D):
         """Return E, Ek, Dq, and the units of residuals."""
         E = scale_bounds(rows, D)
-        k, q = xp.where(problem.exists & counts, E * problem.k, 0.0), D * problem.q
+        k, q = xp.where(problem.exists & counts, E * problem.k, 0.0), xp.where(occupied, D * problem.q, 0.0)
         return E, k, q, measure_residual_units(problem, E, k, q, curvature, balanced.least_curvature)
 
     E, k, q, units = scaled(rows, D)
@@ -61,14 +61,32 @@ def equilibrate(problem: Problem) -> Scaling:
         D, rows = enlarged
         E, k, q, units = scaled(rows, D)
     primal, dual, reach = units
-    if boxed:
-        span = problem.ub - problem.lb
-        bounded = ~occupied & (span > 0) & (span < INFINITE)
-        if not backend.known_all_false(bounded):
-            D = xp.where(bounded, span / primal, D)
-            E = scale_bounds(rows, D)
+    if not backend.known_all_false(~occupied):
+        size = size_of_bounds(problem)
+        D, known = xp.where(occupied, D, size / primal), occupied | (size > 0)
+        largest = backend.largest(xp.where(known, D, 0.0))
+        D = xp.where(known, D, xp.where(largest > 0, largest, 1.0))
+        E = scale_bounds(rows, D)
+        # Where no other has a cost, these decide how large it is.
+        slope = backend.norm(D * problem.q)
+        decides = (curvature == 0) & (backend.norm(q) == 0) & (slope > 0)
+        dual, q = xp.where(decides, slope, dual), xp.where(decides, D * problem.q, q)
     unscaled = Scaling(D, E, primal, dual, reach, xp.ones_like(primal))
     return balance_cost(backend, unscaled, curvature, k, q)
+
+
+def size_of_bounds(problem: Problem):
+    """Return how large the bounds say that each variable is, (B or 1, n): their distance, or that of one from 0."""
+    xp = problem.backend.xp
+    size = xp.zeros_like(problem.q)
+    for bound in (problem.lb, problem.ub):
+        if bound is not None:
+            length = xp.abs(bound)
+            size = xp.maximum(size, xp.where(length < INFINITE, length, 0.0))
+    if problem.lb is None or problem.ub is None:
+        return size
+    span = xp.abs(problem.ub - problem.lb)
+    return xp.where((span > 0) & (span < INFINITE), span, size)
 
 
 def balance_cost(backend, scaling: Scaling, curvature, k, q) -> Scaling:

@@ -100,15 +100,26 @@ template <class Team> QP_INLINE void scale_bounds(Problem<Team>& o) {
     });
 }
 
+// Return how large the bounds say that a variable is: their distance, or that of one from 0.
+template <class Team, class J> QP_INLINE typename Team::Entry size_of_bounds(const Problem<Team>& o, J j) {
+    using N = typename Team::Entry;
+    using Real = typename Team::Real;
+    auto far = as<N>(Real(INFINITE));
+    N lower = o.lower ? absolute(N(o.lb[j])) : N{}, upper = o.upper ? absolute(N(o.ub[j])) : N{};
+    N size = larger(select(lower < far, lower, Real(0)), select(upper < far, upper, Real(0)));
+    if (!o.lower || !o.upper) {
+        return size;
+    }
+    N span = absolute(o.ub[j] - o.lb[j]);
+    return select((span > N{}) & (span < far), span, size);
+}
+
 // Call f(i, counts) for all constraints, with a mask of those that the units are computed from: rows that have an
-// entry, and bounds of variables that have an entry in Q, A or G, as others take the scale of their bounds.
+// entry, and bounds of variables that have an entry in Q, A or G.
 template <class Team, class F> QP_INLINE void each_constraint(Problem<Team>& o, F f) {
     using N = typename Team::Entry;
     Team::each(o.lp, [&](auto i) { f(i, o.filled[i] > N{}); });
-    auto of_bounds = [&](int at) {
-        Team::each(o.np,
-                   [&](auto j) { f(j + at, o.lower && o.upper ? o.occupied[j] > N{} : truth<mask_of<N>>(true)); });
-    };
+    auto of_bounds = [&](int at) { Team::each(o.np, [&](auto j) { f(j + at, o.occupied[j] > N{}); }); };
     if (o.lower) {
         of_bounds(o.at_lower());
     }
@@ -137,7 +148,9 @@ template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(P
         needed_ = larger(unsatisfied, needed_);
         nearest_ = larger(select(length == N{}, Real(0), Real(1) / select(length == N{}, Real(1), length)), nearest_);
     });
-    Team::each(o.np, [&](auto j) { slope_ = larger(absolute(o.D[j] * o.q[j]), slope_); });
+    Team::each(o.np, [&](auto j) {
+        slope_ = larger(select(o.occupied[j] > N{}, absolute(o.D[j] * o.q[j]), Real(0)), slope_);
+    });
     S needed, nearest, slope;
     Team::reduce(Largest{needed_, needed}, Largest{nearest_, nearest}, Largest{slope_, slope});
     auto where_positive = [&](S a, S value, S other) {
@@ -168,7 +181,7 @@ template <class Team> QP_NOINLINE bool enlarge_flat(Problem<Team>& o) {
     using S = typename Team::Number;
     using Real = typename Team::Real;
     N slope_{};
-    Team::each(o.np, [&](auto j) { slope_ = larger(o.flat[j] * absolute(o.D[j] * o.q[j]), slope_); });
+    Team::each(o.np, [&](auto j) { slope_ = larger(o.flat[j] * o.occupied[j] * absolute(o.D[j] * o.q[j]), slope_); });
     S slope = Team::largest(slope_), curved = o.curvature * o.primal_unit;
     typename Team::Truth small = (slope > S{}) & (curved > slope);
     if (!some(small)) {
@@ -197,15 +210,32 @@ template <class Team, bool FLAT = !Team::lanes> QP_NOINLINE typename Team::Numbe
         }
     }
     o.cost = as<typename Team::Number>(Real(1));
-    auto primal = o.primal_unit, dual = o.dual_unit;
-    if (o.lower && o.upper) {
+    auto primal = o.primal_unit;
+    if (o.lower || o.upper) {
+        // A variable in no row and not in Q takes the scale of its bounds, or that of others where these are 0 or
+        // infinite, and says nothing of them.
+        auto is_known = [&](auto j) { return (o.occupied[j] > N{}) | (size_of_bounds(o, j) > N{}); };
+        N largest_{}, whole_{};
         Team::each(o.np, [&](auto j) {
-            N span = o.ub[j] - o.lb[j];
-            auto bounded = (o.occupied[j] == N{}) & (span > N{}) & (span < as<N>(Real(INFINITE)));
-            o.D.set(j, select(bounded, span / primal, o.D[j]));
+            o.D.set(j, select(o.occupied[j] > N{}, o.D[j], size_of_bounds(o, j) / primal));
+            largest_ = larger(select(is_known(j), N(o.D[j]), Real(0)), largest_);
+        });
+        typename Team::Number zero{}, largest = Team::largest(largest_);
+        auto other = select(largest > zero, largest, Real(1));
+        Team::each(o.np, [&](auto j) {
+            N D = select(is_known(j), N(o.D[j]), as<N>(other));
+            o.D.set(j, D);
+            whole_ = larger(absolute(D * o.q[j]), whole_);
         });
         scale_bounds(o);
+        // Where no other has a cost, these decide how large it is.
+        auto whole = Team::largest(whole_);
+        auto decides = no(o.curvature > zero) & no(slope > zero) & (whole > zero);
+        o.dual_unit = select(decides, whole, o.dual_unit);
+        o.gap_unit = primal * o.dual_unit;
+        slope = select(decides, whole, slope);
     }
+    auto dual = o.dual_unit;
     bool absolute_ = o.settings->absolute;
     Team::each(o.np, [&](auto j) { o.unit_x.set(j, absolute_ ? as<N>(Real(1)) : o.D[j] / dual); });
     Team::each(o.rows, [&](auto i) { o.unit_v.set(i, absolute_ ? as<N>(Real(1)) : o.E[i] / primal); });
