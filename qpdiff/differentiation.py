@@ -470,6 +470,8 @@ def _flat_values(problem: Problem, label: str, operand: Sparse, value):
 def as_tangent(problem: Problem, label: str, value, shape):
     """Return a tangent or cotangent in the library and the floating point type of the problem, broadcast to a shape."""
     xp, backend = problem.backend.xp, problem.backend
+    if is_sparse(value):
+        raise TypeError(f"{label} is a sparse matrix; expected an array of shape {tuple(shape)}")
     if isinstance(value, np.ndarray) or not hasattr(value, "dtype"):
         value = from_host(label, value, backend)
     if xp.isdtype(value.dtype, "complex floating"):

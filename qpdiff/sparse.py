@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Hashable
 from functools import cache, cached_property, lru_cache
@@ -483,9 +484,7 @@ def _from_places(name: str, values, rows: np.ndarray, columns: np.ndarray, shape
 
 def _from_rows(name: str, values, indices, indptr, shape) -> Sparse:
     """Read compressed rows, sort them and sum entries of the same place."""
-    sizes = tuple([int(size) for size in shape])
-    if len(sizes) != 2 or min(sizes) < 0:
-        raise ValueError(f"{name} has shape {tuple(shape)}; expected rows and columns, without batch axes")
+    sizes = _sizes(name, shape)
     starts, columns = (_int32(name, _on_host(name, a)) for a in (indptr, indices))
     values = _checked_values(name, values, len(columns))
     try:
@@ -498,6 +497,16 @@ def _from_rows(name: str, values, indices, indptr, shape) -> Sparse:
     return Sparse.of_pattern(values, pattern)
 
 
+def _sizes(name: str, shape) -> tuple[int, int]:
+    try:
+        rows, columns = map(operator.index, shape)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} has shape {shape!r}; expected rows and columns, without batch axes") from None
+    if not (0 <= rows <= LARGEST and 0 <= columns <= LARGEST):
+        raise ValueError(f"{name} has shape {shape!r}; expected from 0 to {LARGEST} rows and columns")
+    return rows, columns
+
+
 def _int32(name: str, array: np.ndarray) -> np.ndarray:
     if array.ndim != 1:
         raise ValueError(f"{name} has indices of shape {array.shape}; expected one axis: the batch has one pattern")
@@ -508,7 +517,10 @@ def _int32(name: str, array: np.ndarray) -> np.ndarray:
 
 def _checked_values(name: str, values, count: int):
     if not hasattr(values, "shape"):
-        values = np.asarray(values)
+        try:
+            values = np.asarray(values)
+        except ValueError as error:
+            raise ValueError(f"{name} has values that are not a regular array: {error}") from error
     if values.ndim < 1 or values.shape[-1] != count:
         raise ValueError(
             f"{name} has values of shape {tuple(values.shape)}; expected (..., {count}), one for each of its indices"

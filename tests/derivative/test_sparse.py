@@ -222,6 +222,10 @@ def test_the_pattern_of_a_tangent_must_fit():
         qpdiff.jvp(sol, G=as_sparse(operands["G"], np.ones_like(masks["G"])))
     with pytest.raises(ValueError, match=r"^tangent of Q has shape \(6, 6\); expected \(3, \d+\)"):
         qpdiff.jvp(sol, Q=np.eye(6))
+    with pytest.raises(TypeError, match=r"^tangent of q is a sparse matrix; expected an array of shape \(3, 6\)"):
+        qpdiff.jvp(sol, q=as_sparse(operands["Q"], masks["Q"]))
+    with pytest.raises(TypeError, match=r"^cotangent of x is a sparse matrix; expected an array of shape \(3, 6\)"):
+        qpdiff.vjp(sol, x=as_sparse(operands["Q"], masks["Q"]))
 
 
 @pytest.mark.parametrize("route", ["sparse"], indirect=True)

@@ -166,6 +166,11 @@ REFUSED = {
     "values": ({"values": np.ones((2, 3))}, "the matrix has values of shape (2, 3); expected (..., 2)"),
     "no-axis": ({"values": 1.0}, "the matrix has values of shape (); expected (..., 2)"),
     "shape": ({"shape": (3, 2, 2)}, "the matrix has shape (3, 2, 2); expected rows and columns, without batch axes"),
+    "shape-number": ({"shape": 2}, "the matrix has shape 2; expected rows and columns, without batch axes"),
+    "shape-fraction": ({"shape": (2, 2.5)}, "the matrix has shape (2, 2.5); expected rows and columns"),
+    "shape-negative": ({"shape": (2, -1)}, "the matrix has shape (2, -1); expected from 0 to 2147483647 rows and"),
+    "shape-large": ({"shape": (2, 2**31)}, "the matrix has shape (2, 2147483648); expected from 0 to 2147483647 rows"),
+    "ragged": ({"values": [[1.0, 2.0], [1.0]]}, "the matrix has values that are not a regular array: "),
     "axes": ({"indices": [[0, 1]]}, "the matrix has indices of shape (1, 2); expected one axis"),
     "too-large": ({"indices": np.array([0, 2**40])}, "the matrix has indices beyond 2147483647"),
 }
