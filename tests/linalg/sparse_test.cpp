@@ -40,7 +40,7 @@ int ldl(int n, const int* starts, const int* rows, const double* values, const d
     std::fill(units.data.get(), units.data.get() + n, V{} + 1.0);
     Numbers<V> of_rows(width<double> * n);
     sparse::Factor<V> f{L, inverse, work, of_rows};
-    bool factor_ok = every(sparse::factor<false, V>(p, M, {signs, units, 1e-13, 1e-6}, f).ok);
+    bool factor_ok = every(sparse::factor<false, V>(p, M, {signs, units, 1e-13, 1e-6, 100}, f).ok);
     sparse::solve<V>(p, f, right);
     right.give(x);
     return factor_ok ? p.size() : -1;

@@ -126,6 +126,19 @@ def test_replaces_pivots_of_the_wrong_sign(library, teams):
 
 
 @pytest.mark.parametrize("teams", ["one", "lanes"])
+def test_rounding_in_place_of_pivots_does_not_grow(library, teams):
+    """Of dependent rows the pivots are what rounding leaves of terms of 1e12: each may multiply what comes after it."""
+    count, n, rows = 1 if teams == "one" else library.lanes_of_a_register(), 5, 40
+    rng = np.random.default_rng(0)
+    K = np.outer(rng.normal(size=rows), rng.normal(size=n))
+    U = sp.triu(sp.csc_array(np.block([[1e-12 * np.eye(n), K.T], [K, -1e-10 * np.eye(rows)]]))).tocsc()
+    signs, x = np.repeat([1.0, -1.0], [n, rows]), np.ones((count, n + rows))
+    values = np.tile(U.data, (count, 1))
+    assert call(getattr(library, f"ldl_{teams}"), n + rows, U.indptr, U.indices, values, signs, x) > 0
+    assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize("teams", ["one", "lanes"])
 def test_says_where_a_number_is_not_finite(library, teams):
     count = 1 if teams == "one" else library.lanes_of_a_register()
     U = sp.csc_array(np.triu([[1.0, 1.0], [1.0, 3.0]]))
