@@ -53,7 +53,7 @@ def equilibrate(problem: Problem) -> Scaling:
         """Return E, Ek, Dq, and the units of residuals."""
         E = scale_bounds(rows, D)
         k, q = xp.where(problem.exists & counts, E * problem.k, 0.0), xp.where(occupied, D * problem.q, 0.0)
-        return E, k, q, measure_residual_units(problem, E, k, q, curvature, balanced.least_curvature)
+        return E, k, q, measure_residual_units(problem, E, k, q, balanced)
 
     E, k, q, units = scaled(rows, D)
     enlarged = enlarge_flat(backend, balanced, q, curvature * units[0])
@@ -134,7 +134,7 @@ def scale_cost(scaling: Scaling, c) -> Scaling:
     return Scaling(root * D, E / root, primal / root, root * dual, reach / root, cost * c)
 
 
-def measure_residual_units(problem: Problem, E, k, q, curvature, least_curvature):
+def measure_residual_units(problem: Problem, E, k, q, balanced: Balance):
     """Find what the residuals of the scaled problem are measured in, and how far x is likely to go at most.
 
     Residuals are measured in lower estimates of how large their terms are. A solution is at least as large as the
@@ -142,6 +142,7 @@ def measure_residual_units(problem: Problem, E, k, q, curvature, least_curvature
     all, the solution is where the cost is least, or the first constraint on the way there stops it.
     """
     xp, backend = problem.backend.xp, problem.backend
+    curvature, least_curvature = balanced.curvature, balanced.least_curvature
     length, infinite = xp.abs(k), float("inf")
 
     def where_positive(a, value, other):
@@ -157,9 +158,11 @@ def measure_residual_units(problem: Problem, E, k, q, curvature, least_curvature
     nearest = backend.largest(where_positive(length, 1.0, 0.0))
     slope = backend.norm(q)
     free = where_positive(curvature, slope, 0.0)
-    least = xp.minimum(where_positive(nearest, 1.0, infinite), xp.where(free > 0, free, infinite))
+    # The cost of variables without curvature says nothing of where that of the others is least.
+    of_curved = where_positive(curvature, backend.norm(xp.where(balanced.flat, 0.0, q)), 0.0)
+    least = xp.minimum(where_positive(nearest, 1.0, infinite), xp.where(of_curved > 0, of_curved, infinite))
     primal = xp.where(needed > 0, needed, least)
-    primal = xp.where(primal < infinite, primal, 1.0)
+    primal = xp.where(primal < infinite, primal, xp.where(free > 0, free, 1.0))
     curved = curvature * primal
     between = xp.sqrt(slope) * xp.sqrt(xp.where(curved > 0, curved, slope))
     # Curvature along some variables says nothing of the others, which may have a linear cost alone.

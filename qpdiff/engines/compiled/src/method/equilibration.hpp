@@ -135,7 +135,7 @@ template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(P
     using Real = typename Team::Real;
     const Parameters& P = *o.parameters;
     S zero{}, one = as<S>(Real(1)), infinite = as<S>(Real(INFINITY_));
-    N needed_{}, nearest_{}, slope_{};
+    N needed_{}, nearest_{}, slope_{}, curved_slope_{};
     each_constraint(o, [&](auto i, auto counts) {
         N k = select(counts & no(o.kind.absent(i)), o.E[i] * o.k[i], Real(0)), length = absolute(k);
         N unsatisfied = select(o.kind.equality(i), length, positive(-k));
@@ -149,18 +149,23 @@ template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(P
         nearest_ = larger(select(length == N{}, Real(0), Real(1) / select(length == N{}, Real(1), length)), nearest_);
     });
     Team::each(o.np, [&](auto j) {
-        slope_ = larger(select(o.occupied[j] > N{}, absolute(o.D[j] * o.q[j]), Real(0)), slope_);
+        N cost = select(o.occupied[j] > N{}, absolute(o.D[j] * o.q[j]), Real(0));
+        slope_ = larger(cost, slope_);
+        curved_slope_ = larger(select(o.flat[j] > N{}, Real(0), cost), curved_slope_);
     });
-    S needed, nearest, slope;
-    Team::reduce(Largest{needed_, needed}, Largest{nearest_, nearest}, Largest{slope_, slope});
+    S needed, nearest, slope, curved_slope;
+    Team::reduce(Largest{needed_, needed}, Largest{nearest_, nearest}, Largest{slope_, slope},
+                 Largest{curved_slope_, curved_slope});
     auto where_positive = [&](S a, S value, S other) {
         return select(a > zero, value / select(a > zero, a, one), other);
     };
 
     S free = where_positive(o.curvature, slope, zero);
-    S least = smaller(where_positive(nearest, one, infinite), select(free > zero, free, infinite));
+    // The cost of variables without curvature says nothing of where that of the others is least.
+    S of_curved = where_positive(o.curvature, curved_slope, zero);
+    S least = smaller(where_positive(nearest, one, infinite), select(of_curved > zero, of_curved, infinite));
     S primal = select(needed > zero, needed, least);
-    primal = select(primal < infinite, primal, one);
+    primal = select(primal < infinite, primal, select(free > zero, free, one));
     S curved = o.curvature * primal;
     S between = root(slope) * root(select(curved > zero, curved, slope));
     // Curvature along some variables says nothing of the others, which may have a linear cost alone.
