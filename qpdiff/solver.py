@@ -135,10 +135,11 @@ def solve_qp(
     The default tolerance measures the primal residual as ‖E(Kx − k)₊‖∞ / X (‖E(Kx − k)‖∞ for equalities), the dual one
     as ‖D(Qx + q + Kᵀv)‖∞ / V, and the gap divided by XV. D and E are the equilibration; X and V are lower estimates of
     how large D⁻¹x and E⁻¹v are: X is the largest entry of Ek that x = 0 does not satisfy; where it satisfies all, the
-    smaller of ‖Dq‖∞ / ‖DQD‖, with the q of variables with curvature if it is not 0, and of the least entry of E|k| that
-    is not 0. V is the geometric mean of ‖Dq‖∞ and ‖DQD‖X, where the first is larger, else the larger of the first and
-    of the least length of a row of DQD times X (‖DQD‖X for q = 0). Variables in no entry of Q, A and G do not count
-    unless they have the whole cost. 1e-13 ‖D⁻¹x‖∞ (5e-7 in float32) of the primal residual counts as rounding.
+    smaller of ‖Dq‖∞ / ‖DQD‖, with the q of variables with curvature, and of the least entry of E|k| that is not 0; 1e-8
+    of the former with all of q where neither is there. V is the geometric mean of ‖Dq‖∞ and ‖DQD‖X, where the first is
+    larger, else the larger of the first and of the least length of a row of DQD times X (‖DQD‖X for q = 0). Variables
+    in no entry of Q, A and G do not count unless they have the whole cost. 1e-13 ‖D⁻¹x‖∞ (5e-7 in float32) of the
+    primal residual counts as rounding.
 
     References
     ----------

@@ -48,6 +48,9 @@ class Parameters:
     """Rounding error of the constraints of the scaled problem, relative to the largest variable there."""
     uncertainty: float = 100.0
     """Times further than the largest curvature says that x may go where other curvatures are smaller."""
+    least_reach: float = 1e-8
+    """Share of how far the cost of other variables would move those with curvature that counts where neither their own
+    cost nor a right-hand side moves them."""
     loose: float = 10.0
     """A right-hand side this many times as far away as x is likely to go is that of a bound which means none."""
 

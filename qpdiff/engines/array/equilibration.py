@@ -162,7 +162,7 @@ def measure_residual_units(problem: Problem, E, k, q, balanced: Balance):
     of_curved = where_positive(curvature, backend.norm(xp.where(balanced.flat, 0.0, q)), 0.0)
     least = xp.minimum(where_positive(nearest, 1.0, infinite), xp.where(of_curved > 0, of_curved, infinite))
     primal = xp.where(needed > 0, needed, least)
-    primal = xp.where(primal < infinite, primal, xp.where(free > 0, free, 1.0))
+    primal = xp.where(primal < infinite, primal, xp.where(free > 0, DOUBLE.least_reach * free, 1.0))
     curved = curvature * primal
     between = xp.sqrt(slope) * xp.sqrt(xp.where(curved > 0, curved, slope))
     # Curvature along some variables says nothing of the others, which may have a linear cost alone.

@@ -165,7 +165,7 @@ template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(P
     S of_curved = where_positive(o.curvature, curved_slope, zero);
     S least = smaller(where_positive(nearest, one, infinite), select(of_curved > zero, of_curved, infinite));
     S primal = select(needed > zero, needed, least);
-    primal = select(primal < infinite, primal, select(free > zero, free, one));
+    primal = select(primal < infinite, primal, select(free > zero, Real(P.least_reach) * free, one));
     S curved = o.curvature * primal;
     S between = root(slope) * root(select(curved > zero, curved, slope));
     // Curvature along some variables says nothing of the others, which may have a linear cost alone.

@@ -17,9 +17,9 @@ constexpr double INFINITE = 1e20; // bounds from this magnitude on count as infi
 // Every number of the method, by the names of engines/parameters.py, which gives the reasons.
 // clang-format off
 #define QP_PARAMETERS(X) \
-    X(equilibration_passes) X(smallest_curvature) X(largest_ratio) X(row_rounding) X(uncertainty) X(loose) \
-    X(smallest_pivot) X(smallest_scaled_curvature) X(diagonal_regularization) X(least_sparse_pivot) X(sparse_pivot) \
-    X(sparse_pivot_growth) X(sparse_pivot_errors) X(sparse_smallest) X(sparse_largest) X(sparse_equality) \
+    X(equilibration_passes) X(smallest_curvature) X(largest_ratio) X(row_rounding) X(uncertainty) \
+    X(least_reach) X(loose) X(smallest_pivot) X(smallest_scaled_curvature) X(diagonal_regularization) \
+    X(least_sparse_pivot) X(sparse_pivot) X(sparse_pivot_growth) X(sparse_pivot_errors) X(sparse_smallest) X(sparse_largest) X(sparse_equality) \
     X(sparse_settled) X(sparse_better) X(least_centrality) \
     X(large_multipliers) X(smaller_cost) X(closer) X(less_multipliers) X(warm_centrality) X(step_fraction) \
     X(largest_step_fraction) X(near_limit) X(least_distance) X(refine_relative) X(refine_absolute) X(delta_share) X(delta_stuck) X(delta_floor) \
