@@ -76,7 +76,9 @@ Each caller draws one call after another at random, with one to three threads of
         "Processes",
         """\
 * Processes that are spawned give the same bits. So do processes that are forked before the first solve, after solves,
-  and while other threads solve.
+  and, where BLAS has one thread, while other threads solve.
+* Where BLAS has more threads and another thread solves, a fork may leave hanging the child, and the solving thread too:
+  OpenBLAS stops its threads at a fork, whoever waits for them. Set `OPENBLAS_NUM_THREADS=1`, or do not fork meanwhile.
 * What torch and JAX do in a child of a fork is up to them, once they have started threads. Take `spawn` or
   `forkserver`, or fork first.
 
