@@ -53,8 +53,8 @@ def solve_qp(
 
     Each operand is its core shape with any leading batch axes, and these broadcast together as in NumPy. An operand
     without batch axes is shared by all problems and never copied. A number, or an array without axes, for h, b, lb or
-    ub stands for all of its entries. Any of Q, G and A may be sparse: a `Sparse`, a matrix of
-    scipy.sparse. Then the compiled engine solves by a sparse factorisation.
+    ub stands for all of its entries. Any of Q, G and A may be sparse: a `Sparse`, or a matrix
+    of scipy.sparse, torch or JAX. Then the compiled engine solves by a sparse factorisation.
 
     Parameters
     ----------

@@ -91,6 +91,10 @@ class Backend:
     def asarray(self, value, dtype=None):
         return self.xp.asarray(value, dtype=dtype, device=self.device)
 
+    def to_host(self, array) -> Any:
+        """Return the NumPy array of an array in the host's memory; None where the library, or the device, has none."""
+        return None
+
     def full(self, shape, value, dtype):
         return self.xp.full(shape, value, dtype=dtype, device=self.device)
 

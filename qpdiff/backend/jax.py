@@ -29,6 +29,9 @@ class JAXBackend(Backend):
     def context(self):
         return nullcontext()
 
+    def to_host(self, array):
+        return None if self.is_tracer(array) else np.asarray(array)
+
     def is_tracer(self, array) -> bool:
         return isinstance(array, jax.core.Tracer)
 

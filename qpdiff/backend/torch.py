@@ -61,6 +61,9 @@ class TorchBackend(Backend):
             value = value.copy()  # torch warns of the first and refuses the second
         return super().asarray(value, dtype)
 
+    def to_host(self, array):
+        return array.numpy(force=True) if self.device.type == "cpu" else None
+
     def zeros_of_all(self, batch: int, n: int, dtype):
         if batch == 1:  # an operation of torch's takes a good part of a small solve
             return torch.zeros((1, n), dtype=dtype, device=self.device)

@@ -12,6 +12,7 @@ from ..problem import Problem
 from .array import engine as array
 from .base import Engine
 from .densified import Densified
+from .hosted import Hosted
 
 ENGINES = ("auto", "array", "compiled")
 GPU_SWITCH = "QPDIFF_GPU_ENGINE"
@@ -94,6 +95,8 @@ def _for_sparse(name: str, problem: Problem, verbose: bool) -> Engine:
     That is where it takes fewer operations, as the factor fills up, and where there is no other.
     """
     compiled, missing = sparse_engine()
+    if compiled and problem.backend.to_host(problem.q) is not None:
+        compiled = Hosted(compiled)
     reason: str | None = missing
     if name == "array":
         reason = "engine='array' was asked for"

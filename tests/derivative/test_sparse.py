@@ -1,6 +1,7 @@
 """Sparse problems: solutions, derivatives on the pattern against those of dense ones and central differences."""
 
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -251,13 +252,53 @@ def test_which_engine_solves(route):
             qpdiff.solve_qp(**sparsely(operands, masks), engine="compiled")
 
 
-@pytest.mark.parametrize("route", ["array"], indirect=True)
-@pytest.mark.parametrize("xp", ["array-api-strict", "torch", "cupy"], indirect=True)
-def test_other_libraries(xp):
+@pytest.mark.parametrize("route", ["sparse"], indirect=True)
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_sparse_matrices_of_other_libraries_have_sparse_gradients(library):
+    operands, masks = smooth_sparse(0, "G A lb", batch=(), n=5, m=3, p=1)
+    given = sparsely(operands, masks)
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        theirs = {name: torch.tensor(value) for name, value in operands.items()}
+        theirs |= {name: theirs[name].to_sparse_csr() for name in "QGA"}
+        kind, double = torch.Tensor, nullcontext()
+    else:
+        jax = pytest.importorskip("jax")
+        sparse = pytest.importorskip("jax.experimental.sparse")
+        kind, double = jax.Array, jax.enable_x64(True)
+    with double:
+        if library == "jax":
+            theirs = {name: jax.numpy.asarray(value) for name, value in operands.items()}
+            theirs |= {name: sparse.BCSR.fromdense(theirs[name]) for name in "QGA"}
+        sol, expected = qpdiff.solve_qp(**theirs, **TIGHT), solved(given)
+        gradients, by_numpy = qpdiff.vjp(sol, x=np.ones(5)), qpdiff.vjp(expected, x=np.ones(5))
+        assert isinstance(sol.x, kind)
+        for name in operands:
+            one, other = getattr(gradients, name), getattr(by_numpy, name)
+            if name in "QGA":
+                assert isinstance(one, qpdiff.Sparse)
+                assert one.pattern.key == other.pattern.key
+                one, other = one.values, other.values
+            assert isinstance(one, kind)
+            assert_allclose(np.asarray(one), other, atol=1e-7)
+        near = qpdiff.solve_qp(**theirs, **TIGHT, warm_start=sol)
+        assert int(near.iterations) < int(sol.iterations)
+        moved = qpdiff.vjp(sol, x=np.ones(5), smoothing=0.1).q
+        assert_allclose(np.asarray(moved), qpdiff.vjp(expected, x=np.ones(5), smoothing=0.1).q, atol=1e-7)
+        if library == "jax":
+            traced = jax.jit(lambda x: qpdiff.vjp(sol, x=x).q)(jax.numpy.ones(5))
+            assert_allclose(np.asarray(traced), by_numpy.q, atol=1e-7)
+
+
+@pytest.mark.parametrize("route", ["sparse", "array"], indirect=True)
+@pytest.mark.parametrize("xp", ["array-api-strict", "torch", "jax", "cupy"], indirect=True)
+def test_other_libraries(xp, route):
     operands, masks = smooth_sparse(0, "G A lb", batch=(3,), n=5, m=3, p=1)
     given = sparsely(operands, masks)
     on_library = {name: with_array(value, xp.asarray(stored(value))) for name, value in given.items()}
     sol, expected = qpdiff.solve_qp(**on_library, **TIGHT), solved(given)
+    on_host = route == "sparse" and xp.name in ("torch", "jax")
+    assert ("matrices made dense" in explain_choice("auto", sol.linearization.problem)) != on_host
     assert_allclose(xp.to_numpy(sol.x), expected.x, atol=1e-7)
     for options in ({"objective": np.ones(3)}, {"smoothing": 1e-2}):
         gradients = qpdiff.vjp(sol, x=xp.asarray(np.ones(5)), **options)

@@ -195,7 +195,8 @@ ALLOWED = {
     "engines.array": {"problem", "validation", "solution", *BASE},
     "engines.compiled": {"backend", "problem", "sparse", "validation", "solution", *BASE},
     "engines.densified": {"problem", "engines.base"},
-    "engines.choice": {"problem", "engines.base", "engines.array", "engines.densified"},
+    "engines.hosted": {"backend", "problem", "sparse", "engines.base", "engines.array", "engines.densified"},
+    "engines.choice": {"problem", "engines.base", "engines.array", "engines.densified", "engines.hosted"},
     "solver": {"prices", "problem", "validation", "engines.base", "engines.choice", "solution"},
     "differentiation": {
         "adjoint",
