@@ -114,9 +114,9 @@ QP_NOINLINE void solve_kkt(SparseProblem<V, PRICED>& o, SparseDerivative<V, PRIC
     raise_nearly_active(problem, d, {P.sparse_smallest, P.sparse_largest, P.sparse_equality});
     set_rho();
     auto factored = factor_kkt<true>(o);
-    auto [accurate, settled, left] = solve_with_nearby_factor(o, d, int(P.derivative_rounds));
+    Refined<V> before = solve_with_nearby_factor(o, d, int(P.derivative_rounds));
     // Between dependent constraints the smallest pivots decide.
-    accurate = (accurate | settled) & factored.significant;
+    mask_of<V> accurate = (before.accurate | before.settled) & factored.significant;
     if (every(accurate)) {
         return;
     }
@@ -133,7 +133,7 @@ QP_NOINLINE void solve_kkt(SparseProblem<V, PRICED>& o, SparseDerivative<V, PRIC
     }
     // Where θ was raised too much for constraints that are nearly dependent, the first solution is the better one.
     auto again = solve_with_nearby_factor(o, d, int(P.afresh_rounds));
-    accurate |= no(settled) & (left < P.sparse_better * again.left);
+    accurate |= no(before.settled) & (before.left < P.sparse_better * again.left);
     Team::each(o.np, [&](auto j) { d.u.x.set(j, select(accurate, d.first.x[j], d.u.x[j])); });
     Team::each(o.rows, [&](auto i) { d.u.v.set(i, select(accurate, d.first.v[i], d.u.v[i])); });
 }
