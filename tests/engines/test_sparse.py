@@ -177,6 +177,21 @@ def test_one_problem_and_many_agree(family):
         assert_allclose(alone.objective[0], outcome.objective[b], atol=1e-8)
 
 
+def test_problems_with_and_without_curvature_share_a_lane_group():
+    """Each takes the iterations that it takes alone: the cost is scaled in those without curvature."""
+    problems = list(linear_program(np.random.default_rng(5)))
+    n = len(problems[0][1])
+    curvature = [sp.csr_array((np.full(n, b % 2.0), np.arange(n), np.arange(n + 1))) for b in range(B)]
+    problems = [(Q, 1e3 * q, *rest) for Q, (_, q, *rest) in zip(curvature, problems, strict=True)]
+    pattern, operands, _ = make_batch(problems)
+    outcome = solve(pattern, operands)
+    assert (outcome.status == qpdiff.Status.SOLVED).all()
+    for b in range(B):
+        alone = solve(pattern, {name: a if a is None else a[b : b + 1] for name, a in operands.items()}, 1)
+        assert alone.iterations == outcome.iterations[b]
+        assert_allclose(alone.objective[0], outcome.objective[b], rtol=1e-9)
+
+
 def test_shared_matrices():
     pattern, operands, _ = make_batch(list(mpc(np.random.default_rng(3))))
     shared = operands | {name: operands[name][:1] for name in "QAG"}

@@ -134,11 +134,10 @@ template <bool PRICED> class SparseWorker {
         if (!valid || !load_matrices(group, matrices, b, size)) {
             return false;
         }
-        // The cost of problems without curvature is scaled one by one (`balance_cost`).
-        auto slope = equilibrate<Team, true>(o);
-        if (!same_kinds || !every((o.curvature > Lanes{}) | no(slope > Lanes{}))) {
+        if (!same_kinds) {
             return true;
         }
+        balance_cost(o, equilibrate<Team, true>(o));
         count_inequalities(o);
         std::fill(unsolved, unsolved + size, false);
         iterate_lanes<Form::sparse_kkt>(

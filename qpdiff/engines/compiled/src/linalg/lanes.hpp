@@ -311,6 +311,17 @@ struct Team : Algebra<pack_of<double>> {
     template <class F> static QP_INLINE void each_of(Vector, int count, F f) { each(count, f); }
     template <class F> static QP_INLINE void each_exactly(int count, F f) { each(count, f); }
 
+    // Return the sums of the logarithms of positive numbers.
+    static QP_NOINLINE Number sum_of_logarithms(Vector a, int count) {
+        Number sum{};
+        for (int i = 0; i < count; i++) {
+            for (int lane = 0; lane < PROBLEMS; lane++) {
+                sum[lane] += std::log(a.data[i][lane]);
+            }
+        }
+        return sum;
+    }
+
     static QP_INLINE Number sum(Number a) { return a; }
     static QP_INLINE Number largest(Number a) { return a; }
     static QP_INLINE Number smallest(Number a) { return a; }

@@ -306,4 +306,15 @@ template <class N> QP_INLINE N root(N a) {
     }
 }
 
+template <class N> QP_INLINE N exponential(N a) {
+    if constexpr (is_vector<N>) {
+        for (int i = 0; i < entries<N>; i++) {
+            a[i] = std::exp(a[i]);
+        }
+        return a;
+    } else {
+        return std::exp(a);
+    }
+}
+
 } // namespace qpdiff

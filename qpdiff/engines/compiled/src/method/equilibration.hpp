@@ -259,11 +259,12 @@ template <class Team> QP_NOINLINE void scale_cost(Problem<Team>& o, typename Tea
 }
 
 // Without curvature, scale the cost to the size of the right-hand sides: their geometric mean, which no single one
-// decides. For one problem; `slope` is the largest |Dq|.
-template <class Team> QP_NOINLINE void balance_cost(Problem<Team>& o, typename Team::Number slope) {
+// decides. `slope` is the largest |Dq|.
+template <class Team, class S = typename Team::Number> QP_NOINLINE void balance_cost(Problem<Team>& o, S slope) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
-    if (o.curvature > 0 || !(slope > 0)) {
+    typename Team::Truth linear = no(o.curvature > S{}) & (slope > S{});
+    if (!some(linear)) {
         return;
     }
     auto sizes = o.lengths;
@@ -274,8 +275,8 @@ template <class Team> QP_NOINLINE void balance_cost(Problem<Team>& o, typename T
         sizes.set(i, select(nonzero, k, Real(1)));
         count += select(nonzero, N{} + Real(1), Real(0));
     });
-    Real mean = std::exp(Team::sum_of_logarithms(sizes, o.rows) / larger(Team::sum(count), Real(1)));
-    scale_cost(o, mean / slope);
+    S mean = exponential(Team::sum_of_logarithms(sizes, o.rows) / larger(Team::sum(count), as<S>(Real(1))));
+    scale_cost(o, select(linear, mean / slope, as<S>(Real(1))));
 }
 
 } // namespace qpdiff
