@@ -110,6 +110,16 @@ def test_prices_above_the_multipliers_give_the_problem_without_prices(parts):
     assert np.mean(sol.iterations) <= np.mean(hard.iterations) + 0.5
 
 
+@pytest.mark.parametrize("parts", ["G h", "G h A b", "G h lb ub", "G h A b lb ub"])
+def test_large_prices_do_not_move_the_solution(parts):
+    """Nor does the tolerance grow with them: 1e-8 of the objective is more than all of the cost here."""
+    problem = contradictory(np.random.default_rng(0), parts, batch=(100,))
+    expected = qpdiff.solve_qp(**problem, elastic=1e4, tol=1e-10)
+    sol = qpdiff.solve_qp(**problem, elastic=1e8)
+    assert np.mean(sol.status == Status.SOLVED) >= 0.98  # rounding may stop the array engine before
+    np.testing.assert_allclose(sol.x, expected.x, atol=1e-4)
+
+
 def test_infinite_prices_are_none():
     problem = optnet(np.random.default_rng(4), (8,), 6, 5, 2)
     hard = qpdiff.solve_qp(**problem)

@@ -231,9 +231,7 @@ def assess_without_x(sub: SubBatch, before: State, state: State):
     without_progress, best = progress(sub, before, Residuals(primal, dual, gap), infeasible)
 
     settings = sub.settings
-    size = xp.maximum(xp.abs(known.xr + known.qx + vKx), xp.maximum(xp.abs(known.qx), xp.abs(kv)))
-    if elastic is not None:
-        size = xp.maximum(size, price)
+    size = xp.maximum(xp.abs(known.xr + known.qx + vKx), xp.maximum(xp.abs(known.qx), xp.abs(kv + price)))
     far = primal > allowed(settings, scaled_size(backend, units.v, Kx))
     far = far | (gap > allowed(settings, per_unit * size, 2.0, DOUBLE.product_rounding))
     well = (without_progress < DOUBLE.equal_steps_after) & (worst < float("inf"))

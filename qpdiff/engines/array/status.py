@@ -99,9 +99,8 @@ def is_within_tolerance(sub: SubBatch, x, v, products: Products, terms: GapTerms
     problem, sizes, backend, units = sub.wide_problem, sub.sizes, sub.problem.backend, sub.units
     xp, settings, per_unit = backend.xp, sub.settings, per_gap_unit(sub)
     xQx, qx, kv, price = terms
-    size_gap = xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(sum(kv, 0.0 * qx)))
-    if problem.is_elastic:
-        size_gap = xp.maximum(size_gap, price)
+    # Without the price, whose share of the tolerance might be all of the cost.
+    size_gap = xp.maximum(xp.maximum(xp.abs(xQx), xp.abs(qx)), xp.abs(sum(kv, 0.0 * qx) + price))
     allowed_gap = allowed(settings, per_unit * size_gap)
     within = found.gap <= allowed_gap
     if backend.known_all_false(within):

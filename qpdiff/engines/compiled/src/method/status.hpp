@@ -345,7 +345,8 @@ QP_NOINLINE State<Team> assess(Problem<Team>& o, Iterate<Team>& current, const I
     // The rounding error of the constraints at x is no violation.
     E beyond = primal - row_rounding(o, x_size);
     E slope = larger(Qx_size, larger(q_size, Kv_size));
-    E size_gap = per_unit * larger(larger(absolute(xQx), price), larger(absolute(qx), absolute(kv)));
+    // Without the price, whose share of the tolerance might be all of the cost.
+    E size_gap = per_unit * larger(absolute(xQx), larger(absolute(qx), absolute(kv + price)));
     E hidden = P.gap_rounding * EPS * per_unit * size_of_terms;
 
     State<Team> assessed;
