@@ -126,9 +126,8 @@ def solve(
     in_double_precision(backend)
     with bad_input_exits(file), prepared(file, output, (".npz",)) as write:
         problem = read_problem(file, in_bytes(max_size))
-        operands = problem.dense_operands(in_bytes(max_size)) if prices else problem.operands
         with progress_bar("problems") as report:
-            sol = qpdiff.solve_qp(**operands, **prices, **options, progress=report)
+            sol = qpdiff.solve_qp(**problem.operands, **prices, **options, progress=report)
         result = {name: to_numpy(getattr(sol, name)) for name in FIELDS} | violations(sol)
         result["objective"] = problem.objective(result["objective"])
         write(lambda target: np.savez(target, allow_pickle=False, **result))
