@@ -26,7 +26,7 @@ SIZED_BY = {"h": "G", "b": "A", "lb": "Q", "ub": "Q"} | {
 EIGENVALUE_BYTES = 2**25
 """Memory of a dense Q up to which the error about an indefinite sparse one names its smallest eigenvalue."""
 Shape = tuple[int, ...]
-_ARRAYS = frozenset({np.ndarray})
+_ARRAYS, _NUMBERS = frozenset({np.ndarray}), frozenset({int, float})
 
 
 def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=None) -> Problem:
@@ -52,19 +52,27 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
             given, missing = (matrix, vector) if operands[vector] is None else (vector, matrix)
             raise ValueError(f"{given} was given without {missing}; they come together")
     present = {name: value for name, value in operands.items() if value is not None}
+    # A price for all rows that is a number of Python's is quicker to fill in than to convert.
+    names = PRICES if len(operands) > len(OPERANDS) else ()
+    numbers = {name: present.pop(name) for name in names if type(present.get(name)) in _NUMBERS}
     patterns = _patterns(present)
     chosen, arrays = choose_backend(present, backend)
     described = tuple(
         [(name, tuple(value.shape), value.dtype, hasattr(present[name], "dtype")) for name, value in arrays.items()]
     )
+    if numbers:
+        described += tuple([(name, (), chosen.widest_float, False) for name in numbers])
     cores = tuple([(name, pattern.shape) for name, pattern in patterns.items()]) if patterns else ()
     layout, changes = _plan(chosen, chosen.widest_float, described, read_dtype(dtype), cores)
     if "Q" in patterns:
         _check_symmetric(patterns["Q"])
     if changes:
         with chosen.context():  # what overflows in the working type is refused as infinite
+            for name, number in numbers.items():
+                arrays[name] = chosen.full((1, getattr(layout, *PRICES[name])), number, layout.dtype)
             for name, change in changes.items():
-                arrays[name] = change(chosen.xp, arrays[name])
+                if name not in numbers:
+                    arrays[name] = change(chosen.xp, arrays[name])
     arrays = chosen.for_products(arrays)
     for name, pattern in patterns.items():
         arrays[name] = Sparse.of_pattern(arrays[name], pattern)
