@@ -196,6 +196,13 @@ def test_vmap_inside(compiled):
 def test_what_a_program_does_not_take(compiled):
     with pytest.raises(Exception, match=r"progress, which torch\.compile and torch\.export do not take"):
         compiled(lambda q: qpdiff.torch.solve_qp(torch.eye(2), q, progress=print).x)(torch.ones(2))
+    for priced in ({"elastic": 1.0}, {"elastic_quadratic": {"bounds": 0.5}}):
+        with pytest.raises(
+            Exception, match=r"torch\.compile and torch\.export do not take elastic and elastic_quadratic"
+        ):
+            compiled(
+                lambda q, priced=priced: qpdiff.torch.solve_qp(torch.eye(2), q, [[1.0, 1.0]], [1.0], lb=0.0, **priced).x
+            )(torch.ones(2))
     for name, number in {"tol": np.float64(1e-9), "max_iterations": np.int64(9), "smoothing": np.float32(0.1)}.items():
         options = {name: number}
         assert qpdiff.torch.solve_qp(torch.eye(2), torch.ones(2), **options).x.isfinite().all()
