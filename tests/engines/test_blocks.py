@@ -215,7 +215,8 @@ def test_iteration_by_iteration(case, threads, blocks):
         np.testing.assert_array_equal(array.iterations, compiled.iterations)
         assert_same(array, compiled, of_case(ROUNDING, case, 1e-7))
     array, compiled = (qpdiff.solve_qp(**operands, engine=engine, tol=1e-8) for engine in ("array", "compiled"))
-    assert np.mean(array.status != compiled.status) <= of_case(UNDECIDED, case, 0.0)
+    undecided = np.ceil(of_case(UNDECIDED, case, 0.0) * len(array.status))  # of few problems one
+    assert np.sum(array.status != compiled.status) <= undecided
     solved = (array.status == qpdiff.Status.SOLVED) & (compiled.status == qpdiff.Status.SOLVED)
     assert np.max(np.abs(array.iterations - compiled.iterations)[solved], initial=0) <= 2
 
