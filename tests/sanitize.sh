@@ -33,7 +33,8 @@ export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 small="not jax and not torch and not strict and not [array and not numpy-array and not fork and not many_threads"
 run address,undefined libasan.so -k "$small" tests/engines/test_engines.py tests/engines/test_groups.py \
     tests/engines/test_certificates.py tests/engines/test_warm_start.py tests/engines/test_degenerate.py \
-    tests/engines/test_threads.py tests/engines/test_interrupt.py \
+    tests/engines/test_threads.py tests/engines/test_interrupt.py tests/engines/test_sparse.py \
+    tests/derivative/test_sparse.py tests/linalg/test_sparse.py \
     tests/engines/test_blocks.py 'tests/linalg/test_kernels.py::test_linear_algebra[3]'
 
 # What is not ours is not instrumented: only reports that name the engine count. The first kind may match one library.
