@@ -227,7 +227,12 @@ def test_infeasible_problems_have_certificates(change, cost):
     outcome = solve(*with_pattern(dense), 25, tol=1e-8)
     proved = outcome.status[:, 0] == qpdiff.Status.PRIMAL_INFEASIBLE
     assert proved.mean() > 0.9
-    assert (outcome.status[~proved] == qpdiff.Status.STALLED).all()
+    unbounded = outcome.status[:, 0] == qpdiff.Status.DUAL_INFEASIBLE
+    assert (outcome.status[~proved & ~unbounded] == qpdiff.Status.STALLED).all()
+    for b in np.flatnonzero(unbounded):  # also: the cost falls along a ray that the constraints do not limit
+        d, x = {name: a[b] for name, a in dense.items()}, outcome.x[b]
+        assert d["q"] @ x == pytest.approx(-1.0)
+        assert max(abs(d["Q"] @ x).max(), abs(d.get("A", d["Q"]) @ x).max(), (d["G"] @ x).max()) < 1e-6
     for b in np.flatnonzero(proved):
         d = {name: a[b] for name, a in dense.items()}
         n, p = len(d["q"]), len(d.get("b", ()))
