@@ -9,13 +9,14 @@ bound). K is never formed.
 from __future__ import annotations
 
 import math
-from functools import cached_property, lru_cache, wraps
+from functools import lru_cache, wraps
 from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .backend import Backend
+from .once import cached_property
 from .sparse import Sparse, apply, gather, stored, to_dense
 
 OPERANDS = {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Hashable
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
 
 from .backend import choose_backend
+from .once import cached_property
 
 REMEMBERED = 32
 """Number of patterns that are remembered, checked and with what depends on them alone."""

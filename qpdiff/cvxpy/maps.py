@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+
+from ..once import cached_property
 
 FEW = 8
 """Number of entries up to which a row counts as one with few."""

@@ -177,14 +177,15 @@ def test_optional_packages_come_on_first_use(wanted):
 BASE = {"engines.base", "engines.parameters", "engines.reduction"}
 ENGINES = {"engines.base", "engines.array"}
 BELOW_ADAPTERS = {
-    "adjoint", "backend", "differentiation", "prices", "problem", "solution", "solver", "sparse", "validation",
+    "adjoint", "backend", "differentiation", "once", "prices", "problem", "solution", "solver", "sparse", "validation",
     *ENGINES,
 }  # fmt: skip
 ALLOWED = {
     "backend": set(),
     "solution": set(),
-    "sparse": {"backend"},
-    "problem": {"backend", "sparse"},
+    "once": set(),
+    "sparse": {"backend", "once"},
+    "problem": {"backend", "once", "sparse"},
     "validation": {"backend", "problem", "sparse"},
     "prices": {"problem"},
     "adjoint": {"problem", "sparse"},
@@ -192,8 +193,8 @@ ALLOWED = {
     "engines.parameters": {"problem"},
     "engines.base": {"problem", "engines.parameters"},
     "engines.reduction": {"problem"},
-    "engines.array": {"problem", "validation", "solution", *BASE},
-    "engines.compiled": {"backend", "problem", "sparse", "validation", "solution", *BASE},
+    "engines.array": {"once", "problem", "validation", "solution", *BASE},
+    "engines.compiled": {"backend", "once", "problem", "sparse", "validation", "solution", *BASE},
     "engines.densified": {"problem", "engines.base"},
     "engines.hosted": {"backend", "problem", "sparse", "engines.base", "engines.array", "engines.densified"},
     "engines.choice": {"problem", "engines.base", "engines.array", "engines.densified", "engines.hosted"},

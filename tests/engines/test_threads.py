@@ -1,6 +1,7 @@
 """Calls from several Python threads at a time: each gives to the last bit what it gives alone, and ends by itself."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -278,6 +279,44 @@ os._exit(0)
 def test_a_child_does_not_wait_for_a_thread_that_it_does_not_have():
     pytest.importorskip("threadpoolctl")
     subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", HELD], check=True, timeout=60)
+
+
+COMPUTING = """
+import os, threading
+from qpdiff.once import cached_property
+
+begun = threading.Event()
+
+class Problem:
+    @cached_property
+    def constant(self):
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            threading.Event().wait()
+        return 3
+
+problem = Problem()
+threading.Thread(target=lambda: problem.constant, daemon=True).start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    os._exit(problem.constant)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+assert problem.constant == 3
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_computes_what_a_thread_that_it_does_not_have_was_computing():
+    subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", COMPUTING], check=True, timeout=60)
+
+
+def test_no_attribute_has_a_lock():
+    """That of `functools` has one in Python 3.11, which all objects share."""
+    for file in (HERE.parents[1] / "qpdiff").rglob("*.py"):
+        imported = re.findall(r"^from functools import (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        assert "cached_property" not in ", ".join(imported).split(", "), file
 
 
 # ---- without memory

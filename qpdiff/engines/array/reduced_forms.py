@@ -9,9 +9,9 @@ All have the methods of `PrimalForm`, whose docstrings say what is asked of them
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
+from ...once import cached_property
 from ...problem import DeferredTake, Problem, product, product_transposed, take
 from ..parameters import DOUBLE, parameters
 from ..reduction import Form, has_off_diagonal, preferred_form

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...once import cached_property
 from ...problem import MATRICES, OPERANDS, Problem
 from ...sparse import Pattern as MatrixPattern
 from ...sparse import Sparse
