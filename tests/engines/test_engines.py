@@ -191,9 +191,19 @@ def test_one_bad_step_is_not_the_end_of_a_problem():
         assert np.all(sol.iterations <= 14)
 
 
-@pytest.mark.parametrize("case", ["optnet", "everything", "diagonal", "shared matrices", "shared, primal"])
+def in_single_precision(value):
+    """An operand in float32, or prices by the constraints."""
+    if isinstance(value, dict):
+        return {of: in_single_precision(price) for of, price in value.items()}
+    return value.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["optnet", "everything", "diagonal", "shared matrices", "shared, primal", "dense dual", "primal", "some rows"],
+)
 def test_single_precision(case):
-    operands = {name: value.astype(np.float32) for name, value in CASES[case]().items()}
+    operands = in_single_precision((CASES | ELASTIC)[case]())
     for k in range(4):
         array, compiled = (
             qpdiff.solve_qp(**operands, dtype="float32", engine=engine, max_iterations=k)
