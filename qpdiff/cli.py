@@ -247,18 +247,20 @@ def show(
 def info() -> None:
     """Tell what is installed, which backends and engine run, and the threads and GPU they have."""
     table = Table("what", "version", "note", title="Versions, backends and engines")
-    table.add_row("qpdiff", qpdiff.__version__, "")
-    table.add_row("Python", platform.python_version(), platform.platform())
-    table.add_row("processors", str(os.cpu_count()), blas_threads())
+
+    def row(*cells: str) -> None:
+        table.add_row(*map(escape, cells))
+
+    row("qpdiff", qpdiff.__version__, "")
+    row("Python", platform.python_version(), platform.platform())
+    row("processors", str(os.cpu_count()), blas_threads())
     operands = {"Q": np.eye(2), "q": np.ones(2), "lb": np.zeros(2)}
     for name, package in (("numpy", "numpy"), ("cupy", "cupy"), ("torch", "torch"), ("jax", "jax")):
-        table.add_row(
-            f"backend {name}", version(package), runs(name, operands) if importlib_has(package) else "not installed"
-        )
-    table.add_row("engine", *engine(on_gpu=False))
-    table.add_row("engine on a GPU", *engine(on_gpu=True))
+        row(f"backend {name}", version(package), runs(name, operands) if importlib_has(package) else "not installed")
+    row("engine", *engine(on_gpu=False))
+    row("engine on a GPU", *engine(on_gpu=True))
     for package in ("scipy", "array-api-compat", "threadpoolctl", "autograd", "dask", "cvxpy", "highspy"):
-        table.add_row(package, version(package), "")
+        row(package, version(package), "")
     console.print(table)
 
 

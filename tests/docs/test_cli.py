@@ -470,6 +470,11 @@ def test_info(run):
     assert re.search(r"runs, (compiled|array) engine on cpu: ", result.output)
 
 
+def test_info_prints_the_names_of_extras(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    assert "qpdiff[threads]" in re.sub(r"[\s│]", "", run("info").output)
+
+
 def test_python_m_qpdiff():
     done = subprocess.run([sys.executable, "-m", "qpdiff", "--help"], capture_output=True, text=True, check=True)
     assert "solve" in done.stdout
