@@ -168,9 +168,7 @@ def solve_qp(
     """
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
     operands, numbers = with_prices(operands, elastic, elastic_quadratic)
-    problem = make_problem(operands, backend=backend, dtype=dtype)
-    if numbers:
-        problem = problem.with_layout(numbers=numbers)
+    problem = make_problem(operands, backend=backend, dtype=dtype, price_numbers=numbers)
     problem.backend.warn_of_gradients(operands)
     return solve_problem(
         problem, tol=tol, rtol=rtol, max_iterations=max_iterations, warm_start=warm_start, check=check,

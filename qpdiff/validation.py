@@ -29,7 +29,9 @@ Shape = tuple[int, ...]
 _ARRAYS, _NUMBERS = frozenset({np.ndarray}), frozenset({int, float})
 
 
-def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=None) -> Problem:
+def make_problem(
+    operands: dict[str, Any], *, backend: str | None = None, dtype=None, price_numbers: tuple[str, ...] = ()
+) -> Problem:
     """Check the types and shapes of the caller's operands and bring them into the form of a `Problem`.
 
     Parameters
@@ -38,6 +40,8 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
         The operands by name, None where absent.
     backend, dtype
         As in `qpdiff.solve_qp`.
+    price_numbers : tuple
+        The options of prices that are one number each.
 
     Raises
     ------
@@ -63,7 +67,7 @@ def make_problem(operands: dict[str, Any], *, backend: str | None = None, dtype=
     if numbers:
         described += tuple([(name, (), chosen.widest_float, False) for name in numbers])
     cores = tuple([(name, pattern.shape) for name, pattern in patterns.items()]) if patterns else ()
-    layout, changes = _plan(chosen, chosen.widest_float, described, read_dtype(dtype), cores)
+    layout, changes = _plan(chosen, chosen.widest_float, described, read_dtype(dtype), cores, price_numbers)
     if "Q" in patterns:
         _check_symmetric(patterns["Q"])
     if changes:
@@ -103,7 +107,9 @@ def _check_symmetric(pattern: Pattern) -> None:
 
 
 @cached
-def _plan(backend: Backend, widest, described, dtype: str | None, cores: tuple) -> tuple[Layout, dict[str, Callable]]:
+def _plan(
+    backend: Backend, widest, described, dtype: str | None, cores: tuple, price_numbers: tuple[str, ...]
+) -> tuple[Layout, dict[str, Callable]]:
     """Check types and shapes, once for the many calls that have the same.
 
     Parameters
@@ -150,6 +156,7 @@ def _plan(backend: Backend, widest, described, dtype: str | None, cores: tuple) 
         batch_shape=batch_shape,
         shapes=tuple(given.items()),
         sparse=bool(cores),
+        numbers=price_numbers,
         **core_sizes(flat),
     )
     return layout, changes
