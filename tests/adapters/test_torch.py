@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from emulated_gpu import pose
 from problems import mostly_active, random_problem, relaxed, rounded_product, strictly_feasible
 from sparse_problems import as_sparse, smooth_sparse
+from torch_inside import replace_inside
 
 pytest.importorskip("torch")
 import torch
@@ -26,7 +27,7 @@ import qpdiff.torch
 from qpdiff.adjoint import solution_vjp
 from qpdiff.backend import choose_backend
 from qpdiff.backend.torch import TorchBackend
-from qpdiff.differentiation import solve_kkt
+from qpdiff.differentiation import solve_adjoint, solve_kkt
 from qpdiff.problem import OPERANDS, join_rows, make_layout
 from qpdiff.solution import FIELDS
 
@@ -39,7 +40,7 @@ DOUBLE = torch.float64
 def solved_by(request, monkeypatch):
     """What solves: NumPy for the tensors on the CPU, torch itself as on any other device, or the kernels for a GPU."""
     if request.param != "numpy":
-        monkeypatch.setattr(qpdiff.torch, "_on_host", lambda device: False)
+        replace_inside(monkeypatch, "on_host", lambda device: False)
     if request.param == "emulated-gpu":
         pose(monkeypatch, TorchBackend)
     return request.param
@@ -112,8 +113,8 @@ def test_nothing_is_copied(monkeypatch):
         seen.update(problem=solved, outcome=outcome)
         return solved, outcome, factors
 
-    solve = qpdiff.torch.solver.solve_problem
-    monkeypatch.setattr(qpdiff.torch.solver, "solve_problem", spy)
+    solve = qpdiff.solver.solve_problem
+    monkeypatch.setattr(qpdiff.solver, "solve_problem", spy)
     for batch in [(), (3,), (2, 2)]:
         operands = {k: v.requires_grad_() for k, v in random_problem_in_torch(batch=batch, shared=("Q",)).items()}
         sol = qpdiff.torch.solve_qp(**operands)
@@ -373,7 +374,7 @@ def first_and_second(operands):
 def test_derivatives_where_torch_solves(monkeypatch):
     operands = problem(2, ["A", "G", "lb", "ub"])
     expected = first_and_second(operands)
-    monkeypatch.setattr(qpdiff.torch, "_on_host", lambda device: False)
+    replace_inside(monkeypatch, "on_host", lambda device: False)
     torch.testing.assert_close(first_and_second(operands), expected, rtol=1e-7, atol=1e-9)
 
 
@@ -481,13 +482,12 @@ def test_gradients_of_unsolved_problems_are_those_of_operations(shared, unsolved
 
 def test_only_gradients_that_are_needed_are_computed(monkeypatch):
     asked = []
-    solve = qpdiff.torch.solve_adjoint
 
     def spy(lin, r_x, r_v, names, **options):
         asked.append(tuple(names))
-        return solve(lin, r_x, r_v, names, **options)
+        return solve_adjoint(lin, r_x, r_v, names, **options)
 
-    monkeypatch.setattr(qpdiff.torch, "solve_adjoint", spy)
+    replace_inside(monkeypatch, "solve_adjoint", spy)
     operands = random_problem_in_torch(batch=(3,))
     operands["q"].requires_grad_()
     operands["A"].requires_grad_()
@@ -536,7 +536,7 @@ def unread(parts="A G lb ub", **options):
     one, other = ({k: v.clone().requires_grad_() for k, v in operands.items()} for _ in range(2))
     first = qpdiff.torch.solve_qp(**one)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qpdiff.torch, "_are_numpys", lambda operands: False)
+        replace_inside(patch, "are_numpys", lambda operands: False)
         second = qpdiff.torch.solve_qp(**other)
     return first, second, one, other
 
@@ -651,9 +651,8 @@ def test_the_optimal_value_alone_solves_no_system(solved_by, monkeypatch, shared
     cotangent = torch.tensor(np.random.default_rng(3).normal(size=3))
     plain = qpdiff.solve_qp(**{name: value.detach().numpy() for name, value in operands.items()})
     calls = []
-    solve = qpdiff.torch.solve_adjoint
-    monkeypatch.setattr(
-        qpdiff.torch, "solve_adjoint", lambda *args, **options: calls.append(1) or solve(*args, **options)
+    replace_inside(
+        monkeypatch, "solve_adjoint", lambda *args, **options: calls.append(1) or solve_adjoint(*args, **options)
     )
     values = tuple(operands.values())
     for with_x in (False, True):
@@ -870,13 +869,13 @@ def test_a_change_in_place_is_noticed():
 def linearizations(monkeypatch):
     """References to what the solutions from now on keep for the derivative."""
     kept = []
-    solve = qpdiff.torch.solver.solve_problem
+    solve = qpdiff.solver.solve_problem
 
     def spy(problem, **options):
         kept.append(weakref.ref(problem))
         return solve(problem, **options)
 
-    monkeypatch.setattr(qpdiff.torch.solver, "solve_problem", spy)
+    monkeypatch.setattr(qpdiff.solver, "solve_problem", spy)
     return kept
 
 
@@ -916,7 +915,7 @@ def test_autocast():
 
     for host in (True, False):
         with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-            patch.setattr(qpdiff.torch, "_on_host", lambda device, host=host: host)
+            replace_inside(patch, "on_host", lambda device, host=host: host)
             with torch.autocast("cpu", enabled=False):
                 expected = run()
             assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from problems import random_problem
+from torch_inside import replace_inside
 
 pytest.importorskip("torch")
 import torch
@@ -13,6 +14,9 @@ from torch.library import opcheck
 import qpdiff.torch
 from qpdiff.problem import OPERANDS
 from qpdiff.solution import FIELDS
+from qpdiff.torch.functions import Layer
+from qpdiff.torch.operators import _backend_of
+from qpdiff.torch.rules import OBJECTIVE, Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's, about itself
 TIGHT = {"tol": 1e-12, "rtol": 1e-13}
@@ -28,7 +32,7 @@ def compiled(request):
 @pytest.fixture(params=["numpy", "torch"])
 def solved_by(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(qpdiff.torch, "_on_host", lambda device: False)
+        replace_inside(monkeypatch, "on_host", lambda device: False)
 
 
 def problem(parts, batch=(4,), shared=()):
@@ -141,7 +145,7 @@ def test_the_optimal_value_alone_solves_no_system(compiled, monkeypatch):
     def refuse(*_, **options):
         raise AssertionError
 
-    monkeypatch.setattr(qpdiff.torch, "solve_adjoint", refuse)
+    replace_inside(monkeypatch, "solve_adjoint", refuse)
     compare(compiled(solve), solve, *operands.values())
 
 
@@ -276,14 +280,14 @@ def test_rules_of_the_operators(solved_by, smoothing):
     assert set(names) <= set(OPERANDS)
 
     def with_objective(output):
-        return torch.cat([*output[:2], output[qpdiff.torch._OBJECTIVE].reshape(4, 1)], 1)
+        return torch.cat([*output[:2], output[OBJECTIVE].reshape(4, 1)], 1)
 
     def by_operators(*values):
         return with_objective(torch.ops.qpdiff.solve(list(values), *first[1:]))
 
     def by_functions(*values):
-        backend = qpdiff.torch._backend_of(values)
-        layer = qpdiff.torch._Layer(backend, qpdiff.torch._Settings(names, 1e-8, "raise", {"smoothing": smoothing}, {}))
+        backend = _backend_of(values)
+        layer = Layer(backend, Settings(names, 1e-8, "raise", {"smoothing": smoothing}, {}))
         return with_objective(layer.solution((2, 2), values, ()))
 
     def second(function):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from emulated_gpu import SOURCES, pose
 from problems import mostly_active, random_problem
+from torch_inside import replace_inside
 
 pytest.importorskip("torch")
 import torch
@@ -37,7 +38,7 @@ FORMS = {
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(qpdiff.torch, "_on_host", lambda device: False)
+    replace_inside(monkeypatch, "on_host", lambda device: False)
     return pose(monkeypatch, TorchBackend)
 
 
