@@ -19,11 +19,12 @@ constexpr double INFINITE = 1e20; // bounds from this magnitude on count as infi
 #define QP_PARAMETERS(X) \
     X(equilibration_passes) X(smallest_curvature) X(largest_ratio) X(row_rounding) X(uncertainty) \
     X(least_reach) X(loose) X(smallest_pivot) X(smallest_scaled_curvature) X(diagonal_regularization) \
-    X(least_sparse_pivot) X(sparse_pivot) X(sparse_pivot_growth) X(sparse_pivot_errors) X(sparse_smallest) X(sparse_largest) X(sparse_equality) \
-    X(sparse_settled) X(sparse_better) X(least_centrality) \
+    X(least_sparse_pivot) X(sparse_pivot) X(sparse_pivot_growth) X(sparse_pivot_errors) \
+    X(sparse_smallest) X(sparse_largest) X(sparse_equality) X(sparse_settled) X(sparse_better) X(least_centrality) \
     X(large_multipliers) X(smaller_cost) X(closer) X(less_multipliers) X(warm_centrality) X(step_fraction) \
-    X(largest_step_fraction) X(near_limit) X(least_distance) X(refine_relative) X(refine_absolute) X(delta_share) X(delta_stuck) X(delta_floor) \
-    X(fast_rate) X(failure_growth) X(solved_share) X(worthwhile) X(improvement) X(certificate_improvement) \
+    X(largest_step_fraction) X(near_limit) X(least_distance) X(refine_relative) X(refine_absolute) \
+    X(delta_share) X(delta_stuck) X(delta_floor) X(fast_rate) X(failure_growth) X(solved_share) \
+    X(worthwhile) X(improvement) X(certificate_improvement) \
     X(equal_steps_after) X(least_centering) X(stalled_after) X(reached) X(gap_rounding) X(product_rounding) \
     X(certificate_rounding) X(late_certificate) X(ray_violation) X(nearly_active) X(inactive) X(least_theta) \
     X(derivative_rounds) X(derivative_accuracy) X(refined) X(refined_moved) X(nearly_refined) X(well_refined) \
