@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from emulated_gpu import COMPILER, SOURCES, build
-from engines.test_engines import CASES, ELASTIC, ROUNDING, UNDECIDED, assert_same, of_case, rng
+from engines.test_engines import CASES, DIFFERENTIATED, ELASTIC, ROUNDING, UNDECIDED, assert_same, of_case, rng
 
 import qpdiff
 from qpdiff.engines import parameters
@@ -258,20 +258,7 @@ def test_order_of_threads(case, threads, blocks):
 
 @pytest.mark.parametrize("store", [True, False], ids=["stored factors", "new factors"])
 @pytest.mark.parametrize("threads", [1, 64])
-@pytest.mark.parametrize(
-    "case",
-    [
-        "optnet",
-        "larger",
-        "everything",
-        "diagonal",
-        "shared matrices",
-        "shared, primal",
-        "rows without a limit",
-        "dense dual",
-        "some rows",
-    ],
-)
+@pytest.mark.parametrize("case", [*DIFFERENTIATED, "dense dual", "some rows"])
 def test_the_same_derivatives(case, threads, store, blocks):
     operands = some_of((CASES | ELASTIC)[case](), {1: 20, 64: 3}[threads])
     prices = {name: operands.pop(name) for name in PRICED if name in operands}

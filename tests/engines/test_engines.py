@@ -83,6 +83,9 @@ ROUNDING = {"ill-conditioned": 1e-5, "infeasible": 1e-2, "unbounded": 1e-2, "sca
 """Where rounding grows faster: in iterates that go off to infinity, with large factors between rows, over ρ or ε."""
 UNDECIDED = {"infeasible": 0.1, "unbounded": 0.1}
 """The share of problems for which it may decide between a certificate and none."""
+DIFFERENTIATED = ["optnet", "larger", "everything", "diagonal"]
+DIFFERENTIATED += ["shared matrices", "shared, primal", "rows without a limit"]
+"""The cases whose derivatives the engines are compared in, on the CPU and by blocks of threads."""
 
 
 def priced(problem, *, infinite=0.0, free=0.0, bounds=True):
@@ -214,19 +217,7 @@ def test_single_precision(case):
         assert_same(array, compiled, 1e-2)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "optnet",
-        "larger",
-        "everything",
-        "diagonal",
-        "shared matrices",
-        "shared, primal",
-        "rows without a limit",
-        "ill-conditioned",
-    ],
-)
+@pytest.mark.parametrize("case", [*DIFFERENTIATED, "ill-conditioned"])
 def test_the_same_derivatives(case):
     operands = CASES[case]()
     array, compiled = (qpdiff.solve_qp(**operands, engine=e, tol=1e-10) for e in ("array", "compiled"))
