@@ -10,7 +10,6 @@ from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
 from .base import Backend
 from .threads import THREADS, pool, single_threaded_blas
@@ -186,16 +185,14 @@ class NumPyBackend(Backend):
     def solve(self, factor, r):
         (triangles,) = factor
         if len(triangles) == 1:
-            (potrs,) = get_lapack_funcs(("potrs",), (triangles,))
-            return potrs(_lower(triangles)[0].T, r.T, lower=0)[0].T
+            return _lapack("potrs", triangles.dtype)(_lower(triangles)[0].T, r.T, lower=0)[0].T
         return _substitute(triangles, r, FORWARD, BACKWARD)
 
     def substitution(self, factor):
         (triangles,) = factor
         if len(triangles) > 1:
             return _Substitution(None, triangles)
-        (trtri,) = get_lapack_funcs(("trtri",), (triangles,))
-        return _Substitution(trtri(_lower(triangles)[0].T, lower=0)[0].T[None], None)
+        return _Substitution(_lapack("trtri", triangles.dtype)(_lower(triangles)[0].T, lower=0)[0].T[None], None)
 
     def forward(self, F, r):
         return super().forward(F.inverse, r) if F.triangles is None else _substitute(F.triangles, r, FORWARD)
@@ -297,4 +294,13 @@ def _constant(n: int, value: float, dtype):
 
 @cache
 def _blas(name: str, dtype):
+    from scipy.linalg import get_blas_funcs  # at first use, because the import starts threads
+
     return get_blas_funcs((name,), dtype=dtype)[0]
+
+
+@cache
+def _lapack(name: str, dtype):
+    from scipy.linalg import get_lapack_funcs
+
+    return get_lapack_funcs((name,), dtype=dtype)[0]

@@ -30,6 +30,8 @@ def _controller():
         from threadpoolctl import ThreadpoolController
     except ImportError:
         return None
+    import scipy.linalg  # noqa: F401  whose BLAS is found only once it is loaded
+
     return ThreadpoolController()
 
 
