@@ -46,7 +46,7 @@ def pose_as_gpu(monkeypatch, **options):
 
     monkeypatch.setattr(BufferBackend, "of", lambda buffer, context: BufferBackend(0))
     monkeypatch.setattr(BufferBackend, "located", located)
-    monkeypatch.setattr(qpdiff.jax, "_inside_callbacks", lambda device: BufferBackend(0))
+    monkeypatch.setattr(qpdiff.jax.call, "_inside_callbacks", lambda device: BufferBackend(0))
     return pose(monkeypatch, BufferBackend, **options)
 
 
@@ -580,9 +580,9 @@ def test_matrices_in_the_workspace(monkeypatch):
 @pytest.mark.parametrize(("platform", "version"), [("tpu", "tpu"), ("gpu", "rocm 60000"), ("gpu", "cuda 13000")])
 def test_other_devices(monkeypatch, platform, version):
     device = SimpleNamespace(platform=platform, client=SimpleNamespace(platform_version=version), local_hardware_id=3)
-    inside = qpdiff.jax._inside_callbacks(device)
+    inside = qpdiff.jax.call._inside_callbacks(device)
     assert inside.gpu == (3 if "cuda" in version else None)
-    monkeypatch.setattr(qpdiff.jax, "_device", lambda operands: device)
+    monkeypatch.setattr(qpdiff.jax.call, "_device", lambda operands: device)
     if inside.gpu is None:
         assert "while" in str(jax.make_jaxpr(lambda q: qpdiff.jax.solve_qp(jnp.eye(2), q).x)(jnp.ones(2)))
         with pytest.raises(ValueError, match=f"JAX on {platform}"):
@@ -710,7 +710,7 @@ def test_the_choice_of_the_engine_is_logged(caplog, on_host, monkeypatch):
     with caplog.at_level("DEBUG", logger="qpdiff"):
         qpdiff.jax.solve_qp(**operands)
         jax.jit(partial(qpdiff.jax.solve_qp, engine="array"))(**operands)
-        monkeypatch.setattr(qpdiff.jax, "_device", lambda operands: SimpleNamespace(platform="tpu"))
+        monkeypatch.setattr(qpdiff.jax.call, "_device", lambda operands: SimpleNamespace(platform="tpu"))
         jax.eval_shape(qpdiff.jax.solve_qp, **operands)
     compiled, array, other = (record.getMessage() for record in caplog.records)
     device = jax.devices()[0]
