@@ -19,8 +19,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import qpdiff
-from qpdiff import cli
-from qpdiff.cli import app
+from qpdiff.cli import app, tables
 from qpdiff.engines.choice import compiled_engine
 
 
@@ -321,7 +320,7 @@ class FullDisk(io.FileIO):
 
 def test_a_progress_bar_for_a_few_problems_where_there_is_a_terminal(run, save, monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(cli, "errors", Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(tables, "errors", Console(file=screen, force_terminal=True, width=100))
     assert run("solve", save({"Q": np.eye(2), "q": np.ones((3, 2))})).exit_code == 0
     assert "problems" in screen.getvalue()
     assert "3/3" in screen.getvalue()

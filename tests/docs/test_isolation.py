@@ -281,7 +281,7 @@ def test_a_module_imports_only_what_it_may(name):
 def test_the_imports_are_seen():
     assert {"engines.base", "engines.choice", "problem", "solution"} <= imports("solver")[0]
     assert "backend.__init__" in imports("engines.compiled.engine")[0]
-    assert "cli" in imports("__main__")[1]
+    assert "cli.__init__" in imports("__main__")[1]
     assert {"engines.compiled.engine", "engines.compiled.gpu"} <= imports("engines.choice")[1]
 
 
