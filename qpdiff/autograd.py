@@ -18,7 +18,7 @@ from .backend import Backend
 from .differentiation import FILL, smoothed, solve_adjoint, solve_kkt
 from .prices import price_operands
 from .problem import PRICE_NAMES, Problem, join_rows, split_rows
-from .solution import Solution, Status, check_unsolved, raise_if_unsolved, whole_solution
+from .solution import Solution, Status, check_unsolved, raise_if_unsolved, violation_at, whole_solution
 from .sparse import Sparse, apply, is_sparse, read_sparse, stored, with_array
 
 try:
@@ -121,7 +121,7 @@ def solve_qp(
         solution = _with_value(np.concatenate([sol.linearization.x, sol.linearization.v], axis=-1), solution)
     fields = {name: _field(layer, name, solution) for name in ("x", *_OF_ROWS)} | {"objective": objective}
     if problem.is_elastic:
-        fields["violation"] = solver.violation(layer.problem(*flat), solution[:, : problem.n])
+        fields["violation"] = violation_at(layer.problem(*flat), solution[:, : problem.n])
     return whole_solution(**sol.__dict__ | fields)
 
 

@@ -31,3 +31,13 @@ class cached_property(Generic[T]):
             return self
         value = instance.__dict__[self.name] = self.function(instance)
         return value
+
+
+class cached_field(cached_property[T]):
+    """A `cached_property` that is a field of a dataclass too: a value that its constructor is given takes its place.
+
+    The constructor's default is None, what dataclasses find where they look for one.
+    """
+
+    def __get__(self, instance, owner):
+        return None if instance is None else super().__get__(instance, owner)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .once import cached_field
+
 
 class Status(enum.IntEnum):
     """The status of a problem at the end of a solve.
@@ -40,6 +42,31 @@ class Violation(NamedTuple):
     G: Any
     lb: Any
     ub: Any
+
+
+def violation_at(problem, x) -> Violation:
+    """Return how far points (B, n) violate the constraints of a problem, in the caller's shape."""
+    xp, backend = problem.backend.xp, problem.backend
+
+    def shaped(value, positive=True):
+        value = problem.returned(backend.clip(value, 0.0) if positive else xp.abs(value))
+        return xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
+
+    return Violation(
+        A=None if problem.A is None else shaped(problem.product(problem.A, x) - problem.b, False),
+        G=None if problem.G is None else shaped(problem.product(problem.G, x) - problem.h),
+        lb=None if problem.lb is None else shaped(problem.lb - x),
+        ub=None if problem.ub is None else shaped(x - problem.ub),
+    )
+
+
+@cached_field
+def _violation(sol: Solution) -> Violation | None:
+    lin = sol.linearization
+    if lin is None or not lin.problem.is_elastic:
+        return None
+    with lin.problem.backend.no_grad(), lin.problem.reproducibly():
+        return violation_at(lin.problem, lin.x)
 
 
 @dataclass(frozen=True)
@@ -87,7 +114,8 @@ class Solution:
         also where a certificate has taken its place.
     violation : Violation or None
         With `elastic` or `elastic_quadratic`, how far x violates the constraints: `violation.A` (*batch, p),
-        `violation.G` (*batch, m), `violation.lb` and `violation.ub` (*batch, n), None where there are none.
+        `violation.G` (*batch, m), `violation.lb` and `violation.ub` (*batch, n), None where there are none. Computed of
+        the operands when it is first asked for.
     """
 
     x: Any
@@ -102,7 +130,7 @@ class Solution:
     primal_residual: Any
     dual_residual: Any
     duality_gap: Any
-    violation: Violation | None = None
+    violation: Any = _violation
     linearization: Any = field(default=None, repr=False, compare=False)
     """The problem and the last factorisation, for the derivative (not part of the public interface)."""
 

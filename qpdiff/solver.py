@@ -13,7 +13,7 @@ from .engines.base import MAX_ITERATIONS, Linearization, Outcome, Settings, Star
 from .engines.choice import check_engine, choose_engine, explain_choice
 from .prices import with_prices
 from .problem import INFINITE, Problem, join_rows, slack, split_rows
-from .solution import FIELDS, Solution, Status, Violation, whole_solution
+from .solution import FIELDS, Solution, Status, whole_solution
 from .validation import broadcasts, make_problem, symmetrized
 
 _log = logging.getLogger("qpdiff")
@@ -130,7 +130,8 @@ def solve_qp(
     The logger "qpdiff" says at level DEBUG which engine solves, on which device, and why not the compiled one.
 
     The operands are not copied where they have the right type: they must stay as they are as long as `vjp` and `jvp`
-    are called with the solution. So must the solution's arrays, which are read-only where the library has that (NumPy).
+    are called with the solution, and until its `violation` was asked for. So must the solution's arrays, which are
+    read-only where the library has that (NumPy).
 
     The default tolerance measures the primal residual as ‖E(Kx − k)₊‖∞ / X (‖E(Kx − k)‖∞ for equalities), the dual one
     as ‖D(Qx + q + Kᵀv)‖∞ / V, and the gap divided by XV. D and E are the equilibration; X and V are lower estimates of
@@ -305,24 +306,6 @@ def check_warm_start(problem: Problem, sol) -> dict[str, int]:
 # ---- the result
 
 
-def violation(problem: Problem, x) -> Violation | None:
-    """Return how far points (B, n) violate the constraints, in the caller's shape; None where there are no prices."""
-    if not problem.is_elastic:
-        return None
-    xp, backend = problem.backend.xp, problem.backend
-
-    def shaped(value, positive=True):
-        value = problem.returned(backend.clip(value, 0.0) if positive else xp.abs(value))
-        return xp.reshape(value, (*problem.batch_shape, value.shape[-1]))
-
-    return Violation(
-        A=None if problem.A is None else shaped(problem.product(problem.A, x) - problem.b, False),
-        G=None if problem.G is None else shaped(problem.product(problem.G, x) - problem.h),
-        lb=None if problem.lb is None else shaped(problem.lb - x),
-        ub=None if problem.ub is None else shaped(x - problem.ub),
-    )
-
-
 def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
     """Put the outcome of an engine into the caller's shapes and type."""
     xp, batch_shape = problem.backend.xp, problem.batch_shape
@@ -343,6 +326,5 @@ def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
         point, scalars = [value[0, ...] for value in point], [value[0, 0, ...] for value in outcome[3:]]
     return whole_solution(
         **dict(zip(FIELDS, point + scalars, strict=True)),
-        violation=violation(problem, outcome.x),
         linearization=Linearization(problem, factors, outcome.x, outcome.v, outcome.s, outcome.status),
     )

@@ -62,7 +62,7 @@ def _size_of_solution(sol: Solution) -> int:
     if lin is None:
         return sum(sizeof(getattr(sol, name)) for name in FIELDS)
     own = [name for name in FIELDS if name not in POINT or lin.problem.result != lin.problem.dtype]
-    return sizeof(tuple(lin)) + sum(sizeof(getattr(sol, name)) for name in own) + sizeof(sol.violation)
+    return sizeof(tuple(lin)) + sum(sizeof(getattr(sol, name)) for name in own) + sizeof(vars(sol).get("violation"))
 
 
 @sizeof.register(Problem)

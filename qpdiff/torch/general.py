@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .. import solver
 from ..problem import Problem, split_rows
-from ..solution import Violation
+from ..solution import Violation, violation_at
 from ..sparse import Sparse, stored
 from ..validation import make_problem
 from .functions import Layer
@@ -46,5 +45,5 @@ def solve_by_functions(operands, warm, unsolved, *, in_operator=False, dtype=Non
 
 def _violation(problem: Problem, x, result):
     """Return the violations at x (B, n), which differentiate as x does, in the type of the results."""
-    found: Any = solver.violation(problem, x)
+    found: Any = violation_at(problem, x)
     return Violation(*(part if part is None else part.to(result) for part in found))

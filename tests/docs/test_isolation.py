@@ -182,7 +182,7 @@ BELOW_ADAPTERS = {
 }  # fmt: skip
 ALLOWED = {
     "backend": set(),
-    "solution": set(),
+    "solution": {"once"},
     "once": set(),
     "sparse": {"backend", "once"},
     "problem": {"backend", "once", "sparse"},

@@ -1,5 +1,8 @@
 """Constraints that may be violated at a price: the conditions of optimality, the slack form, limits of the price."""
 
+import copy
+import pickle
+
 import clarabel
 import numpy as np
 import pytest
@@ -139,6 +142,18 @@ def test_a_batch_has_rows_with_and_without_prices():
     assert np.all(sol.violation.G[np.isinf(w)] < 1e-7)
     assert np.any(sol.violation.G > 1e-2)
     np.testing.assert_allclose(sol.x[3:], qpdiff.solve_qp(**problem).x[3:], atol=1e-7)
+
+
+@pytest.mark.parametrize("moved", [copy.copy, copy.deepcopy, lambda sol: pickle.loads(pickle.dumps(sol))])
+def test_a_copy_has_the_violation_that_was_not_asked_for(moved):
+    rng = np.random.default_rng(13)
+    problem = contradictory(rng, "G h A b lb ub", batch=(3,))
+    sol = qpdiff.solve_qp(**problem, elastic=0.5)
+    other = moved(sol)
+    for one, expected in zip(other.violation, sol.violation, strict=True):
+        np.testing.assert_array_equal(one, expected)
+    qpdiff.vjp(other, x=sol.x, smoothing=0.1)  # at a point of its own
+    np.testing.assert_allclose(other.violation.G, np.maximum(apply(problem["G"], sol.x) - problem["h"], 0), atol=1e-12)
 
 
 def test_what_costs_nothing_is_no_constraint():
