@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
 
 from .problem import PRICE_NAMES, PRICED
+
+_PLAIN = frozenset({type(None), int, float})
 
 
 def with_prices(operands: dict, elastic, elastic_quadratic) -> tuple[dict, tuple[str, ...]]:
     """Add what prices come to, to the caller's operands; also return the options that are one number."""
     if elastic is None and elastic_quadratic is None:
         return operands, ()
+    if type(elastic) in _PLAIN and type(elastic_quadratic) in _PLAIN:
+        prices, numbers = _of_numbers(
+            tuple([name for name in ("A", "G") if operands[name] is not None]), elastic, elastic_quadratic
+        )
+        return operands | prices, numbers
     prices = {"elastic": elastic, "elastic_quadratic": elastic_quadratic}
     present = [name for name, value in operands.items() if value is not None]
     return operands | price_operands(present, **prices), price_numbers(**prices)
+
+
+@lru_cache
+def _of_numbers(present: tuple[str, ...], elastic, elastic_quadratic) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return what `with_prices` adds for numbers of Python's, once for the many calls that have the same."""
+    prices = {"elastic": elastic, "elastic_quadratic": elastic_quadratic}
+    return price_operands(present, **prices), price_numbers(**prices)
 
 
 def price_operands(present: Collection[str], kind: str = "", **options) -> dict[str, Any]:

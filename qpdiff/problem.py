@@ -183,8 +183,6 @@ class Problem:
         self.lb: Any = operands.get("lb")
         self.ub: Any = operands.get("ub")
         self.is_elastic = not PRICES.keys().isdisjoint(operands)
-        if self.is_elastic:
-            vars(self).update({name: operands.get(name) for name in PRICES})
         self._operands = operands
         self._row_data = row_data
         self._deferred = False
@@ -201,6 +199,12 @@ class Problem:
     @property
     def A(self):
         return self._matrix("A")
+
+    def __getattr__(self, name: str):
+        """Return the price of that name, None where it was not given."""
+        if name in PRICES:
+            return self._operands.get(name)
+        raise AttributeError(f"a problem has no {name!r}")
 
     def _matrix(self, name: str):
         value = self._operands.get(name)

@@ -56,31 +56,35 @@ def make_problem(
             given, missing = (matrix, vector) if operands[vector] is None else (vector, matrix)
             raise ValueError(f"{given} was given without {missing}; they come together")
     present = {name: value for name, value in operands.items() if value is not None}
-    # A price for all rows that is a number of Python's is quicker to fill in than to convert.
-    names = PRICES if len(operands) > len(OPERANDS) else ()
-    numbers = {name: present.pop(name) for name in names if type(present.get(name)) in _NUMBERS}
+    numbers = _pop_price_numbers(present) if len(operands) > len(OPERANDS) else {}
     patterns = _patterns(present)
     chosen, arrays = choose_backend(present, backend)
     described = tuple(
         [(name, tuple(value.shape), value.dtype, hasattr(present[name], "dtype")) for name, value in arrays.items()]
     )
-    if numbers:
-        described += tuple([(name, (), chosen.widest_float, False) for name in numbers])
     cores = tuple([(name, pattern.shape) for name, pattern in patterns.items()]) if patterns else ()
-    layout, changes = _plan(chosen, chosen.widest_float, described, read_dtype(dtype), cores, price_numbers)
+    named = tuple(numbers)
+    layout, changes = _plan(chosen, chosen.widest_float, described, read_dtype(dtype), cores, named, price_numbers)
     if "Q" in patterns:
         _check_symmetric(patterns["Q"])
-    if changes:
+    if changes or numbers:
         with chosen.context():  # what overflows in the working type is refused as infinite
-            for name, number in numbers.items():
-                arrays[name] = chosen.full((1, getattr(layout, *PRICES[name])), number, layout.dtype)
             for name, change in changes.items():
-                if name not in numbers:
-                    arrays[name] = change(chosen.xp, arrays[name])
+                arrays[name] = change(chosen.xp, arrays[name])
+            for name, number in numbers.items():
+                arrays[name] = chosen.row_of(number, getattr(layout, *PRICES[name]), layout.dtype)
     arrays = chosen.for_products(arrays)
     for name, pattern in patterns.items():
         arrays[name] = Sparse.of_pattern(arrays[name], pattern)
     return Problem(layout, arrays)
+
+
+def _pop_price_numbers(operands: dict[str, Any]) -> dict[str, float]:
+    """Remove prices that are numbers of Python's, which are quicker to fill in than to convert, and return them."""
+    numbers = {name: value for name, value in operands.items() if type(value) in _NUMBERS and name in PRICES}
+    for name in numbers:
+        del operands[name]
+    return numbers
 
 
 def _patterns(operands: dict[str, Any]) -> dict[str, Pattern]:
@@ -108,7 +112,13 @@ def _check_symmetric(pattern: Pattern) -> None:
 
 @cached
 def _plan(
-    backend: Backend, widest, described, dtype: str | None, cores: tuple, price_numbers: tuple[str, ...]
+    backend: Backend,
+    widest,
+    described,
+    dtype: str | None,
+    cores: tuple,
+    numbers: tuple[str, ...],
+    price_numbers: tuple[str, ...],
 ) -> tuple[Layout, dict[str, Callable]]:
     """Check types and shapes, once for the many calls that have the same.
 
@@ -120,6 +130,8 @@ def _plan(
         Name, shape, dtype and `Kind.typed` of each array: of sparse operands, those of the values.
     cores : tuple
         Name, and rows and columns, of each sparse operand.
+    numbers : tuple
+        Names of the prices that are numbers of Python's, which are no arrays yet.
 
     Returns
     -------
@@ -131,12 +143,13 @@ def _plan(
     types = floating_types(backend, [Kind(name, kind, typed) for name, _, kind, typed in described], dtype)
     dtypes = {name: kind for name, _, kind, _ in described}
     arrays = {name: shape for name, shape, *_ in described}
-    given = arrays | {name: arrays[name][:-1] + core for name, core in cores}
+    given = arrays | {name: arrays[name][:-1] + core for name, core in cores} | dict.fromkeys(numbers, ())
     whole = {name: _shape_of_number(name, given) or shape for name, shape in given.items()}
     _check_core_shapes(whole)
     batch_shape = _broadcast_batch(whole)
     changes, flat, stored_shapes = {}, {}, whole | {name: arrays[name] for name, _ in cores}
-    for name, shape in stored_shapes.items():
+    for name in arrays:
+        shape = stored_shapes[name]
         axes = len(whole[name]) - len(CORES[name])
         leading, core = shape[:axes], shape[axes:]
         if len(leading) == 1 and leading in (batch_shape, (1,)):

@@ -98,6 +98,10 @@ class Backend:
     def full(self, shape, value, dtype):
         return self.xp.full(shape, value, dtype=dtype, device=self.device)
 
+    def row_of(self, value: float, n: int, dtype):
+        """Return a number n times, (1, n), which is not to be changed."""
+        return self.full((1, n), value, dtype)
+
     def empty(self, shape, dtype):
         return self.xp.empty(shape, dtype=dtype, device=self.device)
 

@@ -66,6 +66,13 @@ class NumPyBackend(Backend):
 
     zeros_of_all = lru_cache(maxsize=16)(Backend.zeros_of_all)  # read-only, and a good part of a small solve to make
 
+    def _read_only_row(self, value: float, n: int, dtype):
+        row = np.full((1, n), value, dtype)
+        row.setflags(write=False)
+        return row
+
+    row_of = lru_cache(maxsize=16)(_read_only_row)
+
     def make_read_only(self, arrays) -> None:
         for array in arrays:
             if array.size:  # an engine may use one empty array for all calls
