@@ -7,6 +7,7 @@ from problems import random_problem
 
 import qpdiff
 from qpdiff import Status
+from qpdiff.differentiation import smoothed
 
 pytestmark = pytest.mark.usefixtures("each_engine")
 OUTPUTS = ("x", "y", "z")
@@ -196,14 +197,14 @@ def test_every_library_gives_the_same(xp, name):
 
 @pytest.mark.parametrize("batch", [3, 24], ids=["one by one", "in groups"])
 @pytest.mark.parametrize("parts", CASES)
-def test_of_sparse_matrices(parts, batch, monkeypatch):
-    monkeypatch.setattr("qpdiff.engines.compiled.sparse_engine.suits", lambda problem: True, raising=False)
+@pytest.mark.parametrize("smoothing", [None, 1e-2, 0.5])
+def test_of_sparse_matrices(parts, batch, smoothing, sparse_suits):
     rng = np.random.default_rng(5)
     dense, sparse = with_zeros(rng, contradictory(rng, parts, batch=(batch,), n=6, m=7, p=4))
     prices = {"elastic": random_prices(rng, dense), "elastic_quadratic": random_prices(rng, dense, quadratic=True)}
     expected, sol = (qpdiff.solve_qp(**operands, **prices, tol=1e-11) for operands in (dense, sparse))
     given = cotangents(rng, sol, parts) | {"objective": rng.normal(size=batch)}
-    others, grads = (qpdiff.vjp(each, **given) for each in (expected, sol))
+    others, grads = (qpdiff.vjp(each, **given, smoothing=smoothing) for each in (expected, sol))
     for name in dense:
         one, other = getattr(grads, name), getattr(others, name)
         if isinstance(one, qpdiff.Sparse):
@@ -216,7 +217,45 @@ def test_of_sparse_matrices(parts, batch, monkeypatch):
     tangents = {"q": rng.normal(size=dense["q"].shape)}
     for option, by_constraint in prices.items():
         tangents[option] = {of: rng.normal(size=price.shape) for of, price in by_constraint.items()}
-    for one, other in zip(qpdiff.jvp(sol, **tangents), qpdiff.jvp(expected, **tangents), strict=True):
+    moved, others = (qpdiff.jvp(each, **tangents, smoothing=smoothing) for each in (sol, expected))
+    for one, other in zip((*moved, moved.objective), (*others, others.objective), strict=True):
         close(one, other)
-    with pytest.raises(ValueError, match="smoothing takes no sparse matrices where violations have prices"):
-        qpdiff.vjp(sol, **given, smoothing=0.1)
+
+
+@pytest.mark.parametrize("parts", CASES)
+@pytest.mark.parametrize("quadratic", [False, True], ids=["linear", "both"])
+def test_of_sparse_matrices_is_that_of_the_relaxed_point(parts, quadratic, sparse_suits):
+    rng, step, kappa = np.random.default_rng(6), 1e-5, 0.05
+    dense, sparse = with_zeros(rng, contradictory(rng, parts, batch=(6,), n=6, m=7, p=4))
+    prices = {"elastic": random_prices(rng, dense)}
+    if quadratic:
+        prices["elastic_quadratic"] = random_prices(rng, dense, quadratic=True)
+    tangents = {"q": rng.normal(size=dense["q"].shape)}
+    for option, by_constraint in prices.items():
+        tangents[option] = {of: rng.normal(size=price.shape) * price for of, price in by_constraint.items()}
+
+    def relaxed(step):
+        moved = {"q": dense["q"] + step * tangents["q"]}
+        for option, by_constraint in prices.items():
+            moved[option] = {of: price + step * tangents[option][of] for of, price in by_constraint.items()}
+        sol = smoothed(qpdiff.solve_qp(**sparse | moved, tol=1e-11), kappa)
+        assert np.all(sol.linearization.status == Status.SOLVED)
+        return sol.linearization.x
+
+    slope = (relaxed(step) - relaxed(-step)) / (2 * step)
+    moved = qpdiff.jvp(qpdiff.solve_qp(**sparse, **prices, tol=1e-11), **tangents, smoothing=kappa)
+    close(moved.x, slope, 1e-4)
+
+
+def test_relaxed_points_near_the_limits_of_multipliers(sparse_suits):
+    """Multipliers of 1e4 end 1e-6 below that, so that the distance is not their difference."""
+    rng = np.random.default_rng(7)
+    dense, sparse = with_zeros(rng, contradictory(rng, "G h A b lb ub", batch=(100,), n=6, m=7, p=4))
+    expected, sol = (smoothed(qpdiff.solve_qp(**each, elastic=1e4), 1e-6).linearization for each in (dense, sparse))
+    assert np.all(sol.status == Status.SOLVED)
+    close(sol.x, expected.x)
+
+
+@pytest.fixture
+def sparse_suits(monkeypatch):
+    monkeypatch.setattr("qpdiff.engines.compiled.sparse_engine.suits", lambda problem: True, raising=False)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...problem import Layout, take
+from ...problem import Layout, Problem, limit_distances, take
 from ...solution import Status
 from ..base import Linearization, make_settings
 from ..parameters import DOUBLE
 from .batch import batch_order, in_batch, save_factor
 from .derivative import Factors, pack, unpack, without_factor
 from .loop import forms
-from .start import center_on_path, make_origin, on_path
+from .start import center_on_path, on_path
 from .state import SubBatch, cast, make_sub_batch
 from .status import residuals, violations
-from .step import NewtonSystem, complementary_pairs, move_elastic, step_length, step_lengths
+from .step import (
+    NewtonSystem,
+    Pair,
+    complementary_pairs,
+    directions_of_pairs,
+    move_elastic,
+    right_of_constraints,
+    step_lengths,
+)
 
 CENTERING_LIMIT = 50
 """Limit on the Newton steps to a point of the central path."""
@@ -26,10 +34,6 @@ def relax(lin: Linearization, kappa: float) -> Linearization:
     A problem whose point is not found counts as STALLED.
     """
     if lin.problem.sparse:
-        if lin.problem.is_elastic:
-            raise ValueError(
-                "smoothing takes no sparse matrices where violations have prices; pass Q, G and A as arrays"
-            )
         return _relax_by_derivative(lin, kappa)
     backend: Any = lin.problem.backend
     if backend.traced:
@@ -77,33 +81,64 @@ def _relax_by_derivative(lin: Linearization, kappa: float) -> Linearization:
     scaling = lin.factors.scaling(problem)
     D, E = scaling[:, : problem.n], scaling[:, problem.n :]
     solved = lin.status == int(Status.SOLVED)
-    accuracy = xp.finfo(problem.dtype).eps ** 0.5
-    v, s, _ = on_path(problem, E, lin.v, problem.where_inequality(lin.v / E - E * lin.s, 0.0), kappa)
+    settings, accuracy = make_settings(problem, max_iterations=CENTERING_LIMIT), xp.finfo(problem.dtype).eps ** 0.5
+    v, s, priced = on_path(problem, E, lin.v, _difference(problem, E, *lin[2:5]), kappa)
 
-    def move(x, v, s, *_):
-        Qx, Kx, Kv, r_x, r_v = residuals(problem, x, v, s)
-        excess = problem.where_inequality(s * v - kappa, 0.0)
-        s_, z_ = (problem.where_inequality(a, float("inf")) for a in (s, v))
+    def move(x, v, s, priced, *_):
+        pairs = complementary_pairs(problem, v, s, priced)
+        left = s if priced is None else s - violations(problem, v, priced.t)
+        Qx, Kx, Kv, r_x, r_v = residuals(problem, x, v, left)
+        excess = _excess(xp, pairs, kappa)
         terms_x = [backend.norm(D * a) for a in (Qx, Kv, problem.q)]
-        terms_v = [backend.norm(E * a) for a in (Kx, problem.k, s)]
-        found = (
-            (backend.norm(D * r_x) <= accuracy * sum(terms_x))
-            & (backend.norm(E * r_v) <= accuracy * sum(terms_v))
-            & (backend.norm(excess) <= accuracy * kappa)
-        )
-        at = lin._replace(x=x, v=v, s=s)
-        dx, dv, _ = lin.factors.solve(at, r_x, problem.where_inequality(r_v + excess / z_, r_v), 0.0, ())
-        ds = problem.where_inequality(-(excess + s * dv) / z_, 0.0)
-        alpha = xp.minimum(*(step_length(backend, a, da, DOUBLE.step_fraction) for a, da in ((s_, ds), (z_, dv))))
+        terms_v = [backend.norm(E * a) for a in (Kx, problem.k, left)]
+        found = (backend.norm(D * r_x) <= accuracy * sum(terms_x)) & (backend.norm(E * r_v) <= accuracy * sum(terms_v))
+        for each in excess:
+            found = found & (backend.norm(each) <= accuracy * kappa)
+        at = lin._replace(x=x, v=v, s=_slack_with(problem, x, v, s, pairs))
+        dx, dv, _ = lin.factors.solve(at, r_x, right_of_constraints(pairs, r_v, excess), 0.0, ())
+        directions = directions_of_pairs(pairs, excess, dv)
+        alpha = xp.minimum(*step_lengths(backend, pairs, directions, DOUBLE.step_fraction))
         alpha = xp.where(found | ~solved, 0.0, alpha)
-        return x + alpha * dx, v + alpha * dv, s + alpha * ds, found | ~solved
+        x, v, s = x + alpha * dx, v + alpha * dv, s + alpha * directions[0][0]
+        if priced is not None:
+            v, priced = move_elastic(problem, settings.tiny, priced, directions[1][0], dv, alpha, alpha, v)
+        return x, v, s, priced, found | ~solved
 
-    def unfinished(x, v, s, found):
+    def unfinished(x, v, s, priced, found):
         return ~xp.all(found)
 
-    x, v, s, found = backend.while_loop(unfinished, move, move(lin.x, v, s), CENTERING_LIMIT)
+    carry = backend.while_loop(unfinished, move, move(lin.x, v, s, priced), settings.max_iterations)
+    x, v, s, _, found = carry
     status = xp.where(found, lin.status, xp.full_like(lin.status, int(Status.STALLED)))
     return lin._replace(x=x, v=v, s=s, status=status)
+
+
+def _difference(problem: Problem, E, x, v, s):
+    """Return v − s of solutions in the scaled constraints, with prices v − s + t, 0 at equalities."""
+    difference = v / E - E * s
+    if (elastic := problem.elastic) is not None:
+        slack = E * (problem.k - problem.constraints(x) + elastic.compliance * v)
+        difference = problem.backend.xp.where(elastic.limited, v / E - slack, difference)
+    return problem.where_inequality(difference, 0.0)
+
+
+def _excess(xp, pairs: list[Pair], kappa: float):
+    """Return how far the product of every pair is above κ."""
+    return [xp.where(xp.isfinite(pair.positive_a), pair.a * pair.b - kappa, 0.0) for pair in pairs]
+
+
+def _slack_with(problem: Problem, x, v, s, pairs: list[Pair]):
+    """Return the slacks of which the derivative's solves make the θ of these pairs.
+
+    Where violations have a linear price they take for the violation what the constraint leaves, and compute distances
+    from the limits afresh.
+    """
+    if (elastic := problem.elastic) is None:
+        return s
+    xp, theta, (z, r) = problem.backend.xp, pairs[0].theta + pairs[1].theta, limit_distances(problem, v)
+    slack = problem.k - problem.constraints(x) + elastic.compliance * v
+    violated = (theta + slack / r) / (1.0 / z + 1.0 / r)
+    return xp.where(elastic.limited, xp.where(violated > slack, violated, theta * z), s)
 
 
 def _center(sub: SubBatch, kappa: float, x, v, s):
@@ -117,22 +152,17 @@ def _center(sub: SubBatch, kappa: float, x, v, s):
     """
     problem, settings, (D, E, primal, dual, *_) = sub.problem, sub.settings, sub.scaling
     backend, xp = problem.backend, problem.backend.xp
-    difference = v / E - E * s
-    if (elastic := problem.elastic) is not None:
-        slack = E * (problem.k - problem.constraints(x) + elastic.compliance * v)
-        difference = xp.where(elastic.limited, v / E - slack, difference)
-    v, s, priced = center_on_path(sub, v, problem.where_inequality(difference, 0.0), kappa)
-    state = make_origin(sub)._replace(x=x, v=v, s=s, elastic=priced)
+    v, s, priced = center_on_path(sub, v, _difference(problem, E, x, v, s), kappa)
     smallest = xp.full_like(x[:, :1], settings.smallest)
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
 
     def move(x, v, s, priced, *_):
-        wide, pairs = sub.wide_problem, complementary_pairs(sub, state._replace(v=v, s=s, elastic=priced))
+        wide, pairs = sub.wide_problem, complementary_pairs(problem, v, s, priced)
         slack = s if priced is None else s - violations(problem, v, priced.t)
         *_, r_x, r_v = residuals(wide, *(cast(xp, a, wide.dtype) for a in (x, v, slack)))
         r_x, r_v = (cast(xp, a, problem.dtype) for a in (r_x, r_v))
         system = NewtonSystem(sub, pairs, r_x, r_v, (smallest, smallest))
-        excess = [xp.where(xp.isfinite(pair.positive_a), pair.a * pair.b - kappa, 0.0) for pair in pairs]
+        excess = _excess(xp, pairs, kappa)
         found = (backend.norm(D * r_x) <= accuracy * (dual + backend.norm(D * problem.q))) & (
             backend.norm(E * r_v) <= accuracy * (primal + backend.norm(E * problem.k))
         )
@@ -142,7 +172,7 @@ def _center(sub: SubBatch, kappa: float, x, v, s):
         alpha = xp.where(found, 0.0, xp.minimum(*step_lengths(backend, pairs, directions, DOUBLE.step_fraction)))
         x, v, s = x + alpha * dx, v + alpha * dv, s + alpha * directions[0][0]
         if priced is not None:
-            v, priced = move_elastic(sub, priced, directions[1][0], dv, alpha, alpha, v)
+            v, priced = move_elastic(problem, settings.tiny, priced, directions[1][0], dv, alpha, alpha, v)
         return x, v, s, priced, found, system.factor
 
     def unfinished(x, v, s, priced, found, factor):

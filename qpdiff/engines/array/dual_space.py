@@ -131,7 +131,7 @@ def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
     """Make one step as `step.step` does, with x formed where it is wanted, and without a factor."""
     problem, backend = sub.problem, sub.problem.backend
     xp = backend.xp
-    pairs = complementary_pairs(sub, state)
+    pairs = complementary_pairs(problem, state.v, state.s, state.elastic)
     system = DualSystem(sub, complementarity_ratio(sub, pairs), state)
     products = [pair.a * pair.b for pair in pairs]
     dv = system.solve(right_of_constraints(pairs, state.r_v, products))

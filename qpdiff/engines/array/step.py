@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ...problem import Problem
 from ..parameters import DOUBLE
 from .kkt import solve_refined
 from .start import mean
@@ -42,14 +43,13 @@ class Pair(NamedTuple):
         return -dv if self.of_upper else dv
 
 
-def complementary_pairs(sub: SubBatch, state: State) -> list[Pair]:
+def complementary_pairs(problem: Problem, v, s, elastic: ElasticState | None) -> list[Pair]:
     """Return s and z, and where violations have a price t and r."""
-    problem = sub.problem
-    z = state.v if state.elastic is None else state.elastic.z
-    positive_s, positive_z = (problem.where_inequality(a, float("inf")) for a in (state.s, z))
-    pairs = [Pair(state.s, z, positive_s, positive_z, False)]
-    if state.elastic is not None:
-        t, _, r = state.elastic
+    z = v if elastic is None else elastic.z
+    positive_s, positive_z = (problem.where_inequality(a, float("inf")) for a in (s, z))
+    pairs = [Pair(s, z, positive_s, positive_z, False)]
+    if elastic is not None:
+        t, _, r = elastic
         where, limited = problem.backend.xp.where, problem.elastic.limited
         positive_t, positive_r = (where(limited, a, float("inf")) for a in (t, r))
         pairs.append(Pair(t, r, positive_t, positive_r, True))
@@ -132,7 +132,7 @@ def step(sub: SubBatch, state: State, *, refine: bool, may_revert: bool):
     another. `may_revert` says whether any may stay at its iterate: one that has ended, or is within the tolerance.
     """
     backend = sub.problem.backend
-    pairs = complementary_pairs(sub, state)
+    pairs = complementary_pairs(sub.problem, state.v, state.s, state.elastic)
     system = NewtonSystem(sub, pairs, state.r_x, state.r_v, (state.rho, state.delta))
     predictor = system.solve_multipliers([pair.a * pair.b for pair in pairs])
     right, fraction = corrector_rhs(sub, state, pairs, predictor)
@@ -201,16 +201,16 @@ def take_step(sub: SubBatch, state: State, pairs: list[Pair], directions, fracti
     v = problem.where_exists(state.v + alpha_z * dv, 0.0)
     if state.elastic is None:
         return alpha_s, alpha_z, s, problem.where_inequality(backend.clip(v, settings.tiny), v), None
-    v, elastic = move_elastic(sub, state.elastic, directions[1][0], dv, alpha_s, alpha_z, v)
+    v, elastic = move_elastic(problem, settings.tiny, state.elastic, directions[1][0], dv, alpha_s, alpha_z, v)
     return alpha_s, alpha_z, s, v, elastic
 
 
-def move_elastic(sub: SubBatch, elastic: ElasticState, dt, dv, alpha_s, alpha_z, v):
+def move_elastic(problem: Problem, tiny: float, elastic: ElasticState, dt, dv, alpha_s, alpha_z, v):
     """Move what an iterate has of rows with a price, for multipliers v after the step; return v too.
 
     A multiplier near a limit follows from its distance, which is known better than the difference of the two.
     """
-    problem, backend, tiny = sub.problem, sub.problem.backend, sub.settings.tiny
+    backend = problem.backend
     xp, limited, two_sided = backend.xp, problem.elastic.limited, problem.elastic.two_sided
     t = xp.where(limited, backend.clip(elastic.t + alpha_s * dt, tiny), 0.0)
     dz = alpha_z * dv
