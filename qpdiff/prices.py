@@ -80,7 +80,7 @@ def price_operands(present: Collection[str], kind: str = "", **options) -> dict[
 
 def is_number(value) -> bool:
     """Return whether a price is one number: Python's, NumPy's or an array without axes."""
-    return getattr(value, "shape", () if isinstance(value, (int, float)) else None) == ()
+    return isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
 
 
 def price_numbers(**options) -> tuple[str, ...]:

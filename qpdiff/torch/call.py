@@ -8,8 +8,7 @@ import torch
 
 from .. import solver
 from ..differentiation import check_smoothing
-from ..prices import with_prices
-from ..problem import OPERANDS
+from ..prices import price_operands
 from ..solution import Solution, check_unsolved
 from .general import solve_by_functions
 from .program import refuse_arrays, solve_in_graph
@@ -44,7 +43,7 @@ def solve_qp(
         device of the others. Of Q, G and A any may be a tensor in the layout CSR, whose gradient is one too, or a
         `qpdiff.Sparse` with a tensor of values, through which derivatives of any order go.
     elastic, elastic_quadratic : number or tensor without axes, or dict, optional
-        As for `qpdiff.solve_qp`; tensors may require a gradient. Not in `torch.compile` and `torch.export`.
+        As for `qpdiff.solve_qp`; tensors may require a gradient.
     unsolved : {"raise", "nan", "zero"}
         What to do about problems that are not SOLVED: raise, or give them NaN or zero gradients.
     smoothing : float, optional
@@ -85,7 +84,8 @@ def solve_qp(
     if options:
         solver.check_names("solve_qp", [name for name in options if name != "dtype"])
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
-    operands, _ = with_prices(operands, elastic, elastic_quadratic)
+    present = [name for name, value in operands.items() if value is not None]
+    operands |= price_operands(present, elastic=elastic, elastic_quadratic=elastic_quadratic)
     operands = {k: stacked(value) if isinstance(value, (list, tuple)) else value for k, value in operands.items()}
     warm: Any = None
     if isinstance(warm_start, Solution):
@@ -95,9 +95,5 @@ def solve_qp(
     if not compiling and smoothing is None and are_numpys(operands):
         return solve_arrays(operands, warm, unsolved, **options)
     options["smoothing"] = None if smoothing is None else float(smoothing)
-    solve = solve_by_functions
-    if compiling:
-        if len(operands) > len(OPERANDS):
-            raise TypeError("torch.compile and torch.export do not take elastic and elastic_quadratic")
-        solve = solve_in_graph
+    solve = solve_in_graph if compiling else solve_by_functions
     return Solution(*solve(operands, warm, unsolved, **options))

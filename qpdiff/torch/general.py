@@ -31,8 +31,6 @@ def solve_by_functions(operands, warm, unsolved, *, in_operator=False, dtype=Non
     traced = is_in_torch_dispatch_mode() or (in_operator and may_transform())
     if traced and patterns:
         raise not_in_programs(next(iter(patterns)))
-    if traced and problem.is_elastic:
-        raise TypeError("qpdiff.torch.solve_qp takes elastic and elastic_quadratic in eager calls only")
     layer = (Operators if traced else Layer)(problem.backend, settings)
     x, v, s, *constants = layer.solution(batch_shape, tensors, warm or ())[:LAST]
     parts = [x, *split_rows(problem, v, v)]

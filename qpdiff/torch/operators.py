@@ -64,7 +64,7 @@ class Operators:
         names, rounding, unsolved, options, _ = self.settings
         return OPERATORS.solve_kkt(
             r_x, r_v, x, v, list(operands), " ".join(names), " ".join(wanted), *self.point, rounding, unsolved,
-            options.get("engine", "auto"),
+            options.get("engine", "auto"), self.smoothing,
         )  # fmt: skip
 
     def gradients(self, wanted, r_x, r_v, x, v, operands):
@@ -161,8 +161,8 @@ def _solve_vmap(info, in_dims, operands, names, batch_shape, warm, *settings):
 # ---- the second function
 
 
-def _kkt_op(r_x, r_v, x, v, operands, names, wanted, s, status, scaling, rounding, unsolved, engine):
-    layer = Layer(_backend_of(operands), _settings(names, rounding, unsolved))
+def _kkt_op(r_x, r_v, x, v, operands, names, wanted, s, status, scaling, rounding, unsolved, engine, smoothing):
+    layer = Layer(_backend_of(operands), _settings(names, rounding, unsolved, smoothing=smoothing))
     arrays = dict(zip(layer.names, layer.arrays(operands), strict=True))
     layout = make_layout(layer.solver_backend, (x.shape[0],), arrays, rounding)
     problem = symmetrized(layout.problem(arrays))
@@ -179,8 +179,9 @@ def _kkt_fake(r_x, r_v, x, v, operands, names, wanted, *_):
 
 
 def _kkt_context(ctx, inputs, output):
-    _, _, x, v, operands, names, wanted, s, status, scaling, rounding, unsolved, engine = inputs
-    ctx.settings, ctx.wanted = _settings(names, rounding, unsolved, engine=engine), tuple(wanted.split())
+    _, _, x, v, operands, names, wanted, s, status, scaling, rounding, unsolved, engine, smoothing = inputs
+    ctx.settings = _settings(names, rounding, unsolved, engine=engine, smoothing=smoothing)
+    ctx.wanted = tuple(wanted.split())
     ctx.save_for_backward(x, v, s, status, scaling, *operands, *output[:2])
 
 
@@ -193,7 +194,7 @@ def _kkt_backward_op(ctx, cotangents):
     of_vectors, of_operands = kkt_backward(
         layer, ctx.needs_input_grad[4], g_x, g_v, of_gradients, x, v, operands, u_x, u_v
     )
-    return *of_vectors, list(of_operands), *[None] * 8
+    return *of_vectors, list(of_operands), *[None] * 9
 
 
 def _kkt_vmap_op(info, in_dims, r_x, r_v, x, v, operands, names, wanted, s, status, scaling, *settings):
@@ -201,8 +202,8 @@ def _kkt_vmap_op(info, in_dims, r_x, r_v, x, v, operands, names, wanted, s, stat
     if in_dims[2] is not None:
         batch = batch_of(x, in_dims[2])
         s, status, scaling = map(joined, point, in_dims[7:10], [size] * 3, [batch] * 3)
-    rounding, unsolved, engine = settings
-    settings = _settings(names, rounding, unsolved, engine=engine)
+    rounding, unsolved, engine, smoothing = settings
+    settings = _settings(names, rounding, unsolved, engine=engine, smoothing=smoothing)
     layer = Operators(_backend_of(operands), settings, (s, status, scaling))
     vectors, dims = [r_x, r_v, x, v, *operands], [*in_dims[:4], *in_dims[4]]
     output, out_dims = kkt_vmap(layer, size, tuple(wanted.split()), list(zip(vectors, dims, strict=True)))
@@ -217,7 +218,7 @@ torch.library.define(
 torch.library.define(
     "qpdiff::solve_kkt",
     "(Tensor r_x, Tensor r_v, Tensor x, Tensor v, Tensor[] operands, str names, str wanted, Tensor s, Tensor status, "
-    "Tensor scaling, float rounding, str unsolved, str engine) -> Tensor[]",
+    "Tensor scaling, float rounding, str unsolved, str engine, float? smoothing) -> Tensor[]",
 )
 for _name, _run, _fake, _context, _backward, _vmap in (
     ("qpdiff::solve", _solve_op, _solve_fake, _solve_context, _solve_backward, _solve_vmap),

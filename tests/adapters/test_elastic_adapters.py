@@ -113,15 +113,16 @@ def test_a_layer_takes_prices():
     torch.testing.assert_close(priced(q), layer(q), atol=1e-5, rtol=1e-5)
 
 
-def test_torch_refuses_in_programs():
+def test_torch_traces_prices():
     torch = pytest.importorskip("torch")
     import qpdiff.torch
 
     def solve(q):
         return qpdiff.torch.solve_qp(torch.eye(1), q, torch.ones(1, 1), torch.zeros(1), elastic=1.0).x
 
-    with pytest.raises(TypeError, match="eager calls only"):
-        torch.fx.experimental.proxy_tensor.make_fx(solve, tracing_mode="fake")(torch.zeros(1))
+    program = torch.fx.experimental.proxy_tensor.make_fx(solve, tracing_mode="fake")(torch.zeros(1))
+    q = -torch.ones(1)
+    torch.testing.assert_close(program(q), solve(q))
 
 
 @pytest.mark.parametrize(("parts", "smoothing"), CASES[1:])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from elastic_problems import contradictory
 from problems import random_problem
 from torch_inside import replace_inside
 
@@ -12,7 +13,7 @@ from torch.func import vmap
 from torch.library import opcheck
 
 import qpdiff.torch
-from qpdiff.problem import OPERANDS
+from qpdiff.problem import OPERANDS, PRICE_NAMES, PRICES
 from qpdiff.solution import FIELDS
 from qpdiff.torch.functions import Layer
 from qpdiff.torch.operators import _backend_of
@@ -136,6 +137,37 @@ def test_smoothing(compiled, solved_by, batch):
     compare(compiled(solve), solve, *operands.values())
 
 
+@pytest.mark.parametrize("smoothing", [None, 0.1])
+def test_prices(compiled, solved_by, smoothing):
+    """The constraints contradict each other; prices are of one number, of each row and of each problem's."""
+    operands = contradictory(np.random.default_rng(0), "G h A b lb ub", batch=(4,))
+    operands = {name: torch.tensor(value, requires_grad=True) for name, value in operands.items()}
+    w, sigma = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), torch.full_like(operands["h"], 0.3)
+    bounds = torch.full((6,), 5.0, dtype=torch.float64, requires_grad=True)
+
+    def solve(w, bounds, sigma, *values):
+        prices = {"elastic": {"A": w, "G": 2 * w, "bounds": bounds}, "elastic_quadratic": {"G": sigma}}
+        sol = qpdiff.torch.solve_qp(
+            **dict(zip(operands, values, strict=True)), **prices, smoothing=smoothing, **TIGHT
+        )  # fmt: skip
+        return sol.x, sol.y, sol.objective, sol.status, *sol.violation
+
+    compare(compiled(solve), solve, w, bounds, sigma.requires_grad_(), *operands.values())
+
+
+def test_a_price_that_is_a_number(compiled):
+    Q, q, G, h = problem("G", shared=("Q", "G")).values()
+
+    def solve(q, w):
+        sol = qpdiff.torch.solve_qp(Q.detach(), q, G.detach(), h.detach(), elastic=w)
+        assert sol.violation.A is None
+        return sol.x, sol.violation.G
+
+    program = compiled(solve)
+    for w in (1.0, 0.1, 3, torch.tensor(0.1)):
+        torch.testing.assert_close(program(q, w), solve(q, w))
+
+
 def test_the_optimal_value_alone_solves_no_system(compiled, monkeypatch):
     operands = problem("A G lb ub")
 
@@ -168,9 +200,10 @@ def test_an_unsolved_problem_raises_when_the_program_runs(compiled):
         compiled(solve)(torch.ones(1))
 
 
-def test_layers(compiled):
+@pytest.mark.parametrize("options", [{}, {"elastic": 0.3}], ids=str)
+def test_layers(compiled, options):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 3), qpdiff.torch.OptNet(3, m=4, p=1, nonnegative=True))
+    net = nn.Sequential(nn.Linear(3, 3), qpdiff.torch.OptNet(3, m=4, p=1, nonnegative=True, **options))
     inputs = torch.randn(5, 3)
     expected = torch.autograd.grad(net(inputs).sum(), net.parameters())
     program = compiled(net)
@@ -200,13 +233,6 @@ def test_vmap_inside(compiled):
 def test_what_a_program_does_not_take(compiled):
     with pytest.raises(Exception, match=r"progress, which torch\.compile and torch\.export do not take"):
         compiled(lambda q: qpdiff.torch.solve_qp(torch.eye(2), q, progress=print).x)(torch.ones(2))
-    for priced in ({"elastic": 1.0}, {"elastic_quadratic": {"bounds": 0.5}}):
-        with pytest.raises(
-            Exception, match=r"torch\.compile and torch\.export do not take elastic and elastic_quadratic"
-        ):
-            compiled(
-                lambda q, priced=priced: qpdiff.torch.solve_qp(torch.eye(2), q, [[1.0, 1.0]], [1.0], lb=0.0, **priced).x
-            )(torch.ones(2))
     for name, number in {"tol": np.float64(1e-9), "max_iterations": np.int64(9), "smoothing": np.float32(0.1)}.items():
         options = {name: number}
         assert qpdiff.torch.solve_qp(torch.eye(2), torch.ones(2), **options).x.isfinite().all()
@@ -235,10 +261,11 @@ def test_exported_gradients_of_shared_parameters_are_means(strict):
         torch.testing.assert_close(gradient, torch.ones(2, dtype=torch.float64), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"elastic": 0.3}], ids=str)
 @pytest.mark.parametrize("strict", [True, False])
-def test_exported(strict):
+def test_exported(strict, options):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 3), qpdiff.torch.OptNet(3, m=4, p=1))
+    net = nn.Sequential(nn.Linear(4, 3), qpdiff.torch.OptNet(3, m=4, p=1, **options))
     size = torch.export.Dim("size", min=2)
     program = torch.export.export(net, (torch.randn(5, 4),), dynamic_shapes=({0: size},), strict=strict)
     names = {str(node.target) for node in program.run_decompositions().graph.nodes}
@@ -252,32 +279,38 @@ def test_exported(strict):
 # ---- the operators
 
 
-def operators(parts, shared, smoothing=None):
+def operators(parts, shared, smoothing=None, priced=False):
     """The arguments of both operators."""
     operands = problem(parts, shared=shared)
+    if priced:
+        operands[PRICE_NAMES["elastic"]["A"]] = torch.full((4, 2), 0.3, dtype=torch.float64)
+        operands[PRICE_NAMES["elastic"]["bounds"]] = torch.full((1, 6), 0.5, dtype=torch.float64)
+        operands[PRICE_NAMES["elastic_quadratic"]["bounds"]] = torch.full((4, 6), 0.1, dtype=torch.float64)
     flat = [value[None] if name in shared else value for name, value in operands.items()]
     flat = [value.detach().requires_grad_() for value in flat]
     names = " ".join(operands)
     first = (flat, names, [2, 2], [], 1e-8, "raise", None, None, 100, True, False, "auto", smoothing)
     x, v, _, status, *_, s, scaling = torch.ops.qpdiff.solve(*first)
     point = [value.detach().requires_grad_() for value in (x + 1, v + 1, x, v)]
-    return first, (*point, flat, names, names, s, status.flatten(), scaling, 1e-8, "raise", "auto")
+    return first, (*point, flat, names, names, s, status.flatten(), scaling, 1e-8, "raise", "auto", smoothing)
 
 
-def test_operators(solved_by):
-    first, second = operators("A G lb ub", ("G", "A"))
+@pytest.mark.parametrize("priced", [False, True], ids=["hard", "priced"])
+def test_operators(solved_by, priced):
+    first, second = operators("A G lb ub", ("G", "A"), priced=priced)
     opcheck(torch.ops.qpdiff.solve.default, first)
     opcheck(torch.ops.qpdiff.solve_kkt.default, second)
-    smooth, _ = operators("A G lb ub", ("G", "A"), smoothing=0.1)
+    smooth, _ = operators("A G lb ub", ("G", "A"), smoothing=0.1, priced=priced)
     opcheck(torch.ops.qpdiff.solve.default, smooth)
 
 
 @pytest.mark.parametrize("smoothing", [None, 0.1])
-def test_rules_of_the_operators(solved_by, smoothing):
+@pytest.mark.parametrize("priced", [False, True], ids=["hard", "priced"])
+def test_rules_of_the_operators(solved_by, smoothing, priced):
     """To the second order, and under vmap, they are those of the functions that eager calls take."""
-    first, _ = operators("A G lb", ("Q", "A"), smoothing)
+    first, _ = operators("A G lb", ("Q", "A"), smoothing, priced)
     operands, names = first[0], tuple(first[1].split())
-    assert set(names) <= set(OPERANDS)
+    assert set(names) <= set(OPERANDS | PRICES)
 
     def with_objective(output):
         return torch.cat([*output[:2], output[OBJECTIVE].reshape(4, 1)], 1)
