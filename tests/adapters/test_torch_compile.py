@@ -230,6 +230,16 @@ def test_vmap_inside(compiled):
     compare(compiled(solve), solve, Q, q, G)
 
 
+def test_vmap_over_prices_inside(compiled):
+    Q, q, G, h = problem("G", shared=("Q", "G")).values()
+    h = h[0].detach()
+
+    def solve(q, w):
+        return (vmap(lambda w: qpdiff.torch.solve_qp(Q.detach(), q[0], G.detach(), h, elastic=w).x)(w),)
+
+    compare(compiled(solve), solve, q, torch.tensor([0.1, 1.0, 9.0], dtype=torch.float64, requires_grad=True))
+
+
 def test_what_a_program_does_not_take(compiled):
     with pytest.raises(Exception, match=r"progress, which torch\.compile and torch\.export do not take"):
         compiled(lambda q: qpdiff.torch.solve_qp(torch.eye(2), q, progress=print).x)(torch.ones(2))
