@@ -37,6 +37,8 @@ PRICE_NAMES = {option: {of: f"{option}['{of}']" for of in ("A", "G", "bounds")} 
 """What these options come to, operands too, by the constraints: their names, which errors have for them."""
 PRICES = {name: (size,) for names in PRICE_NAMES.values() for name, size in zip(names.values(), "pmn", strict=True)}
 """Their core shapes by these names."""
+CORES = OPERANDS | PRICES
+"""The core shapes of all operands."""
 INFINITE = 1e20
 """Bounds of this magnitude are treated as infinite, as in other solvers, whose users write 1e20 or 1e30."""
 

@@ -14,11 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import Backend, Kind, choose_backend, floating_types, read_dtype
-from .problem import INFINITE, MATRICES, OPERANDS, PRICES, Layout, Problem, cached, core_sizes
+from .problem import CORES, INFINITE, MATRICES, OPERANDS, PRICES, Layout, Problem, cached, core_sizes
 from .sparse import Pattern, Sparse, gather, is_sparse, read_sparse, stored
 
-CORES = OPERANDS | PRICES
-"""The core shapes of all operands."""
 SIZED_BY = {"h": "G", "b": "A", "lb": "Q", "ub": "Q"} | {
     name: {"p": "A", "m": "G", "n": "Q"}[size] for name, (size,) in PRICES.items()
 }

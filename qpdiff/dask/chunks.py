@@ -7,11 +7,10 @@ import numpy as np
 from dask.array.core import unify_chunks
 
 from .. import solver
-from ..problem import OPERANDS, PRICES, Problem
+from ..problem import CORES, OPERANDS, Problem
 from ..validation import make_problem
 from .operands import with_patterns
 
-_CORES = OPERANDS | PRICES
 CORE_AXES = {"x": 1, "y": 1, "z": 1, "z_lb": 1, "z_ub": 1, "status": 0}
 """Core axes of the parts of a solution that a warm start or a cotangent may have."""
 
@@ -61,7 +60,7 @@ def _index(name: str, value, core: int, batch: int):
 
 def core_shape(name: str, shape: tuple[int, ...], sparse: bool) -> tuple[int, ...]:
     """Return the shape of an operand's array without its batch axes; a number that stands for all entries has none."""
-    return shape[max(0, len(shape) - (1 if sparse else len(_CORES[name]))) :]
+    return shape[max(0, len(shape) - (1 if sparse else len(CORES[name]))) :]
 
 
 def batch_axes(count: int) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from ..engines import choice
 from ..engines.array.central_path import relax
 from ..engines.base import Linearization, Outcome, Settings, StartingPoint
 from ..engines.choice import compiled_engine
-from ..problem import OPERANDS, Layout, Problem, make_layout
+from ..problem import CORES, Layout, Problem, make_layout
 from ..sparse import Sparse, apply
 from ..validation import check_values, symmetrized
 from .mapped import in_one_batch, mapped_axes, of_each, repeated
@@ -111,7 +111,7 @@ class Compiled(NamedTuple):
         flat = {
             name: value.with_values(in_one_batch(value.values, batch_shape, 1, dtype))
             if isinstance(value, Sparse)
-            else in_one_batch(value, batch_shape, len(OPERANDS[name]), dtype)
+            else in_one_batch(value, batch_shape, len(CORES[name]), dtype)
             for name, value in operands.items()
         }
         layout = make_layout(HOST, (math.prod(batch_shape),), flat, rounding=self.on_host.rounding)

@@ -7,14 +7,14 @@ from itertools import product
 
 import numpy as np
 
-from ..problem import OPERANDS
+from ..problem import CORES
 
 
 def mapped_axes(operands, vectors):
     """Return the leading axes that the arguments of a callback broadcast to: operands, and vectors (..., B or 1, ·)."""
     if operands["q"].ndim == 2:
         return ()
-    of_operands = (value.shape[: -1 - len(OPERANDS[name])] for name, value in operands.items())
+    of_operands = (value.shape[: -1 - len(CORES[name])] for name, value in operands.items())
     return np.broadcast_shapes(*of_operands, *(vector.shape[:-2] for vector in vectors))
 
 

@@ -160,6 +160,33 @@ def test_jax(parts, smoothing):
             np.testing.assert_allclose(second[name], difference, atol=1e-3 * scale)
 
 
+@pytest.mark.parametrize("smoothing", [None, 1e-2])
+@pytest.mark.parametrize("engine", ["compiled", "array"])
+def test_jax_maps_over_prices(engine, smoothing):
+    jax = pytest.importorskip("jax")
+    jnp = jax.numpy
+    import qpdiff.jax
+
+    with jax.enable_x64(True):
+
+        def solve(w):  # minimise ½|x − 3|² + w·x₊, whose x is 3 − w where that is positive, else 0
+            return qpdiff.jax.solve_qp(
+                jnp.eye(2), jnp.full(2, -3.0), jnp.eye(2), jnp.zeros(2), elastic={"G": w}, smoothing=smoothing,
+                engine=engine, tol=1e-11,
+            )  # fmt: skip
+
+        prices = jnp.array([[0.5, 2.0], [1.0, 7.0]])
+        expected = [[2.5, 1.0], [2.0, 0.0]]
+        sol = jax.vmap(solve)(prices)
+        np.testing.assert_allclose(sol.x, expected, atol=1e-7)
+        np.testing.assert_allclose(sol.violation.G, expected, atol=1e-7)
+        each = [jax.jacfwd(lambda w: solve(w).x)(w) for w in prices]
+        mapped = jax.jit(jax.vmap(jax.jacrev(lambda w: solve(w).x)))(prices)
+        np.testing.assert_allclose(mapped, each, atol=1e-7)
+        if smoothing is None:
+            np.testing.assert_allclose(each, [[[-1, 0], [0, -1]], [[-1, 0], [0, 0]]], atol=1e-5)
+
+
 def sorted_values(by_name):
     """The values in the order of JAX's dictionaries."""
     return [by_name[name] for name in sorted(by_name)]
