@@ -20,6 +20,8 @@ import qpdiff
 from qpdiff.backend import single_threaded_blas
 from qpdiff.backend.threads import THREADS
 from qpdiff.engines.choice import compiled_engine
+from qpdiff.sparse import Sparse as SparseMatrix
+from qpdiff.sparse import full_pattern
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "qpdiff" / "engines" / "compiled" / "src"
@@ -124,6 +126,26 @@ def test_threads_share_a_solution(chosen, case):
     expected = [gradients(i) for i in range(6)]
     for found, alone in zip(together([lambda i=i: gradients(i) for i in range(6)]), expected, strict=True):
         check_same(found, alone)
+
+
+@pytest.mark.skipif(compiled_engine()[0] is None, reason="the compiled engine was not built")
+def test_other_threads_go_on_while_a_pattern_is_analysed():
+    from qpdiff.engines.compiled.sparse import Pattern
+
+    n, begun, went_on = 200_000, threading.Event(), threading.Event()
+    diagonal = SparseMatrix(np.ones(n), np.arange(n), np.arange(n + 1), (n, n)).pattern
+    pattern = Pattern(diagonal, full_pattern(0, n), diagonal)
+    other = threading.Thread(target=lambda: begun.wait() and went_on.set(), daemon=True)
+    other.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e3)  # so that the interpreter does not pass its lock on by itself
+    try:
+        begun.set()
+        assert pattern.size == n  # an entry of L for each row
+        assert went_on.is_set()
+    finally:
+        sys.setswitchinterval(interval)
+        other.join()
 
 
 def test_an_error_in_one_thread_is_its_own(chosen):

@@ -213,8 +213,11 @@ std::vector<int> read_indices(nb::handle object) {
 // Analyse the pattern of Q, and of A and G together, in compressed rows.
 void analyse_pattern(SparseKkt* self, int p, nb::handle Q_starts, nb::handle Q_columns, nb::handle K_starts,
                      nb::handle K_columns) {
+    auto starts_of_Q = read_indices(Q_starts), columns_of_Q = read_indices(Q_columns);
+    auto starts_of_K = read_indices(K_starts), columns_of_K = read_indices(K_columns);
+    nb::gil_scoped_release release; // other threads go on meanwhile
     new (self)
-        SparseKkt(p, read_indices(Q_starts), read_indices(Q_columns), read_indices(K_starts), read_indices(K_columns));
+        SparseKkt(p, std::move(starts_of_Q), std::move(columns_of_Q), std::move(starts_of_K), std::move(columns_of_K));
 }
 
 // Read the operands of problems with sparse matrices.
