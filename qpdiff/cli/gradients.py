@@ -64,7 +64,9 @@ def compare(operands, sol: qpdiff.Solution, options, step: float, directions: in
             pulled = float(sum(np.sum(gradients[other] * tangent) for other, tangent in tangents.items()))
             size = max(abs(pulled), abs(slope), 1e-2 * float(np.linalg.norm(cotangent)))
             report(position * directions + count + 1, len(operands) * directions)
-            if abs(right - left) <= 0.01 * size and np.isfinite(slope):
+            if not np.isfinite(pulled):  # a fault, as all problems are SOLVED
+                worst = np.inf
+            elif abs(right - left) <= 0.01 * size and np.isfinite(slope):
                 worst = max(worst, abs(slope - pulled) / size)
             else:
                 left_out += 1

@@ -443,9 +443,10 @@ def test_check_takes_single_precision(run, save):
     assert verdicts(result) == dict.fromkeys(operands, "agrees")
 
 
-def test_check_tells_wrong_gradients(run, save, monkeypatch):
+@pytest.mark.parametrize("factor", [-1.0, np.nan])
+def test_check_tells_wrong_gradients(run, save, monkeypatch, factor):
     right = qpdiff.vjp
-    monkeypatch.setattr(qpdiff, "vjp", lambda *a, **k: right(*a, **k)._replace(q=-right(*a, **k).q))
+    monkeypatch.setattr(qpdiff, "vjp", lambda *a, **k: right(*a, **k)._replace(q=factor * right(*a, **k).q))
     result = run("check", save(random_problem(np.random.default_rng(2), "A G")), "--directions", 2)
     assert result.exit_code == 1
     assert "differs" in result.output
