@@ -36,7 +36,7 @@ def register() -> None:
     [0.5, 1.0]
     """
     qpsolvers.solvers.solve_function["qpdiff"] = solve_problem
-    for names in (qpsolvers.available_solvers, qpsolvers.dense_solvers):
+    for names in (qpsolvers.available_solvers, qpsolvers.dense_solvers, qpsolvers.sparse_solvers):
         if "qpdiff" not in names:
             names.append("qpdiff")
 
@@ -99,7 +99,7 @@ def from_problem(problem) -> dict[str, np.ndarray]:
     >>> sorted(from_problem(problem))
     ['Q', 'lb', 'q']
     """
-    values = dict(zip(("Q", *list(OPERANDS)[1:]), problem.unpack(), strict=True))
+    values = dict(zip(OPERANDS, problem.unpack(), strict=True))
     given = {name: sp.csr_array(value) if sp.issparse(value) else value for name, value in values.items()}
     for matrix, name in (("G", "h"), ("A", "b")):  # a constraint of one row may be a vector, and its side a number
         if given[matrix] is not None:

@@ -42,6 +42,7 @@ def test_it_is_among_the_solvers_once():
     register()
     assert qpsolvers.available_solvers.count("qpdiff") == 1
     assert qpsolvers.dense_solvers.count("qpdiff") == 1
+    assert qpsolvers.sparse_solvers.count("qpdiff") == 1
 
 
 @pytest.mark.parametrize("bounds", [True, False])
