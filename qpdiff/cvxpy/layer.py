@@ -69,8 +69,8 @@ def from_cvxpy(problem, parameters, variables=None) -> Layer:
     Notes
     -----
     CVXPY compiles the problem once, here; the caller's problem keeps its values and what it was compiled to before.
-    All operands are dense arrays of the size of CVXPY's canonical form, which may have more variables and rows than the
-    problem.
+    All operands are of the size of CVXPY's canonical form, which may have more variables and rows than the problem.
+    Large matrices that are mostly zeros are sparse, the others dense.
 
     References
     ----------
