@@ -18,7 +18,7 @@ from ..parameters import Parameters, parameters
 from ..reduction import Form, preferred_form
 from . import cuda
 from .cuda import missing
-from .engine import DECIDING, _core, stores
+from .engine import DECIDING, Stored, _core, stores
 from .launch import (
     BlockMemory,
     BlockShape,
@@ -138,21 +138,6 @@ def solve(
     if progress is not None:
         progress(problem.batch, problem.batch)
     return solved
-
-
-class Stored(NamedTuple):
-    """Factors and scaling of every problem, stored for the derivative; None where they are not."""
-
-    constant: Any
-    """The constants of the reduced KKT system, (B or 1, ·)."""
-    last: Any
-    """Its last factor, and the weights of the constraints in it."""
-    scaling: Any
-    """D and E."""
-    form: Any
-    """The reduced form that each problem has been solved with."""
-    factor_ok: Any
-    """Mask of the problems whose last factor can be used."""
 
 
 class Arrays(NamedTuple):
