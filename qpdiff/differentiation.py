@@ -24,7 +24,7 @@ from .backend import from_host
 from .engines.array.central_path import relax
 from .engines.base import Linearization
 from .prices import price_operands
-from .problem import MATRICES, OPERANDS, PRICE_NAMES, PRICES, Problem, join_rows, split_rows
+from .problem import MATRICES, PRICE_NAMES, PRICES, Problem, join_rows, split_rows
 from .solution import Solution, Status
 from .sparse import Sparse, check_pattern, is_sparse, read_sparse, with_array
 
@@ -157,14 +157,12 @@ def vjp(
     with _no_grad(sol), sol.linearization.problem.reproducibly():
         sol = smoothed(sol, smoothing)
         lin = sol.linearization
-        problem = lin.problem
-        of_solution = {"x": x, "y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub}
-        g, out, kappa = None, dict[str, Any](), smoothing or 0.0
+        problem, kappa = lin.problem, smoothing or 0.0
+        g, out = None, dict[str, Any]()
         if objective is not None:
-            g = _flat(problem, sol, "objective", objective, "cotangent")[:, None]
-        moves = g is None or smoothing is not None or any(value is not None for value in of_solution.values())
-        if moves:
-            r_x, r_v = _to_rows(sol, of_solution)
+            g = _cotangent(sol, "objective", objective)[:, None]
+        if g is None or smoothing is not None or not (x is y is z is z_lb is z_ub is None):
+            r_x, r_v = _to_rows(sol, x, y, z, z_lb, z_ub)
             if g is not None and smoothing is not None:  # the relaxed point is no minimum, so the value moves with it
                 r_x = r_x + g * (problem.hessian(lin.x) + problem.q)
                 if problem.is_elastic:
@@ -240,9 +238,7 @@ def jvp(
         problem, xp = lin.problem, lin.problem.backend.xp
         given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
         given |= price_operands(problem.operands, "tangent of ", elastic=elastic, elastic_quadratic=elastic_quadratic)
-        tangents = {
-            name: _flat(problem, sol, name, value, "tangent") for name, value in given.items() if value is not None
-        }
+        tangents = {name: _tangent(problem, name, value) for name, value in given.items() if value is not None}
         at, kappa = _at_solved(lin), smoothing or 0.0
         parts = right_hand_sides(problem, at.x, at.v, tangents, kappa)
         dx, dv = solve_kkt(lin, *[sum(r[1:], r[0]) for r in zip(*parts, strict=True)], unsolved=unsolved)
@@ -376,15 +372,15 @@ def _check_fill(unsolved: str) -> None:
 # ---- from rows to operands
 
 
-def _to_rows(sol: Solution, given):
+def _to_rows(sol: Solution, x, y, z, z_lb, z_ub):
     """Right-hand side of the adjoint system: the cotangents of x and of the multipliers of all rows."""
     lin = sol.linearization
     problem = lin.problem
-    x = _flat(problem, sol, "x", given.pop("x"), "cotangent")
-    if all(value is None for value in given.values()):
-        return x, problem.backend.zeros_of_all(problem.batch, problem.rows, problem.dtype)
-    y, z, z_lb, z_ub = (_flat(problem, sol, name, value, "cotangent") for name, value in given.items())
-    return x, join_rows(problem, y, z, z_lb, z_ub, lin.v)
+    r_x = _cotangent(sol, "x", x)
+    if y is z is z_lb is z_ub is None:
+        return r_x, problem.backend.zeros_of_all(problem.batch, problem.rows, problem.dtype)
+    given = {"y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub}
+    return r_x, join_rows(problem, *[_cotangent(sol, name, value) for name, value in given.items()], lin.v)
 
 
 def _sum(a, b):
@@ -395,6 +391,8 @@ def _sum(a, b):
 def in_given_shape(problem: Problem, name: str, gradient):
     """Sum a gradient (B or 1, core) over the axes that the operand lacks, in the caller's shape."""
     shape = problem.shapes[name]
+    if gradient.shape == shape:
+        return gradient
     if isinstance(gradient, Sparse):
         return gradient.with_values(_reduced(problem, name, gradient.values, (*shape[:-2], gradient.nnz)))
     return _reduced(problem, name, gradient, shape)
@@ -402,8 +400,6 @@ def in_given_shape(problem: Problem, name: str, gradient):
 
 def _reduced(problem: Problem, name: str, gradient, shape: tuple[int, ...]):
     xp = problem.backend.xp
-    if gradient.shape == shape:
-        return gradient
     if gradient.shape == (1, *shape):
         return gradient[0, ...]
     if not shape:
@@ -433,28 +429,34 @@ def summed(xp, value, shape: tuple[int, ...]):
     return xp.reshape(xp.sum(value, axis=tuple(axes)), shape) if axes else value
 
 
-def _flat(problem: Problem, sol: Solution, name: str, value, kind: str):
-    """Return a tangent or cotangent as an array with one batch axis, zeros where it is None."""
-    xp, backend = problem.backend.xp, problem.backend
-    if name in OPERANDS or name in PRICES:
-        if name not in problem.operands:
-            raise ValueError(f"{kind} of {name} was given, but the problem has no {name}")
-        if not problem.shapes[name]:
-            value = as_tangent(problem, f"{kind} of {name}", value, problem.batch_shape)[..., None]
-        operand = getattr(problem, name)
-        if isinstance(operand, Sparse):
-            return operand.with_values(_flat_values(problem, f"{kind} of {name}", operand, value))
-        shape = problem.batch_shape + operand.shape[1:]
-    else:
-        shape = getattr(sol, name).shape
-    core = shape[len(problem.batch_shape) :]
+def _cotangent(sol: Solution, name: str, value):
+    """Return a cotangent of a field of a solution as an array with one batch axis, zeros where it is None."""
+    problem, shape = sol.linearization.problem, getattr(sol, name).shape
     if value is None:
-        return backend.full((problem.batch, *core), 0.0, problem.dtype)
+        return problem.backend.full((problem.batch, *shape[len(problem.batch_shape) :]), 0.0, problem.dtype)
+    return _flat(problem, f"cotangent of {name}", value, shape)
+
+
+def _tangent(problem: Problem, name: str, value):
+    """Return a tangent of an operand as an array, or a `Sparse`, with one batch axis."""
+    label = f"tangent of {name}"
+    if name not in problem.operands:
+        raise ValueError(f"{label} was given, but the problem has no {name}")
+    if not problem.shapes[name]:
+        value = as_tangent(problem, label, value, problem.batch_shape)[..., None]
+    operand = getattr(problem, name)
+    if isinstance(operand, Sparse):
+        return operand.with_values(_flat_values(problem, label, operand, value))
+    return _flat(problem, label, value, problem.batch_shape + operand.shape[1:])
+
+
+def _flat(problem: Problem, label: str, value, shape: tuple[int, ...]):
+    """Return a tangent or cotangent that broadcasts to a shape as an array with one batch axis."""
+    flat = problem.batch, *shape[len(problem.batch_shape) :]
     own = type(value) is np.ndarray is type(problem.q)  # CuPy has NumPy's types of numbers, but not its arrays
     if own and value.dtype == problem.dtype and value.shape == shape:
-        return value if len(shape) == 1 + len(core) else value.reshape(problem.batch, *core)
-    value = as_tangent(problem, f"{kind} of {name}", value, shape)
-    return xp.reshape(value, (math.prod(problem.batch_shape), *core))
+        return value.reshape(flat)
+    return problem.backend.xp.reshape(as_tangent(problem, label, value, shape), flat)
 
 
 def _flat_values(problem: Problem, label: str, operand: Sparse, value):

@@ -20,7 +20,7 @@ from problems import infeasible, parallel_rows, random_problem, repeated_inequal
 import qpdiff
 from qpdiff.backend import choose_backend, floating_types
 from qpdiff.backend.cupy import CuPyBackend
-from qpdiff.differentiation import _flat
+from qpdiff.differentiation import _cotangent
 from qpdiff.problem import make_layout
 
 
@@ -448,7 +448,8 @@ def test_a_cotangent_of_numpy_moves(on_gpu, monkeypatch):
     operands = {"Q": on_gpu((5, 3, 3)), "q": on_gpu((5, 3))}
     problem = make_layout(choose_backend(operands)[0], (5,), operands).problem(operands)
     cotangent = np.ones((5, 3))
-    assert type(_flat(problem, SimpleNamespace(x=on_gpu((5, 3))), "x", cotangent, "cotangent")) is type(operands["q"])
+    sol = SimpleNamespace(x=on_gpu((5, 3)), linearization=SimpleNamespace(problem=problem))
+    assert type(_cotangent(sol, "x", cotangent)) is type(operands["q"])
     assert moved[0] is cotangent
 
 
