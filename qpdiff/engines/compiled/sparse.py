@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 from ...once import cached_property
 from ...problem import MATRICES, OPERANDS, Problem
 from ...sparse import Pattern as MatrixPattern
-from ...sparse import Sparse
+from ...sparse import stored
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from .engine import DERIVATIVE_COST, PARAMETERS, SCALARS, SOLVE_COST, _core, arrays_of, as_many_as_pay
 
@@ -121,18 +120,17 @@ class Factors(NamedTuple):
         order of its pattern, and of all (B or 1, ·, n) of a dense one.
         """
         problem, pattern, count = lin.problem, self.pattern, len(lin.x)
-        operands = operands_of(problem)
-        given = tuple([np.ascontiguousarray(a) for a in (lin.x, lin.v, lin.s, r_x, r_v, lin.status)])
-        u_x, u_v = np.empty(lin.x.shape), np.empty(lin.v.shape)
-        gradients = {name: np.empty(operands[PLACES[name]].shape) for name in matrices}
+        operands, u_x, u_v = problem.operands, np.empty(lin.x.shape), np.empty(lin.v.shape)
+        gradients = {name: np.empty(stored(operands[name]).shape) for name in matrices}
         if count:
+            given = [np.ascontiguousarray(a) for a in (lin.x, lin.v, lin.s, r_x, r_v, lin.status)]
             _core.solve_sparse_kkt(
-                pattern.kkt, operands, (*given, self.equilibration),
+                pattern.kkt, operands_of(problem), (*given, self.equilibration),
                 (u_x, u_v, *[gradients.get(name) for name in MATRICES]), PARAMETERS[u_x.dtype],
                 pattern.in_lanes(count), fill,
                 pattern.workers(problem.backend.workers, count, DERIVATIVE_COST, 10),
             )  # fmt: skip
-        return u_x, u_v, {name: entries_as(problem.operands[name], a) for name, a in gradients.items()}
+        return u_x, u_v, gradients
 
     def scaling(self, problem: Problem):
         """Return D and E of every problem, as `engines.base.Factors` says."""
@@ -143,19 +141,7 @@ def operands_of(problem: Problem) -> tuple:
     """Return arrays in the order of C++, None where there is none: vectors (B or 1, size), and of matrices the entries
     (B or 1, nnz) in the order of their patterns, Q in full.
 
-    A dense matrix has a full pattern.
+    A dense matrix (B or 1, ·, n) has a full pattern, so that in C order it is its own entries.
     """
-    return tuple(map(_entries, arrays_of(problem)))
-
-
-def _entries(value):
-    if isinstance(value, Sparse):
-        return value.values
-    if value is not None and value.ndim == 3:
-        return value.reshape(len(value), math.prod(value.shape[1:]))  # of an empty batch too
-    return value
-
-
-def entries_as(operand, entries):
-    """Return an array like the entries of a matrix (B or 1, nnz) in the shape of its operand."""
-    return entries if isinstance(operand, Sparse) else entries.reshape(-1, *operand.shape[1:])
+    arrays = [stored(value) for value in arrays_of(problem)]
+    return tuple([a if a is None or a.ndim == 2 else np.ascontiguousarray(a) for a in arrays])
