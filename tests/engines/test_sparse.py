@@ -580,3 +580,13 @@ def test_a_pattern_that_fills_up_does_not_pay():
     band = sp.diags_array([1.0, 1.0, 1.0], offsets=[-1, 0, 1], shape=(300, 300))
     assert pattern(band).pays
     assert not pattern(np.ones((300, 300))).pays
+
+
+def test_a_lane_group_has_one_thread():
+    from qpdiff.engines.compiled.sparse import _core
+
+    pattern, *_ = make_batch(list(mpc(np.random.default_rng(16))))
+    lanes = _core.LANES
+    found = [pattern.workers(4, count, True, 1e9, 4) for count in (1, lanes, lanes + 1, 3 * lanes, 9 * lanes)]
+    assert found == [1, 1, 2, 3, 4]
+    assert [pattern.workers(4, count, False, 1e9, 4) for count in (1, 2, lanes)] == [1, 2, min(lanes, 4)]

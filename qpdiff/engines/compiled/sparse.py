@@ -56,13 +56,14 @@ class Pattern:
         n, linear = self.Q.shape[0], self.K.shape[0]
         return self.operations < DENSE_SPEED * (n**3 / 3 + n * n * linear)
 
-    def workers(self, most: int, count: int, cost: float, solves: int) -> int:
+    def workers(self, most: int, count: int, lanes: bool, cost: float, solves: int) -> int:
         """Return up to `most` threads for so many problems, whose cost is in so many factorisations and solves."""
         if count <= 1:
             return 1
         rows = self.K.shape[0] + 2 * self.Q.shape[0]
-        operations = self.operations + solves * self.size + 100 * (self.Q.shape[0] + rows)
-        return as_many_as_pay(most, count, cost * operations)
+        operations = cost * (self.operations + solves * self.size + 100 * (self.Q.shape[0] + rows))
+        unit = _core.LANES if lanes else 1  # a lane group stays on one thread
+        return as_many_as_pay(most, -(-count // unit), unit * operations)
 
     def in_lanes(self, count: int) -> bool:
         """Return whether so many problems are worked on in lane groups."""
@@ -91,15 +92,15 @@ def solve(
     """
     n, lb, ub = pattern.Q.shape[0], operands[PLACES["lb"]], operands[PLACES["ub"]]
     rows = pattern.K.shape[0] + n * ((lb is not None) + (ub is not None))
-    x, v, s, scaling = (np.empty((count, size)) for size in (n, rows, rows, n + rows))
+    x, v, s, scaling = [np.empty((count, size)) for size in (n, rows, rows, n + rows)]
     outcome = Outcome(x, v, s, *[np.empty((count, 1), kind) for kind in SCALARS])
     if count == 0:
         return outcome, scaling
+    lanes = start is None and pattern.in_lanes(count)
     valid = _core.solve_sparse(
         pattern.kkt, operands, (*outcome, scaling),
         (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
-        PARAMETERS[x.dtype], check, rounding, start is None and pattern.in_lanes(count),
-        pattern.workers(workers, count, SOLVE_COST, 4), progress,
+        PARAMETERS[x.dtype], check, rounding, lanes, pattern.workers(workers, count, lanes, SOLVE_COST, 4), progress,
     )  # fmt: skip
     return (outcome, scaling) if valid else None
 
@@ -120,15 +121,15 @@ class Factors(NamedTuple):
         order of its pattern, and of all (B or 1, ·, n) of a dense one.
         """
         problem, pattern, count = lin.problem, self.pattern, len(lin.x)
-        operands, u_x, u_v = problem.operands, np.empty(lin.x.shape), np.empty(lin.v.shape)
+        operands, lanes = problem.operands, pattern.in_lanes(count)
+        u_x, u_v = np.empty(lin.x.shape), np.empty(lin.v.shape)
         gradients = {name: np.empty(stored(operands[name]).shape) for name in matrices}
         if count:
             given = [np.ascontiguousarray(a) for a in (lin.x, lin.v, lin.s, r_x, r_v, lin.status)]
             _core.solve_sparse_kkt(
                 pattern.kkt, operands_of(problem), (*given, self.equilibration),
-                (u_x, u_v, *[gradients.get(name) for name in MATRICES]), PARAMETERS[u_x.dtype],
-                pattern.in_lanes(count), fill,
-                pattern.workers(problem.backend.workers, count, DERIVATIVE_COST, 10),
+                (u_x, u_v, *[gradients.get(name) for name in MATRICES]), PARAMETERS[u_x.dtype], lanes, fill,
+                pattern.workers(problem.backend.workers, count, lanes, DERIVATIVE_COST, 10),
             )  # fmt: skip
         return u_x, u_v, gradients
 
