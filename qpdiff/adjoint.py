@@ -344,36 +344,39 @@ def _operand_gradients(problem: Problem, v, names, *, q=None, k=None, Q=None, K=
     The gradient of the matrix of all rows is −Σ abᵀ over the pairs of K, and that of Q −½(abᵀ + baᵀ) with the one of Q;
     those of a sparse operand on its pattern alone. `prices` has the gradients of w and σ in all rows.
     """
-    xp, backend, blocks = problem.backend.xp, problem.backend, problem.blocks
     vectors = {"q": q}
     if k is not None:
-        of_A, of_G, of_lb, of_ub = split_rows(problem, k, v)
-        vectors |= {"b": of_A, "h": of_G, "lb": None if problem.lb is None else -of_lb, "ub": of_ub}
+        vectors["b"], vectors["h"], vectors["lb"], vectors["ub"] = split_rows(problem, k, v)
     if prices is not None:
-        vectors |= _split_prices(problem, *prices)
+        vectors.update(_split_prices(problem, *prices))
     out = {}
     for name in problem.operands if names is None else names:
-        operand = getattr(problem, name)
-        shared = operand.shape[0] == 1 != problem.batch
-        if isinstance(operand, Sparse):
-            a, b = -0.5 * Q[0], Q[1]
-            pairs = [(a, b), (b, a)] if name == "Q" else [(-a[:, blocks[name]], b) for a, b in K]
-            rows, columns = operand.pattern.rows, operand.indices
-            values = sum(gather(backend, a, rows) * gather(backend, b, columns) for a, b in pairs)
-            out[name] = operand.with_values(xp.sum(values, axis=0, keepdims=True) if shared else values)
-        elif name == "Q":
-            a, b = -0.5 * Q[0], Q[1]
-            if shared:
-                half = a.T @ b
-                out[name] = (half + half.T)[None, :, :]
-            else:
-                out[name] = backend.symmetric_outer(a, b)
-        elif name in ("A", "G"):
-            pairs = [(-a[:, blocks[name]], b) for a, b in K]
-            out[name] = sum(a.T @ b for a, b in pairs)[None, :, :] if shared else backend.outer(pairs)
+        if name == "Q":
+            out[name] = _matrix_gradient(problem, name, [(-0.5 * Q[0], Q[1])])
+        elif name in MATRICES:
+            out[name] = _matrix_gradient(problem, name, [(-a[:, problem.blocks[name]], b) for a, b in K])
         else:
-            out[name] = xp.sum(vectors[name], axis=0, keepdims=True) if shared else vectors[name]
+            value = vectors[name]
+            if problem.batch != 1 == getattr(problem, name).shape[0]:  # shared
+                value = problem.backend.xp.sum(value, axis=0, keepdims=True)
+            out[name] = -value if name == "lb" else value
     return out
+
+
+def _matrix_gradient(problem: Problem, name: str, pairs):
+    """Return the sum of abᵀ over pairs of vectors, and with Q that of baᵀ too, where the operand has entries."""
+    xp, backend, operand = problem.backend.xp, problem.backend, getattr(problem, name)
+    shared = operand.shape[0] == 1 != problem.batch
+    if isinstance(operand, Sparse):
+        if name == "Q":
+            pairs = [*pairs, *[(b, a) for a, b in pairs]]
+        rows, columns = operand.pattern.rows, operand.indices
+        values = sum(gather(backend, a, rows) * gather(backend, b, columns) for a, b in pairs)
+        return operand.with_values(xp.sum(values, axis=0, keepdims=True) if shared else values)
+    if not shared:
+        return backend.symmetric_outer(*pairs[0]) if name == "Q" else backend.outer(pairs)
+    total = sum(a.T @ b for a, b in pairs)
+    return (total + total.T if name == "Q" else total)[None, :, :]
 
 
 def _split_prices(problem: Problem, of_w, of_sigma) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -154,24 +153,25 @@ def vjp(
     >>> qpdiff.vjp(sol, x=[1.0], smoothing=0.1).lb.round(3).tolist()
     [0.077]
     """
-    with _no_grad(sol), sol.linearization.problem.reproducibly():
+    with _no_grad(sol):
         sol = smoothed(sol, smoothing)
         lin = sol.linearization
         problem, kappa = lin.problem, smoothing or 0.0
-        g, out = None, dict[str, Any]()
+        g, out = None, {}
         if objective is not None:
             g = _cotangent(sol, "objective", objective)[:, None]
         if g is None or smoothing is not None or not (x is y is z is z_lb is z_ub is None):
             r_x, r_v = _to_rows(sol, x, y, z, z_lb, z_ub)
             if g is not None and smoothing is not None:  # the relaxed point is no minimum, so the value moves with it
-                r_x = r_x + g * (problem.hessian(lin.x) + problem.q)
+                with problem.reproducibly():
+                    r_x = r_x + g * (problem.hessian(lin.x) + problem.q)
                 if problem.is_elastic:
                     r_v = r_v + g * relaxed_price_slopes(problem, lin.x, lin.v, kappa)[0]
             _, _, out = solve_adjoint(lin, r_x, r_v, problem.operands, unsolved=unsolved, kappa=kappa)
         if g is not None:
             of_value = objective_gradients(lin, g, problem.operands, kappa=kappa, unsolved=unsolved)
             out = {name: _sum(out[name], value) for name, value in of_value.items()} if out else of_value
-        out = {name: in_given_shape(problem, name, value) for name, value in out.items()}
+        out = in_given_shapes(problem, out)
         if problem.result != problem.dtype:
             out = {name: problem.returned(value) for name, value in out.items()}
         if problem.is_elastic:
@@ -267,10 +267,11 @@ def _no_grad(sol: Solution):
 
 def smoothed(sol: Solution, smoothing) -> Solution:
     """Return a solution that differentiates at its relaxed point, or the same one where `smoothing` is None."""
-    check_smoothing(smoothing)
     if smoothing is None:
         return sol
-    return replace(sol, linearization=relax(sol.linearization, float(smoothing)))
+    check_smoothing(smoothing)
+    with sol.linearization.problem.reproducibly():
+        return replace(sol, linearization=relax(sol.linearization, float(smoothing)))
 
 
 def check_smoothing(smoothing) -> None:
@@ -316,12 +317,14 @@ def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsol
     if names:
         lin = _at_solved(lin)
     with problem.reproducibly():
-        u_x, u_v, gradients = r_x, r_v, dict[str, Any]()
+        u_x, u_v = r_x, r_v
+        gradients: dict[str, Any] = {}
         if problem.batch:
             matrices = [name for name in MATRICES if name in names]
             u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, FILL[unsolved], matrices)
             if problem.sparse:
-                gradients = {name: with_array(getattr(problem, name), value) for name, value in gradients.items()}
+                operands = problem.operands
+                gradients = {name: with_array(operands[name], value) for name, value in gradients.items()}
         rest = [name for name in names if name not in gradients]
         if rest:
             gradients |= solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest, kappa)
@@ -349,7 +352,8 @@ def objective_gradients(
     problem, xp, at = lin.problem, lin.problem.backend.xp, _at_solved(lin)
     if at is not lin:
         g = filled(xp, lin.status == int(Status.SOLVED), g, FILL[unsolved])
-    gradients = objective_vjp(problem, at.x, xp.zeros_like(at.v) if kappa else at.v, g, names)
+    with problem.reproducibly():
+        gradients = objective_vjp(problem, at.x, xp.zeros_like(at.v) if kappa else at.v, g, names)
     if kappa and problem.is_elastic:
         _, of_w, of_sigma = relaxed_price_slopes(problem, at.x, at.v, kappa)
         gradients |= price_gradients(problem, g * of_w, g * of_sigma, names)
@@ -380,7 +384,8 @@ def _to_rows(sol: Solution, x, y, z, z_lb, z_ub):
     if y is z is z_lb is z_ub is None:
         return r_x, problem.backend.zeros_of_all(problem.batch, problem.rows, problem.dtype)
     given = {"y": y, "z": z, "z_lb": z_lb, "z_ub": z_ub}
-    return r_x, join_rows(problem, *[_cotangent(sol, name, value) for name, value in given.items()], lin.v)
+    y, z, z_lb, z_ub = (_cotangent(sol, name, value) for name, value in given.items())
+    return r_x, join_rows(problem, y, z, z_lb, z_ub, lin.v)
 
 
 def _sum(a, b):
@@ -388,17 +393,19 @@ def _sum(a, b):
     return a.with_values(a.values + b.values) if isinstance(a, Sparse) else a + b
 
 
-def in_given_shape(problem: Problem, name: str, gradient):
-    """Sum a gradient (B or 1, core) over the axes that the operand lacks, in the caller's shape."""
-    shape = problem.shapes[name]
-    if gradient.shape == shape:
-        return gradient
+def in_given_shapes(problem: Problem, gradients: dict[str, Any]) -> dict[str, Any]:
+    """Sum gradients (B or 1, core) over the axes that their operands lack, each in the caller's shape."""
+    shapes = problem.shapes
+    return {
+        name: value if value.shape == shapes[name] else _in_shape(problem, name, value, shapes[name])
+        for name, value in gradients.items()
+    }
+
+
+def _in_shape(problem: Problem, name: str, gradient, shape: tuple[int, ...]):
     if isinstance(gradient, Sparse):
-        return gradient.with_values(_reduced(problem, name, gradient.values, (*shape[:-2], gradient.nnz)))
-    return _reduced(problem, name, gradient, shape)
-
-
-def _reduced(problem: Problem, name: str, gradient, shape: tuple[int, ...]):
+        values = gradient.values
+        return gradient.with_values(_in_shape(problem, name, values, (*shape[:-2], values.shape[-1])))
     xp = problem.backend.xp
     if gradient.shape == (1, *shape):
         return gradient[0, ...]
@@ -452,11 +459,11 @@ def _tangent(problem: Problem, name: str, value):
 
 def _flat(problem: Problem, label: str, value, shape: tuple[int, ...]):
     """Return a tangent or cotangent that broadcasts to a shape as an array with one batch axis."""
-    flat = problem.batch, *shape[len(problem.batch_shape) :]
     own = type(value) is np.ndarray is type(problem.q)  # CuPy has NumPy's types of numbers, but not its arrays
-    if own and value.dtype == problem.dtype and value.shape == shape:
-        return value.reshape(flat)
-    return problem.backend.xp.reshape(as_tangent(problem, label, value, shape), flat)
+    if not (own and value.dtype == problem.dtype and value.shape == shape):
+        value = as_tangent(problem, label, value, shape)
+    axes = len(problem.batch_shape)
+    return value if axes == 1 else problem.backend.xp.reshape(value, (problem.batch, *shape[axes:]))
 
 
 def _flat_values(problem: Problem, label: str, operand: Sparse, value):

@@ -557,20 +557,15 @@ def split_rows(problem: Problem, values, v):
 
 def split_blocks(xp, blocks: dict[str, slice], values, v, zero, fixed):
     """Split as `split_rows` does, with the zeros of a bound that was not given and the mask of the fixed variables."""
-    rows = values.shape[1]
-
-    def block(name: str):
-        of = blocks[name]
-        return values if of.stop - of.start == rows else values[:, of]
-
-    of_lb = zero if blocks["lb"].start == blocks["lb"].stop else block("lb")
-    of_ub = zero if blocks["ub"].start == blocks["ub"].stop else block("ub")
+    lower, upper = blocks["lb"], blocks["ub"]
+    of_lb = values[:, lower] if lower.start < lower.stop else zero
+    of_ub = values[:, upper] if upper.start < upper.stop else zero
     if fixed is not None:
-        at_lower = v[:, blocks["lb"]] >= 0
+        at_lower = v[:, lower] >= 0
         zero = xp.zeros_like(of_lb)
         of_ub = xp.where(fixed, xp.where(at_lower, zero, -of_lb), of_ub)
         of_lb = xp.where(fixed & ~at_lower, zero, of_lb)
-    return block("A"), block("G"), of_lb, of_ub
+    return values[:, blocks["A"]], values[:, blocks["G"]], of_lb, of_ub
 
 
 def join_rows(problem: Problem, of_A, of_G, of_lb, of_ub, v=None):

@@ -108,7 +108,9 @@ class Sparse:
 
     def with_values(self, values) -> Sparse:
         """Return matrices of the same pattern with other values (..., nnz)."""
-        return Sparse.of_pattern(values, self.pattern)
+        made = Sparse.__new__(Sparse)
+        made.values, made.pattern = values, self.pattern
+        return made
 
     @property
     def indices(self) -> np.ndarray:
@@ -297,7 +299,7 @@ def with_array(operand, array):
 
 def stored(value):
     """Return an operand's array: the values of a `Sparse`, or the array that it is."""
-    return value.values if isinstance(value, Sparse) else value
+    return value.values if type(value) is Sparse else value
 
 
 def to_dense(backend, matrix: Sparse):

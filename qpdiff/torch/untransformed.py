@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import solver
-from ..differentiation import in_given_shape, objective_gradients, solve_adjoint
+from ..differentiation import in_given_shapes, objective_gradients, solve_adjoint
 from ..engines.base import Linearization, Outcome
 from ..problem import OPERANDS, Problem, slack, split_blocks
 from ..solution import FIELDS, Solution, raise_if_unsolved, whole_solution
@@ -110,8 +110,8 @@ class _Solved(NamedTuple):
                 of_value = objective_gradients(lin, g, wanted, unsolved=fill)
                 gradients = {name: sum_of(value, gradients.get(name)) for name, value in of_value.items()}
             return {
-                name: torch.from_numpy(np.asarray(in_given_shape(problem, name, value)))  # NumPy's sums may be numbers
-                for name, value in gradients.items()
+                name: torch.from_numpy(np.asarray(value))  # NumPy's sums may be numbers
+                for name, value in in_given_shapes(problem, gradients).items()
             }
 
     def recorded_gradients(self, wanted, g_x, g_v, g, x, v, tensors) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class _Solved(NamedTuple):
         needed = [name in wanted for name in operands]
         gradients = solution_backward(layer, needed, cotangents, x, v, status, operands.values())
         found = {name: value for name, value in zip(operands, gradients, strict=True) if value is not None}
-        return {name: in_given_shape(problem, name, value) for name, value in found.items()}
+        return in_given_shapes(problem, found)
 
 
 def _cotangent(problem: Problem, cotangent, value):

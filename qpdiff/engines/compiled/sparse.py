@@ -144,5 +144,5 @@ def operands_of(problem: Problem) -> tuple:
 
     A dense matrix (B or 1, ·, n) has a full pattern, so that in C order it is its own entries.
     """
-    arrays = [stored(value) for value in arrays_of(problem)]
+    arrays = map(stored, arrays_of(problem))
     return tuple([a if a is None or a.ndim == 2 else np.ascontiguousarray(a) for a in arrays])
