@@ -262,8 +262,10 @@ def read_settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
 
 def _check_limits(tol=None, rtol=None, max_iterations=MAX_ITERATIONS) -> None:
     for name, value in (("tol", tol), ("rtol", rtol)):
+        if value is None:
+            continue
         number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 <= value < float("inf")):
+        if not (number and 0 <= value < float("inf")):
             raise ValueError(f"{name} is {value!r}; expected a number ≥ 0")
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, (int, np.integer)) or max_iterations < 0:
         raise ValueError(f"max_iterations is {max_iterations!r}; expected an integer ≥ 0")
@@ -326,5 +328,5 @@ def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
         point, scalars = [value[0, ...] for value in point], [value[0, 0, ...] for value in outcome[3:]]
     return whole_solution(
         **dict(zip(FIELDS, point + scalars, strict=True)),
-        linearization=Linearization(problem, factors, outcome.x, outcome.v, outcome.s, outcome.status),
+        linearization=Linearization(problem, factors, *outcome[:4]),
     )

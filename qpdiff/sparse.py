@@ -488,7 +488,7 @@ def _from_places(name: str, values, rows: np.ndarray, columns: np.ndarray, shape
 def _from_rows(name: str, values, indices, indptr, shape) -> Sparse:
     """Read compressed rows, sort them and sum entries of the same place."""
     sizes = _sizes(name, shape)
-    starts, columns = (_int32(name, _on_host(name, a)) for a in (indptr, indices))
+    starts, columns = _int32(name, _on_host(name, indptr)), _int32(name, _on_host(name, indices))
     values = _checked_values(name, values, len(columns))
     try:
         pattern, change = _compressed(starts.tobytes(), columns.tobytes(), sizes)

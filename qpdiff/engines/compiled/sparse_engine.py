@@ -38,25 +38,26 @@ def solve(
     problem: Problem, settings: Settings, start: StartingPoint | None, *, check: bool, verbose: bool, progress
 ) -> tuple[Outcome, Factors]:
     """Solve every problem of a batch, as `engines.base.Engine` says."""
-    pattern, operands = pattern_of(problem), sparse.operands_of(problem)
     rounding = problem.rounding if check else np.inf
-
-    def solved(operands, count: int, settings: Settings, start, progress, check: bool):
-        return sparse.solve(
-            pattern, operands, count, settings, start, check=check, rounding=rounding,
-            workers=problem.backend.workers, progress=progress,
-        )  # fmt: skip
-
-    done = solved(operands, problem.batch, settings, start, progress, check)
+    done = _solve(problem, settings, start, progress, check, rounding)
     if done is None:
         check_values(problem, convexity=False)  # raises the error, if there is one: the checks in C++ are stricter
         for position in range(problem.batch):
-            one = sparse.operands_of(problem.select(slice(position, position + 1)))
-            if solved(one, 1, settings._replace(max_iterations=0), None, None, False) is None:
+            one = problem.select(slice(position, position + 1))
+            if _solve(one, settings._replace(max_iterations=0), None, None, False, rounding) is None:
                 raise indefinite_error(problem, position)
-        done = cast(tuple[Outcome, np.ndarray], solved(operands, problem.batch, settings, start, progress, False))
-    outcome, scaling = done
-    return outcome, sparse.Factors(pattern, scaling)
+        done = cast(tuple[Outcome, Factors], _solve(problem, settings, start, progress, False, rounding))
+    return done
+
+
+def _solve(problem: Problem, settings: Settings, start, progress, check: bool, rounding: float):
+    """Return the outcome and the factors; None where an operand may not be valid."""
+    pattern = pattern_of(problem)
+    done = sparse.solve(
+        pattern, sparse.operands_of(problem), problem.batch, settings, start, check=check, rounding=rounding,
+        workers=problem.backend.workers, progress=progress,
+    )  # fmt: skip
+    return done and (done[0], sparse.Factors(pattern, done[1]))
 
 
 def without_factor(problem: Problem, scaling) -> Factors:
