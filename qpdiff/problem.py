@@ -58,9 +58,7 @@ def cached(function):
     return call
 
 
-class Layout(NamedTuple):
-    """All that a problem is but the numbers in it; hashable."""
-
+class _Layout(NamedTuple):
     backend: Any
     dtype: Any
     """The floating point type of the operands, in which is computed."""
@@ -83,6 +81,23 @@ class Layout(NamedTuple):
     """A matrix is sparse, with which the problem is."""
     numbers: tuple[str, ...] = ()
     """Those of `PRICED` that the caller gave as one number for A and G."""
+
+
+class Layout(_Layout):
+    """All that a problem is but the numbers in it; hashable. What follows from it is computed once."""
+
+    def __getstate__(self):
+        return None  # the fields are what there is to pickle
+
+    @cached_property
+    def attributes(self) -> dict[str, Any]:
+        """The attributes that all problems of this layout have alike."""
+        names = ("backend", "dtype", "result", "rounding", "batch_shape", "n", "m", "p", "sparse")
+        blocks = _blocks(self.p, self.m, self.n * self.lower, self.n * self.upper)
+        return {name: getattr(self, name) for name in names} | {
+            "batch": math.prod(self.batch_shape), "shapes": dict(self.shapes), "blocks": blocks,
+            "rows": blocks["ub"].stop,
+        }  # fmt: skip
 
     def problem(self, operands: dict[str, Any]) -> Problem:
         return Problem(self, operands)
@@ -170,15 +185,27 @@ class Problem:
         Slices of the constraint rows by the operand that they come from: "A", "G", "lb", "ub".
     rows : int
         Constraint rows.
+    shapes : dict
+        The shape in which the caller gave each operand.
     """
+
+    backend: Any
+    dtype: Any
+    result: Any
+    rounding: float
+    batch_shape: tuple[int, ...]
+    n: int
+    m: int
+    p: int
+    sparse: bool
+    batch: int
+    shapes: dict[str, tuple[int, ...]]
+    blocks: dict[str, slice]
+    rows: int
 
     def __init__(self, layout: Layout, operands: dict[str, Any], row_data: RowData | None = None):
         self.layout = layout
-        self.backend, self.dtype, self.result, self.rounding, self.batch_shape = layout[:5]
-        self.n, self.m, self.p, self.sparse = layout.n, layout.m, layout.p, layout.sparse
-        self.batch = math.prod(layout.batch_shape)
-        self.blocks = _blocks(layout.p, layout.m, layout.n * layout.lower, layout.n * layout.upper)
-        self.rows: int = self.blocks["ub"].stop
+        vars(self).update(layout.attributes)
         self.q = operands["q"]
         self.h: Any = operands.get("h")
         self.b: Any = operands.get("b")
@@ -222,11 +249,6 @@ class Problem:
                 self._matrix(name)
             self._deferred = False
         return self._operands
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape in which the caller gave each operand."""
-        return dict(self.layout.shapes)
 
     @property
     def entries(self) -> int:
