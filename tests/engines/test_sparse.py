@@ -342,13 +342,14 @@ def test_patterns_are_remembered():
 
 def linearize(pattern, operands, count=B, **options):
     """Solve a batch; return its linearization, with the operands as sparse matrices and vectors."""
-    from qpdiff.engines.compiled.sparse import Factors
+    from qpdiff.engines.compiled.sparse import Factors, operands_of
 
     outcome, scaling = solve(pattern, operands, count, scaled=True, **options)
     of = {name: qpdiff.Sparse.of_pattern(operands[name], getattr(pattern, name)) for name in "QAG"}
     workers = SimpleNamespace(workers=options.get("workers", 1))
     problem = SimpleNamespace(operands=operands | of, backend=workers, is_elastic=False)
-    return Linearization(problem, Factors(pattern, scaling), outcome.x, outcome.v, outcome.s, outcome.status)
+    factors = Factors(pattern, scaling, operands_of(problem))
+    return Linearization(problem, factors, outcome.x, outcome.v, outcome.s, outcome.status)
 
 
 def right_hand_sides(lin, seed=0):

@@ -113,6 +113,8 @@ class Factors(NamedTuple):
     pattern: Pattern
     equilibration: np.ndarray
     """D and E of every problem, (B, n + rows)."""
+    operands: tuple
+    """Those of `operands_of`."""
 
     def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]):
         """Solve the KKT system, as `engines.base.Factors` says.
@@ -120,16 +122,16 @@ class Factors(NamedTuple):
         The gradients of all matrices that are named come along: of the entries (B or 1, nnz) of a sparse one, in the
         order of its pattern, and of all (B or 1, ·, n) of a dense one.
         """
-        problem, pattern, count = lin.problem, self.pattern, len(lin.x)
-        operands, lanes = problem.operands, pattern.in_lanes(count)
+        pattern, operands, count = self.pattern, self.operands, len(lin.x)
         u_x, u_v = np.empty(lin.x.shape), np.empty(lin.v.shape)
-        gradients = {name: np.empty(stored(operands[name]).shape) for name in matrices}
+        gradients = {name: np.empty(operands[PLACES[name]].shape) for name in matrices}
         if count:
+            lanes = pattern.in_lanes(count)
             given = [np.ascontiguousarray(a) for a in (lin.x, lin.v, lin.s, r_x, r_v, lin.status)]
             _core.solve_sparse_kkt(
-                pattern.kkt, operands_of(problem), (*given, self.equilibration),
-                (u_x, u_v, *[gradients.get(name) for name in MATRICES]), PARAMETERS[u_x.dtype], lanes, fill,
-                pattern.workers(problem.backend.workers, count, lanes, DERIVATIVE_COST, 10),
+                pattern.kkt, operands, (*given, self.equilibration), (u_x, u_v, *map(gradients.get, MATRICES)),
+                PARAMETERS[u_x.dtype], lanes, fill,
+                pattern.workers(lin.problem.backend.workers, count, lanes, DERIVATIVE_COST, 10),
             )  # fmt: skip
         return u_x, u_v, gradients
 

@@ -52,17 +52,17 @@ def solve(
 
 def _solve(problem: Problem, settings: Settings, start, progress, check: bool, rounding: float):
     """Return the outcome and the factors; None where an operand may not be valid."""
-    pattern = pattern_of(problem)
+    pattern, operands = pattern_of(problem), sparse.operands_of(problem)
     done = sparse.solve(
-        pattern, sparse.operands_of(problem), problem.batch, settings, start, check=check, rounding=rounding,
+        pattern, operands, problem.batch, settings, start, check=check, rounding=rounding,
         workers=problem.backend.workers, progress=progress,
     )  # fmt: skip
-    return done and (done[0], sparse.Factors(pattern, done[1]))
+    return done and (done[0], sparse.Factors(pattern, done[1], operands))
 
 
 def without_factor(problem: Problem, scaling) -> Factors:
     """Return factors that store the scaling alone, as `engines.base.Engine` says: no others are stored here."""
-    return sparse.Factors(pattern_of(problem), scaling)
+    return sparse.Factors(pattern_of(problem), scaling, sparse.operands_of(problem))
 
 
 def pattern_of(problem: Problem) -> sparse.Pattern:
