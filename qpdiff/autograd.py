@@ -122,7 +122,7 @@ def solve_qp(
     fields = {name: _field(layer, name, solution) for name in ("x", *_OF_ROWS)} | {"objective": objective}
     if problem.is_elastic:
         fields["violation"] = violation_at(layer.problem(*flat), solution[:, : problem.n])
-    return whole_solution(**sol.__dict__ | fields)
+    return whole_solution(sol.__dict__ | fields)
 
 
 def _plain(value):

@@ -161,8 +161,8 @@ FIELDS = tuple(each.name for each in fields(Solution) if each.name not in ("viol
 """The public fields that every solution has."""
 
 
-def whole_solution(**values) -> Solution:
-    """Make a solution of all of its fields at once; its constructor, as the class is frozen, sets each by a call."""
+def whole_solution(values: dict[str, Any]) -> Solution:
+    """Make a solution of its fields by name, at once; its constructor, as the class is frozen, sets each by a call."""
     sol = Solution.__new__(Solution)
     sol.__dict__.update(values)
     return sol

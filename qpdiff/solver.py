@@ -326,7 +326,6 @@ def make_solution(problem: Problem, outcome: Outcome, factors) -> Solution:
         scalars = [xp.reshape(value, batch_shape) for value in outcome[3:]]
     else:
         point, scalars = [value[0, ...] for value in point], [value[0, 0, ...] for value in outcome[3:]]
-    return whole_solution(
-        **dict(zip(FIELDS, point + scalars, strict=True)),
-        linearization=Linearization(problem, factors, *outcome[:4]),
-    )
+    values = dict(zip(FIELDS, point + scalars, strict=True))
+    values["linearization"] = Linearization(problem, factors, *outcome[:4])
+    return whole_solution(values)

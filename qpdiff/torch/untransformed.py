@@ -72,7 +72,7 @@ def solve_arrays(operands, warm, unsolved, *, dtype=None, **options) -> Solution
         x, v, objective = _SolvedArrays.apply(solved, *tensors.values())
         return _RecordedSolution.of(problem, outcome, x, v, objective)
     sol = solver.make_solution(problem, outcome, None)
-    return whole_solution(**{name: _tensor(getattr(sol, name)) for name in FIELDS})
+    return whole_solution({name: _tensor(getattr(sol, name)) for name in FIELDS})
 
 
 def _as_found(*solved):

@@ -19,7 +19,7 @@ def refusal(problem: Problem, verbose: bool) -> str | None:
     """Say why it cannot take these problems; None: it can."""
     if not isinstance(problem.backend, NumPyBackend):
         return "takes sparse NumPy arrays only; pass backend='numpy'"
-    if np.dtype(problem.dtype) != np.float64:
+    if problem.dtype != np.float64:
         return "computes sparse problems in float64; leave dtype out"
     if verbose:
         return "takes one problem after the other; verbose needs engine='array'"
