@@ -17,6 +17,8 @@ from .solution import FIELDS, Solution, Status, whole_solution
 from .validation import broadcasts, make_problem, symmetrized
 
 _log = logging.getLogger("qpdiff")
+MOST_ITERATIONS = 2**30 - 2
+"""The engines count in 32 bits, and up to twice as many."""
 
 
 def solve_qp(
@@ -257,7 +259,7 @@ def _refuse_traced(problem: Problem, verbose: bool) -> None:
 def read_settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
     """Check the caller's tolerances and limit, and make the settings of them."""
     _check_limits(tol, rtol, max_iterations)
-    return make_settings(problem, tol, rtol, min(int(max_iterations), 2**31 - 1))  # the engines count in 32 bits
+    return make_settings(problem, tol, rtol, min(int(max_iterations), MOST_ITERATIONS))
 
 
 def _check_limits(tol=None, rtol=None, max_iterations=MAX_ITERATIONS) -> None:

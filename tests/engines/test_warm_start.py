@@ -66,6 +66,15 @@ def test_a_start_that_leads_nowhere_is_followed_by_the_ordinary_one():
     assert limited.iterations.max() <= 50
 
 
+def test_a_limit_beyond_the_integers_of_the_engines():
+    rng = np.random.default_rng(4)
+    d = infeasible(rng, next(iter(INFEASIBLE)), "pd", (6, 5, 2))
+    start = qpdiff.solve_qp(**random_problem(rng, "A G", batch=d["q"].shape[:-1], n=6, m=5, p=2))
+    for limit in (2**31 - 1, 10**20):
+        sol = qpdiff.solve_qp(**d, warm_start=start, max_iterations=limit)
+        assert np.all(sol.status == Status.PRIMAL_INFEASIBLE)
+
+
 def test_infeasible_and_unbounded_neighbours_are_no_start():
     rng = np.random.default_rng(3)
     without_point = infeasible(rng, next(iter(INFEASIBLE)), "pd", (6, 5, 2))
