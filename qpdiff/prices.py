@@ -80,7 +80,8 @@ def price_operands(present: Collection[str], kind: str = "", **options) -> dict[
 
 def is_number(value) -> bool:
     """Return whether a price is one number: Python's, NumPy's or an array without axes."""
-    return isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain or getattr(value, "shape", None) == ()
 
 
 def price_numbers(**options) -> tuple[str, ...]:

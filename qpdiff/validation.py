@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import Backend, Kind, choose_backend, floating_types, read_dtype
-from .problem import CORES, INFINITE, MATRICES, OPERANDS, PRICES, Layout, Problem, cached, core_sizes
+from .problem import CORES, INFINITE, MATRICES, OPERANDS, PRICE_NAMES, PRICES, Layout, Problem, cached, core_sizes
 from .sparse import Pattern, Sparse, gather, is_sparse, read_sparse, stored
 
 SIZED_BY = {"h": "G", "b": "A", "lb": "Q", "ub": "Q"} | {
     name: {"p": "A", "m": "G", "n": "Q"}[size] for name, (size,) in PRICES.items()
 }
 """Operands that one number may stand for, and the matrix that has as many rows as they have entries."""
+_PRICES_OF_BOUNDS = [names["bounds"] for names in PRICE_NAMES.values()]
 EIGENVALUE_BYTES = 2**25
 """Memory of a dense Q up to which the error about an indefinite sparse one names its smallest eigenvalue."""
 Shape = tuple[int, ...]
@@ -361,7 +362,8 @@ def _rules(problem: Problem) -> list[Rule]:
     rules.append(Rule(("Q",), complaint, _asymmetric, _two_sides))
     rules.append(CONVEXITY)
     if problem.lb is not None and problem.ub is not None:
-        rules.append(Rule(("lb", "ub"), "is greater than ub for a variable", _crossed, _both_bounds))
+        bounds = "lb", "ub", *[name for name in problem.operands if name in _PRICES_OF_BOUNDS]
+        rules.append(Rule(bounds, "is greater than ub for a variable", _crossed, _both_bounds))
     return rules
 
 
@@ -410,8 +412,8 @@ def _may_be_infinite(price: str) -> bool:
 
 def _crossed(problem: Problem):
     crossed = problem.lb > problem.ub
-    for name in PRICES if problem.is_elastic else ():
-        if name.endswith("['bounds']") and (price := getattr(problem, name)) is not None:
+    for name in _PRICES_OF_BOUNDS if problem.is_elastic else ():
+        if (price := getattr(problem, name)) is not None:
             crossed = crossed & ~((price < INFINITE) if _may_be_infinite(name) else (price > 0))
     return crossed
 

@@ -264,6 +264,9 @@ def test_bounds_may_cross_at_a_price_alone():
     for options in ({"elastic": {"bounds": [1.0, np.inf]}}, {"elastic_quadratic": {"bounds": [1.0, 0.0]}}, {}):
         with pytest.raises(ValueError, match=r"lb is greater than ub for a variable.*lb.*= 1\.0, ub.*= 0\.0"):
             qpdiff.solve_qp(**operands, **options)
+    shared = operands | {"lb": lb[0]}
+    with pytest.raises(ValueError, match=r"lb\[0\] = 1\.0, ub\[0\] = 0\.0 \(problem 1 of the batch\)"):
+        qpdiff.solve_qp(**shared, elastic={"bounds": [[1.0, 1.0], [np.inf, 1.0]]})
     sol = qpdiff.solve_qp(**operands, elastic={"bounds": np.where(lb > ub, 4.0, np.inf)})
     np.testing.assert_allclose(sol.x, lb / 2, atol=1e-6)  # both sides cost the same
     np.testing.assert_allclose(sol.violation.lb, lb / 2, atol=1e-6)
@@ -277,6 +280,7 @@ def test_bounds_may_cross_at_a_price_alone():
         ({"elastic": {"bounds": 1.0}}, r"elastic\['bounds'\] was given, but the problem has no bounds"),
         ({"elastic": {"h": 1.0}}, "elastic has 'h'; expected some of"),
         ({"elastic": np.ones(2)}, "elastic is a ndarray; expected a number"),
+        ({"elastic": True}, "elastic is a bool; expected a number"),
         ({"elastic": -1.0}, r"elastic\['G'\] has NaN or negative entries; a price is"),
         ({"elastic": {"G": [1.0, np.nan]}}, r"elastic\['G'\]\[1\] = nan"),
         ({"elastic_quadratic": np.inf}, r"elastic_quadratic\['G'\] has NaN, negative or infinite entries"),
