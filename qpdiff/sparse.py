@@ -322,6 +322,8 @@ def keeps_sparse(numbers: int, entries: int) -> bool:
 @lru_cache(maxsize=REMEMBERED)
 def full_pattern(rows: int, columns: int) -> Pattern:
     """Return the pattern of a matrix that stores all of its entries."""
+    if rows * columns > LARGEST:
+        raise ValueError(f"a dense matrix of shape {rows, columns} beside sparse ones has more than {LARGEST} entries")
     indptr = np.arange(rows + 1, dtype=np.int32) * columns
     indices = np.tile(np.arange(columns, dtype=np.int32), rows)
     return _remembered(indptr.tobytes(), indices.tobytes(), (rows, columns))

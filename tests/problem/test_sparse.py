@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import qpdiff
 from qpdiff import Sparse
-from qpdiff.sparse import REMEMBERED
+from qpdiff.sparse import REMEMBERED, full_pattern
 
 N = 5
 
@@ -181,6 +181,15 @@ def test_refused(case):
     changed, message = REFUSED[case]
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         Sparse(**(EYE | changed))
+
+
+def test_more_entries_than_indices_of_32_bits_count():
+    with pytest.raises(ValueError, match=r"dense matrix of shape \(50000, 50000\) .* more than 2147483647 entries"):
+        full_pattern(50_000, 50_000)
+    half = SimpleNamespace(indptr=np.array([0, 2**30], np.int32), indices=np.zeros(0, np.int32), shape=(1, 1))
+    compiled = pytest.importorskip("qpdiff.engines.compiled.sparse")
+    with pytest.raises(ValueError, match="A and G have 2147483648 entries together"):
+        compiled.Pattern(half, half, half)
 
 
 def test_indices_that_are_no_integers():

@@ -10,8 +10,8 @@ import numpy as np
 
 from ...once import cached_property
 from ...problem import MATRICES, OPERANDS, Problem
+from ...sparse import LARGEST, stored
 from ...sparse import Pattern as MatrixPattern
-from ...sparse import stored
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from .engine import DERIVATIVE_COST, PARAMETERS, SCALARS, SOLVE_COST, _core, arrays_of, as_many_as_pay
 
@@ -27,6 +27,9 @@ class Pattern:
 
     def __init__(self, Q: MatrixPattern, A: MatrixPattern, G: MatrixPattern):
         self.Q, self.A, self.G = Q, A, G
+        entries = int(A.indptr[-1]) + int(G.indptr[-1])
+        if entries > LARGEST:
+            raise ValueError(f"A and G have {entries} entries together, more than {LARGEST}")
         indptr = np.concatenate([A.indptr, A.indptr[-1] + G.indptr[1:]])
         shape = A.shape[0] + G.shape[0], Q.shape[0]
         self.K = MatrixPattern(indptr, np.concatenate([A.indices, G.indices]), shape)
