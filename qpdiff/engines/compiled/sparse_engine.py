@@ -46,7 +46,7 @@ def solve(
             one = problem.select(slice(position, position + 1))
             if _solve(one, settings._replace(max_iterations=0), None, None, False, rounding) is None:
                 raise indefinite_error(problem, position)
-        done = cast(tuple[Outcome, Factors], _solve(problem, settings, start, progress, False, rounding))
+        done = cast(tuple[Outcome, Factors], _solve(problem, settings, start, progress, False, np.inf))
     return done
 
 
