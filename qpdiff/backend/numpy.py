@@ -294,7 +294,7 @@ def _substitute(triangles, r, *directions):
     return out
 
 
-@cache
+@lru_cache(maxsize=16)
 def _constant(n: int, value: float, dtype):
     return np.full(n, value, dtype)
 
