@@ -455,6 +455,36 @@ DEGENERATE = [
 SCALED = [scaled_rows, scaled_columns, scaled_both]
 
 
+def components(rng, batch, orders, curved=(True, False, False), n=4, p=1, m=3):
+    """Problems that fall apart into some with curvature and linear programs, x of each in units of its own.
+
+    Units of x are 10 to the power of up to ±orders. Also return the least cost and the largest of the terms it is a sum
+    of, by construction.
+    """
+    parts = []
+    for has_curvature in curved:
+        x, y, z, z_lb = (rng.normal(size=(*batch, size)) for size in (n, p, m, n))
+        A, G, F = (rng.normal(size=(*batch, rows, n)) for rows in (p, m, n))
+        Q = F @ F.mT if has_curvature else 0.0 * F
+        z, z_lb = np.maximum(z, 0.0), np.maximum(z_lb, 0.0)
+        slack, slack_lb = (np.where(a > 0, 0.0, rng.uniform(0.1, 1.0, a.shape)) for a in (z, z_lb))
+        q = -(apply(Q, x) + apply(A.mT, y) + apply(G.mT, z) - z_lb)
+        terms = np.stack([np.vecdot(x, apply(Q, x)), np.vecdot(q, x)])
+        u = 10 ** rng.uniform(-orders, orders, (*batch, 1))
+        right = {"q": q / u, "b": apply(A, x), "h": apply(G, x) + slack, "lb": (x - slack_lb) * u}
+        u = u[..., None]
+        parts.append(({"Q": Q / u**2, "A": A / u, "G": G / u} | right, terms))
+    operands, order = {}, {size: rng.permutation(size * len(parts)) for size in {n, p, m}}
+    for name in ("Q", "A", "G"):
+        blocks = [[a[name] if a is b else 0.0 * a[name] for a, _ in parts] for b, _ in parts]
+        M = np.block(blocks)[..., order[{"Q": n, "A": p, "G": m}[name]], :][..., order[n]]
+        operands[name] = np.ascontiguousarray(M)
+    for name, size in {"q": n, "b": p, "h": m, "lb": n}.items():
+        operands[name] = np.ascontiguousarray(np.concat([d[name] for d, _ in parts], axis=-1)[..., order[size]])
+    terms = np.stack([terms for _, terms in parts])
+    return operands, np.sum(0.5 * terms[:, 0] + terms[:, 1], axis=0), np.max(np.abs(terms), axis=(0, 1))
+
+
 def mostly_active(rng, parts, n=4, batch=2):
     """Operands with those of A, G, lb, ub that `parts` names; most constraints are active in some problem of the batch.
 

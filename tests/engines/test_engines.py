@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from elastic_problems import contradictory, random_prices
 from problems import (
+    components,
     documented_test,
     duplicated_variables,
     equality_beyond_bounds,
@@ -75,11 +76,13 @@ CASES = {
     "scaled rows": lambda: scaled_rows(rng(), (20,), 6).operands,
     "scaled columns": lambda: scaled_columns(rng(), (20,), 6).operands,
     "scaled": lambda: scaled_both(rng(), (20,), 6).operands,
+    "components": lambda: components(rng(), (20,), 6)[0],
     "weakly active": lambda: weakly_active(rng(), (20,), 6).operands,
     "not unique": lambda: duplicated_variables(rng(), (20,), 6).operands,
 }
 
 ROUNDING = {"ill-conditioned": 1e-5, "infeasible": 1e-2, "unbounded": 1e-2, "scaled": 1e-3, "not unique": 1e-2}
+ROUNDING |= {"components": 1e-4}
 """Where rounding grows faster: in iterates that go off to infinity, with large factors between rows, over ρ or ε."""
 UNDECIDED = {"infeasible": 0.1, "unbounded": 0.1}
 """The share of problems for which it may decide between a certificate and none."""

@@ -22,9 +22,9 @@ FORMS = {
     "diagonal dual": ("A lb ub", "diagonal", reduced_forms.DiagonalDualForm),
     MIXED: ("A", "pd", reduced_forms.DenseDualForm),
 }
-A_SOLVE = 6
-"""On top of the iterations: two for the check, two to choose the form, that all has ended for each form, and one for a
-start in the rows alone."""
+A_SOLVE = 8
+"""On top of the iterations: two for the check, two to choose the form, for each form that all has ended and whether
+there are variables in no entry of Q, and one for a start in the rows alone."""
 A_DERIVATIVE = 19
 """For problems that ended together: 3 rounds with the last factor, whether that did, a fresh factor and 12 rounds."""
 

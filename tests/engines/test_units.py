@@ -4,7 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-from problems import optnet, random_problem
+from problems import components, optnet, random_problem
+from sparse_problems import as_sparse
 
 import qpdiff
 from qpdiff import Status
@@ -294,3 +295,16 @@ def test_a_penalty_says_nothing_of_how_far_the_others_go(kind, weight, cost):
     sol = qpdiff.solve_qp(np.diag([1.0, 0.0]), [cost, weight], **row, lb=[-np.inf, 0.0])
     assert sol.status == Status.SOLVED
     np.testing.assert_allclose(sol.x, 0.0, atol=1e-6 if cost else 1e-9 * weight)
+
+
+@pytest.mark.parametrize("curved", [(True, False), (False, False), (True, False, False)])
+@pytest.mark.parametrize("orders", [0, 3, 8])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_components_without_curvature_have_units_of_their_own(sparse, orders, curved):
+    """Two linear programs side by side with x in units of 1e3 and more ended SOLVED with any cost, or STALLED."""
+    d, cost, size = components(np.random.default_rng(7), (60,), orders, curved)
+    if sparse:
+        d |= {name: as_sparse(d[name], np.any(d[name] != 0, axis=0)) for name in ("Q", "A", "G")}
+    sol = qpdiff.solve_qp(**d)
+    assert np.all(sol.status == Status.SOLVED)
+    assert np.max(np.abs(sol.objective - cost) / size) <= 1e-6

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ...problem import INFINITE, Problem, concat_last, product, product_transposed
 from ..parameters import DOUBLE
+from .components import balance_components
 
 
 class Scaling(NamedTuple):
@@ -38,8 +39,8 @@ def equilibrate(problem: Problem) -> Scaling:
     """
     xp, backend = problem.backend.xp, problem.backend
     balanced = balance(problem)
-    D, occupied, curvature = balanced.D, balanced.occupied, balanced.curvature
-    rows, bounds = balanced.E, [bound for bound in (problem.lb, problem.ub) if bound is not None]
+    D, rows, occupied, curvature = balanced.D, balanced.E, balanced.occupied, balanced.curvature
+    bounds = [bound for bound in (problem.lb, problem.ub) if bound is not None]
 
     def scale_bounds(rows, D):
         """Return E: the scale of a bound is that of its variable."""
@@ -49,14 +50,21 @@ def equilibrate(problem: Problem) -> Scaling:
     # and says nothing of them.
     counts = join_columns(xp, [*balanced.filled, *(occupied for _ in bounds)], occupied)
 
+    def scaled_vectors(rows, D):
+        """Return E, Ek and Dq."""
+        E = scale_bounds(rows, D)
+        return E, xp.where(problem.exists & counts, E * problem.k, 0.0), xp.where(occupied, D * problem.q, 0.0)
+
     def scaled(rows, D):
         """Return E, Ek, Dq, and the units of residuals."""
-        E = scale_bounds(rows, D)
-        k, q = xp.where(problem.exists & counts, E * problem.k, 0.0), xp.where(occupied, D * problem.q, 0.0)
+        E, k, q = scaled_vectors(rows, D)
         return E, k, q, measure_residual_units(problem, E, k, q, balanced)
 
+    if not backend.known_all_false(balanced.flat):
+        _, k, q = scaled_vectors(rows, D)
+        D, rows = balance_components(problem, D, rows, k, q, unsatisfied_at_0(problem, k))
     E, k, q, units = scaled(rows, D)
-    enlarged = enlarge_flat(backend, balanced, q, curvature * units[0])
+    enlarged = enlarge_flat(backend, balanced, D, rows, q, curvature * units[0])
     if enlarged is not None:
         D, rows = enlarged
         E, k, q, units = scaled(rows, D)
@@ -98,7 +106,7 @@ def balance_cost(backend, scaling: Scaling, curvature, k, q) -> Scaling:
     return scale_cost(scaling, xp.where(flat, mean_size(backend, k) / xp.where(slope > 0, slope, 1.0), 1.0))
 
 
-def enlarge_flat(backend, balanced: Balance, q, curved):
+def enlarge_flat(backend, balanced: Balance, D, rows, q, curved):
     """Enlarge the scales of variables without curvature, where others have some; return D, and E of A and of G.
 
     The matrices leave open how large these variables and their linear cost are against the others: the cost should not
@@ -110,8 +118,8 @@ def enlarge_flat(backend, balanced: Balance, q, curved):
     times = xp.where(small, xp.sqrt(xp.where(small, curved, 1.0) / xp.where(small, slope, 1.0)), 1.0)
     if backend.known_all_false(times > 1.0):
         return None
-    E = [xp.where(touched, e / times, e) for e, touched in zip(balanced.E, balanced.touched, strict=True)]
-    return xp.where(balanced.flat, times * balanced.D, balanced.D), E
+    E = [xp.where(touched, e / times, e) for e, touched in zip(rows, balanced.touched, strict=True)]
+    return xp.where(balanced.flat, times * D, D), E
 
 
 def mean_size(backend, k):
@@ -148,9 +156,8 @@ def measure_residual_units(problem: Problem, E, k, q, balanced: Balance):
     def where_positive(a, value, other):
         return xp.where(a > 0, value / xp.where(a > 0, a, 1.0), other)
 
-    unsatisfied = xp.where(problem.equality, length, backend.clip(-k, 0.0))
+    unsatisfied = unsatisfied_at_0(problem, k)
     if (elastic := problem.elastic) is not None:
-        unsatisfied = xp.where(elastic.two_sided, length, unsatisfied)
         pull = xp.where(elastic.limited, elastic.upper, 1.0) / E
         moved = xp.where(elastic.limited & (curvature > 0), where_positive(curvature, pull, 1.0), infinite)
         unsatisfied = xp.minimum(unsatisfied, moved)
@@ -171,6 +178,13 @@ def measure_residual_units(problem: Problem, E, k, q, balanced: Balance):
     reach = xp.minimum(where_positive(least_curvature, slope, infinite), DOUBLE.uncertainty * free)
     reach = xp.maximum(needed, reach)
     return primal, xp.where(dual > 0, dual, primal), xp.where(reach > 0, reach, infinite)
+
+
+def unsatisfied_at_0(problem: Problem, k):
+    """Return the sizes of the right-hand sides that x = 0 does not satisfy, 0 for those that it does."""
+    xp = problem.backend.xp
+    both = problem.equality if problem.elastic is None else problem.equality | problem.elastic.two_sided
+    return xp.where(both, xp.abs(k), problem.backend.clip(-k, 0.0))
 
 
 class Balance(NamedTuple):

@@ -345,6 +345,48 @@ template <class T> struct Algebra {
         });
     }
 
+    // Number the connected components of columns that have entries in a row together: fill the number of each column,
+    // and of each row, which is that of their last column. Return whether there is more than one.
+    static QP_NOINLINE bool components(Mat M, int rows, int columns, Vec of_columns, Vec of_rows) {
+        block::each(columns, [&](int j) { of_columns.set(j, T(j)); });
+        bool moved = true;
+        while (moved) {
+            reduce_rows<T, true>(
+                rows, columns, [&](int i, int j) { return M[i][j] != T(0) ? of_columns[j] : T(0); },
+                [&](int i, T last) { of_rows.set(i, last); });
+            bool same = true, one = true;
+            block::each(columns, [&](int j) {
+                T last = of_columns[j];
+                for (int i = 0; i < rows; i++) {
+                    last = M[i][j] != T(0) ? larger(of_rows[i], last) : last;
+                }
+                same &= last == of_columns[j];
+                one &= last == T(columns - 1);
+                of_columns.set(j, last);
+            });
+            if (all(one)) {
+                return false;
+            }
+            moved = !all(same);
+        }
+        return true;
+    }
+
+    // Update out_c, for c below a limit, with the largest a_i of those whose number is c.
+    static QP_NOINLINE void largest_of_each(Vec numbers, int count, Vec a, Vec out, int limit) {
+        block::each(limit, [&](int c) {
+            T most = out[c];
+            for (int i = 0; i < count; i++) {
+                most = numbers[i] == T(c) ? larger(a[i], most) : most;
+            }
+            out.set(c, most);
+        });
+    }
+    // Set out_i to the a_c of its number c.
+    static QP_INLINE void take_of_each(Vec numbers, int count, Vec a, Vec out) {
+        block::each(count, [&](int i) { out.set(i, a[int(numbers[i])]); });
+    }
+
     // Return whether all entries are finite.
     static QP_NOINLINE bool all_finite(Mat M, int rows, int columns) {
         bool finite = true;

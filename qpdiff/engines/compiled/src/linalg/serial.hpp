@@ -5,7 +5,9 @@
 // stores the inverses of its diagonal on the diagonal, and those of its diagonal blocks of four rows, transposed, below
 // it: substitution in a block is then a product, whose operations do not depend on each other.
 #pragma once
+#include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "blas.hpp"
 #include "numbers.hpp"
@@ -603,6 +605,49 @@ template <class T> struct Tiles {
                 most = larger(absolute(load<V>(M[i] + j)) * weights.data[i], most);
             }
             store(out.data + j, most);
+        }
+    }
+
+    // Number the connected components of columns that have entries in a row together: fill the number of each column,
+    // and of each row, which is that of their last column. Return whether there is more than one.
+    static QP_NOINLINE bool components(Matrix<T> M, int rows, int columns, Vector<T> of_columns, Vector<T> of_rows) {
+        T* number = of_columns.data;
+        std::iota(number, number + columns, T(0));
+        bool moved = true;
+        while (moved) {
+            V changes{};
+            for (int i = 0; i < rows; i++) {
+                V last_{};
+                for (int j = 0; j < whole_packs<T>(columns); j += W) {
+                    last_ = larger(select(load<V>(M[i] + j) != V{}, load<V>(number + j), T(0)), last_);
+                }
+                T last = of_rows.data[i] = largest_entry(last_);
+                for (int j = 0; j < whole_packs<T>(columns); j += W) {
+                    V before = load<V>(number + j), after = larger(before, as<V>(last));
+                    after = select(load<V>(M[i] + j) != V{}, after, before);
+                    changes += after - before;
+                    store(number + j, after);
+                }
+            }
+            if (std::all_of(number, number + columns, [&](T of) { return of == T(columns - 1); })) {
+                return false;
+            }
+            moved = largest_entry(changes) > 0;
+        }
+        return true;
+    }
+
+    // Update out_c with the largest a_i of those whose number is c.
+    static QP_INLINE void largest_of_each(Vector<T> numbers, int count, Vector<T> a, Vector<T> out, int) {
+        for (int i = 0; i < count; i++) {
+            T& most = out.data[int(numbers.data[i])];
+            most = larger(a.data[i], most);
+        }
+    }
+    // Set out_i to the a_c of its number c.
+    static QP_INLINE void take_of_each(Vector<T> numbers, int count, Vector<T> a, Vector<T> out) {
+        for (int i = 0; i < count; i++) {
+            out.data[i] = a.data[int(numbers.data[i])];
         }
     }
 

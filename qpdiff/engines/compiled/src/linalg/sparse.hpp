@@ -413,6 +413,28 @@ struct Team : std::conditional_t<is_vector<V>, lanes::Team, serial::Team<V>> {
         });
     }
 
+    // Return a number that is the same for all problems.
+    static QP_INLINE int common(V number) {
+        if constexpr (is_vector<V>) {
+            return int(number[0]);
+        } else {
+            return int(number);
+        }
+    }
+    // Update out_c with the largest a_i of those whose number is c; all problems have the same numbers.
+    static QP_NOINLINE void largest_of_each(Vector numbers, int count, Vector a, Vector out, int) {
+        for (int i = 0; i < count; i++) {
+            V& most = out.data[common(numbers.data[i])];
+            most = larger(a.data[i], most);
+        }
+    }
+    // Set out_i to the a_c of its number c.
+    static QP_NOINLINE void take_of_each(Vector numbers, int count, Vector a, Vector out) {
+        for (int i = 0; i < count; i++) {
+            out.data[i] = a.data[common(numbers.data[i])];
+        }
+    }
+
     // Copy the diagonal, with 0 where it has no entry.
     static QP_NOINLINE void take_diagonal(Matrix M, int n, Vector out) {
         clear(out, n);

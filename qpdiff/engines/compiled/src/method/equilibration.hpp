@@ -1,7 +1,7 @@
 // Equilibration: scales of the variables and the constraints, and the sizes that residuals are measured in
 // (engines/array/equilibration.py, where the mathematics is explained).
 #pragma once
-#include "problem.hpp"
+#include "components.hpp"
 
 namespace qpdiff {
 
@@ -114,20 +114,6 @@ template <class Team, class J> QP_INLINE typename Team::Entry size_of_bounds(con
     return select((span > N{}) & (span < far), span, size);
 }
 
-// Call f(i, counts) for all constraints, with a mask of those that the units are computed from: rows that have an
-// entry, and bounds of variables that have an entry in Q, A or G.
-template <class Team, class F> QP_INLINE void each_constraint(Problem<Team>& o, F f) {
-    using N = typename Team::Entry;
-    Team::each(o.lp, [&](auto i) { f(i, o.filled[i] > N{}); });
-    auto of_bounds = [&](int at) { Team::each(o.np, [&](auto j) { f(j + at, o.occupied[j] > N{}); }); };
-    if (o.lower) {
-        of_bounds(o.at_lower());
-    }
-    if (o.upper) {
-        of_bounds(o.at_upper());
-    }
-}
-
 // Find the units of residuals and how far x is likely to go at most, for D and E; return the largest |Dq|.
 template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(Problem<Team>& o) {
     using N = typename Team::Entry;
@@ -138,9 +124,8 @@ template <class Team> QP_NOINLINE typename Team::Number measure_residual_units(P
     N needed_{}, nearest_{}, slope_{}, curved_slope_{};
     each_constraint(o, [&](auto i, auto counts) {
         N k = select(counts & no(o.kind.absent(i)), o.E[i] * o.k[i], Real(0)), length = absolute(k);
-        N unsatisfied = select(o.kind.equality(i), length, positive(-k));
+        N unsatisfied = unsatisfied_at_0(o, i, k);
         if constexpr (Team::PRICED) {
-            unsatisfied = select(two_sided(o, i), length, unsatisfied);
             auto moves = limited(o, i) & (as<N>(o.curvature) > N{}); // x, up to where the curvature outweighs the price
             N moved = o.v_upper[i] / (o.E[i] * select(moves, as<N>(o.curvature), Real(1)));
             unsatisfied = select(moves, smaller(unsatisfied, moved), unsatisfied);
@@ -208,9 +193,15 @@ template <class Team, bool FLAT = !Team::lanes> QP_NOINLINE typename Team::Numbe
     Team::each(o.np, [&](auto j) { o.D.set(j, o.balanced_D[j]); });
     Team::each(o.lp, [&](auto i) { o.E.set(i, o.balanced_E[i]); });
     scale_bounds(o);
+    bool any_flat = FLAT && some(o.any_flat > typename Team::Number{});
+    if constexpr (FLAT) {
+        if (any_flat && balance_components(o)) {
+            scale_bounds(o);
+        }
+    }
     auto slope = measure_residual_units(o);
     if constexpr (FLAT) {
-        if (some(o.any_flat > typename Team::Number{}) && enlarge_flat(o)) {
+        if (any_flat && enlarge_flat(o)) {
             slope = measure_residual_units(o);
         }
     }

@@ -7,6 +7,7 @@
 // order, made for few entries in L, serves all iterations and all problems of one pattern.
 #pragma once
 #include <atomic>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -31,7 +32,9 @@ class SparseKkt {
     std::vector<int> diagonal; // where the diagonal is, of variables and rows
     std::vector<double> signs; // of the pivots
     sparse::LdlPattern ldl;
-    bool fits; // whether the number of entries of L is within the range of `int`
+    std::vector<int> component; // of each variable, then of each row of A and G: the number of one of its variables
+    int components;             // how many there are
+    bool fits;                  // whether the number of entries of L is within the range of `int`
 
     // Analyse symmetric Q and K given in compressed rows.
     SparseKkt(int p, std::vector<int> Q_starts_, std::vector<int> Q_columns_, std::vector<int> K_starts_,
@@ -64,6 +67,7 @@ class SparseKkt {
             }
         }
         fits = ldl.analyse(size, std::move(starts), std::move(rows));
+        find_components();
     }
     SparseKkt(const SparseKkt&) = delete;
 
@@ -85,6 +89,31 @@ class SparseKkt {
             }
         }
         return of;
+    }
+
+    // Find which variables rows of A and G link.
+    void find_components() {
+        component.resize(n + linear);
+        std::iota(component.begin(), component.end(), 0);
+        auto root = [&](int j) {
+            while (component[j] != j) {
+                j = component[j] = component[component[j]];
+            }
+            return j;
+        };
+        for (int i = 0; i < linear; i++) {
+            for (int e = K_starts[i]; e < K_starts[i + 1]; e++) {
+                component[root(K_columns[e])] = root(K_columns[K_starts[i]]);
+            }
+        }
+        components = 0;
+        for (int j = 0; j < n; j++) {
+            components += component[j] == j;
+            component[j] = root(j);
+        }
+        for (int i = 0; i < linear; i++) {
+            component[n + i] = K_starts[i] < K_starts[i + 1] ? component[K_columns[K_starts[i]]] : 0;
+        }
     }
 
     // Call f(where its place is stored, row, column) for each entry of the upper triangle in the order of elimination.
@@ -116,6 +145,22 @@ template <class V, bool PRICED> struct SparseProblem : Problem<sparse::Team<V, P
     V* right = nullptr;  // a right-hand side in the order of elimination
     sparse::Factor<V> ldl;
 };
+
+// Fill the numbers of the components, which depend on the pattern alone; return whether there is more than one.
+template <class V, bool PRICED, class Vector>
+QP_NOINLINE bool find_components(const Problem<sparse::Team<V, PRICED>>& problem, Vector of_variables, Vector of_rows) {
+    const SparseKkt& kkt = *static_cast<const SparseProblem<V, PRICED>&>(problem).kkt;
+    if (kkt.components == 1) {
+        return false;
+    }
+    for (int j = 0; j < kkt.n; j++) {
+        of_variables.data[j] = as<V>(double(kkt.component[j]));
+    }
+    for (int i = 0; i < kkt.linear; i++) {
+        of_rows.data[i] = as<V>(double(kkt.component[kkt.n + i]));
+    }
+    return true;
+}
 
 // Put the entries of Q and K that are not on the diagonal into the KKT matrix.
 template <class V, bool PRICED> void assemble(SparseProblem<V, PRICED>& o) {
