@@ -591,3 +591,28 @@ def test_a_lane_group_has_one_thread():
     found = [pattern.workers(4, count, True, 1e9, 4) for count in (1, lanes, lanes + 1, 3 * lanes, 9 * lanes)]
     assert found == [1, 1, 2, 3, 4]
     assert [pattern.workers(4, count, False, 1e9, 4) for count in (1, 2, lanes)] == [1, 2, min(lanes, 4)]
+
+
+def test_analyses_are_forgotten_by_number_and_size(monkeypatch):
+    from qpdiff.engines.compiled import sparse
+
+    def key(n):
+        none = pattern_of_csr(sp.csr_array((0, n)))
+        return pattern_of_csr(sp.csr_array(np.ones((n, n)))), none, none
+
+    def remembered(n):
+        return sparse._remembered.get(key(n)) is not None
+
+    monkeypatch.setattr(sparse, "_remembered", {})
+    monkeypatch.setattr(sparse, "LARGEST_REMEMBERED", 1000)
+    for n in range(2, 2 + sparse.MOST_REMEMBERED):
+        assert sparse.pattern_of(*key(n)) is sparse.pattern_of(*key(n))
+    sparse.pattern_of(*key(2))  # used last
+    sparse.pattern_of(*key(40))
+    assert [n for n in (2, 3, 4, 40) if remembered(n)] == [2, 4, 40]
+    assert sparse.pattern_of(*key(40)).size == 780  # n(n − 1)/2 entries of L
+    assert remembered(2)
+    assert sparse.pattern_of(*key(30)).size == 435
+    assert [n for n in (2, 40, 30) if remembered(n)] == [30]
+    assert sparse.pattern_of(*key(60)).size == 1770  # more than the limit by itself
+    assert [n for n in (30, 60) if remembered(n)] == [60]

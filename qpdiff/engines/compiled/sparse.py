@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import lru_cache
+from itertools import count as counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,11 @@ LARGEST_LANES = 10**6
 """Entries of L from which on problems are solved one by one, as the factors of a lane group leave the cache."""
 DENSE_SPEED = 0.1
 """Time of an operation of the dense engine against that of one in the factorisation of a sparse matrix."""
+MOST_REMEMBERED = 8
+"""Patterns that are remembered with their symbolic factorisations,"""
+LARGEST_REMEMBERED = 10**7
+"""as long as these have no more entries of L together, each of which takes 4 bytes and more; the last one in any case.
+"""
 PLACES = {name: place for place, name in enumerate(OPERANDS)}
 
 
@@ -30,6 +35,8 @@ class Pattern:
         entries = int(A.indptr[-1]) + int(G.indptr[-1])
         if entries > LARGEST:
             raise ValueError(f"A and G have {entries} entries together, more than {LARGEST}")
+        self.analysed = 0  # entries of L, once they are known
+        self.last_use = next(_uses)
         indptr = np.concatenate([A.indptr, A.indptr[-1] + G.indptr[1:]])
         shape = A.shape[0] + G.shape[0], Q.shape[0]
         self.K = MatrixPattern(indptr, np.concatenate([A.indices, G.indices]), shape)
@@ -41,6 +48,8 @@ class Pattern:
         kkt = _core.SparseKkt(self.A.shape[0], *[np.ascontiguousarray(a, np.int32) for a in indices])
         if not kkt.fits:
             raise ValueError("the KKT matrix of this pattern has too many entries in its factor; pass dense operands")
+        self.analysed = kkt.size
+        _forget()
         return kkt
 
     @cached_property
@@ -76,10 +85,28 @@ class Pattern:
         return pattern_of, (self.Q, self.A, self.G)
 
 
-@lru_cache(maxsize=8)
+_remembered: dict[tuple[MatrixPattern, MatrixPattern, MatrixPattern], Pattern] = {}
+_uses = counter()
+
+
 def pattern_of(Q: MatrixPattern, A: MatrixPattern, G: MatrixPattern) -> Pattern:
     """Return the pattern made of these; the last ones are remembered, with their symbolic factorisations."""
-    return Pattern(Q, A, G)
+    pattern = _remembered.get((Q, A, G))
+    if pattern is None:
+        pattern = _remembered.setdefault((Q, A, G), Pattern(Q, A, G))
+        _forget()
+    pattern.last_use = next(_uses)
+    return pattern
+
+
+def _forget() -> None:
+    """Forget the patterns whose last use is longest ago, until the others are within the limits."""
+    patterns = sorted(_remembered.copy().values(), key=lambda pattern: pattern.last_use)
+    while len(patterns) > MOST_REMEMBERED or (
+        len(patterns) > 1 and sum(pattern.analysed for pattern in patterns) > LARGEST_REMEMBERED
+    ):
+        first = patterns.pop(0)
+        _remembered.pop((first.Q, first.A, first.G), None)
 
 
 def solve(
