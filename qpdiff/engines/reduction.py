@@ -21,13 +21,25 @@ class Form(enum.IntEnum):
     """Reduced to the rows of A and G, for a diagonal Q and bounds."""
 
 
+def operations(form: Form, n: int, linear: int) -> float:
+    """Return the multiplications of an iteration of a typical solve, for so many variables and rows of A and G."""
+    primal = n**3 / 3 + n**2 * linear
+    if form == Form.PRIMAL:
+        return primal
+    if form == Form.DENSE_DUAL:
+        return linear**3 / 3 + (primal + n * linear**2) / TYPICAL_ITERATIONS
+    return linear**3 / 3 + n * linear**2
+
+
+def is_fewer(form: Form, n: int, linear: int) -> bool:
+    """Return whether a dual form has fewer operations than the primal one."""
+    return linear > 0 and operations(form, n, linear) < operations(Form.PRIMAL, n, linear)
+
+
 def prefers_dense(problem: Problem) -> bool:
     """Return whether the dense dual form has the fewest operations in a typical solve."""
-    n, linear = problem.n, problem.p + problem.m
-    if linear == 0 or problem.lb is not None or problem.ub is not None:
-        return False
-    once = n**3 / 3 + n**2 * linear + n * linear**2
-    return linear**3 / 3 + once / TYPICAL_ITERATIONS < n**3 / 3 + n**2 * linear
+    bounded = problem.lb is not None or problem.ub is not None
+    return not bounded and is_fewer(Form.DENSE_DUAL, problem.n, problem.p + problem.m)
 
 
 def preferred_form(problem: Problem, diagonal: bool | None = None) -> Form:
@@ -36,11 +48,10 @@ def preferred_form(problem: Problem, diagonal: bool | None = None) -> Form:
     `diagonal` says whether every Q is diagonal. None: find out where that decides, at the cost of a transfer to the
     host.
     """
-    n, linear = problem.n, problem.p + problem.m
     if prefers_dense(problem):
         return Form.DENSE_DUAL
     bounded = problem.lb is not None or problem.ub is not None
-    if linear and bounded and linear**3 / 3 + n * linear**2 < n**3 / 3 + n**2 * linear:
+    if bounded and is_fewer(Form.DIAGONAL_DUAL, problem.n, problem.p + problem.m):
         if diagonal is None:
             diagonal = not bool(problem.backend.xp.any(has_off_diagonal(problem)))
         if diagonal:

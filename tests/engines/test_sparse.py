@@ -579,8 +579,24 @@ def test_a_pattern_that_fills_up_does_not_pay():
         return pattern_of(*map(pattern_of_csr, (Q, *[sp.csr_array((0, Q.shape[1]))] * 2)))
 
     band = sp.diags_array([1.0, 1.0, 1.0], offsets=[-1, 0, 1], shape=(300, 300))
-    assert pattern(band).pays
-    assert not pattern(np.ones((300, 300))).pays
+    assert pattern(band).pays == (True, True)
+    assert pattern(np.ones((300, 300))).pays == (False, False)
+
+
+def test_what_pays_depends_on_the_form_of_the_dense_engine():
+    """60 rows full of entries: dense, they are all that is left of 200 variables where Q has its diagonal alone."""
+    from qpdiff.engines.compiled.sparse import pattern_of
+
+    rng, n = np.random.default_rng(0), 200
+    none = sp.csr_array((0, n))
+
+    def pays(Q, G):
+        return pattern_of(*[pattern_of_csr(sp.csr_array(M)) for M in (Q, none, G)]).pays
+
+    half, eye = rng.uniform(size=(60, n)) < 0.9, np.eye(n)
+    assert pays(eye, half) == (False, False)
+    assert pays(np.where(np.arange(n) < n - 1, eye, 0.0), half) == (True, True)  # the last variable has no curvature
+    assert pays(eye + np.eye(n, k=1) + np.eye(n, k=-1), half) == (False, True)  # bounds and a Q that is not diagonal
 
 
 def test_a_lane_group_has_one_thread():

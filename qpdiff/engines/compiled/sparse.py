@@ -13,12 +13,15 @@ from ...problem import MATRICES, OPERANDS, Problem
 from ...sparse import LARGEST, stored
 from ...sparse import Pattern as MatrixPattern
 from ..base import Linearization, Outcome, Settings, StartingPoint
+from ..reduction import Form, is_fewer, operations
 from .engine import DERIVATIVE_COST, PARAMETERS, SCALARS, SOLVE_COST, _core, arrays_of, as_many_as_pay
 
 LARGEST_LANES = 10**6
 """Entries of L from which on problems are solved one by one, as the factors of a lane group leave the cache."""
-DENSE_SPEED = 0.1
-"""Time of an operation of the dense engine against that of one in the factorisation of a sparse matrix."""
+DENSE_SPEED = 0.4
+"""Time of an operation of the dense engine against that of one in the factorisation of a sparse matrix,"""
+ENTRY_COST = 25
+"""and that of all else that is done with an entry of L in an iteration."""
 MOST_REMEMBERED = 8
 """Patterns that are remembered with their symbolic factorisations,"""
 LARGEST_REMEMBERED = 10**7
@@ -63,10 +66,20 @@ class Pattern:
         return self.kkt.operations
 
     @cached_property
-    def pays(self) -> bool:
-        """Whether problems of this pattern are solved faster as sparse than as dense ones."""
+    def pays(self) -> tuple[bool, bool]:
+        """Whether problems of this pattern without bounds, and with bounds, are solved faster as sparse than as dense.
+
+        The dense engine's form is that with the fewest operations, a dual one where the pattern of Q has the diagonal.
+        """
         n, linear = self.Q.shape[0], self.K.shape[0]
-        return self.operations < DENSE_SPEED * (n**3 / 3 + n * n * linear)
+        on_diagonal = int(np.count_nonzero(self.Q.indices == self.Q.rows))
+        dual = {Form.DENSE_DUAL: on_diagonal == n, Form.DIAGONAL_DUAL: on_diagonal == n == len(self.Q.indices)}
+
+        def is_faster(form: Form) -> bool:
+            form = form if dual[form] and is_fewer(form, n, linear) else Form.PRIMAL
+            return self.operations + ENTRY_COST * self.size < DENSE_SPEED * operations(form, n, linear)
+
+        return is_faster(Form.DENSE_DUAL), is_faster(Form.DIAGONAL_DUAL)
 
     def workers(self, most: int, count: int, lanes: bool, cost: float, solves: int) -> int:
         """Return up to `most` threads for so many problems, whose cost is in so many factorisations and solves."""
