@@ -73,9 +73,10 @@ def solve_qp(
     elastic : number or dict, optional
         Price w ≥ 0 of violating a constraint by one unit, so that problems whose constraints contradict each other are
         SOLVED too, where they are violated least in that sense: a number for all rows of A and G, or a dict with some
-        of "A", "G" and "bounds", each a number or an array of the shape of b, h or lb; inf where a constraint is hard,
-        0 where it does not count. The multipliers of these constraints end in [0, w], those of A in [−w, w]; where
-        those of the problem without prices are below w, its solution is the solution [2]_. What is not named is hard.
+        of "A", "G" and "bounds", each a number or an array of the shape of b, h or lb; inf, or 1e20 or more, where a
+        constraint is hard, 0 where it does not count. The multipliers of these constraints end in [0, w], those of A in
+        [−w, w]; where those of the problem without prices are below w, its solution is the solution [2]_. What is not
+        named is hard.
     elastic_quadratic : number or dict, optional
         σ ≥ 0 of a quadratic price, ½(violation)²/σ, in the same form; 0 where there is none. With a price w too, it
         holds up to a violation of σw, from where on each further unit costs w (the Huber function).

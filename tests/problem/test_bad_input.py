@@ -115,6 +115,15 @@ REFUSED_OPTIONS = {
     "fractional-iterations": {"max_iterations": 1.5},
     "negative-iterations": {"max_iterations": -1},
     "unknown-dtype": {"dtype": "float16"},
+    "unknown-engine": {"engine": "fast"},
+    "type-warm-start": {"warm_start": 3},
+    "shape-warm-start": {"warm_start": qpdiff.solve_qp(np.eye(3), np.ones(3))},
+    "type-progress": {"progress": 3},
+    "type-price": {"elastic": [1.0]},
+    "unknown-price": {"elastic": {"h": 1.0}},
+    "price-without-rows": {"A": None, "b": None, "elastic": {"A": 1.0}},
+    "negative-price": {"elastic": {"G": [-1.0]}},
+    "infinite-quadratic-price": {"elastic_quadratic": np.inf},
 }
 
 
