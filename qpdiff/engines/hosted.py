@@ -22,7 +22,8 @@ class Hosted(NamedTuple):
 
     def refusal(self, problem: Problem, verbose: bool) -> str | None:
         """Say why the other one cannot take these problems; None: it can."""
-        return self.engine.refusal(on_host(problem), verbose)
+        q = problem.backend.to_host(problem.q)
+        return self.engine.refusal(problem.with_layout(**layout_on_host(q)), verbose)  # by the layout alone
 
     def suits(self, problem: Problem) -> bool:
         """Return whether these problems are solved by fewer operations there."""
@@ -71,6 +72,10 @@ class OfHost(NamedTuple):
 def on_host(problem: Problem) -> Problem:
     """Return the same problems in NumPy arrays."""
     operands = {name: apply(problem.backend.to_host, value) for name, value in problem.operands.items()}
-    dtype = np.dtype(operands["q"].dtype)
-    layout = problem.layout._replace(backend=choose_backend({}, "numpy")[0], dtype=dtype, result=dtype)
-    return layout.problem(operands)
+    return problem.layout._replace(**layout_on_host(operands["q"])).problem(operands)
+
+
+def layout_on_host(q: np.ndarray) -> dict[str, Any]:
+    """Return what differs in the layout of problems in NumPy arrays of the type of q."""
+    dtype = np.dtype(q.dtype)
+    return {"backend": choose_backend({}, "numpy")[0], "dtype": dtype, "result": dtype}

@@ -632,3 +632,15 @@ def test_analyses_are_forgotten_by_number_and_size(monkeypatch):
     assert [n for n in (2, 40, 30) if remembered(n)] == [30]
     assert sparse.pattern_of(*key(60)).size == 1770  # more than the limit by itself
     assert [n for n in (30, 60) if remembered(n)] == [60]
+
+
+def test_problems_of_torch_move_once_to_the_host(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from qpdiff.backend.torch import TorchBackend
+
+    moved, to_host = [], TorchBackend.to_host
+    monkeypatch.setattr(TorchBackend, "to_host", lambda self, array: moved.append(array.shape) or to_host(self, array))
+    Q = qpdiff.Sparse(torch.ones(7, dtype=torch.float64), np.arange(7), np.arange(8), (7, 7))
+    sol = qpdiff.solve_qp(Q, torch.ones((5, 7), dtype=torch.float64))
+    assert_allclose(sol.x, -1.0, atol=1e-7)
+    assert moved.count((1, 7)) == 1  # the entries of Q
