@@ -207,6 +207,56 @@ def test_warm_start():
     assert warm.iterations.mean() < 0.5 * cold.iterations.mean()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_warm_starts_in_lanes(family, monkeypatch):
+    """As one by one, with starts for some, and with some that are far from everything, infeasible or of few steps."""
+    from qpdiff.engines.compiled import sparse
+
+    pattern, operands, _ = make_batch(list(family(np.random.default_rng(4))))
+    cold = solve(pattern, operands)
+    rng = np.random.default_rng(5)
+    usable, x = rng.uniform(size=(B, 1)) < 0.7, cold.x + 0.01 * rng.normal(size=cold.x.shape)
+    usable[[2, 5]], x[2], x[5] = True, 1e9, np.nan
+    operands = operands | {"q": operands["q"] + 0.01 * rng.normal(size=operands["q"].shape)}
+    if family is general:
+        operands["h"] = operands["h"].copy()
+        operands["h"][3] = -1e3  # no point is that far below
+    start = StartingPoint(x, cold.v, usable)
+    for limit in (0, 1, 5, 200):
+        lanes = solve(pattern, operands, start=start, max_iterations=limit)
+        with monkeypatch.context() as patch:
+            patch.setattr(sparse, "LARGEST_LANES", 0)
+            single = solve(pattern, operands, start=start, max_iterations=limit)
+        np.testing.assert_array_equal(lanes.status, single.status)
+        np.testing.assert_array_equal(lanes.iterations, single.iterations)
+        if limit == 5:
+            assert_allclose(lanes.x, single.x, rtol=1e-5, atol=1e-5)
+    assert (lanes.status == qpdiff.Status.SOLVED)[np.arange(B) != 3].all()
+
+
+def test_warm_starts_in_lanes_with_prices(monkeypatch):
+    from qpdiff.engines.compiled import sparse
+
+    rng = np.random.default_rng(7)
+    D = sp.diags_array([-np.ones(19), np.ones(19)], offsets=[0, 1], shape=(19, 20)).tocsr()
+    d = {
+        "Q": sp.eye_array(20).tocsr(),
+        "G": D,
+        "h": np.zeros(19),
+        "lb": -1.0,
+        "elastic": {"G": rng.uniform(0.1, 2, 19)},
+    }
+    q = rng.normal(size=(B, 20))
+    cold = qpdiff.solve_qp(**d, q=q)
+    lanes = qpdiff.solve_qp(**d, q=q + 0.01, warm_start=cold)
+    monkeypatch.setattr(sparse, "LARGEST_LANES", 0)
+    single = qpdiff.solve_qp(**d, q=q + 0.01, warm_start=cold)
+    assert np.all(lanes.status == qpdiff.Status.SOLVED)
+    assert lanes.iterations.sum() < cold.iterations.sum()
+    np.testing.assert_array_equal(lanes.iterations, single.iterations)
+    assert_allclose(lanes.x, single.x, atol=1e-6)
+
+
 def test_statuses():
     pattern, operands, _ = make_batch(list(general(np.random.default_rng(6))))
     operands["h"][3] = -1e3  # no point is that far below within the bounds and the equalities

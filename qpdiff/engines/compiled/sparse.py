@@ -139,7 +139,7 @@ def solve(
     outcome = Outcome(x, v, s, *[np.empty((count, 1), kind) for kind in SCALARS])
     if count == 0:
         return outcome, scaling
-    lanes = start is None and pattern.in_lanes(count)
+    lanes = pattern.in_lanes(count)
     valid = _core.solve_sparse(
         pattern.kkt, operands, (*outcome, scaling),
         (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,

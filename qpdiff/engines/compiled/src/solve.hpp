@@ -340,7 +340,7 @@ template <class T, bool PRICED> class Worker {
         auto& o = group->workspace->problem;
         std::fill(unsolved, unsolved + size, false);
         iterate_lanes<FORM>(
-            o, size,
+            o, size, [](Iterate<Lanes>&) { return typename Lanes::Truth{}; }, // those are solved one by one
             [&](int lane, const Iterate<Lanes>& at, const State<Lanes>& state, int iterations) {
                 finish_lane<FORM>(b + lane, lane, at, state, iterations);
             },

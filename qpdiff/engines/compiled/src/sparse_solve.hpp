@@ -140,8 +140,19 @@ template <bool PRICED> class SparseWorker {
         balance_cost(o, equilibrate<Team, true>(o));
         count_inequalities(o);
         std::fill(unsolved, unsolved + size, false);
+        auto load_warm_start = [&](Iterate<Team>& at) {
+            typename Team::Truth warm{};
+            for (int lane = 0; lane < size && batch.start.x.data; lane++) {
+                if (*batch.start.usable.at(b + lane)) {
+                    read_variables(o, batch.start.x.at(b + lane), at.x, lane);
+                    read_rows(o, batch.start.v.at(b + lane), at.v, lane);
+                    warm[lane] = -1;
+                }
+            }
+            return warm;
+        };
         iterate_lanes<Form::sparse_kkt>(
-            o, size,
+            o, size, load_warm_start,
             [&](int lane, const Iterate<Team>& at, const State<Team>& state, int iterations) {
                 finish(o, b + lane, lane, at, state, iterations);
             },

@@ -157,11 +157,14 @@ QP_NOINLINE void exchange(const Problem<Team>& o, typename Team::Truth where, It
     }
 }
 
-// Iterate on the problems of the first `size` lanes together. `finish(lane, iterate, state, iterations)` is called for
-// each that ends SOLVED or at the limit of iterations; `defer(lane)` for each that is to be solved by itself: where a
-// step cannot be computed, for certificates, without progress, for large multipliers of a dense problem.
-template <Form FORM, class Team, class Finish, class Defer, class Interrupted>
-QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, Finish finish, Defer defer, Interrupted interrupted) {
+// Iterate on the problems of the first `size` lanes together. `load_warm_start` fills an iterate with solutions of
+// other problems to start from and returns for which problems there is one. `finish(lane, iterate, state, iterations)`
+// is called for each that ends SOLVED or, from the ordinary start, at the limit of iterations; `defer(lane)` for each
+// that is to be solved by itself: where a step cannot be computed, for certificates, without progress, for large
+// multipliers of a dense problem, and where a warm start has led nowhere.
+template <Form FORM, class Team, class LoadWarmStart, class Finish, class Defer, class Interrupted>
+QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, LoadWarmStart load_warm_start, Finish finish, Defer defer,
+                               Interrupted interrupted) {
     using S = typename Team::Number;
     using B = typename Team::Truth;
     S running = as<S>(RUNNING);
@@ -177,6 +180,17 @@ QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, Finish finish, Defer 
         start = begin<FORM>(o, *current, *previous);
     }
     State<Team> state = start.state;
+    S mu = start.mu;
+    B warm = load_warm_start(*previous);
+    if (some(warm)) {
+        S warm_mu = begin_warm(o, *previous, mu);
+        State<Team> warm_state = assess<FORM>(o, *previous, *previous, state, iterations, limit);
+        B usable = warm & ((warm_state.status == running) | (warm_state.status == as<S>(SOLVED)));
+        exchange(o, usable, *current, *previous);
+        warm_state.status = running;
+        state = choose<Team>(usable, warm_state, state);
+        mu = select(usable, warm_mu, mu);
+    }
     B active{};
     for (int lane = 0; lane < size; lane++) {
         active[lane] = -1;
@@ -190,7 +204,6 @@ QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, Finish finish, Defer 
             defer(lane);
         }
     }
-    S mu = start.mu;
     Regularization<Team> regularization = first_regularization<FORM>(o);
     B refine = truth<B>(true);
     while (some(active) && !interrupted()) {
@@ -207,7 +220,8 @@ QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, Finish finish, Defer 
         }
         state = moved;
         B usable = made.computed | reverted;
-        B ended = active & usable & ((state.status == as<S>(SOLVED)) | (state.status == as<S>(MAX_ITERATIONS)));
+        B at_limit = no(warm) & (state.status == as<S>(MAX_ITERATIONS));
+        B ended = active & usable & ((state.status == as<S>(SOLVED)) | at_limit);
         B going_on = active & usable & (state.status == running);
         if (some(active & no(going_on))) {
             for (int lane = 0; lane < size; lane++) {

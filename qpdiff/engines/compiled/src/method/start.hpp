@@ -262,7 +262,7 @@ QP_NOINLINE Start<Team> begin_closer(Problem<Team>& o, Iterate<Team>& current, I
     return begin<FORM>(o, current, previous);
 }
 
-// Center another problem's solution in `current`, a warm start; return the mean complementarity. For one problem.
+// Center another problem's solution in `current`, a warm start; return the mean complementarity.
 //
 // μ grows with what that solution leaves of the residuals here, so that the slacks let the steps make up for it, up to
 // the μ of the ordinary start.
@@ -270,6 +270,7 @@ template <class Team>
 QP_NOINLINE typename Team::Number begin_warm(Problem<Team>& o, Iterate<Team>& current,
                                              typename Team::Number ordinary_mu) {
     using N = typename Team::Entry;
+    using S = typename Team::Number;
     using Real = typename Team::Real;
     auto slack = o.dv, difference = o.lengths;
     constraints(o, current.x, slack);
@@ -294,10 +295,10 @@ QP_NOINLINE typename Team::Number begin_warm(Problem<Team>& o, Iterate<Team>& cu
         difference.set(i, select(inequality, current.v[i] / scale - value, Real(0)));
     });
     Team::each(o.np, [&](auto j) { error_ = larger(absolute(o.D[j] * (o.dx[j] + o.q[j] + o.columns[j])), error_); });
-    Real unit = o.primal_unit * o.dual_unit;
-    Real mu = Real(o.parameters->warm_centrality) * Team::largest(error_) * std::sqrt(unit);
-    mu = mu < ordinary_mu ? mu : ordinary_mu;
-    mu = std::max(mu, std::max(Real(o.settings->tol), Real(o.settings->smallest)) * unit);
+    S unit = o.primal_unit * o.dual_unit;
+    S mu = Real(o.parameters->warm_centrality) * Team::largest(error_) * root(unit);
+    mu = select(mu < ordinary_mu, mu, ordinary_mu);
+    mu = larger(std::max(Real(o.settings->tol), Real(o.settings->smallest)) * unit, mu);
     center_on_path(o, difference, mu, current);
     return mean(o, current);
 }
