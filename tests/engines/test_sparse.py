@@ -629,8 +629,11 @@ def test_a_pattern_that_fills_up_does_not_pay():
         return pattern_of(*map(pattern_of_csr, (Q, *[sp.csr_array((0, Q.shape[1]))] * 2)))
 
     band = sp.diags_array([1.0, 1.0, 1.0], offsets=[-1, 0, 1], shape=(300, 300))
-    assert pattern(band).pays == (True, True)
-    assert pattern(np.ones((300, 300))).pays == (False, False)
+    for bounded in (False, True):
+        assert pattern(band).pays(bounded, 32)
+        assert not pattern(np.ones((300, 300))).pays(bounded, 32)
+    filled = pattern(np.ones((50, 50)))
+    assert [filled.pays(True, count) for count in (1, 32)] == [True, False]  # the calls take longer than the solve
 
 
 def test_what_pays_depends_on_the_form_of_the_dense_engine():
@@ -641,7 +644,8 @@ def test_what_pays_depends_on_the_form_of_the_dense_engine():
     none = sp.csr_array((0, n))
 
     def pays(Q, G):
-        return pattern_of(*[pattern_of_csr(sp.csr_array(M)) for M in (Q, none, G)]).pays
+        pattern = pattern_of(*[pattern_of_csr(sp.csr_array(M)) for M in (Q, none, G)])
+        return pattern.pays(False, 32), pattern.pays(True, 32)
 
     half, eye = rng.uniform(size=(60, n)) < 0.9, np.eye(n)
     assert pays(eye, half) == (False, False)

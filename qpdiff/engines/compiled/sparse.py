@@ -21,7 +21,9 @@ LARGEST_LANES = 10**6
 DENSE_SPEED = 0.4
 """Time of an operation of the dense engine against that of one in the factorisation of a sparse matrix,"""
 ENTRY_COST = 25
-"""and that of all else that is done with an entry of L in an iteration."""
+"""that of all else that is done with an entry of L in an iteration,"""
+CONVERSION_COST, CALL_COST = 3, 60_000
+"""and those of making an entry dense and of the calls for that, spread over the iterations of a solve."""
 MOST_REMEMBERED = 8
 """Patterns that are remembered with their symbolic factorisations,"""
 LARGEST_REMEMBERED = 10**7
@@ -65,9 +67,13 @@ class Pattern:
         """Multiplications of a factorisation."""
         return self.kkt.operations
 
+    def pays(self, bounded: bool, count: int) -> bool:
+        """Return whether so many problems, with bounds or without, are solved faster as sparse than as dense."""
+        return self._saved[bounded] + CALL_COST / max(count, 1) > 0
+
     @cached_property
-    def pays(self) -> tuple[bool, bool]:
-        """Whether problems of this pattern without bounds, and with bounds, are solved faster as sparse than as dense.
+    def _saved(self) -> tuple[float, float]:
+        """The operations that a problem without bounds, and one with bounds, saves in an iteration by being sparse.
 
         The dense engine's form is that with the fewest operations, a dual one where the pattern of Q has the diagonal.
         """
@@ -75,11 +81,12 @@ class Pattern:
         on_diagonal = int(np.count_nonzero(self.Q.indices == self.Q.rows))
         dual = {Form.DENSE_DUAL: on_diagonal == n, Form.DIAGONAL_DUAL: on_diagonal == n == len(self.Q.indices)}
 
-        def is_faster(form: Form) -> bool:
+        def saved(form: Form) -> float:
             form = form if dual[form] and is_fewer(form, n, linear) else Form.PRIMAL
-            return self.operations + ENTRY_COST * self.size < DENSE_SPEED * operations(form, n, linear)
+            dense = DENSE_SPEED * operations(form, n, linear) + CONVERSION_COST * n * (n + linear)
+            return dense - self.operations - ENTRY_COST * self.size
 
-        return is_faster(Form.DENSE_DUAL), is_faster(Form.DIAGONAL_DUAL)
+        return saved(Form.DENSE_DUAL), saved(Form.DIAGONAL_DUAL)
 
     def workers(self, most: int, count: int, lanes: bool, cost: float, solves: int) -> int:
         """Return up to `most` threads for so many problems, whose cost is in so many factorisations and solves."""

@@ -29,7 +29,7 @@ def refusal(problem: Problem, verbose: bool) -> str | None:
 def suits(problem: Problem) -> bool:
     """Return whether sparse problems take fewer operations sparse than dense."""
     try:
-        return pattern_of(problem).pays[problem.lb is not None or problem.ub is not None]
+        return pattern_of(problem).pays(problem.lb is not None or problem.ub is not None, problem.batch)
     except ValueError:  # the factor is too large
         return False
 
