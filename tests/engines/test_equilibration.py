@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
-from problems import DEGENERATE, SCALED, random_problem, random_units, rescaled
+from problems import DEGENERATE, SCALED, components, random_problem, random_units, rescaled
+from scipy.sparse.csgraph import connected_components
 
+from qpdiff.engines.array.components import linked_variables
 from qpdiff.engines.array.equilibration import balance, equilibrate, scale_cost
 from qpdiff.engines.array.reduced_forms import PrimalForm
 from qpdiff.engines.array.start import make_origin, with_cost
@@ -121,3 +123,24 @@ def test_certificates_do_not_depend_on_how_large_the_cost_counts(cost, parts):
     assert np.any(proofs[0][0] > 0) or np.any(proofs[0][1] > 0)
     for one, other in zip(*proofs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10)
+
+
+def test_linked_variables_are_the_connected_components():
+    """A chain through all variables, where numbers are passed on the longest, and random rows, some of them empty."""
+    rng, n = np.random.default_rng(8), 12
+    chain = np.eye(n) + np.eye(n, k=-1)
+    rows = [np.where(rng.uniform(size=(9, n)) < density, rng.normal(size=(9, n)), 0.0) for density in (0.05, 0.1, 0.2)]
+    G = np.stack([*rows, chain[rng.permutation(n)][:9], np.zeros((9, n))])
+    same = linked_variables(make({"Q": np.zeros((n, n)), "q": np.zeros(n), "G": G, "h": np.ones(9)}), [G != 0])
+    for linked, M in zip(same, G, strict=True):
+        _, numbers = connected_components(np.abs(M).T @ np.abs(M))
+        np.testing.assert_array_equal(linked, numbers[:, None] == numbers)
+
+
+def test_components_without_curvature_have_the_same_scales_in_all_units():
+    one, other = (
+        equilibrate(make(components(np.random.default_rng(9), (20,), orders, curved=(False, False))[0]))
+        for orders in (0, 6)
+    )
+    for a, b in zip(one[2:], other[2:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
