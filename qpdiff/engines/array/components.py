@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from functools import reduce
 
+import numpy as np
+
 from ...problem import Problem
 
 
@@ -37,8 +39,8 @@ def balance_components(problem: Problem, D, rows, k, q, unsatisfied):
         return component_factors(problem, flat, linked, k, q, unsatisfied)
 
     if backend.traced:
-        batch = max(a.shape[0] for a in (k, q, *linked.values()))
-        times = backend.cond(xp.any(wanted), factors, lambda: xp.ones((batch, problem.n), dtype=D.dtype))
+        shape = _batch([k, q, *linked.values()]), problem.n
+        times = backend.cond(xp.any(wanted), factors, lambda: xp.ones(shape, dtype=D.dtype))
     elif backend.count(wanted)[0]:
         times = factors()
     else:
@@ -94,7 +96,11 @@ def linked_variables(problem: Problem, linked: list):
             moved = xp.maximum(moved, xp.max(xp.where(M, of_rows[:, :, None], -1), axis=-2))
         return moved, xp.any(moved != number)
 
-    batch = max([M.shape[0] for M in linked], default=1)
-    number = xp.broadcast_to(backend.arange(problem.n), (batch, problem.n))
+    number = xp.broadcast_to(backend.arange(problem.n), (_batch(linked), problem.n))
     number, _ = backend.while_loop(lambda _, changed: changed, pass_on, (number, xp.any(number >= 0)), problem.n + 1)
     return number[:, :, None] == number[:, None, :]
+
+
+def _batch(arrays: list) -> int:
+    """Return the length of the batch axis of what is computed of these arrays, each (B or 1, ...)."""
+    return np.broadcast_shapes((1,), *[a.shape[:1] for a in arrays])[0]
