@@ -24,7 +24,8 @@ ROUTES = ["sparse", "dense", "array"]
 def route(request, monkeypatch):
     """Sparse problems in the engine for them, made dense for the compiled engine, or for the array engine."""
     if request.param == "array":
-        monkeypatch.setattr("qpdiff.engines.choice.compiled_engine", lambda: (None, "this is a test"))
+        for name in ("compiled_engine", "sparse_engine"):
+            monkeypatch.setattr(f"qpdiff.engines.choice.{name}", lambda: (None, "this is a test"))
     elif compiled_engine()[0] is None:
         pytest.skip("the compiled engine was not built")
     else:
