@@ -66,12 +66,12 @@ def make_problem(
     layout, changes = _plan(chosen, chosen.widest_float, described, read_dtype(dtype), cores, named, price_numbers)
     if "Q" in patterns:
         _check_symmetric(patterns["Q"])
-    if changes or numbers:
+    if changes:
         with chosen.context():  # what overflows in the working type is refused as infinite
             for name, change in changes.items():
                 arrays[name] = change(chosen.xp, arrays[name])
-            for name, number in numbers.items():
-                arrays[name] = chosen.row_of(number, getattr(layout, *PRICES[name]), layout.dtype)
+    for name, number in numbers.items():
+        arrays[name] = chosen.row_of(number, getattr(layout, *PRICES[name]), layout.dtype)
     arrays = chosen.for_products(arrays)
     for name, pattern in patterns.items():
         arrays[name] = Sparse.of_pattern(arrays[name], pattern)

@@ -100,7 +100,8 @@ class Backend:
 
     def row_of(self, value: float, n: int, dtype):
         """Return a number n times, (1, n), which is not to be changed."""
-        return self.full((1, n), value, dtype)
+        with self.context():  # where it overflows it is infinite
+            return self.full((1, n), value, dtype)
 
     def empty(self, shape, dtype):
         return self.xp.empty(shape, dtype=dtype, device=self.device)

@@ -67,7 +67,7 @@ class NumPyBackend(Backend):
     zeros_of_all = lru_cache(maxsize=16)(Backend.zeros_of_all)  # read-only, and a good part of a small solve to make
 
     def _read_only_row(self, value: float, n: int, dtype):
-        row = np.full((1, n), value, dtype)
+        row = super().row_of(value, n, dtype)
         row.setflags(write=False)
         return row
 
