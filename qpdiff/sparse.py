@@ -108,9 +108,7 @@ class Sparse:
 
     def with_values(self, values) -> Sparse:
         """Return matrices of the same pattern with other values (..., nnz)."""
-        made = Sparse.__new__(Sparse)
-        made.values, made.pattern = values, self.pattern
-        return made
+        return Sparse.of_pattern(values, self.pattern)
 
     @property
     def indices(self) -> np.ndarray:

@@ -117,9 +117,13 @@ def _difference(problem: Problem, E, x, v, s):
     """Return v − s of solutions in the scaled constraints, with prices v − s + t, 0 at equalities."""
     difference = v / E - E * s
     if (elastic := problem.elastic) is not None:
-        slack = E * (problem.k - problem.constraints(x) + elastic.compliance * v)
-        difference = problem.backend.xp.where(elastic.limited, v / E - slack, difference)
+        difference = problem.backend.xp.where(elastic.limited, v / E - E * _left(problem, x, v), difference)
     return problem.where_inequality(difference, 0.0)
+
+
+def _left(problem: Problem, x, v):
+    """Return k − Kx + σv, s − t at a solution: what constraints leave beside the violation of the quadratic price."""
+    return problem.k - problem.constraints(x) + problem.elastic.compliance * v
 
 
 def _excess(xp, pairs: list[Pair], kappa: float):
@@ -136,7 +140,7 @@ def _slack_with(problem: Problem, x, v, s, pairs: list[Pair]):
     if (elastic := problem.elastic) is None:
         return s
     xp, theta, (z, r) = problem.backend.xp, pairs[0].theta + pairs[1].theta, limit_distances(problem, v)
-    slack = problem.k - problem.constraints(x) + elastic.compliance * v
+    slack = _left(problem, x, v)
     violated = (theta + slack / r) / (1.0 / z + 1.0 / r)
     return xp.where(elastic.limited, xp.where(violated > slack, violated, theta * z), s)
 
