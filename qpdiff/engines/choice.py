@@ -37,11 +37,15 @@ def compiled_engine():
     return compiled, f"built ahead of time for {compiled.INSTRUCTIONS}"
 
 
-@cache
 def sparse_engine():
     """Return the module of the compiled engine for sparse NumPy arrays, or None, and the reason."""
     compiled, reason = compiled_engine()
-    return (importlib.import_module(".compiled.sparse_engine", __package__) if compiled else None), reason
+    return (_sparse_module() if compiled else None), reason
+
+
+@cache
+def _sparse_module():
+    return importlib.import_module(".compiled.sparse_engine", __package__)
 
 
 def gpu_engine():
