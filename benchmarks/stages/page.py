@@ -101,8 +101,7 @@ Ctrl-C comes at a random moment of the call, and afterwards other calls are comp
   once there is memory, later calls are right. Where there is no memory for a thread, fewer threads solve.
 * Except for what others decide: OpenBLAS ends the process where it has no memory for a buffer of 32 MiB for each thread
   that calls it, or cannot start its own threads. The compiled engine asks for that memory before it calls BLAS; NumPy,
-  and so the array engine with large matrices, does not. Linux ends processes when the machine's memory is full. Its C
-  library ends a process that has no memory left for the thread-local data of a thread that has just begun.
+  and so the array engine with large matrices, does not. Linux ends processes when the machine's memory is full.
 
 Solve and gradient in a forked child, whose address space (`RLIMIT_AS`, `ulimit -v`) is limited to a random size above
 what it has; BLAS has one thread.""",

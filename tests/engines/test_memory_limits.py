@@ -1,8 +1,10 @@
 """Memory that runs out: MemoryError, or a solve with fewer threads."""
 
+import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,3 +66,16 @@ def test_without_memory_for_threads_there_are_fewer(monkeypatch, shape):
         found = qpdiff.solve_qp(**operands, engine="array")
     assert refused
     np.testing.assert_array_equal(found.x, expected.x)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF")
+@pytest.mark.skipif(compiled_engine()[0] is None, reason="the compiled engine was not built")
+def test_no_thread_local_variables():
+    """Glibc ends a process that has no memory for those of a thread that has just begun."""
+    module = Path(compiled_engine()[0]._core.__file__).read_bytes()
+    assert module[:6] == b"\x7fELF\x02\x01"  # 64 bits, little-endian
+    (at,), (size, count) = struct.unpack_from("<Q", module, 32), struct.unpack_from("<HH", module, 54)
+    segments = [struct.unpack_from("<I", module, at + i * size)[0] for i in range(count)]
+    loaded, thread_local = 1, 7
+    assert loaded in segments
+    assert thread_local not in segments

@@ -40,7 +40,7 @@ template <class T> QP_INLINE void prefetch(const T* numbers, Index count) {
 template <class T, bool PRICED> class DerivativeWorker {
   public:
     DerivativeWorker(const DerivativeBatch<T>& batch, Queue& queue, bool calling)
-        : batch(batch), queue(queue), calling(calling), workspace(batch.shape, calling), o(workspace->problem),
+        : batch(batch), queue(queue), calling(calling), workspace(batch.shape), o(workspace->problem),
           memory([this](Arena& arena) { lay_out(arena); }) {
         o.parameters = batch.parameters;
         // In the padding these scale zeros, so that any finite number will do.
@@ -68,7 +68,7 @@ template <class T, bool PRICED> class DerivativeWorker {
     const DerivativeBatch<T>& batch;
     Queue& queue;
     bool calling;
-    Borrowed<Team> workspace;
+    Borrowed<Workspace<Team>> workspace;
     Problem<Team>& o;
     Derivative<Team> d;
     MatrixReader matrices;

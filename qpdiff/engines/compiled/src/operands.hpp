@@ -52,32 +52,9 @@ template <class T> QP_INLINE void read(const char* p, Index stride, int count, T
     }
 }
 
-// ---- the constraints of a problem, and the caller's, which have no padding
+// ---- numbers of one problem: those in a lane, or the only ones
 
-// Call f(first of the problem's, first of the caller's, count) for each block of constraints.
-template <class Team, class F> QP_INLINE void each_block(const Problem<Team>& o, F f) {
-    f(0, 0, o.linear);
-    if (o.lower) {
-        f(o.at_lower(), o.linear, o.n);
-    }
-    if (o.upper) {
-        f(o.at_upper(), o.linear + (o.lower ? o.n : 0), o.n);
-    }
-}
-
-// Copy entries of all constraints to an array of the caller's.
-template <class Team, class T> void gather_rows(const Problem<Team>& o, typename Team::Vector from, T* to) {
-    each_block(o, [&](int row, int at, int count) { std::copy(from.data + row, from.data + row + count, to + at); });
-}
-
-// Copy entries of all constraints from an array of the caller's.
-template <class Team, class T> void scatter_rows(const Problem<Team>& o, const T* from, typename Team::Vector to) {
-    each_block(o, [&](int row, int at, int count) { std::copy(from + at, from + at + count, to.data + row); });
-}
-
-// ---- reading
-
-// Set the number of one problem: that in a lane, or the only one.
+// Set the number of one problem.
 template <class Team> QP_INLINE void put(typename Team::Stored& to, int lane, typename Team::Real value) {
     if constexpr (Team::lanes) {
         reinterpret_cast<typename Team::Real*>(&to)[lane] = value;
@@ -94,6 +71,43 @@ template <class Team> QP_INLINE typename Team::Real take(const typename Team::St
         return from;
     }
 }
+
+// Copy `count` numbers of one problem from the caller's memory, and to it.
+template <class Team, class T> void scatter(const T* from, int count, typename Team::Stored* to, int lane = 0) {
+    for (int i = 0; i < count; i++) {
+        put<Team>(to[i], lane, from[i]);
+    }
+}
+template <class Team, class T> void gather(const typename Team::Stored* from, int count, T* to, int lane = 0) {
+    for (int i = 0; i < count; i++) {
+        to[i] = take<Team>(from[i], lane);
+    }
+}
+
+// ---- the constraints of a problem, and the caller's, which have no padding
+
+// Call f(first of the problem's, first of the caller's, count) for each block of constraints.
+template <class Team, class F> QP_INLINE void each_block(const Problem<Team>& o, F f) {
+    f(0, 0, o.linear);
+    if (o.lower) {
+        f(o.at_lower(), o.linear, o.n);
+    }
+    if (o.upper) {
+        f(o.at_upper(), o.linear + (o.lower ? o.n : 0), o.n);
+    }
+}
+
+// Copy entries of all constraints of one problem from an array of the caller's, and to one.
+template <class Team, class T>
+void scatter_rows(const Problem<Team>& o, const T* from, typename Team::Vector to, int lane = 0) {
+    each_block(o, [&](int row, int at, int count) { scatter<Team>(from + at, count, to.data + row, lane); });
+}
+template <class Team, class T>
+void gather_rows(const Problem<Team>& o, typename Team::Vector from, T* to, int lane = 0) {
+    each_block(o, [&](int row, int at, int count) { gather<Team>(from.data + row, count, to + at, lane); });
+}
+
+// ---- reading
 
 // Read the vectors of problem b and the kinds of its constraints into a lane; return whether the kinds are those of the
 // first lane. A limit that is infinite on the wrong side, where operands are not checked, becomes a constraint that no

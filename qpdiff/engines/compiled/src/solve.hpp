@@ -3,25 +3,11 @@
 #include <memory>
 
 #include "method/loop.hpp"
-#include "operands.hpp"
+#include "outcome.hpp"
 #include "queue.hpp"
 #include "workspace.hpp"
 
 namespace qpdiff {
-
-// An array whose first axis is the batch, with a stride of 0 where one entry is for all problems; without data, none.
-template <class T> struct Rows {
-    T* data = nullptr;
-    Index stride = 0;
-    T* at(Index b) const { return data ? data + b * stride : nullptr; }
-};
-
-// The arrays of qpdiff.engines.base.Outcome, to be filled.
-template <class T> struct Outcome {
-    Rows<T> x, v, s;
-    Rows<int> status, iterations;
-    Rows<double> objective, primal, dual, gap;
-};
 
 // The arrays of qpdiff.engines.compiled.engine.Stored: factors and scaling for the derivative.
 template <class T> struct StoredBatch {
@@ -39,12 +25,6 @@ template <class T> StoredSizes<serial::Team<T>> stored_sizes(const Shape& shape)
     return {shape.form, shape.n, shape.linear, Team::padded(shape.linear) + bounds * Team::padded(shape.n)};
 }
 
-// A warm start: qpdiff.engines.base.StartingPoint; multipliers are without padding.
-template <class T> struct StartingPoint {
-    Rows<const T> x, v;
-    Rows<const bool> usable;
-};
-
 template <class T> struct Batch {
     Operands operands;
     Shape shape;
@@ -58,41 +38,11 @@ template <class T> struct Batch {
     StoredBatch<T> stored;
 };
 
-// Return the workspace of this thread that is not in use, or null.
-template <class Team> std::unique_ptr<Workspace<Team>>& idle_workspace() {
-    static thread_local std::unique_ptr<Workspace<Team>> workspace;
-    return workspace;
-}
-
-// The workspace of a thread during a call. The calling thread reuses small ones in the next call.
-template <class Team> class Borrowed {
-  public:
-    static constexpr Index LARGEST = 1 << 20; // entries of the matrices
-
-    Borrowed(const Shape& shape, bool calling) : calling(calling) {
-        if (calling && idle_workspace<Team>() && idle_workspace<Team>()->shape == shape) {
-            workspace = std::move(idle_workspace<Team>());
-        } else {
-            workspace = std::make_unique<Workspace<Team>>(shape);
-        }
-    }
-    ~Borrowed() {
-        if (calling && (Index)workspace->shape.n * (workspace->shape.n + workspace->shape.linear) <= LARGEST) {
-            idle_workspace<Team>() = std::move(workspace);
-        }
-    }
-    Workspace<Team>* operator->() { return workspace.get(); }
-
-  private:
-    bool calling;
-    std::unique_ptr<Workspace<Team>> workspace;
-};
-
 // Solves the problems that one thread claims. Where all matrices are shared, they are prepared once for all threads.
 template <class T, bool PRICED> class Worker {
   public:
     Worker(const Batch<T>& batch, Queue& queue, bool calling)
-        : batch(batch), queue(queue), calling(calling), workspace(batch.shape, calling), o(workspace->problem),
+        : batch(batch), queue(queue), calling(calling), workspace(batch.shape), o(workspace->problem),
           memory([this](Arena& arena) { lay_out(arena); }) {
         o.parameters = batch.parameters;
         o.settings = &batch.settings;
@@ -126,7 +76,7 @@ template <class T, bool PRICED> class Worker {
     const Batch<T>& batch;
     Queue& queue;
     bool calling;
-    Borrowed<Serial> workspace;
+    Borrowed<Workspace<Serial>> workspace;
     Problem<Serial>& o;
     const Form* prepared = nullptr;
     MatrixReader matrices;
@@ -206,14 +156,7 @@ template <class T, bool PRICED> class Worker {
     }
 
     template <Form FORM> Ended<Serial> solve_in(Index b) {
-        auto load_warm_start = [&](Iterate<Serial>& at) {
-            if (!batch.start.x.data || !*batch.start.usable.at(b)) {
-                return false;
-            }
-            std::copy(batch.start.x.at(b), batch.start.x.at(b) + o.n, at.x.data);
-            scatter_rows(o, batch.start.v.at(b), at.v);
-            return true;
-        };
+        auto load_warm_start = [&](Iterate<Serial>& at) { return batch.start.load(o, b, at); };
         return iterate<FORM>(o, load_warm_start, [&] { return queue.interrupted(calling); });
     }
 
@@ -222,36 +165,20 @@ template <class T, bool PRICED> class Worker {
         if (ended.interrupted) {
             return;
         }
-        const Outcome<T>& outcome = batch.outcome;
-        std::copy(ended.at->x.data, ended.at->x.data + o.n, outcome.x.at(b));
-        gather_rows(o, ended.at->v, outcome.v.at(b));
-        gather_rows(o, ended.at->s, outcome.s.at(b));
-        put_state(b, ended.state, ended.iterations, [](double number) { return number; });
-        std::copy(o.D.data, o.D.data + o.n, batch.stored.scaling.at(b));
+        batch.outcome.put(o, b, 0, *ended.at, ended.state, ended.iterations);
+        gather<Serial>(o.D.data, o.n, batch.stored.scaling.at(b));
         gather_rows(o, o.E, batch.stored.scaling.at(b) + o.n);
         *batch.stored.form.at(b) = int(form);
         *batch.stored.factor_ok.at(b) = ended.factor_ok && form == batch.shape.form;
     }
 
-    // Put the state of problem b into the outcome; `number_of` returns its number of those of a team.
-    template <class Team, class NumberOf>
-    void put_state(Index b, const State<Team>& state, int iterations, NumberOf number_of) {
-        const Outcome<T>& outcome = batch.outcome;
-        *outcome.status.at(b) = int(number_of(state.status));
-        *outcome.iterations.at(b) = iterations;
-        *outcome.objective.at(b) = number_of(state.objective);
-        *outcome.primal.at(b) = number_of(state.absolute.primal);
-        *outcome.dual.at(b) = number_of(state.absolute.dual);
-        *outcome.gap.at(b) = number_of(state.absolute.gap);
-    }
-
     // ---- lane groups; problems that `iterate_lanes` defers are solved one by one
 
     struct LaneGroup {
-        Borrowed<Lanes> workspace;
+        Borrowed<Workspace<Lanes>> workspace;
         bool ready = false; // whether its matrices are prepared
         bool safe = false;  // whether the preferred form is safe for all of its problems
-        explicit LaneGroup(const Shape& shape, bool calling) : workspace(shape, calling) {}
+        explicit LaneGroup(const Shape& shape) : workspace(shape) {}
     };
     std::unique_ptr<LaneGroup> group;
 
@@ -259,7 +186,7 @@ template <class T, bool PRICED> class Worker {
         if constexpr (sizeof(T) == 8) {
             constexpr int W = Lanes::PROBLEMS;
             if (!group) {
-                group = std::make_unique<LaneGroup>(batch.shape, calling);
+                group = std::make_unique<LaneGroup>(batch.shape);
                 group->workspace->problem.parameters = batch.parameters;
                 group->workspace->problem.settings = &batch.settings;
             }
@@ -350,37 +277,24 @@ template <class T, bool PRICED> class Worker {
     // Put the outcome of problem b, which is in a lane, its scaling and its factors into the arrays.
     template <Form FORM>
     void finish_lane(Index b, int lane, const Iterate<Lanes>& at, const State<Lanes>& state, int iterations) {
-        using Team = Lanes;
         const auto& o = group->workspace->problem;
-        const Outcome<T>& outcome = batch.outcome;
-        auto vector = [&](Team::Vector from, int count, T* to) {
-            for (int i = 0; i < count; i++) {
-                to[i] = take<Team>(from.data[i], lane);
-            }
-        };
-        auto rows = [&](Team::Vector from, T* to) {
-            each_block(o, [&](int row, int at, int count) { vector(from + row, count, to + at); });
-        };
-        auto matrix = [&](Team::Matrix from, int height, int columns, T* to) {
+        auto matrix = [&](Lanes::Matrix from, int height, int columns, T* to) {
             int ld = whole_lines<T>(columns);
             for (int i = 0; i < height; i++, to += ld) {
-                vector({from[i]}, columns, to);
+                gather<Lanes>(from[i], columns, to, lane);
                 std::fill(to + columns, to + ld, T(0));
             }
             std::fill(to, to + (Index)(whole_tiles(height) - height) * ld, T(0));
         };
-        auto triangle = [&](Team::Matrix from, int size, T* to) {
+        auto triangle = [&](Lanes::Matrix from, int size, T* to) {
             matrix(from, size, size, to);
             Matrix<T> U{to, whole_lines<T>(size)};
             Serial::complete_diagonal(U, size);
             Serial::invert_blocks(U, size);
         };
-        vector(at.x, o.n, outcome.x.at(b));
-        rows(at.v, outcome.v.at(b));
-        rows(at.s, outcome.s.at(b));
-        put_state(b, state, iterations, [&](const auto& number) { return number[lane]; });
-        vector(o.D, o.n, batch.stored.scaling.at(b));
-        rows(o.E, batch.stored.scaling.at(b) + o.n);
+        batch.outcome.put(o, b, lane, at, state, iterations);
+        gather<Lanes>(o.D.data, o.n, batch.stored.scaling.at(b), lane);
+        gather_rows(o, o.E, batch.stored.scaling.at(b) + o.n, lane);
         *batch.stored.form.at(b) = int(FORM);
         *batch.stored.factor_ok.at(b) = true;
         StoredFactors<serial::Team<T>> stored = batch.stored.at(b);
@@ -390,14 +304,15 @@ template <class T, bool PRICED> class Worker {
             matrix(o.S, o.linear, o.linear, stored.S);
         }
         if (FORM == Form::diagonal_dual && stored.diagonal && !prepared) {
-            vector(o.diagonal, o.n, stored.diagonal);
+            gather<Lanes>(o.diagonal.data, o.n, stored.diagonal, lane);
             std::fill(stored.diagonal + o.n, stored.diagonal + whole_lines<T>(o.n), smallest_normal<T>);
         }
         if (FORM != Form::dense_dual && stored.U) {
             triangle(o.U, FORM == Form::primal ? o.n : o.linear, stored.U);
             std::fill(stored.weights, stored.weights + this->o.rows, T(0));
-            each_block(this->o,
-                       [&](int row, int at, int count) { vector(o.weights + at, count, stored.weights + row); });
+            each_block(this->o, [&](int row, int at, int count) {
+                gather<Lanes>(o.weights.data + at, count, stored.weights + row, lane);
+            });
         }
     }
 };

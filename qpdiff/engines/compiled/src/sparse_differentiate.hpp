@@ -3,6 +3,7 @@
 // −(v_i u_j + u_i x_j) for A and G, summed over the batch where a matrix is shared.
 #pragma once
 #include <array>
+#include <optional>
 
 #include "differentiate.hpp"
 #include "method/sparse_derivative.hpp"
@@ -65,7 +66,7 @@ QP_INLINE void each_gradient(const SparseDerivativeBatch& batch, const SparseGra
 template <bool PRICED> class SparseDerivativeWorker {
   public:
     SparseDerivativeWorker(const SparseDerivativeBatch& batch, Queue& queue, bool calling)
-        : batch(batch), queue(queue), calling(calling), one(batch, calling), group(batch, calling) {}
+        : batch(batch), queue(queue), calling(calling) {}
 
     void run() {
         Index first, last;
@@ -93,20 +94,22 @@ template <bool PRICED> class SparseDerivativeWorker {
     using Lanes = pack_of<double>;
     static constexpr int LANES = entries<Lanes>;
 
-    // A workspace with the vectors of the derivative, and whether its matrices are those of all problems.
+    // A workspace with the vectors of the derivative, made where it is needed first, and whether its matrices are those
+    // of all problems.
     template <class V> struct Place {
-        BorrowedSparse<V, PRICED> workspace;
+        std::optional<Borrowed<SparseWorkspace<V, PRICED>>> workspace;
         SparseDerivative<V, PRICED> derivative;
-        std::unique_ptr<Memory> memory;
+        std::optional<Memory> memory;
         bool ready = false;
 
-        Place(const SparseDerivativeBatch& batch, bool calling)
-            : workspace(batch.shape, *batch.kkt, batch.parameters, calling) {}
-
-        SparseProblem<V, PRICED>& problem() {
-            auto& o = workspace.problem();
+        SparseProblem<V, PRICED>& problem(const SparseDerivativeBatch& batch) {
+            if (!workspace) {
+                workspace.emplace(batch.shape, *batch.kkt);
+            }
+            auto& o = (*workspace)->problem;
             if (!memory) {
-                memory = std::make_unique<Memory>([&](Arena& arena) { lay_out(o, arena); });
+                o.parameters = batch.parameters;
+                memory.emplace([&](Arena& arena) { lay_out(o, arena); });
             }
             return o;
         }
@@ -148,7 +151,7 @@ template <bool PRICED> class SparseDerivativeWorker {
     // Solve for problems in the lanes of a place; return false where their constraints are not of the same kinds.
     template <class V> bool solve(Place<V>& place, const Index* problems, int size) {
         using Team = sparse::Team<V, PRICED>;
-        SparseProblem<V, PRICED>& o = place.problem();
+        SparseProblem<V, PRICED>& o = place.problem(batch);
         Derivative<Team>& d = place.derivative;
         bool same_kinds = true;
         for (int lane = 0; lane < Team::PROBLEMS; lane++) {
@@ -165,19 +168,19 @@ template <bool PRICED> class SparseDerivativeWorker {
         }
         for (int lane = 0; lane < Team::PROBLEMS; lane++) {
             Index b = problems[std::min(lane, size - 1)];
-            read_variables<Team>(o, batch.scaling.at(b), o.D, lane);
-            read_rows<Team>(o, batch.scaling.at(b) + o.n, o.E, lane);
-            read_variables<Team>(o, batch.x.at(b), d.x, lane);
-            read_rows<Team>(o, batch.v.at(b), d.v, lane);
-            read_rows<Team>(o, batch.s.at(b), d.s, lane);
-            read_variables<Team>(o, batch.r_x.at(b), d.right.x, lane);
-            read_rows<Team>(o, batch.r_v.at(b), d.right.v, lane);
+            scatter<Team>(batch.scaling.at(b), o.n, o.D.data, lane);
+            scatter_rows<Team>(o, batch.scaling.at(b) + o.n, o.E, lane);
+            scatter<Team>(batch.x.at(b), o.n, d.x.data, lane);
+            scatter_rows<Team>(o, batch.v.at(b), d.v, lane);
+            scatter_rows<Team>(o, batch.s.at(b), d.s, lane);
+            scatter<Team>(batch.r_x.at(b), o.n, d.right.x.data, lane);
+            scatter_rows<Team>(o, batch.r_v.at(b), d.right.v, lane);
         }
         set_point<Team>(o, d);
         solve_kkt(o, place.derivative);
         for (int lane = 0; lane < size; lane++) {
-            write_variables<Team>(o, d.u.x, batch.u_x.at(problems[lane]), lane);
-            write_rows<Team>(o, d.u.v, batch.u_v.at(problems[lane]), lane);
+            gather<Team>(d.u.x.data, o.n, batch.u_x.at(problems[lane]), lane);
+            gather_rows<Team>(o, d.u.v, batch.u_v.at(problems[lane]), lane);
         }
         return true;
     }

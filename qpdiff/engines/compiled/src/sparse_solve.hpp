@@ -1,9 +1,11 @@
 // Solving a batch of problems with sparse matrices of one pattern: in lane groups, or one by one.
 #pragma once
 #include <numeric>
+#include <optional>
 
 #include "method/loop.hpp"
-#include "solve.hpp"
+#include "outcome.hpp"
+#include "queue.hpp"
 #include "sparse_workspace.hpp"
 
 namespace qpdiff {
@@ -25,8 +27,7 @@ struct SparseBatch {
 // Solves the problems that one thread claims.
 template <bool PRICED> class SparseWorker {
   public:
-    SparseWorker(const SparseBatch& batch, Queue& queue, bool calling)
-        : batch(batch), queue(queue), calling(calling), one(batch, calling), group(batch, calling) {}
+    SparseWorker(const SparseBatch& batch, Queue& queue, bool calling) : batch(batch), queue(queue), calling(calling) {}
 
     void run() {
         Index first, last;
@@ -53,12 +54,10 @@ template <bool PRICED> class SparseWorker {
     using Lanes = pack_of<double>;
     static constexpr int LANES = entries<Lanes>;
 
-    // A workspace, and whether its matrices are those of all problems.
+    // A workspace, made where it is needed first, and whether its matrices are those of all problems.
     template <class V> struct Place {
-        BorrowedSparse<V, PRICED> workspace;
+        std::optional<Borrowed<SparseWorkspace<V, PRICED>>> workspace;
         bool ready = false;
-
-        Place(const SparseBatch& batch, bool calling) : workspace(batch.shape, *batch.kkt, batch.parameters, calling) {}
     };
 
     const SparseBatch& batch;
@@ -67,11 +66,14 @@ template <bool PRICED> class SparseWorker {
     Place<double> one;
     Place<Lanes> group;
 
-    // Make the workspace ready for a problem of this batch.
+    // Return the problem of a place.
     template <class V> SparseProblem<V, PRICED>& problem_of(Place<V>& place) {
-        SparseProblem<V, PRICED>& o = place.workspace.problem();
-        o.settings = &batch.settings;
-        return o;
+        if (!place.workspace) {
+            place.workspace.emplace(batch.shape, *batch.kkt);
+            (*place.workspace)->problem.parameters = batch.parameters;
+            (*place.workspace)->problem.settings = &batch.settings;
+        }
+        return (*place.workspace)->problem;
     }
 
     // Read the matrices of `size` problems from b on, where they are not those that are there; balance them. Return
@@ -105,14 +107,7 @@ template <bool PRICED> class SparseWorker {
         }
         balance_cost(o, equilibrate(o));
         count_inequalities(o);
-        auto load_warm_start = [&](Iterate<sparse::Team<double, PRICED>>& at) {
-            if (!batch.start.x.data || !*batch.start.usable.at(b)) {
-                return false;
-            }
-            std::copy(batch.start.x.at(b), batch.start.x.at(b) + o.n, at.x.data);
-            scatter_rows(o, batch.start.v.at(b), at.v);
-            return true;
-        };
+        auto load_warm_start = [&](Iterate<sparse::Team<double, PRICED>>& at) { return batch.start.load(o, b, at); };
         auto ended = iterate<Form::sparse_kkt>(o, load_warm_start, [&] { return queue.interrupted(calling); });
         if (!ended.interrupted) {
             finish(o, b, 0, *ended.at, ended.state, ended.iterations);
@@ -142,12 +137,8 @@ template <bool PRICED> class SparseWorker {
         std::fill(unsolved, unsolved + size, false);
         auto load_warm_start = [&](Iterate<Team>& at) {
             typename Team::Truth warm{};
-            for (int lane = 0; lane < size && batch.start.x.data; lane++) {
-                if (*batch.start.usable.at(b + lane)) {
-                    read_variables(o, batch.start.x.at(b + lane), at.x, lane);
-                    read_rows(o, batch.start.v.at(b + lane), at.v, lane);
-                    warm[lane] = -1;
-                }
+            for (int lane = 0; lane < size; lane++) {
+                warm[lane] = batch.start.load(o, b + lane, at, lane) ? -1 : 0;
             }
             return warm;
         };
@@ -164,18 +155,9 @@ template <bool PRICED> class SparseWorker {
     template <class Team>
     void finish(const Problem<Team>& o, Index b, int lane, const Iterate<Team>& at, const State<Team>& state,
                 int iterations) {
-        const Outcome<double>& outcome = batch.outcome;
-        write_variables(o, at.x, outcome.x.at(b), lane);
-        write_rows(o, at.v, outcome.v.at(b), lane);
-        write_rows(o, at.s, outcome.s.at(b), lane);
-        write_variables(o, o.D, batch.scaling.at(b), lane);
-        write_rows(o, o.E, batch.scaling.at(b) + o.n, lane);
-        *outcome.status.at(b) = int(take<Team>(state.status, lane));
-        *outcome.iterations.at(b) = iterations;
-        *outcome.objective.at(b) = take<Team>(state.objective, lane);
-        *outcome.primal.at(b) = take<Team>(state.absolute.primal, lane);
-        *outcome.dual.at(b) = take<Team>(state.absolute.dual, lane);
-        *outcome.gap.at(b) = take<Team>(state.absolute.gap, lane);
+        batch.outcome.put(o, b, lane, at, state, iterations);
+        gather<Team>(o.D.data, o.n, batch.scaling.at(b), lane);
+        gather_rows(o, o.E, batch.scaling.at(b) + o.n, lane);
     }
 };
 

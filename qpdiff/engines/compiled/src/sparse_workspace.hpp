@@ -42,80 +42,14 @@ template <class V, bool PRICED> class SparseWorkspace {
     // Return whether it has been made for problems of this shape and pattern.
     bool serves(const Shape& other, const SparseKkt& kkt) const { return shape == other && pattern == kkt.number; }
 
+    // Return the number of entries of L.
+    Index entries() const { return problem.kkt->ldl.size(); }
+
   private:
     Shape shape;
     Index pattern;
     Memory memory;
 };
-
-// Return the workspace of this thread that is not in use, or null.
-template <class V, bool PRICED> std::unique_ptr<SparseWorkspace<V, PRICED>>& idle_sparse_workspace() {
-    static thread_local std::unique_ptr<SparseWorkspace<V, PRICED>> workspace;
-    return workspace;
-}
-
-// The workspace of a thread during a call, made where it is needed first. The calling thread reuses small ones in the
-// next call.
-template <class V, bool PRICED> class BorrowedSparse {
-  public:
-    static constexpr Index LARGEST = 1 << 20; // entries of L
-
-    BorrowedSparse(const Shape& shape, const SparseKkt& kkt, const Parameters* parameters, bool calling)
-        : shape(shape), kkt(kkt), parameters(parameters), calling(calling) {}
-    ~BorrowedSparse() {
-        if (calling && workspace && kkt.ldl.size() <= LARGEST) {
-            idle_sparse_workspace<V, PRICED>() = std::move(workspace);
-        }
-    }
-    BorrowedSparse(const BorrowedSparse&) = delete;
-
-    SparseProblem<V, PRICED>& problem() {
-        if (!workspace) {
-            auto& idle = idle_sparse_workspace<V, PRICED>();
-            bool reused = calling && idle && idle->serves(shape, kkt);
-            workspace = reused ? std::move(idle) : std::make_unique<SparseWorkspace<V, PRICED>>(shape, kkt);
-            workspace->problem.parameters = parameters;
-        }
-        return workspace->problem;
-    }
-
-  private:
-    const Shape& shape;
-    const SparseKkt& kkt;
-    const Parameters* parameters;
-    bool calling;
-    std::unique_ptr<SparseWorkspace<V, PRICED>> workspace;
-};
-
-// Call f(place in the problem, place in an array of the caller's) for all constraints.
-template <class Team, class F> void each_row(const Problem<Team>& o, F f) {
-    each_block(o, [&](int row, int at, int count) {
-        for (int i = 0; i < count; i++) {
-            f(row + i, at + i);
-        }
-    });
-}
-
-// Copy entries of all constraints from an array of the caller's into a lane, and the other way round.
-template <class Team> void read_rows(const Problem<Team>& o, const double* from, typename Team::Vector to, int lane) {
-    each_row(o, [&](int row, int at) { put<Team>(to.data[row], lane, from[at]); });
-}
-template <class Team> void write_rows(const Problem<Team>& o, typename Team::Vector from, double* to, int lane) {
-    each_row(o, [&](int row, int at) { to[at] = take<Team>(from.data[row], lane); });
-}
-
-// Do the same with entries of the variables.
-template <class Team>
-void read_variables(const Problem<Team>& o, const double* from, typename Team::Vector to, int lane) {
-    for (int j = 0; j < o.n; j++) {
-        put<Team>(to.data[j], lane, from[j]);
-    }
-}
-template <class Team> void write_variables(const Problem<Team>& o, typename Team::Vector from, double* to, int lane) {
-    for (int j = 0; j < o.n; j++) {
-        to[j] = take<Team>(from.data[j], lane);
-    }
-}
 
 // Return whether all problems have the same entries of Q, A and G.
 inline bool entries_shared(const Operands& operands) {

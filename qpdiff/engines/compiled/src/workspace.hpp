@@ -1,6 +1,9 @@
 // The workspace of a thread: allocated once, used for many problems.
 #pragma once
+#include <array>
+#include <atomic>
 #include <cstring>
+#include <memory>
 #include <new>
 
 #include "linalg/lanes.hpp"
@@ -51,6 +54,67 @@ class Memory {
     char* memory;
 };
 
+// Workspaces that no call uses at present, kept for later ones. Not one for each thread: where memory is short, the C
+// library ends a process whose new thread has no room for a `thread_local` variable. And without a lock, for which a
+// process forked while another thread holds it would wait for ever.
+template <class Workspace> class Idle {
+  public:
+    // Return one that serves such problems, or null.
+    template <class... Sizes> static std::unique_ptr<Workspace> take(const Sizes&... sizes) {
+        for (auto& place : places) {
+            std::unique_ptr<Workspace> found(place.exchange(nullptr));
+            if (found && found->serves(sizes...)) {
+                return found;
+            }
+            if (found) {
+                keep(std::move(found), place);
+            }
+        }
+        return nullptr;
+    }
+
+    // Keep one, where there is room or else instead of an older one.
+    static void keep(std::unique_ptr<Workspace> workspace) {
+        for (auto& place : places) {
+            if (!place.load(std::memory_order_relaxed)) {
+                keep(std::move(workspace), place);
+                return;
+            }
+        }
+        keep(std::move(workspace), places[oldest.fetch_add(1) % places.size()]);
+    }
+
+  private:
+    static inline std::array<std::atomic<Workspace*>, 4> places{};
+    static inline std::atomic<unsigned> oldest{0};
+
+    static void keep(std::unique_ptr<Workspace> workspace, std::atomic<Workspace*>& place) {
+        delete place.exchange(workspace.release());
+    }
+};
+
+// The workspace of a thread during a call; a small one is kept for later calls.
+template <class Workspace> class Borrowed {
+  public:
+    static constexpr Index LARGEST = 1 << 20; // entries, of the matrices or of L
+
+    template <class... Sizes> explicit Borrowed(const Sizes&... sizes) : workspace(Idle<Workspace>::take(sizes...)) {
+        if (!workspace) {
+            workspace = std::make_unique<Workspace>(sizes...);
+        }
+    }
+    ~Borrowed() {
+        if (workspace->entries() <= LARGEST) {
+            Idle<Workspace>::keep(std::move(workspace));
+        }
+    }
+    Borrowed(const Borrowed&) = delete;
+    Workspace* operator->() { return workspace.get(); }
+
+  private:
+    std::unique_ptr<Workspace> workspace;
+};
+
 // Set the sizes of a problem and take its vectors from an arena.
 template <class Team>
 void lay_out_vectors(Problem<Team>& o, const Shape& shape, Arena& arena, typename Team::Vector& weights) {
@@ -89,7 +153,6 @@ void lay_out_vectors(Problem<Team>& o, const Shape& shape, Arena& arena, typenam
 // A problem with memory for its operands and work vectors.
 template <class Team> class Workspace {
   public:
-    Shape shape;
     Problem<Team> problem;
 
     explicit Workspace(const Shape& shape) : shape(shape), memory([this](Arena& arena) { lay_out(arena); }) {
@@ -100,6 +163,12 @@ template <class Team> class Workspace {
             std::fill_n(problem.v_upper.data, problem.rows, typename Team::Number{} + Real(INFINITY_));
         }
     }
+
+    // Return whether it has been made for problems of this shape.
+    bool serves(const Shape& other) const { return shape == other; }
+
+    // Return the number of entries of Q, A and G.
+    Index entries() const { return Index(shape.n) * (shape.n + shape.linear); }
 
     // Let a single problem compute its factors where they are stored or, where it has to take the primal form instead
     // of the preferred one, in the workspace.
@@ -131,6 +200,7 @@ template <class Team> class Workspace {
     using Real = typename Team::Real;
     using MatrixOf = typename Team::Matrix;
     using Stored = typename Team::Stored;
+    Shape shape;
     typename Team::Vector own_weights;
     MatrixOf own_U;
     Memory memory; // zero, as the padding of matrices and vectors has to be; initialised last, as it fills the others
