@@ -257,22 +257,40 @@ class SegmentSums:
 
     @cached_property
     def _blocks(self):
-        """Groups by the number of their entries, up to a power of two, and the place of each among all of these.
+        """The entries of groups of about the same number of them, and the place of each group, as `by_length` says.
 
-        What a group lacks is an entry after the last, which is zero; the place of an empty group is after the last.
+        What a group lacks is an entry after the last, which is zero.
         """
-        counts = np.diff(self.starts)
-        widths = np.where(counts > 0, 2 ** np.ceil(np.log2(np.maximum(counts, 1))), 0).astype(int)
-        blocks, place, done = [], np.full(len(counts), np.sum(counts > 0)), 0
-        for width in np.unique(widths[counts > 0]):
-            (members,) = np.nonzero(widths == width)
-            entry = np.arange(width) < counts[members, None]
-            index = np.full(entry.shape, len(self.order))
-            index[entry] = self.order[(self.starts[members, None] + np.arange(width))[entry]]
-            place[members] = done + np.arange(len(members))
-            blocks.append(index)
-            done += len(members)
-        return blocks, place
+        blocks, place = by_length(self.starts)
+        order = np.append(self.order, len(self.order))
+        return [order[numbers] for numbers in blocks], place
+
+
+def by_length(starts: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Divide groups of entries into blocks by the number of these, up to a power of two.
+
+    Parameters
+    ----------
+    starts : integer array (groups + 1)
+        Group i has the entries from ``starts[i]`` to ``starts[i + 1]``.
+
+    Returns
+    -------
+    blocks : list of integer array (groups, entries)
+        Numbers of entries; those that a group lacks are all the number after the last.
+    place : integer array (groups)
+        The place of each group among those of all blocks; that of an empty group is after the last.
+    """
+    counts = np.diff(starts)
+    widths = np.where(counts > 0, 2 ** np.ceil(np.log2(np.maximum(counts, 1))), 0).astype(int)
+    blocks, place, done = [], np.full(len(counts), np.sum(counts > 0)), 0
+    for width in np.unique(widths[counts > 0]):
+        (members,) = np.nonzero(widths == width)
+        entry = np.arange(width)
+        blocks.append(np.where(entry < counts[members, None], starts[members, None] + entry, starts[-1]))
+        place[members] = done + np.arange(len(members))
+        done += len(members)
+    return blocks, place
 
 
 def gather(backend, a, index: np.ndarray):

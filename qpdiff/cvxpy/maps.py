@@ -8,6 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..once import cached_property
+from ..sparse import by_length
 
 FEW = 8
 """Number of entries up to which a row counts as one with few."""
@@ -53,24 +54,14 @@ class SparseMatrix:
 
     @cached_property
     def _blocks(self):
-        """Rows by the number of their entries, up to a power of two, and the place of each row among all of these.
+        """The rows of about the same number of entries, and the place of each row, as `by_length` says.
 
-        The place of an empty row is after the last. It is None where the only block has all rows in their order.
+        That is None where the only block has all rows in their order.
         """
-        counts, (rows, columns) = np.diff(self.matrix.indptr), self.matrix.shape
-        widths = np.where(counts > 0, 2 ** np.ceil(np.log2(np.maximum(counts, 1))), 0).astype(int)
-        blocks, place, done = [], np.full(rows, np.sum(counts > 0)), 0
-        for width in np.unique(widths[counts > 0]):
-            (members,) = np.nonzero(widths == width)
-            entry = np.arange(width) < counts[members, None]
-            source = (self.matrix.indptr[members, None] + np.arange(width))[entry]
-            index, values = np.full(entry.shape, columns), np.zeros(entry.shape)
-            index[entry], values[entry] = self.matrix.indices[source], self.matrix.data[source]
-            place[members] = done + np.arange(len(members))
-            each = [None if np.all(row == 1.0) else row for row in values.T.copy()] if width <= FEW else values.T
-            blocks.append(_Block(index.T.copy(), each, not entry.all()))
-            done += len(members)
-        return blocks, None if len(blocks) == 1 and done == rows else place
+        blocks, place = by_length(self.matrix.indptr)
+        columns, data = np.append(self.matrix.indices, self.matrix.shape[1]), np.append(self.matrix.data, 0.0)
+        whole = len(blocks) == 1 and len(blocks[0]) == len(place)
+        return [_block(numbers, columns, data) for numbers in blocks], None if whole else place
 
 
 class _Block(NamedTuple):
@@ -82,6 +73,15 @@ class _Block(NamedTuple):
     """Likewise, or a list that has None for entries that are all 1."""
     padded: bool
     """Some rows have fewer entries; what they lack is in a column after the last, which is zero."""
+
+
+def _block(numbers: np.ndarray, columns: np.ndarray, data: np.ndarray) -> _Block:
+    """Return the block of entries with these numbers (rows, entries); the last of `columns` and `data` is padding."""
+    of_block, values = columns[numbers].T, data[numbers].T
+    padded = bool(np.any(numbers == len(data) - 1))
+    if len(of_block) > FEW:
+        return _Block(of_block, values, padded)
+    return _Block(of_block.copy(), [None if np.all(row == 1.0) else row for row in values.copy()], padded)
 
 
 def _term(backend, x, columns, values):
