@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -281,11 +282,11 @@ def warm_point(problem: Problem, sol: Solution | None) -> StartingPoint | None:
     sizes = check_warm_start(problem, sol)
     xp, backend = problem.backend.xp, problem.backend
 
-    def flat(value, *core):
+    def flat(value, size):
         value = backend.asarray(value, dtype=problem.dtype)
-        if len(value.shape) == len(core) or value.shape[: -len(core) or None] == (1,) * (value.ndim - len(core)):
-            return xp.reshape(value, (1, *core))
-        return xp.reshape(xp.broadcast_to(value, (*problem.batch_shape, *core)), (problem.batch, *core))
+        if math.prod(value.shape[:-1]) == 1:
+            return xp.reshape(value, (1, size))
+        return xp.reshape(xp.broadcast_to(value, (*problem.batch_shape, size)), (problem.batch, size))
 
     x, *multipliers = (flat(getattr(sol, name), size) for name, size in sizes.items())
     v = join_rows(problem, *multipliers)
