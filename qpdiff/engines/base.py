@@ -129,3 +129,10 @@ class Engine(Protocol):
 
     def without_factor(self, problem: Problem, scaling) -> Factors:
         """Return factors that store the scaling alone, (B, n + constraints): each solve factors the KKT matrix anew."""
+
+
+class CompiledEngine(Engine, Protocol):
+    """An engine that "auto" takes where it can solve the problems and suits them."""
+
+    def suits(self, problem: Problem) -> bool:
+        """Return whether it is likely to take less time than the engine that is taken otherwise."""

@@ -10,7 +10,7 @@ from functools import cache
 
 from ..problem import Problem
 from .array import engine as array
-from .base import Engine
+from .base import CompiledEngine, Engine
 from .densified import Densified
 from .hosted import Hosted
 
@@ -26,7 +26,7 @@ with suppress(ImportError):  # now, or the first solve would take 6 ms more; if 
 
 
 @cache
-def compiled_engine():
+def compiled_engine() -> tuple[CompiledEngine | None, str]:
     """Return the module of the compiled engine for NumPy arrays, or None, and the reason."""
     try:
         compiled = importlib.import_module(".compiled.engine", __package__)
@@ -37,7 +37,7 @@ def compiled_engine():
     return compiled, f"built ahead of time for {compiled.INSTRUCTIONS}"
 
 
-def sparse_engine():
+def sparse_engine() -> tuple[CompiledEngine | None, str]:
     """Return the module of the compiled engine for sparse NumPy arrays, or None, and the reason."""
     compiled, reason = compiled_engine()
     return (_sparse_module() if compiled else None), reason
@@ -48,7 +48,7 @@ def _sparse_module():
     return importlib.import_module(".compiled.sparse_engine", __package__)
 
 
-def gpu_engine():
+def gpu_engine() -> tuple[CompiledEngine | None, str]:
     """Return the module of the compiled engine for arrays on an NVIDIA GPU, or None, and the reason."""
     try:
         gpu = importlib.import_module(".compiled.gpu", __package__)
@@ -82,13 +82,13 @@ def _for_dense(name: str, problem: Problem, verbose: bool) -> Engine:
         return array
     if name == "auto":
         compiled, _ = automatic_engine(on_gpu)
-        suits = compiled and compiled.refusal(problem, verbose) is None and (not on_gpu or compiled.suits(problem))
-        return compiled if suits else array
+        if compiled and compiled.refusal(problem, verbose) is None and compiled.suits(problem):
+            return compiled
+        return array
     compiled, reason = gpu_engine() if on_gpu else compiled_engine()
-    refusal = compiled.refusal(problem, verbose) if compiled else None
     if compiled is None:
         raise ImportError(f"engine='compiled' cannot run: {reason}")
-    if refusal is not None:
+    if (refusal := compiled.refusal(problem, verbose)) is not None:
         raise ValueError(f"engine is 'compiled', which {refusal}")
     return compiled
 
@@ -107,11 +107,10 @@ def _for_sparse(name: str, problem: Problem, verbose: bool) -> Engine:
     elif compiled:
         refusal = compiled.refusal(problem, verbose)
         reason = refusal and f"it {refusal}"
-    if reason is None and compiled.suits(problem):
-        return compiled
-    if problem.dense_bytes > DENSE_BYTES:
-        if reason is None:
+    if compiled and reason is None:
+        if compiled.suits(problem) or problem.dense_bytes > DENSE_BYTES:
             return compiled
+    elif problem.dense_bytes > DENSE_BYTES:
         raise MemoryError(
             f"the sparse matrices would take {problem.dense_bytes / 2**30:.1f} GiB as dense ones; the compiled engine "
             f"takes them as they are, but {reason}"
@@ -127,7 +126,7 @@ def _say_dense_once(reason: str) -> None:
     _log.warning("sparse matrices are made dense; the compiled engine takes them as they are, but %s", reason)
 
 
-def automatic_engine(on_gpu: bool):
+def automatic_engine(on_gpu: bool) -> tuple[CompiledEngine | None, str]:
     """Return the module of the compiled engine that "auto" takes where it suits, and the reason.
 
     Where "auto" takes none, None, and what is to be said of the compiled one.

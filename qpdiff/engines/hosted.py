@@ -11,14 +11,14 @@ from ..backend import choose_backend
 from ..problem import Problem
 from ..sparse import apply
 from .array import engine as array
-from .base import Linearization, Outcome, Settings, StartingPoint
+from .base import CompiledEngine, Linearization, Outcome, Settings, StartingPoint
 from .densified import OfDense
 
 
 class Hosted(NamedTuple):
-    """An engine for problems of a library whose backend has `to_host`, by one for NumPy (`engines.base.Engine`)."""
+    """An engine for problems of a library whose backend has `to_host`, by one for NumPy (`CompiledEngine`)."""
 
-    engine: Any
+    engine: CompiledEngine
 
     def refusal(self, problem: Problem, verbose: bool) -> str | None:
         """Say why the other one cannot take these problems; None: it can."""

@@ -113,6 +113,11 @@ def refusal(problem: Problem, verbose: bool) -> str | None:
     return None
 
 
+def suits(problem: Problem) -> bool:
+    """Return whether it is likely to take less time than the array engine: it is, for all problems."""
+    return True
+
+
 def solve(
     problem: Problem, settings: Settings, start: StartingPoint | None, *, check: bool, verbose: bool, progress, out=None
 ) -> tuple[Outcome, Factors]:
