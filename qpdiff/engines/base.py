@@ -11,46 +11,33 @@ from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from ..problem import Problem
-from .parameters import DOUBLE, Parameters, parameters
+from .parameters import DOUBLE, parameters
 
 MAX_ITERATIONS = DOUBLE.max_iterations
 
 
 class Settings(NamedTuple):
-    """The numbers of the method for one floating point type."""
+    """What a call sets of the method, whose other numbers are `Parameters`."""
 
     tol: float
     rtol: float
     absolute: bool
     """True: residuals are measured in the caller's units; False: in those of the scaled problem (`Units`)."""
     max_iterations: int
-    rho: float
-    delta: float
-    smallest: float
-    """Lower limit of ρ and δ."""
-    certificate: float
-    """The ratio of |kᵀv| to ‖Kᵀv‖∞ that proves infeasibility (likewise for unboundedness); 1% of it is enough where
-    the iteration ends without a solution."""
-    tiny: float
 
 
 def make_settings(problem: Problem, tol=None, rtol=None, max_iterations: int = MAX_ITERATIONS) -> Settings:
     """Make settings for the type that problems are computed in; without tol, in units of the problem's own."""
-    return _settings(parameters(problem), tol, rtol, max_iterations)
+    return _settings(parameters(problem).tolerance, tol, rtol, max_iterations)
 
 
 @lru_cache
-def _settings(P: Parameters, tol, rtol, max_iterations: int) -> Settings:
+def _settings(tolerance: float, tol, rtol, max_iterations: int) -> Settings:
     return Settings(
-        tol=P.tolerance if tol is None else float(tol),
-        rtol=P.tolerance if rtol is None else float(rtol),
+        tol=tolerance if tol is None else float(tol),
+        rtol=tolerance if rtol is None else float(rtol),
         absolute=tol is not None,
         max_iterations=max_iterations,
-        rho=P.rho,
-        delta=P.delta,
-        smallest=P.smallest,
-        certificate=P.certificate,
-        tiny=P.tiny,
     )
 
 

@@ -127,7 +127,7 @@ def make_batch(problems, full=True):
 def solve(pattern, operands, count=B, start=None, workers=1, max_iterations=200, tol=1e-9, scaled=False):
     from qpdiff.engines.compiled import sparse
 
-    settings = _settings(DOUBLE, tol, 0.0, max_iterations)
+    settings = _settings(DOUBLE.tolerance, tol, 0.0, max_iterations)
     arrays = tuple(map(operands.get, OPERANDS))
     done = sparse.solve(pattern, arrays, count, settings, start, check=True, rounding=1e-10, workers=workers)
     return done if done is None or scaled else done[0]

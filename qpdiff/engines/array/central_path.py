@@ -7,7 +7,7 @@ from typing import Any
 from ...problem import Layout, Problem, limit_distances, take
 from ...solution import Status
 from ..base import Linearization, make_settings
-from ..parameters import DOUBLE
+from ..parameters import DOUBLE, parameters
 from .batch import batch_order, in_batch, save_factor
 from .derivative import Factors, pack, unpack, without_factor
 from .loop import forms
@@ -51,7 +51,7 @@ def _relax_traced(arrays, _, layout: Layout, kappa: float):
 def _relax(lin: Linearization, kappa: float) -> Linearization:
     problem = lin.problem
     xp, backend = problem.backend.xp, problem.backend
-    settings = make_settings(problem, max_iterations=CENTERING_LIMIT)
+    settings = make_settings(problem)
     saved, points = [], []
     for chunk in problem.chunks():
         for form, where in forms(problem.select(chunk)):
@@ -81,7 +81,7 @@ def _relax_by_derivative(lin: Linearization, kappa: float) -> Linearization:
     scaling = lin.factors.scaling(problem)
     D, E = scaling[:, : problem.n], scaling[:, problem.n :]
     solved = lin.status == int(Status.SOLVED)
-    settings, accuracy = make_settings(problem, max_iterations=CENTERING_LIMIT), xp.finfo(problem.dtype).eps ** 0.5
+    tiny, accuracy = parameters(problem).tiny, xp.finfo(problem.dtype).eps ** 0.5
     v, s, priced = on_path(problem, E, lin.v, _difference(problem, E, *lin[2:5]), kappa)
 
     def move(x, v, s, priced, *_):
@@ -101,13 +101,13 @@ def _relax_by_derivative(lin: Linearization, kappa: float) -> Linearization:
         alpha = xp.where(found | ~solved, 0.0, alpha)
         x, v, s = x + alpha * dx, v + alpha * dv, s + alpha * directions[0][0]
         if priced is not None:
-            v, priced = move_elastic(problem, settings.tiny, priced, directions[1][0], dv, alpha, alpha, v)
+            v, priced = move_elastic(problem, tiny, priced, directions[1][0], dv, alpha, alpha, v)
         return x, v, s, priced, found | ~solved
 
     def unfinished(x, v, s, priced, found):
         return ~xp.all(found)
 
-    carry = backend.while_loop(unfinished, move, move(lin.x, v, s, priced), settings.max_iterations)
+    carry = backend.while_loop(unfinished, move, move(lin.x, v, s, priced), CENTERING_LIMIT)
     x, v, s, _, found = carry
     status = xp.where(found, lin.status, xp.full_like(lin.status, int(Status.STALLED)))
     return lin._replace(x=x, v=v, s=s, status=status)
@@ -154,10 +154,10 @@ def _center(sub: SubBatch, kappa: float, x, v, s):
         x, v, s, and for which problems they were found.
     factor
     """
-    problem, settings, (D, E, primal, dual, *_) = sub.problem, sub.settings, sub.scaling
+    problem, P, (D, E, primal, dual, *_) = sub.problem, sub.parameters, sub.scaling
     backend, xp = problem.backend, problem.backend.xp
     v, s, priced = center_on_path(sub, v, _difference(problem, E, x, v, s), kappa)
-    smallest = xp.full_like(x[:, :1], settings.smallest)
+    smallest = xp.full_like(x[:, :1], P.smallest)
     accuracy = xp.finfo(problem.dtype).eps ** 0.5
 
     def move(x, v, s, priced, *_):
@@ -176,12 +176,12 @@ def _center(sub: SubBatch, kappa: float, x, v, s):
         alpha = xp.where(found, 0.0, xp.minimum(*step_lengths(backend, pairs, directions, DOUBLE.step_fraction)))
         x, v, s = x + alpha * dx, v + alpha * dv, s + alpha * directions[0][0]
         if priced is not None:
-            v, priced = move_elastic(problem, settings.tiny, priced, directions[1][0], dv, alpha, alpha, v)
+            v, priced = move_elastic(problem, P.tiny, priced, directions[1][0], dv, alpha, alpha, v)
         return x, v, s, priced, found, system.factor
 
     def unfinished(x, v, s, priced, found, factor):
         return ~xp.all(found)
 
-    carry = problem.backend.while_loop(unfinished, move, move(x, v, s, priced), settings.max_iterations)
+    carry = problem.backend.while_loop(unfinished, move, move(x, v, s, priced), CENTERING_LIMIT)
     x, v, s, _, found, factor = carry
     return (x, v, s, found), factor

@@ -235,7 +235,7 @@ def assess_without_x(sub: SubBatch, before: State, state: State):
     far = primal > allowed(settings, scaled_size(backend, units.v, Kx))
     far = far | (gap > allowed(settings, per_unit * size, 2.0, DOUBLE.product_rounding))
     well = (without_progress < DOUBLE.equal_steps_after) & (worst < float("inf"))
-    well = well & ~(infeasible > DOUBLE.late_certificate * settings.certificate)
+    well = well & ~(infeasible > DOUBLE.late_certificate * sub.parameters.certificate)
     enough = far & well & ~before.within_tolerance & (state.iterations < state.limit)
     return state._replace(
         primal=primal, dual=dual, gap=gap, within_tolerance=before.within_tolerance & False, worst=worst,

@@ -82,7 +82,7 @@ def starting_point(sub: SubBatch, origin: State):
 
 def make_origin(sub: SubBatch) -> State:
     """Make the state at x = 0, v = 0, before anything is known of it."""
-    problem, settings, wide = sub.problem, sub.settings, sub.wide_problem.dtype
+    problem, settings, P, wide = sub.problem, sub.settings, sub.parameters, sub.wide_problem.dtype
     xp, backend = problem.backend.xp, problem.backend
 
     def full(width, value, dtype):
@@ -93,8 +93,8 @@ def make_origin(sub: SubBatch) -> State:
     unknown = Residuals(infinite, infinite, infinite)
     return State(
         x=x, v=v, s=v, mu=full(1, 0.0, problem.dtype),
-        rho=full(1, 0.0 if sub.form.skips_rho else settings.rho, problem.dtype),
-        delta=full(1, settings.delta, problem.dtype), r_x=x - problem.q, r_v=problem.k + v,
+        rho=full(1, 0.0 if sub.form.skips_rho else P.rho, problem.dtype),
+        delta=full(1, P.delta, problem.dtype), r_x=x - problem.q, r_v=problem.k + v,
         Qx=full(problem.n, 0.0, wide), Kx=full(problem.rows, 0.0, wide),
         objective=infinite, absolute=unknown, primal=infinite, dual=infinite, gap=infinite,
         within_tolerance=infinite < 0, worst=infinite, best=unknown, refine=infinite > 0,
@@ -141,7 +141,7 @@ def center_start(sub: SubBatch, theta, v):
         multipliers = xp.where(elastic.two_sided, xp.minimum(xp.abs(v), elastic.upper) / scaling.E, zero)
         size = xp.where(xp.any(one_sided, axis=-1, keepdims=True), size, backend.largest(multipliers))
     mu = xp.maximum(mu, DOUBLE.least_centrality * size**2)
-    mu = xp.maximum(mu, sub.settings.smallest * scaling.primal * scaling.dual)
+    mu = xp.maximum(mu, sub.parameters.smallest * scaling.primal * scaling.dual)
     difference = scaling.E**2 * xp.where(one_sided, theta, zero) * z
     if elastic is not None:
         difference = xp.where(elastic.two_sided, v / scaling.E, difference)
@@ -172,7 +172,7 @@ def begin_warm(sub: SubBatch, point: StartingPoint, ordinary: State):
     error = xp.maximum(backend.largest(violation), backend.norm(D * slope))
     difference = xp.where(inequality, v / E - slack, zero)
     mu = xp.minimum(DOUBLE.warm_centrality * error * xp.sqrt(unit), ordinary.mu)
-    mu = xp.maximum(mu, max(sub.settings.tol, sub.settings.smallest) * unit)
+    mu = xp.maximum(mu, max(sub.settings.tol, sub.parameters.smallest) * unit)
     v, s, priced = center_on_path(sub, v, difference, mu)
     state = ordinary._replace(x=x, v=v, s=s, elastic=priced, mu=mean(sub, s, v, priced))
     state = assess(sub, state, state)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ...problem import Problem, take
 from ..base import Settings
-from ..parameters import DOUBLE
+from ..parameters import DOUBLE, Parameters, parameters
 from .equilibration import Scaling, equilibrate
 from .kkt import Diagonals
 
@@ -128,6 +128,10 @@ class SubBatch(NamedTuple):
     @property
     def problem(self) -> Problem:
         return self.form.problem
+
+    @property
+    def parameters(self) -> Parameters:
+        return parameters(self.problem)
 
     @property
     def launch_bound(self) -> bool:

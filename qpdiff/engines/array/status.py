@@ -194,9 +194,9 @@ def decide_status(sub: SubBatch, state: State, infeasible, unbounded, violation)
     limit, progressing = state.iterations >= state.limit, state.without_progress < DOUBLE.stalled_after
     last = limit | ~progressing
     solved = state.within_tolerance & ((state.worst <= DOUBLE.solved_share * settings.tol) | last)
+    enough = sub.parameters.certificate
     falls, contradicts = (
-        (r > settings.certificate) | (last & (r > DOUBLE.late_certificate * settings.certificate))
-        for r in (unbounded, infeasible)
+        (r > enough) | (last & (r > DOUBLE.late_certificate * enough)) for r in (unbounded, infeasible)
     )
     if not backend.known_all_false(falls):
         feasible = backend.largest(sub.scaling.E * violation) <= DOUBLE.ray_violation * sub.sizes.scaled_k

@@ -172,7 +172,7 @@ def corrector_rhs(sub: SubBatch, state: State, pairs: list[Pair], predictor):
     moved = ((pair.a + alpha_s * da, pair.b + alpha_z * db) for pair, (da, db) in zip(pairs, predictor, strict=True))
     products = [backend.dot(a, b) for a, b in moved]
     reached = sum(products[1:], products[0]) / sub.sizes.pairs
-    ratio = backend.clip(reached / (state.mu + sub.settings.tiny), 0.0, 1.0)
+    ratio = backend.clip(reached / (state.mu + sub.parameters.tiny), 0.0, 1.0)
     # Iterates that would repeat each other come to an end with more centering.
     repeating = state.without_progress > DOUBLE.equal_steps_after
     sigma = backend.xp.where(repeating, backend.clip(ratio**3, DOUBLE.least_centering), ratio**3)
@@ -191,17 +191,17 @@ def take_step(sub: SubBatch, state: State, pairs: list[Pair], directions, fracti
     s, v
     elastic : ElasticState or None
     """
-    problem, backend, settings = sub.problem, sub.problem.backend, sub.settings
+    problem, backend, tiny = sub.problem, sub.problem.backend, sub.parameters.tiny
     xp, (ds, dv) = backend.xp, directions[0]
     alpha_s, alpha_z = step_lengths(backend, pairs, directions, fraction)
     # Unequal steps leave Qx + Kᵀv behind, with which iterates may repeat each other.
     shorter, equal_steps = xp.minimum(alpha_s, alpha_z), state.without_progress >= DOUBLE.equal_steps_after
     alpha_s, alpha_z = xp.where(equal_steps, shorter, alpha_s), xp.where(equal_steps, shorter, alpha_z)
-    s = problem.where_inequality(backend.clip(state.s + alpha_s * ds, settings.tiny), 0.0)
+    s = problem.where_inequality(backend.clip(state.s + alpha_s * ds, tiny), 0.0)
     v = problem.where_exists(state.v + alpha_z * dv, 0.0)
     if state.elastic is None:
-        return alpha_s, alpha_z, s, problem.where_inequality(backend.clip(v, settings.tiny), v), None
-    v, elastic = move_elastic(problem, settings.tiny, state.elastic, directions[1][0], dv, alpha_s, alpha_z, v)
+        return alpha_s, alpha_z, s, problem.where_inequality(backend.clip(v, tiny), v), None
+    v, elastic = move_elastic(problem, tiny, state.elastic, directions[1][0], dv, alpha_s, alpha_z, v)
     return alpha_s, alpha_z, s, v, elastic
 
 
@@ -278,18 +278,18 @@ def update_regularization(sub: SubBatch, made: Step, state: State, moved: State)
     They shrink with μ, and grow where the step could not be computed. Where δ keeps the residual of the constraints
     from falling, as it does where the multipliers have to become very large, it shrinks faster, and further.
     """
-    backend, settings = sub.problem.backend, sub.settings
+    backend, P = sub.problem.backend, sub.parameters
     xp = backend.xp
     after, before, by_delta = (scaled_size(backend, sub.units.v, a) for a in (moved.r_v, state.r_v, made.by_delta))
     limiting = by_delta > DOUBLE.delta_share * after
-    limiting = limiting & (after > DOUBLE.delta_stuck * before) & (after > settings.tol)
-    rate = xp.maximum((state.mu - moved.mu) / (state.mu + settings.tiny), sub.sizes.least_rate)
-    lowest = xp.minimum(state.delta, settings.smallest)
+    limiting = limiting & (after > DOUBLE.delta_stuck * before) & (after > sub.settings.tol)
+    rate = xp.maximum((state.mu - moved.mu) / (state.mu + P.tiny), sub.sizes.least_rate)
+    lowest = xp.minimum(state.delta, P.smallest)
     if not backend.known_all_false(limiting):
         E = sub.scaling.E
         limiting = limiting & (backend.norm(moved.v / E) > backend.norm(E * (sub.problem.k - moved.s - moved.r_v)))
         rate = xp.where(limiting, xp.maximum(rate, DOUBLE.fast_rate), rate)
-        lowest = xp.where(limiting, DOUBLE.delta_floor * settings.smallest, lowest)
+        lowest = xp.where(limiting, DOUBLE.delta_floor * P.smallest, lowest)
     times = xp.where(made.computed, 1.0 - rate, DOUBLE.failure_growth)
-    rho = state.rho if sub.form.skips_rho else backend.clip(times * state.rho, settings.smallest)
+    rho = state.rho if sub.form.skips_rho else backend.clip(times * state.rho, P.smallest)
     return moved._replace(rho=rho, delta=xp.maximum(times * state.delta, lowest))

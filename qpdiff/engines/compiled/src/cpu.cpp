@@ -97,9 +97,7 @@ Shape read_shape(const Operands& operands, int form) {
 
 // Read qpdiff.engines.base.Settings.
 Settings read_settings(nb::tuple s) {
-    return {nb::cast<double>(s[0]), nb::cast<double>(s[1]), nb::cast<bool>(s[2]),
-            nb::cast<int>(s[3]),    nb::cast<double>(s[4]), nb::cast<double>(s[5]),
-            nb::cast<double>(s[6]), nb::cast<double>(s[7]), nb::cast<double>(s[8])};
+    return {nb::cast<double>(s[0]), nb::cast<double>(s[1]), nb::cast<bool>(s[2]), nb::cast<int>(s[3])};
 }
 
 // Read qpdiff.engines.base.Outcome.

@@ -119,13 +119,13 @@ struct BlockSizes {
 };
 
 static_assert(sizeof(OperandArray) == 16 && sizeof(OperandArrays) == 224 && sizeof(BlockShape) == 32);
-static_assert(sizeof(Settings) == 64 && offsetof(Settings, max_iterations) == 20 && offsetof(Settings, rho) == 24);
+static_assert(sizeof(Settings) == 24 && offsetof(Settings, max_iterations) == 20);
 static_assert(sizeof(StoredArrays) == 48 && sizeof(BlockMemory) == 24);
 static_assert(sizeof(Parameters) % 8 == 0 && offsetof(SolveLaunch, settings) == sizeof(Parameters));
-static_assert(offsetof(SolveLaunch, shape) == sizeof(Parameters) + 288 &&
-              offsetof(SolveLaunch, rounding) == sizeof(Parameters) + 328);
-static_assert(offsetof(SolveLaunch, stored) == sizeof(Parameters) + 440 &&
-              sizeof(SolveLaunch) == sizeof(Parameters) + 512);
+static_assert(offsetof(SolveLaunch, shape) == sizeof(Parameters) + 248 &&
+              offsetof(SolveLaunch, rounding) == sizeof(Parameters) + 288);
+static_assert(offsetof(SolveLaunch, stored) == sizeof(Parameters) + 400 &&
+              sizeof(SolveLaunch) == sizeof(Parameters) + 472);
 static_assert(offsetof(DerivativeLaunch, fill) == sizeof(Parameters) + 264 &&
               offsetof(DerivativeLaunch, r_x) == sizeof(Parameters) + 304);
 static_assert(offsetof(DerivativeLaunch, stored) == sizeof(Parameters) + 376 &&

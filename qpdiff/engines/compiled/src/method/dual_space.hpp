@@ -184,7 +184,7 @@ QP_NOINLINE bool assess_without_x(Problem<Team>& o, const ImplicitX& known, cons
     double size = larger(std::fabs(known.xr + known.qx + vKx), larger(std::fabs(known.qx), std::fabs(kv + price)));
     bool far = primal > allowed(settings, Kx_size) || gap > allowed(settings, per_unit * size, 2, P.product_rounding);
     bool well = assessed.without_progress < P.equal_steps_after && assessed.worst < INFINITY_ &&
-                !(infeasible > P.late_certificate * settings.certificate);
+                !(infeasible > P.late_certificate * P.certificate);
     return far && well && !state.within_tolerance;
 }
 

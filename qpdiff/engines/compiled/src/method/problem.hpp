@@ -17,7 +17,7 @@ constexpr double INFINITE = 1e20; // bounds from this magnitude on count as infi
 // Every number of the method, by the names of engines/parameters.py, which gives the reasons.
 // clang-format off
 #define QP_PARAMETERS(X) \
-    X(equilibration_passes) X(smallest_curvature) X(largest_ratio) X(row_rounding) X(uncertainty) \
+    X(rho) X(delta) X(smallest) X(certificate) X(tiny) X(equilibration_passes) X(smallest_curvature) X(largest_ratio) X(row_rounding) X(uncertainty) \
     X(least_reach) X(loose) X(smallest_pivot) X(smallest_scaled_curvature) X(diagonal_regularization) \
     X(least_sparse_pivot) X(sparse_pivot) X(sparse_pivot_growth) X(sparse_pivot_errors) \
     X(sparse_smallest) X(sparse_largest) X(sparse_equality) X(sparse_settled) X(sparse_better) X(least_centrality) \
@@ -43,7 +43,6 @@ struct Settings {
     double tol, rtol;
     bool absolute;
     int max_iterations;
-    double rho, delta, smallest, certificate, tiny;
 };
 
 // A team whose problems have prices of violations (engines/array/state.py: `ElasticState`), which are code of its own:

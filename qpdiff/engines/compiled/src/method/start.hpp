@@ -42,7 +42,7 @@ template <class Team> QP_INLINE void count_inequalities(Problem<Team>& o) {
 
 // Return the ρ to begin with; the dense dual form, whose Q is definite, has none.
 template <Form FORM, class Team> QP_INLINE typename Team::Number first_rho(const Problem<Team>& o) {
-    return as<typename Team::Number>(FORM == Form::dense_dual ? 0.0 : o.settings->rho);
+    return as<typename Team::Number>(FORM == Form::dense_dual ? 0.0 : o.parameters->rho);
 }
 
 // Fill the diagonals of the KKT matrix that the starting point is made with. θ is 1 in the scaled constraints, more in
@@ -50,7 +50,7 @@ template <Form FORM, class Team> QP_INLINE typename Team::Number first_rho(const
 template <Form FORM, class Team> QP_INLINE void first_diagonals(Problem<Team>& o) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
-    Real delta = o.settings->delta;
+    Real delta = o.parameters->delta;
     auto rho = first_rho<FORM>(o), far = Real(o.parameters->loose) * o.reach;
     Team::each(o.np, [&](auto j) {
         N per_D2 = Real(1) / square(o.D[j]);
@@ -164,7 +164,7 @@ template <class Team> QP_NOINLINE typename Team::Number center_start(Problem<Tea
         size = select(any > S{}, size, multiplier);
     }
     S mu = larger(Team::sum(sum) / o.inequalities, Real(o.parameters->least_centrality) * square(size));
-    mu = larger(mu, Real(o.settings->smallest) * o.primal_unit * o.dual_unit);
+    mu = larger(mu, Real(o.parameters->smallest) * o.primal_unit * o.dual_unit);
     center_on_path(o, difference, mu, current);
     return mean(o, current);
 }
@@ -298,7 +298,7 @@ QP_NOINLINE typename Team::Number begin_warm(Problem<Team>& o, Iterate<Team>& cu
     S unit = o.primal_unit * o.dual_unit;
     S mu = Real(o.parameters->warm_centrality) * Team::largest(error_) * root(unit);
     mu = select(mu < ordinary_mu, mu, ordinary_mu);
-    mu = larger(std::max(Real(o.settings->tol), Real(o.settings->smallest)) * unit, mu);
+    mu = larger(std::max(Real(o.settings->tol), Real(o.parameters->smallest)) * unit, mu);
     center_on_path(o, difference, mu, current);
     return mean(o, current);
 }

@@ -51,7 +51,7 @@ QP_INLINE E decide_status(const Problem<Team>& o, const State<Team>& state, E in
     const Settings& settings = *o.settings;
     auto progressing = state.without_progress < as<E>(P.stalled_after);
     auto last = no(progressing) | truth<typename Team::Truth>(iterations >= limit);
-    E enough = settings.certificate * select(last, as<E>(P.late_certificate), 1.0);
+    E enough = P.certificate * select(last, as<E>(P.late_certificate), 1.0);
     E status = select(progressing, as<E>(iterations >= limit ? MAX_ITERATIONS : RUNNING), STALLED);
     auto falls = (unbounded > enough) & (last | (violation <= P.ray_violation * scaled_k));
     status = select(falls, DUAL_INFEASIBLE, status);

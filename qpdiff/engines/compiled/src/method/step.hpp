@@ -111,7 +111,7 @@ QP_INLINE S corrector_rhs(Problem<Team>& o, S mu, typename Team::Exact without_p
             sum += select(limited(o, i), of_upper, Real(0));
         }
     });
-    S ratio = smaller(positive(Team::sum(sum) / o.pairs / (mu + Real(o.settings->tiny))), one);
+    S ratio = smaller(positive(Team::sum(sum) / o.pairs / (mu + Real(o.parameters->tiny))), one);
     // Iterates that would repeat each other come to an end with more centering.
     S sigma = ratio * ratio * ratio, least = as<S>(Real(P.least_centering));
     auto repeating = without_progress > as<typename Team::Exact>(P.equal_steps_after);
@@ -140,7 +140,7 @@ QP_NOINLINE void move_priced(const Problem<Team>& o, S alpha_s, S alpha_z, const
                              const Iterate<Team>& current) {
     using N = typename Team::Entry;
     using Real = typename Team::Real;
-    auto tiny = as<N>(Real(o.settings->tiny));
+    auto tiny = as<N>(Real(o.parameters->tiny));
     Real near_limit = Real(o.parameters->near_limit);
     Team::each(o.rows, [&](auto i) {
         auto priced = limited(o, i), both = two_sided(o, i), inequality = o.kind.inequality(i);
@@ -175,7 +175,7 @@ QP_INLINE void take_step(Problem<Team>& o, typename Team::Exact without_progress
     auto equal_steps = without_progress >= as<typename Team::Exact>(o.parameters->equal_steps_after);
     S shorter = smaller(alpha_s, alpha_z);
     alpha_s = select(equal_steps, shorter, alpha_s), alpha_z = select(equal_steps, shorter, alpha_z);
-    auto tiny = as<N>(Real(o.settings->tiny));
+    auto tiny = as<N>(Real(o.parameters->tiny));
     Team::each(o.rows, [&](auto i) {
         auto inequality = o.kind.inequality(i);
         current.s.set(i, select(inequality, larger(previous.s[i] + alpha_s * o.ds[i], tiny), Real(0)));
@@ -295,7 +295,7 @@ QP_NOINLINE typename Team::Truth constraints_are_accurate(const Problem<Team>& o
 
 // Return the regularisation of the first step.
 template <Form FORM, class Team> QP_INLINE Regularization<Team> first_regularization(const Problem<Team>& o) {
-    return {first_rho<FORM>(o), as<typename Team::Number>(typename Team::Real(o.settings->delta))};
+    return {first_rho<FORM>(o), as<typename Team::Number>(typename Team::Real(o.parameters->delta))};
 }
 
 // Update ρ and δ after a step from a point with mean complementarity μ.
@@ -308,8 +308,8 @@ QP_INLINE void update_regularization(const Problem<Team>& o, const Step<Team>& m
     using Real = typename Team::Real;
     const Parameters& P = *o.parameters;
     auto& [rho, delta] = regularization;
-    S fast = as<S>(Real(P.fast_rate)), smallest = as<S>(Real(o.settings->smallest));
-    S rate = o.any_inequality ? positive((mu - made.mu) / (mu + Real(o.settings->tiny))) : fast;
+    S fast = as<S>(Real(P.fast_rate)), smallest = as<S>(Real(P.smallest));
+    S rate = o.any_inequality ? positive((mu - made.mu) / (mu + Real(P.tiny))) : fast;
     rate = select(limiting, larger(rate, fast), rate);
     S lowest = select(limiting, Real(P.delta_floor) * smallest, smaller(delta, smallest));
     S times = select(made.computed, Real(1) - rate, as<S>(Real(P.failure_growth)));
