@@ -18,7 +18,7 @@ def balance_components(problem: Problem, D, rows, k, q, unsatisfied):
     """Return D, and E of A and of G, with max |Dq| as large as the right-hand sides in components without curvature.
 
     These are the largest Ek that x = 0 does not satisfy; where it satisfies all, the least that is not 0. Nothing
-    changes where there is one component: curvature or `balance_cost` decide.
+    changes where there is one component: curvature or `balance_cost` decide. None: that is known of all problems.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def balance_components(problem: Problem, D, rows, k, q, unsatisfied):
     elif backend.count(wanted)[0]:
         times = factors()
     else:
-        return D, rows
+        return None
 
     def of_rows(name):
         most = xp.max(xp.where(linked[name], times[:, None, :], 0.0), axis=-1)

@@ -55,19 +55,18 @@ def equilibrate(problem: Problem) -> Scaling:
         E = scale_bounds(rows, D)
         return E, xp.where(problem.exists & counts, E * problem.k, 0.0), xp.where(occupied, D * problem.q, 0.0)
 
-    def scaled(rows, D):
-        """Return E, Ek, Dq, and the units of residuals."""
-        E, k, q = scaled_vectors(rows, D)
-        return E, k, q, measure_residual_units(problem, E, k, q, balanced)
-
+    E, k, q = scaled_vectors(rows, D)
     if not backend.known_all_false(balanced.flat):
-        _, k, q = scaled_vectors(rows, D)
-        D, rows = balance_components(problem, D, rows, k, q, unsatisfied_at_0(problem, k))
-    E, k, q, units = scaled(rows, D)
+        moved = balance_components(problem, D, rows, k, q, unsatisfied_at_0(problem, k))
+        if moved is not None:
+            D, rows = moved
+            E, k, q = scaled_vectors(rows, D)
+    units = measure_residual_units(problem, E, k, q, balanced)
     enlarged = enlarge_flat(backend, balanced, D, rows, q, curvature * units[0])
     if enlarged is not None:
         D, rows = enlarged
-        E, k, q, units = scaled(rows, D)
+        E, k, q = scaled_vectors(rows, D)
+        units = measure_residual_units(problem, E, k, q, balanced)
     primal, dual, reach = units
     if not backend.known_all_false(~occupied):
         size = size_of_bounds(problem)
