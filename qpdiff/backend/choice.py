@@ -68,20 +68,28 @@ def choose_backend(operands, name=None):
     known = all(type(value) is np.ndarray and value.dtype is _DOUBLE for value in operands.values())
     if known and (name is None or name == "numpy"):
         return _numpy_backend(), dict(operands)
-    if name is not None:
-        xp = _namespace(name)
-        kind = _kind(xp)
-        own = {key: value for key, value in operands.items() if kind.owns(value, xp)}
-        there = {key: kind.device_of(value) for key, value in own.items()}
-        devices = set(there.values())
-        if len(devices) > 1:
-            _check_one_device(there)
-        backend = _backend(xp, devices.pop() if devices else kind.current_device(xp))
-        if name == "numpy":  # of NumPy's arrays some are of kinds that are refused
-            own = {}
-        if len(own) == len(operands):
-            return backend, own
-        return backend, {k: own[k] if k in own else _move(k, v, backend, name) for k, v in operands.items()}
+    return _keep_all(operands) if name is None else _move_all(operands, name)
+
+
+def _move_all(operands, name):
+    """Choose the backend of a library; return it, and the operands moved there."""
+    xp = _namespace(name)
+    kind = _kind(xp)
+    own = {key: value for key, value in operands.items() if kind.owns(value, xp)}
+    there = {key: kind.device_of(value) for key, value in own.items()}
+    devices = set(there.values())
+    if len(devices) > 1:
+        _check_one_device(there)
+    backend = _backend(xp, devices.pop() if devices else kind.current_device(xp))
+    if name == "numpy":  # of NumPy's arrays some are of kinds that are refused
+        own = {}
+    if len(own) == len(operands):
+        return backend, own
+    return backend, {k: own[k] if k in own else _move(k, v, backend, name) for k, v in operands.items()}
+
+
+def _keep_all(operands):
+    """Choose the backend of the operands' library; return it, and the operands, with lists and numbers moved there."""
     arrays = {
         key: value for key, value in operands.items() if not isinstance(value, (int, float, list, tuple, np.generic))
     }
