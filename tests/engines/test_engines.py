@@ -31,6 +31,7 @@ import qpdiff
 from qpdiff.backend import NumPyBackend
 from qpdiff.backend.threads import THREADS
 from qpdiff.engines.choice import compiled_engine
+from qpdiff.problem import INFINITE
 
 pytestmark = pytest.mark.skipif(compiled_engine()[0] is None, reason="the compiled engine was not built")
 VECTORS = ("x", "y", "z", "z_lb", "z_ub", "s")
@@ -527,6 +528,10 @@ def test_an_error_in_progress_comes_out_once():
     with pytest.raises(ZeroDivisionError):
         qpdiff.solve_qp(np.eye(60), rng().normal(size=(50_000, 60)), np.eye(60), np.ones(60), progress=stop)
     assert len(calls) == 1
+
+
+def test_bounds_are_absent_from_the_same_size_on():
+    assert compiled_engine()[0]._core.INFINITE == INFINITE
 
 
 def test_arguments():

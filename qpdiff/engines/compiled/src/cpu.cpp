@@ -303,6 +303,7 @@ NB_MODULE(QP_MODULE, m) {
         .def_ro("fits", &SparseKkt::fits)
         .def_prop_ro("size", [](const SparseKkt& kkt) { return kkt.ldl.size(); })
         .def_prop_ro("operations", [](const SparseKkt& kkt) { return kkt.ldl.operations(); });
+    m.attr("INFINITE") = INFINITE;
     m.attr("LANES") = entries<pack_of<double>>;
     m.attr("BLOCK") = blas::BLOCK;
     nb::list names;
