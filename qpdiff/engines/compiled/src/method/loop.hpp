@@ -30,6 +30,19 @@ QP_INLINE Start<Team> begin_ordinary(Problem<Team>& o, Iterate<Team>& current, I
     }
 }
 
+// Copy the point of an iterate, without its products and residuals.
+template <class Team>
+QP_INLINE void copy_point(const Problem<Team>& o, const Iterate<Team>& from, const Iterate<Team>& to) {
+    copy<Team>(from.x, to.x, o.np);
+    copy<Team>(from.v, to.v, o.rows);
+    copy<Team>(from.s, to.s, o.rows);
+    if constexpr (Team::PRICED) {
+        copy<Team>(from.t, to.t, o.rows);
+        copy<Team>(from.z, to.z, o.rows);
+        copy<Team>(from.r, to.r, o.rows);
+    }
+}
+
 // Iterate on one problem until it has ended. `load_warm_start` fills an iterate with the solution of another problem to
 // start from and returns whether there is one; `interrupted` returns whether to give up.
 template <Form FORM, class Team, class LoadWarmStart, class Interrupted>
@@ -47,14 +60,10 @@ QP_NOINLINE Ended<Team> iterate(Problem<Team>& o, LoadWarmStart load_warm_start,
     Real mu = start.mu;
     bool factor_ok = start.factor_ok, warm = load_warm_start(*previous);
     if (warm) {
-        Real warm_mu = begin_warm(o, *previous, mu);
-        State<Team> warm_state = assess<FORM>(o, *previous, *previous, state, iterations, limit);
-        if (warm_state.status == RUNNING || warm_state.status == SOLVED) {
-            // Also from a solution one step is taken: the derivative needs its factor.
+        WarmStart<Team> at = begin_warm<FORM>(o, *previous, warm, state, mu);
+        if (at.usable) {
             std::swap(current, previous);
-            mu = warm_mu;
-            state = warm_state;
-            state.status = RUNNING;
+            state = at.state, mu = at.mu;
             formed = true;
         }
     }
@@ -78,14 +87,7 @@ QP_NOINLINE Ended<Team> iterate(Problem<Team>& o, LoadWarmStart load_warm_start,
             factor_ok = made.factor_ok;
             if (!made.computed) {
                 // A step that cannot be computed is not taken; more regularisation comes instead.
-                copy<Team>(previous->x, current->x, o.np);
-                copy<Team>(previous->v, current->v, o.rows);
-                copy<Team>(previous->s, current->s, o.rows);
-                if constexpr (Team::PRICED) {
-                    copy<Team>(previous->t, current->t, o.rows);
-                    copy<Team>(previous->z, current->z, o.rows);
-                    copy<Team>(previous->r, current->r, o.rows);
-                }
+                copy_point(o, *previous, *current);
             }
             iterations++;
             State<Team> moved;
@@ -183,13 +185,10 @@ QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, LoadWarmStart load_wa
     S mu = start.mu;
     B warm = load_warm_start(*previous);
     if (some(warm)) {
-        S warm_mu = begin_warm(o, *previous, mu);
-        State<Team> warm_state = assess<FORM>(o, *previous, *previous, state, iterations, limit);
-        B usable = warm & ((warm_state.status == running) | (warm_state.status == as<S>(SOLVED)));
-        exchange(o, usable, *current, *previous);
-        warm_state.status = running;
-        state = choose<Team>(usable, warm_state, state);
-        mu = select(usable, warm_mu, mu);
+        WarmStart<Team> at = begin_warm<FORM>(o, *previous, warm, state, mu);
+        exchange(o, at.usable, *current, *previous);
+        state = choose<Team>(at.usable, at.state, state);
+        mu = select(at.usable, at.mu, mu);
     }
     B active{};
     for (int lane = 0; lane < size; lane++) {

@@ -267,8 +267,8 @@ QP_NOINLINE Start<Team> begin_closer(Problem<Team>& o, Iterate<Team>& current, I
 // μ grows with what that solution leaves of the residuals here, so that the slacks let the steps make up for it, up to
 // the μ of the ordinary start.
 template <class Team>
-QP_NOINLINE typename Team::Number begin_warm(Problem<Team>& o, Iterate<Team>& current,
-                                             typename Team::Number ordinary_mu) {
+QP_NOINLINE typename Team::Number center_warm_start(Problem<Team>& o, Iterate<Team>& current,
+                                                    typename Team::Number ordinary_mu) {
     using N = typename Team::Entry;
     using S = typename Team::Number;
     using Real = typename Team::Real;
@@ -301,6 +301,27 @@ QP_NOINLINE typename Team::Number begin_warm(Problem<Team>& o, Iterate<Team>& cu
     mu = larger(std::max(Real(o.settings->tol), Real(o.parameters->smallest)) * unit, mu);
     center_on_path(o, difference, mu, current);
     return mean(o, current);
+}
+
+// A warm start: the state there, its mean complementarity, and for which problems it is of use.
+template <class Team> struct WarmStart {
+    State<Team> state;
+    typename Team::Number mu;
+    typename Team::Truth usable;
+};
+
+// Start at other problems' solutions in `current`, which those of the mask `warm` have.
+template <Form FORM, class Team>
+QP_INLINE WarmStart<Team> begin_warm(Problem<Team>& o, Iterate<Team>& current, typename Team::Truth warm,
+                                     const State<Team>& ordinary, typename Team::Number ordinary_mu) {
+    using E = typename Team::Exact;
+    WarmStart<Team> start;
+    start.mu = center_warm_start(o, current, ordinary_mu);
+    start.state = assess<FORM>(o, current, current, ordinary, 0, o.settings->max_iterations);
+    start.usable = warm & ((start.state.status == as<E>(RUNNING)) | (start.state.status == as<E>(SOLVED)));
+    // Also from a solution one step is taken: the derivative needs its factor.
+    start.state.status = as<E>(RUNNING);
+    return start;
 }
 
 } // namespace qpdiff
