@@ -24,7 +24,6 @@ template <class T> struct DerivativeBatch {
                                   // the sum and its transpose
 
     int m() const { return operands.m; }
-    int rows() const { return shape.linear + (shape.lower ? shape.n : 0) + (shape.upper ? shape.n : 0); }
 };
 
 // Prefetch contiguous numbers into the L2 cache. The arithmetic on one problem is bound by the latency of its
@@ -115,9 +114,7 @@ template <class T, bool PRICED> class DerivativeWorker {
         Stored stored = batch.stored.at(b);
         bool usable = *batch.stored.factor_ok.at(b) && form == batch.shape.form;
         load_vectors(o, batch.operands, b);
-        const T* scaling = batch.stored.scaling.at(b);
-        std::copy(scaling, scaling + o.n, o.D.data);
-        scatter_rows(o, scaling + o.n, o.E);
+        scatter_scaling(o, batch.stored.scaling.at(b));
         read_rows(batch.s, b, d.s);
         read(batch.r_x.at(b), batch.r_x.column, o.n, d.right.x.data);
         read_rows(batch.r_v, b, d.right.v);
@@ -210,9 +207,9 @@ template <class T, bool PRICED> class DerivativeWorker {
                 prefetch(reinterpret_cast<const T*>(from->at(next)), o.n);
             }
             for (const Operand* from : {&batch.v, &batch.s, &batch.r_v}) {
-                prefetch(reinterpret_cast<const T*>(from->at(next)), batch.rows());
+                prefetch(reinterpret_cast<const T*>(from->at(next)), batch.shape.rows());
             }
-            prefetch(batch.stored.scaling.at(next) + batch.shape.n, batch.rows());
+            prefetch(batch.stored.scaling.at(next) + batch.shape.n, batch.shape.rows());
         }
     }
 };

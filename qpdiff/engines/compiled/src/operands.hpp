@@ -107,6 +107,16 @@ void gather_rows(const Problem<Team>& o, typename Team::Vector from, T* to, int 
     each_block(o, [&](int row, int at, int count) { gather<Team>(from.data + row, count, to + at, lane); });
 }
 
+// Copy D and E of one problem from an array of the caller's, and to one.
+template <class Team, class T> void scatter_scaling(const Problem<Team>& o, const T* from, int lane = 0) {
+    scatter<Team>(from, o.n, o.D.data, lane);
+    scatter_rows(o, from + o.n, o.E, lane);
+}
+template <class Team, class T> void gather_scaling(const Problem<Team>& o, T* to, int lane = 0) {
+    gather<Team>(o.D.data, o.n, to, lane);
+    gather_rows(o, o.E, to + o.n, lane);
+}
+
 // ---- reading
 
 // Read the vectors of problem b and the kinds of its constraints into a lane; return whether the kinds are those of the

@@ -21,8 +21,7 @@ template <class T> struct StoredBatch {
 
 template <class T> StoredSizes<serial::Team<T>> stored_sizes(const Shape& shape) {
     using Team = serial::Team<T>;
-    int bounds = int(shape.lower) + int(shape.upper);
-    return {shape.form, shape.n, shape.linear, Team::padded(shape.linear) + bounds * Team::padded(shape.n)};
+    return {shape.form, shape.n, shape.linear, Team::padded(shape.linear) + shape.bounds() * Team::padded(shape.n)};
 }
 
 template <class T> struct Batch {
@@ -166,8 +165,7 @@ template <class T, bool PRICED> class Worker {
             return;
         }
         batch.outcome.put(o, b, 0, *ended.at, ended.state, ended.iterations);
-        gather<Serial>(o.D.data, o.n, batch.stored.scaling.at(b));
-        gather_rows(o, o.E, batch.stored.scaling.at(b) + o.n);
+        gather_scaling(o, batch.stored.scaling.at(b));
         *batch.stored.form.at(b) = int(form);
         *batch.stored.factor_ok.at(b) = ended.factor_ok && form == batch.shape.form;
     }
@@ -293,8 +291,7 @@ template <class T, bool PRICED> class Worker {
             Serial::invert_blocks(U, size);
         };
         batch.outcome.put(o, b, lane, at, state, iterations);
-        gather<Lanes>(o.D.data, o.n, batch.stored.scaling.at(b), lane);
-        gather_rows(o, o.E, batch.stored.scaling.at(b) + o.n, lane);
+        gather_scaling(o, batch.stored.scaling.at(b), lane);
         *batch.stored.form.at(b) = int(FORM);
         *batch.stored.factor_ok.at(b) = true;
         StoredFactors<serial::Team<T>> stored = batch.stored.at(b);

@@ -78,7 +78,7 @@ template <bool PRICED> class SparseDerivativeWorker {
                     solved[size++] = b;
                 } else {
                     std::fill(batch.u_x.at(b), batch.u_x.at(b) + batch.shape.n, batch.fill);
-                    std::fill(batch.u_v.at(b), batch.u_v.at(b) + rows(), batch.fill);
+                    std::fill(batch.u_v.at(b), batch.u_v.at(b) + batch.shape.rows(), batch.fill);
                     put_gradients(b);
                 }
                 if (size == most) {
@@ -134,8 +134,6 @@ template <bool PRICED> class SparseDerivativeWorker {
     Place<double> one;
     Place<Lanes> group;
 
-    int rows() const { return batch.shape.linear + batch.shape.n * (int(batch.shape.lower) + int(batch.shape.upper)); }
-
     // Solve for problems that are SOLVED, and compute the gradients of their own matrices.
     void differentiate(const Index* problems, int size) {
         if (size < 2 || !solve(group, problems, size)) {
@@ -168,8 +166,7 @@ template <bool PRICED> class SparseDerivativeWorker {
         }
         for (int lane = 0; lane < Team::PROBLEMS; lane++) {
             Index b = problems[std::min(lane, size - 1)];
-            scatter<Team>(batch.scaling.at(b), o.n, o.D.data, lane);
-            scatter_rows<Team>(o, batch.scaling.at(b) + o.n, o.E, lane);
+            scatter_scaling<Team>(o, batch.scaling.at(b), lane);
             scatter<Team>(batch.x.at(b), o.n, d.x.data, lane);
             scatter_rows<Team>(o, batch.v.at(b), d.v, lane);
             scatter_rows<Team>(o, batch.s.at(b), d.s, lane);

@@ -156,8 +156,7 @@ template <bool PRICED> class SparseWorker {
     void finish(const Problem<Team>& o, Index b, int lane, const Iterate<Team>& at, const State<Team>& state,
                 int iterations) {
         batch.outcome.put(o, b, lane, at, state, iterations);
-        gather<Team>(o.D.data, o.n, batch.scaling.at(b), lane);
-        gather_rows(o, o.E, batch.scaling.at(b) + o.n, lane);
+        gather_scaling(o, batch.scaling.at(b), lane);
     }
 };
 

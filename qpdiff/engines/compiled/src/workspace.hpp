@@ -18,6 +18,10 @@ struct Shape {
     int n, p, linear;
     bool lower, upper;
     bool operator==(const Shape&) const = default;
+
+    // Return the number of bounds on each variable, and that of all constraints.
+    int bounds() const { return int(lower) + int(upper); }
+    int rows() const { return linear + n * bounds(); }
 };
 
 // Divides a block of memory into arrays, each aligned to a cache line; without memory it only counts the bytes.
@@ -124,7 +128,7 @@ void lay_out_vectors(Problem<Team>& o, const Shape& shape, Arena& arena, typenam
     o.n = shape.n, o.linear = shape.linear;
     o.p = shape.p, o.lower = shape.lower, o.upper = shape.upper;
     o.np = Team::padded(o.n), o.lp = Team::padded(o.linear);
-    o.rows = o.lp + (o.lower ? o.np : 0) + (o.upper ? o.np : 0);
+    o.rows = o.lp + shape.bounds() * o.np;
     // A tile is as wide as four entries, also at the end of an empty vector.
     auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<Stored>(o.np + ROWS)), ...); };
     auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<Stored>(o.rows + ROWS)), ...); };
