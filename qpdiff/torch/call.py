@@ -8,7 +8,7 @@ import torch
 
 from .. import solver
 from ..differentiation import check_smoothing
-from ..prices import price_operands
+from ..prices import with_prices
 from ..solution import Solution, check_unsolved
 from .general import solve_by_functions
 from .program import refuse_arrays, solve_in_graph
@@ -84,8 +84,7 @@ def solve_qp(
     if options:
         solver.check_names("solve_qp", [name for name in options if name != "dtype"])
     operands = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
-    present = [name for name, value in operands.items() if value is not None]
-    operands |= price_operands(present, elastic=elastic, elastic_quadratic=elastic_quadratic)
+    operands, _ = with_prices(operands, elastic, elastic_quadratic)
     operands = {k: stacked(value) if isinstance(value, (list, tuple)) else value for k, value in operands.items()}
     warm: Any = None
     if isinstance(warm_start, Solution):
