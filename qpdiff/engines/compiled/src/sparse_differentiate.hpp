@@ -6,7 +6,6 @@
 #include <optional>
 
 #include "differentiate.hpp"
-#include "method/sparse_derivative.hpp"
 #include "sparse_workspace.hpp"
 
 namespace qpdiff {
@@ -94,37 +93,17 @@ template <bool PRICED> class SparseDerivativeWorker {
     using Lanes = pack_of<double>;
     static constexpr int LANES = entries<Lanes>;
 
-    // A workspace with the vectors of the derivative, made where it is needed first, and whether its matrices are those
-    // of all problems.
+    // A workspace, made where it is needed first, and whether its matrices are those of all problems.
     template <class V> struct Place {
         std::optional<Borrowed<SparseWorkspace<V, PRICED>>> workspace;
-        SparseDerivative<V, PRICED> derivative;
-        std::optional<Memory> memory;
         bool ready = false;
 
-        SparseProblem<V, PRICED>& problem(const SparseDerivativeBatch& batch) {
+        SparseWorkspace<V, PRICED>& get(const SparseDerivativeBatch& batch) {
             if (!workspace) {
                 workspace.emplace(batch.shape, *batch.kkt);
+                (*workspace)->problem.parameters = batch.parameters;
             }
-            auto& o = (*workspace)->problem;
-            if (!memory) {
-                o.parameters = batch.parameters;
-                memory.emplace([&](Arena& arena) { lay_out(o, arena); });
-            }
-            return o;
-        }
-
-        void lay_out(const SparseProblem<V, PRICED>& o, Arena& arena) {
-            auto& d = derivative;
-            auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<V>(o.np)), ...); };
-            auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<V>(o.rows)), ...); };
-            of_variables(d.x, d.right.x, d.per_D, d.left.x, d.left_after.x);
-            of_rows(d.right.v, d.v, d.s, d.theta, d.weights, d.nearly_active, d.per_E, d.share, d.left.v,
-                    d.left_after.v);
-            for (auto* u : {&d.u, &d.correction, &d.first}) {
-                of_variables(u->x);
-                of_rows(u->v, u->Kx);
-            }
+            return **workspace;
         }
     };
 
@@ -149,8 +128,9 @@ template <bool PRICED> class SparseDerivativeWorker {
     // Solve for problems in the lanes of a place; return false where their constraints are not of the same kinds.
     template <class V> bool solve(Place<V>& place, const Index* problems, int size) {
         using Team = sparse::Team<V, PRICED>;
-        SparseProblem<V, PRICED>& o = place.problem(batch);
-        Derivative<Team>& d = place.derivative;
+        SparseWorkspace<V, PRICED>& workspace = place.get(batch);
+        SparseProblem<V, PRICED>& o = workspace.problem;
+        SparseDerivative<V, PRICED>& d = workspace.derivative();
         bool same_kinds = true;
         for (int lane = 0; lane < Team::PROBLEMS; lane++) {
             same_kinds &= load_vectors<Team>(o, batch.operands, problems[std::min(lane, size - 1)], lane);
@@ -174,7 +154,7 @@ template <bool PRICED> class SparseDerivativeWorker {
             scatter_rows<Team>(o, batch.r_v.at(b), d.right.v, lane);
         }
         set_point<Team>(o, d);
-        solve_kkt(o, place.derivative);
+        solve_kkt(o, d);
         for (int lane = 0; lane < size; lane++) {
             gather<Team>(d.u.x.data, o.n, batch.u_x.at(problems[lane]), lane);
             gather_rows<Team>(o, d.u.v, batch.u_v.at(problems[lane]), lane);

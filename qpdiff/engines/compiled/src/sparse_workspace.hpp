@@ -1,8 +1,9 @@
 // The workspace of a thread for problems with sparse matrices of one pattern, and reading their operands into it.
 #pragma once
 #include <memory>
+#include <optional>
 
-#include "method/sparse_kkt.hpp"
+#include "method/sparse_derivative.hpp"
 #include "operands.hpp"
 #include "workspace.hpp"
 
@@ -42,6 +43,14 @@ template <class V, bool PRICED> class SparseWorkspace {
     // Return whether it has been made for problems of this shape and pattern.
     bool serves(const Shape& other, const SparseKkt& kkt) const { return shape == other && pattern == kkt.number; }
 
+    // Return the vectors of the derivative, made where they are needed first.
+    SparseDerivative<V, PRICED>& derivative() {
+        if (!memory_of_derivative) {
+            memory_of_derivative.emplace([this](Arena& arena) { lay_out_derivative(arena); });
+        }
+        return vectors_of_derivative;
+    }
+
     // Return the number of entries of L.
     Index entries() const { return problem.kkt->ldl.size(); }
 
@@ -49,6 +58,21 @@ template <class V, bool PRICED> class SparseWorkspace {
     Shape shape;
     Index pattern;
     Memory memory;
+    SparseDerivative<V, PRICED> vectors_of_derivative;
+    std::optional<Memory> memory_of_derivative;
+
+    void lay_out_derivative(Arena& arena) {
+        const auto& o = problem;
+        auto& d = vectors_of_derivative;
+        auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<V>(o.np)), ...); };
+        auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<V>(o.rows)), ...); };
+        of_variables(d.x, d.right.x, d.per_D, d.left.x, d.left_after.x);
+        of_rows(d.right.v, d.v, d.s, d.theta, d.weights, d.nearly_active, d.per_E, d.share, d.left.v, d.left_after.v);
+        for (auto* u : {&d.u, &d.correction, &d.first}) {
+            of_variables(u->x);
+            of_rows(u->v, u->Kx);
+        }
+    }
 };
 
 // Return whether all problems have the same entries of Q, A and G.

@@ -114,6 +114,7 @@ template <class Workspace> class Borrowed {
     }
     Borrowed(const Borrowed&) = delete;
     Workspace* operator->() { return workspace.get(); }
+    Workspace& operator*() { return *workspace; }
 
   private:
     std::unique_ptr<Workspace> workspace;
