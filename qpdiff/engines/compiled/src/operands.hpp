@@ -1,6 +1,7 @@
 // The operands of a batch in the caller's memory: reading them into a problem, and checking them.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "linalg/lanes.hpp"
@@ -84,6 +85,19 @@ template <class Team, class T> void gather(const typename Team::Stored* from, in
     }
 }
 
+// Copy `count` numbers of each problem in the lanes from the caller's memory, for a stride in bytes. Lane by lane it
+// would take longer, as the numbers of one problem are a vector apart.
+template <class Team>
+void scatter_lanes(std::array<const char*, Team::PROBLEMS> from, Index stride, int count, typename Team::Stored* to) {
+    for (int i = 0; i < count; i++) {
+        typename Team::Stored value;
+        for (int lane = 0; lane < Team::PROBLEMS; lane++) {
+            put<Team>(value, lane, entry<typename Team::Real>(from[lane], stride, i));
+        }
+        to[i] = value;
+    }
+}
+
 // ---- the constraints of a problem, and the caller's, which have no padding
 
 // Call f(first of the problem's, first of the caller's, count) for each block of constraints.
@@ -121,8 +135,9 @@ template <class Team, class T> void gather_scaling(const Problem<Team>& o, T* to
 
 // Read the vectors of problem b and the kinds of its constraints into a lane; return whether the kinds are those of the
 // first lane. A limit that is infinite on the wrong side, where operands are not checked, becomes a constraint that no
-// point satisfies, not one that is absent.
-template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operands, Index b, int lane = 0) {
+// point satisfies, not one that is absent. Without `NUMBERS` only the kinds are read.
+template <class Team, bool NUMBERS = true>
+bool load_vectors(Problem<Team>& o, const Operands& operands, Index b, int lane = 0) {
     using T = typename Team::Real;
     bool same_kinds = true;
     auto set_row = [&](int i, T k, Kind kind, const RowPrice<T>& price) {
@@ -132,7 +147,9 @@ template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operan
             put<Team>(o.v_upper.data[i], lane, limits.upper);
             put<Team>(o.compliance.data[i], lane, limits.compliance);
         }
-        put<Team>(o.k.data[i], lane, k);
+        if constexpr (NUMBERS) {
+            put<Team>(o.k.data[i], lane, k);
+        }
         decltype(+o.kind.is_equality[0]) is_equality = kind == EQUALITY ? -1 : 0,
                                          is_inequality = kind == INEQUALITY ? -1 : 0;
         if (lane == 0) {
@@ -159,7 +176,7 @@ template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operan
     };
     const Prices &linear = operands.linear_prices, &quadratic = operands.quadratic_prices;
     const char* q = operands.q.at(b);
-    for (int j = 0; j < o.n; j++) {
+    for (int j = 0; NUMBERS && j < o.n; j++) {
         put<Team>(o.q.data[j], lane, entry<T>(q, operands.q.column, j));
     }
     for (int i = 0; i < o.p; i++) {
@@ -173,8 +190,10 @@ template <class Team> bool load_vectors(Problem<Team>& o, const Operands& operan
     for (int j = 0; j < o.n && (o.lower || o.upper); j++) {
         T low = o.lower ? entry<T>(operands.lb.at(b), operands.lb.column, j) : 0;
         T high = o.upper ? entry<T>(operands.ub.at(b), operands.ub.column, j) : 0;
-        put<Team>(o.lb.data[j], lane, low);
-        put<Team>(o.ub.data[j], lane, high);
+        if constexpr (NUMBERS) {
+            put<Team>(o.lb.data[j], lane, low);
+            put<Team>(o.ub.data[j], lane, high);
+        }
         auto price = price_of(linear.of_bounds, quadratic.of_bounds, j);
         if (o.lower && o.upper && low == high && std::fabs(low) < T(INFINITY_)) {
             set_row(o.at_lower() + j, -low, EQUALITY, price);

@@ -93,7 +93,8 @@ template <bool PRICED> class SparseDerivativeWorker {
     using Lanes = pack_of<double>;
     static constexpr int LANES = entries<Lanes>;
 
-    // A workspace, made where it is needed first, and whether its matrices are those of all problems.
+    // A workspace, made where it is needed first, and whether its matrices, and the kinds of its constraints where the
+    // limits are shared, are those of all problems.
     template <class V> struct Place {
         std::optional<Borrowed<SparseWorkspace<V, PRICED>>> workspace;
         bool ready = false;
@@ -131,28 +132,36 @@ template <bool PRICED> class SparseDerivativeWorker {
         SparseWorkspace<V, PRICED>& workspace = place.get(batch);
         SparseProblem<V, PRICED>& o = workspace.problem;
         SparseDerivative<V, PRICED>& d = workspace.derivative();
+        auto of_lane = [&](int lane) { return problems[std::min(lane, size - 1)]; };
+        const Operands& operands = batch.operands;
+        // The derivative reads the numbers in the vectors for prices only.
+        bool shared_kinds = !PRICED && operands.h.shared() && operands.lb.shared() && operands.ub.shared();
         bool same_kinds = true;
-        for (int lane = 0; lane < Team::PROBLEMS; lane++) {
-            same_kinds &= load_vectors<Team>(o, batch.operands, problems[std::min(lane, size - 1)], lane);
+        for (int lane = 0; lane < (shared_kinds ? int(!place.ready) : Team::PROBLEMS); lane++) {
+            same_kinds &= load_vectors<Team, PRICED>(o, operands, of_lane(lane), lane);
         }
         if (!same_kinds) {
             return false;
         }
-        if (!place.ready || !entries_shared(batch.operands)) {
-            load_entries(o, batch.operands, problems, size);
+        if (!place.ready || !entries_shared(operands)) {
+            load_entries(o, operands, problems, size);
             Team::take_diagonal(o.Q, o.n, o.diagonal_Q);
             assemble(o);
             place.ready = true;
         }
-        for (int lane = 0; lane < Team::PROBLEMS; lane++) {
-            Index b = problems[std::min(lane, size - 1)];
-            scatter_scaling<Team>(o, batch.scaling.at(b), lane);
-            scatter<Team>(batch.x.at(b), o.n, d.x.data, lane);
-            scatter_rows<Team>(o, batch.v.at(b), d.v, lane);
-            scatter_rows<Team>(o, batch.s.at(b), d.s, lane);
-            scatter<Team>(batch.r_x.at(b), o.n, d.right.x.data, lane);
-            scatter_rows<Team>(o, batch.r_v.at(b), d.right.v, lane);
-        }
+        auto load = [&](const Rows<const double>& rows, int first, int count, V* to) {
+            std::array<const char*, Team::PROBLEMS> from;
+            for (int lane = 0; lane < Team::PROBLEMS; lane++) {
+                from[lane] = reinterpret_cast<const char*>(rows.at(of_lane(lane)) + first);
+            }
+            scatter_lanes<Team>(from, sizeof(double), count, to);
+        };
+        auto load_rows = [&](const Rows<const double>& rows, int first, typename Team::Vector to) {
+            each_block(o, [&](int row, int at, int count) { load(rows, first + at, count, to.data + row); });
+        };
+        load(batch.scaling, 0, o.n, o.D.data), load_rows(batch.scaling, o.n, o.E);
+        load(batch.x, 0, o.n, d.x.data), load(batch.r_x, 0, o.n, d.right.x.data);
+        load_rows(batch.v, 0, d.v), load_rows(batch.s, 0, d.s), load_rows(batch.r_v, 0, d.right.v);
         set_point<Team>(o, d);
         solve_kkt(o, d);
         for (int lane = 0; lane < size; lane++) {

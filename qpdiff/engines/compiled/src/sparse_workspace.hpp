@@ -86,12 +86,11 @@ template <class V, bool PRICED>
 QP_NOINLINE void load_entries(SparseProblem<V, PRICED>& o, const Operands& operands, const Index* problems, int size) {
     using Team = sparse::Team<V, PRICED>;
     auto load = [&](const Operand& from, int count, V* to) {
-        for (int lane = 0; lane < Team::PROBLEMS && count > 0; lane++) {
-            const char* entries = from.at(problems[std::min(lane, size - 1)]);
-            for (int e = 0; e < count; e++) {
-                put<Team>(to[e], lane, entry<double>(entries, from.column, e));
-            }
+        std::array<const char*, Team::PROBLEMS> entries;
+        for (int lane = 0; lane < Team::PROBLEMS; lane++) {
+            entries[lane] = from.at(problems[std::min(lane, size - 1)]);
         }
+        scatter_lanes<Team>(entries, from.column, count, to);
     };
     int of_A = o.kkt->K_starts[o.p], of_K = o.kkt->K_starts[o.linear];
     load(operands.Q, o.kkt->Q_starts[o.n], o.Q.data);
