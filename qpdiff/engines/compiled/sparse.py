@@ -177,10 +177,12 @@ class Factors(NamedTuple):
         gradients = {name: np.empty(operands[PLACES[name]].shape) for name in matrices}
         if count:
             lanes = pattern.in_lanes(count)
-            given = [np.ascontiguousarray(a) for a in (lin.x, lin.v, lin.s, r_x, r_v, lin.status)]
+            if r_v.strides != (0, r_v.itemsize):  # that of cotangents of x alone is one row of zeros for all problems
+                r_v = np.ascontiguousarray(r_v)
+            x, v, s, r_x, status = [np.ascontiguousarray(a) for a in (lin.x, lin.v, lin.s, r_x, lin.status)]
             _core.solve_sparse_kkt(
-                pattern.kkt, operands, (*given, self.equilibration), (u_x, u_v, *map(gradients.get, MATRICES)),
-                PARAMETERS[u_x.dtype], lanes, fill,
+                pattern.kkt, operands, (x, v, s, r_x, r_v, status, self.equilibration),
+                (u_x, u_v, *map(gradients.get, MATRICES)), PARAMETERS[u_x.dtype], lanes, fill,
                 pattern.workers(lin.problem.backend.workers, count, lanes, DERIVATIVE_COST, 10),
             )  # fmt: skip
         return u_x, u_v, gradients
