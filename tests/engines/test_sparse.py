@@ -554,9 +554,20 @@ def test_gradients_of_shared_matrices_are_sums():
     for name in "QAG":
         assert sums[name].shape == (1, each[name].shape[1])
         assert_allclose(sums[name][0], each[name].sum(0), rtol=1e-7, atol=1e-7)
-    again = lin._replace(problem=SimpleNamespace(**vars(lin.problem) | {"backend": SimpleNamespace(workers=2)}))
-    for name, value in again.factors.solve(again, *right, np.nan, ("Q", "A", "G"))[2].items():
-        assert np.array_equal(value, sums[name])
+
+
+def test_sums_do_not_depend_on_the_number_of_threads():
+    """Of a batch so large that threads are started for the sums of the gradients too."""
+    pattern, operands, _ = make_batch(list(mpc(np.random.default_rng(13))))
+    times = 1 + 2**17 // (B * len(pattern.K.indices))
+    operands = {name: a if a is None else np.tile(a, (times, 1)) for name, a in operands.items()}
+    operands |= {name: operands[name][:1] for name in "QAG"}
+    lin = linearize(pattern, operands, B * times)
+    right = right_hand_sides(lin)
+    alone = lin.factors.solve(lin, *right, np.nan, ("Q", "A", "G"))[2]
+    lin.problem.backend.workers = 3
+    for name, value in lin.factors.solve(lin, *right, np.nan, ("Q", "A", "G"))[2].items():
+        assert np.array_equal(value, alone[name])
 
 
 @pytest.mark.parametrize("fill", [np.nan, 0.0])

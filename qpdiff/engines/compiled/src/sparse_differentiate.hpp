@@ -185,17 +185,26 @@ template <bool PRICED> class SparseDerivativeWorker {
 // matrix; problems are summed in the order of the batch, so that the sums do not depend on the number of threads.
 class SparseSums {
   public:
-    static constexpr int ITEM = 64; // rows in a work item
+    static constexpr int ITEM = 64;             // rows in a work item
+    static constexpr Index OF_THREAD = 1 << 15; // gradients, of entries and problems, that are worth starting a thread
 
     explicit SparseSums(const SparseDerivativeBatch& batch) : batch(batch) {
         for (const SparseGradients& of : gradients_by_matrix(*batch.kkt, batch.sums)) {
-            for (int row = of.first; of.out.data && row < of.last; row += ITEM) {
+            if (!of.out.data) {
+                continue;
+            }
+            const sparse::Pattern& pattern = of.of_Q ? batch.kkt->Q : batch.kkt->K;
+            gradients += batch.operands.count * (pattern.starts[of.last] - pattern.starts[of.first]);
+            for (int row = of.first; row < of.last; row += ITEM) {
                 items.push_back({of, row, std::min(row + ITEM, of.last)});
             }
         }
     }
 
     int count() const { return int(items.size()); }
+
+    // Return how many threads to work on, up to so many.
+    int workers(int most) const { return int(std::min<Index>({most, count(), 1 + gradients / OF_THREAD})); }
 
     // Compute the sums of the work items that one thread claims.
     void run(Queue& queue, bool calling) const {
@@ -221,6 +230,7 @@ class SparseSums {
     };
     const SparseDerivativeBatch& batch;
     std::vector<Item> items;
+    Index gradients = 0;
 };
 
 // Differentiate a batch; return false, with a Python error set, where the call was interrupted.
@@ -230,7 +240,7 @@ template <bool PRICED> bool differentiate_sparse_batch(const SparseDerivativeBat
         return false;
     }
     SparseSums sums(batch);
-    Queue items(sums.count(), 1, std::min(workers, sums.count()), Py_None);
+    Queue items(sums.count(), 1, sums.workers(workers), Py_None);
     return sums.count() == 0 || items.run([&](bool calling) { sums.run(items, calling); });
 }
 
