@@ -84,7 +84,9 @@ template <class Team> QP_INLINE void set_point(const Problem<Team>& o, Derivativ
         }
         N scaled = theta * square(o.E[i]);
         d.theta.set(i, theta);
-        d.weights.set(i, Real(1) / theta);
+        if constexpr (!Team::SPARSE) { // whose factor has all constraints
+            d.weights.set(i, Real(1) / theta);
+        }
         auto active = equality | (scaled < as<N>(Real(o.parameters->nearly_active)));
         d.nearly_active.set(i, select(active, as<N>(Real(1)), N{}));
     });
