@@ -83,8 +83,13 @@ QP_NOINLINE Refined<V> solve_with_nearby_factor(SparseProblem<V, PRICED>& o, Spa
         auto take = [&](typename Team::Vector from, typename Team::Vector to, int count) {
             Team::each(count, [&](auto i) { to.set(i, select(active, from[i], to[i])); });
         };
-        take(c.x, d.u.x, o.np), take(c.v, d.u.v, o.rows), take(c.Kx, d.u.Kx, o.rows);
-        take(d.left_after.x, d.left.x, o.np), take(d.left_after.v, d.left.v, o.rows);
+        if (every(active)) {
+            std::swap(d.u, d.correction);
+            std::swap(d.left, d.left_after);
+        } else {
+            take(c.x, d.u.x, o.np), take(c.v, d.u.v, o.rows), take(c.Kx, d.u.Kx, o.rows);
+            take(d.left_after.x, d.left.x, o.np), take(d.left_after.v, d.left.v, o.rows);
+        }
         left = select(active, after, left);
         active &= no(settled | ((left <= as<V>(P.refined)) & (moved <= as<V>(P.refined_moved * P.refined))));
     }
