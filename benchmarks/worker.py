@@ -24,8 +24,9 @@ import numpy as np
 from operands import load
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-LEAST = 0.02
-"""Seconds to fill: a pass shorter than this is repeated, so that it is not the first after the pause that counts."""
+LEAST = 0.1
+"""Seconds to fill: a pass shorter than this is repeated, so that neither the first after the pause counts nor one that
+the machine disturbs."""
 
 
 class Worker:
