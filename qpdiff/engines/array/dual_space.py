@@ -267,6 +267,17 @@ def form_x(sub: SubBatch, state: State):
     return known.x_anchor + change
 
 
+def leave(sub: SubBatch, state: State) -> State:
+    """Form x and the residuals of all problems, for steps that are not in the dual space.
+
+    There x = −Q⁻¹(q + Kᵀv), and v is rounded: where it is large, no step in the dual space satisfies the constraints.
+    The other steps leave what is rounded in the residual of the variables, whose terms are as large.
+    """
+    x = sub.problem.backend.xp.where(state.status == RUNNING, form_x(sub, state), state.x)
+    Qx, Kx, _, r_x, r_v = status.residuals(sub.problem, x, state.v, paid_slack(sub.problem, state))
+    return state._replace(x=x, Qx=Qx, Kx=Kx, r_x=r_x, r_v=r_v, implicit_x=None)
+
+
 def constraints_are_accurate(sub: SubBatch, state: State):
     """Return for which problems the last linear solve has left little of the residual of the constraints."""
     left = scaled_size(sub.problem.backend, sub.units.v, state.r_v - state.implicit_x.expected)

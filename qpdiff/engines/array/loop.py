@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...problem import Problem, take
 from ..base import StartingPoint
+from ..parameters import DOUBLE
 from . import dual_space
 from .batch import Ended, SavedFactor, in_batch, outcome_of, save_factor, take_all
 from .reduced_forms import PrimalForm, choose_form
@@ -70,7 +71,9 @@ def iterate(
     ended, saved = [], [save_factor(problem, sub, index, None)] if sub.form.skips_rho else []
     while True:
         running = state.status == RUNNING
-        count, refine, close = backend.count(running, running & state.refine, running & state.within_tolerance)
+        stuck = running & (state.without_progress >= DOUBLE.equal_steps_after)
+        masks = (running, running & state.refine, running & state.within_tolerance, stuck)
+        count, refine, close, some_stuck = backend.count(*masks)
         if verbose:
             print_progress(xp, state)
         if count == 0 or (2 * count <= sub.problem.batch and not sub.launch_bound):
@@ -84,6 +87,9 @@ def iterate(
                 return ended, saved
             sub, index = sub.select(rest), in_batch(backend, index, rest)
             state, ordinary = take_all(xp, (state, ordinary), rest)
+        if some_stuck and state.implicit_x is not None:
+            advance, state = step, dual_space.leave(sub, state)
+            ordinary = None if ordinary is None else dual_space.leave(sub, ordinary)
         factor = None  # the next one may take its memory
         state, factor = advance(sub, state, refine=refine, may_revert=close or count < sub.problem.batch)
         if ordinary is not None:

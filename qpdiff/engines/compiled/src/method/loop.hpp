@@ -69,18 +69,22 @@ QP_NOINLINE Ended<Team> iterate(Problem<Team>& o, LoadWarmStart load_warm_start,
     }
     while (true) {
         Regularization<Team> regularization = first_regularization<FORM>(o);
-        bool refine = true;
+        bool refine = true, in_dual = DUAL_SPACE;
         while (state.status == RUNNING) {
             if (interrupted()) {
                 return {current, state, iterations, factor_ok, true};
             }
             std::swap(current, previous);
             Step<Team> made;
-            if constexpr (DUAL_SPACE) {
-                if (formed) {
-                    known = dual_space::anchor(o, *previous, known.column);
+            // In the dual space the rounding of large multipliers is all in the constraints (docs/method.md).
+            in_dual = in_dual && state.without_progress < o.parameters->equal_steps_after;
+            if (in_dual) {
+                if constexpr (DUAL_SPACE) {
+                    if (formed) {
+                        known = dual_space::anchor(o, *previous, known.column);
+                    }
+                    made = dual_space::step(o, mu, regularization, refine, state.without_progress, *previous, *current);
                 }
-                made = dual_space::step(o, mu, regularization, refine, state.without_progress, *previous, *current);
             } else {
                 made = step<FORM>(o, mu, regularization, refine, state.without_progress, *previous, *current);
             }
@@ -91,12 +95,14 @@ QP_NOINLINE Ended<Team> iterate(Problem<Team>& o, LoadWarmStart load_warm_start,
             }
             iterations++;
             State<Team> moved;
-            if constexpr (DUAL_SPACE) {
-                if (made.computed) {
-                    known = dual_space::update(o, known, made, *previous, *current);
+            if (in_dual) {
+                if constexpr (DUAL_SPACE) {
+                    if (made.computed) {
+                        known = dual_space::update(o, known, made, *previous, *current);
+                    }
+                    moved = dual_space::assess(o, known, !made.computed, *current, *previous, state, iterations, limit,
+                                               formed);
                 }
-                moved =
-                    dual_space::assess(o, known, !made.computed, *current, *previous, state, iterations, limit, formed);
             } else {
                 moved = assess<FORM>(o, *current, *previous, state, iterations, limit);
             }
@@ -105,7 +111,7 @@ QP_NOINLINE Ended<Team> iterate(Problem<Team>& o, LoadWarmStart load_warm_start,
                 bool limiting = false, accurate = false;
                 if (made.computed) {
                     accurate = constraints_are_accurate(o, made, *previous, *current, limiting);
-                    if constexpr (!DUAL_SPACE) {
+                    if (!in_dual) {
                         accurate &= variables_are_accurate<FORM>(o, made, state, *previous, *current);
                     }
                 }
