@@ -46,6 +46,6 @@ race:_dl_deallocate_tls
 race:_multiarray
 END
 export TSAN_OPTIONS="suppressions=$folder/suppressions halt_on_error=1 exitcode=66"
-run thread libtsan.so -k "(threads or progress or sums_over or lanes or sparse) and not fork and not memory" \
+run thread libtsan.so -k "(threads or progress or sums_over or lanes or sparse) and not fork and not child and not memory" \
     tests/engines/test_engines.py tests/engines/test_groups.py tests/engines/test_threads.py \
     tests/engines/test_sparse.py

@@ -2,6 +2,7 @@
 #include "queue.hpp"
 
 #include <cstdlib>
+#include <memory>
 #include <new>
 
 namespace {
@@ -32,7 +33,8 @@ extern "C" int claimed(int count, int workers, int so_many) {
     std::atomic<int> problems{0};
     allocations = so_many, short_of_memory = true;
     try {
-        queue.run([&](bool) {
+        auto make = [](bool) { return std::make_unique<int>(); };
+        queue.run(make, [&](int&, bool) {
             for (qpdiff::Index first, last; queue.claim(first, last);) {
                 problems += int(last - first);
             }

@@ -319,12 +319,15 @@ template <class T> class SumWorker {
 // Differentiate a batch; return false, with a Python error set, where the call was interrupted.
 template <class T, bool PRICED> bool differentiate_batch(const DerivativeBatch<T>& batch, int workers) {
     Queue problems(batch.operands.count, 1, workers, Py_None);
-    if (!problems.run([&](bool calling) { DerivativeWorker<T, PRICED>(batch, problems, calling).run(); })) {
+    using Worker = DerivativeWorker<T, PRICED>;
+    auto make = [&](bool calling) { return std::make_unique<Worker>(batch, problems, calling); };
+    if (!problems.run(make, [](Worker& worker, bool) { worker.run(); })) {
         return false;
     }
     int items = SumWorker<T>::items(batch);
     Queue sums(items, 1, std::min(workers, items), Py_None);
-    return items == 0 || sums.run([&](bool calling) { SumWorker<T>(batch).run(sums, calling); });
+    auto make_sums = [&](bool) { return std::make_unique<SumWorker<T>>(batch); };
+    return items == 0 || sums.run(make_sums, [&](SumWorker<T>& worker, bool calling) { worker.run(sums, calling); });
 }
 
 } // namespace qpdiff

@@ -3,6 +3,7 @@
 // two.
 #pragma once
 #include <Python.h>
+#include <cxxabi.h>
 
 #include <algorithm>
 #include <atomic>
@@ -49,28 +50,23 @@ class Queue {
     // End the call, as an operand breaks a rule.
     void refuse() { stop = true; }
 
-    // Call work(whether this is the calling thread) on all threads, without the interpreter's lock; return whether
-    // nothing was refused. Return false with a Python error set, if `progress` or a signal handler raised one; throw an
-    // exception that a thread has thrown.
-    template <class Work> bool run(Work work) {
+    // Call work(worker, whether this is the calling thread) on all threads, without the interpreter's lock; return
+    // whether nothing was refused. Return false with a Python error set, if `progress` or a signal handler raised one.
+    // make(whether it is for the calling thread) returns a pointer to a worker and may throw; work must not, nor
+    // allocate memory: glibc ends the process where there is none for the variables that a thread's first exception
+    // takes. So these of the calling thread are made first, and the other threads' workers before they start.
+    template <class Make, class Work> bool run(Make make, Work work) {
+        asm volatile("" : : "r"(abi::__cxa_get_globals())); // it is declared to have no effect
         std::vector<std::thread> threads;
-        threads.reserve(std::max(workers, 1) - 1); // here, where it may throw: without the lock nothing must
+        threads.reserve(std::max(workers, 1) - 1); // with the lock, as it may throw
+        auto own = make(true);
         PyThreadState* state = PyEval_SaveThread();
         polled = reported = Clock::now();
-        auto guarded = [&](bool calling) {
-            try {
-                work(calling);
-            } catch (...) {
-                std::lock_guard<std::mutex> lock(mutex);
-                failure = std::current_exception();
-                stop = true;
-            }
-        };
         try {
             std::lock_guard<std::mutex> lock(mutex);
             for (int i = 1; i < workers; i++) {
-                threads.emplace_back([&] {
-                    guarded(false);
+                threads.emplace_back([&, worker = make(false)] {
+                    work(*worker, false);
                     std::lock_guard<std::mutex> lock(mutex);
                     running--;
                     ended.notify_one();
@@ -79,7 +75,7 @@ class Queue {
             }
         } catch (const std::exception&) { // no more threads, or no memory for one: solve with fewer
         }
-        guarded(true);
+        work(*own, true);
         for (std::unique_lock<std::mutex> lock(mutex); running > 0;) {
             ended.wait_for(lock, POLL);
             lock.unlock();
@@ -90,9 +86,6 @@ class Queue {
             thread.join();
         }
         PyEval_RestoreThread(state);
-        if (failure) {
-            std::rethrow_exception(failure);
-        }
         if (!stop && progress && reports < count) {
             report(count);
         }
@@ -114,7 +107,6 @@ class Queue {
     int running = 0;
     std::mutex mutex;
     std::condition_variable ended;
-    std::exception_ptr failure;
 
     // Return whether an interval has passed since `last`, which then becomes the present.
     static bool due(std::chrono::milliseconds interval, Clock::time_point& last) {

@@ -1,6 +1,7 @@
 // Solving a batch on the CPU: small problems in lane groups, all others one by one.
 #pragma once
 #include <memory>
+#include <optional>
 
 #include "method/loop.hpp"
 #include "outcome.hpp"
@@ -45,6 +46,9 @@ template <class T, bool PRICED> class Worker {
           memory([this](Arena& arena) { lay_out(arena); }) {
         o.parameters = batch.parameters;
         o.settings = &batch.settings;
+        if (batch.lanes) {
+            group.emplace(batch);
+        }
     }
 
     // Prepare matrices that all problems share and find the form to solve them in; return false where Q is not convex.
@@ -176,18 +180,16 @@ template <class T, bool PRICED> class Worker {
         Borrowed<Workspace<Lanes>> workspace;
         bool ready = false; // whether its matrices are prepared
         bool safe = false;  // whether the preferred form is safe for all of its problems
-        explicit LaneGroup(const Shape& shape) : workspace(shape) {}
+        explicit LaneGroup(const Batch<T>& batch) : workspace(batch.shape) {
+            workspace->problem.parameters = batch.parameters;
+            workspace->problem.settings = &batch.settings;
+        }
     };
-    std::unique_ptr<LaneGroup> group;
+    std::optional<LaneGroup> group;
 
     void solve_in_lanes(Index first, Index last) {
         if constexpr (sizeof(T) == 8) {
             constexpr int W = Lanes::PROBLEMS;
-            if (!group) {
-                group = std::make_unique<LaneGroup>(batch.shape);
-                group->workspace->problem.parameters = batch.parameters;
-                group->workspace->problem.settings = &batch.settings;
-            }
             for (Index b = first; b < last && !queue.interrupted(calling); b += W) {
                 int size = int(std::min<Index>(W, last - b));
                 bool unsolved[W];
@@ -321,8 +323,8 @@ template <class T, bool PRICED> bool solve_batch(const Batch<T>& batch, int work
     Form form = batch.shape.form;
     std::mutex preparing;
     bool ready = false, valid = true;
-    return queue.run([&](bool calling) {
-        Worker<T, PRICED> worker(batch, queue, calling);
+    auto make = [&](bool calling) { return std::make_unique<Worker<T, PRICED>>(batch, queue, calling); };
+    return queue.run(make, [&](Worker<T, PRICED>& worker, bool) {
         if (shared) {
             std::lock_guard<std::mutex> lock(preparing);
             if (!ready) {

@@ -65,7 +65,11 @@ QP_INLINE void each_gradient(const SparseDerivativeBatch& batch, const SparseGra
 template <bool PRICED> class SparseDerivativeWorker {
   public:
     SparseDerivativeWorker(const SparseDerivativeBatch& batch, Queue& queue, bool calling)
-        : batch(batch), queue(queue), calling(calling) {}
+        : batch(batch), queue(queue), calling(calling), one(batch) {
+        if (batch.lanes) {
+            group.emplace(batch);
+        }
+    }
 
     void run() {
         Index first, last;
@@ -93,18 +97,16 @@ template <bool PRICED> class SparseDerivativeWorker {
     using Lanes = pack_of<double>;
     static constexpr int LANES = entries<Lanes>;
 
-    // A workspace, made where it is needed first, and whether its matrices, and the kinds of its constraints where the
-    // limits are shared, are those of all problems.
+    // A workspace with the vectors of the derivative, and whether its matrices, and the kinds of its constraints where
+    // the limits are shared, are those of all problems.
     template <class V> struct Place {
-        std::optional<Borrowed<SparseWorkspace<V, PRICED>>> workspace;
+        Borrowed<SparseWorkspace<V, PRICED>> workspace;
+        SparseDerivative<V, PRICED>& derivative;
         bool ready = false;
 
-        SparseWorkspace<V, PRICED>& get(const SparseDerivativeBatch& batch) {
-            if (!workspace) {
-                workspace.emplace(batch.shape, *batch.kkt);
-                (*workspace)->problem.parameters = batch.parameters;
-            }
-            return **workspace;
+        explicit Place(const SparseDerivativeBatch& batch)
+            : workspace(batch.shape, *batch.kkt), derivative(workspace->derivative()) {
+            workspace->problem.parameters = batch.parameters;
         }
     };
 
@@ -112,11 +114,11 @@ template <bool PRICED> class SparseDerivativeWorker {
     Queue& queue;
     bool calling;
     Place<double> one;
-    Place<Lanes> group;
+    std::optional<Place<Lanes>> group;
 
     // Solve for problems that are SOLVED, and compute the gradients of their own matrices.
     void differentiate(const Index* problems, int size) {
-        if (size < 2 || !solve(group, problems, size)) {
+        if (size < 2 || !solve(*group, problems, size)) {
             for (int k = 0; k < size && !queue.interrupted(calling); k++) {
                 solve(one, problems + k, 1);
             }
@@ -129,9 +131,8 @@ template <bool PRICED> class SparseDerivativeWorker {
     // Solve for problems in the lanes of a place; return false where their constraints are not of the same kinds.
     template <class V> bool solve(Place<V>& place, const Index* problems, int size) {
         using Team = sparse::Team<V, PRICED>;
-        SparseWorkspace<V, PRICED>& workspace = place.get(batch);
-        SparseProblem<V, PRICED>& o = workspace.problem;
-        SparseDerivative<V, PRICED>& d = workspace.derivative();
+        SparseProblem<V, PRICED>& o = place.workspace->problem;
+        SparseDerivative<V, PRICED>& d = place.derivative;
         auto of_lane = [&](int lane) { return problems[std::min(lane, size - 1)]; };
         const Operands& operands = batch.operands;
         // The derivative reads the numbers in the vectors for prices only.
@@ -236,12 +237,15 @@ class SparseSums {
 // Differentiate a batch; return false, with a Python error set, where the call was interrupted.
 template <bool PRICED> bool differentiate_sparse_batch(const SparseDerivativeBatch& batch, int workers) {
     Queue problems(batch.operands.count, batch.lanes ? entries<pack_of<double>> : 1, workers, Py_None);
-    if (!problems.run([&](bool calling) { SparseDerivativeWorker<PRICED>(batch, problems, calling).run(); })) {
+    using Worker = SparseDerivativeWorker<PRICED>;
+    auto make = [&](bool calling) { return std::make_unique<Worker>(batch, problems, calling); };
+    if (!problems.run(make, [](Worker& worker, bool) { worker.run(); })) {
         return false;
     }
     SparseSums sums(batch);
     Queue items(sums.count(), 1, sums.workers(workers), Py_None);
-    return sums.count() == 0 || items.run([&](bool calling) { sums.run(items, calling); });
+    auto all = [&](bool) { return &sums; };
+    return sums.count() == 0 || items.run(all, [&](SparseSums& sums, bool calling) { sums.run(items, calling); });
 }
 
 } // namespace qpdiff

@@ -27,7 +27,12 @@ struct SparseBatch {
 // Solves the problems that one thread claims.
 template <bool PRICED> class SparseWorker {
   public:
-    SparseWorker(const SparseBatch& batch, Queue& queue, bool calling) : batch(batch), queue(queue), calling(calling) {}
+    SparseWorker(const SparseBatch& batch, Queue& queue, bool calling)
+        : batch(batch), queue(queue), calling(calling), one(batch) {
+        if (batch.lanes) {
+            group.emplace(batch);
+        }
+    }
 
     void run() {
         Index first, last;
@@ -54,27 +59,22 @@ template <bool PRICED> class SparseWorker {
     using Lanes = pack_of<double>;
     static constexpr int LANES = entries<Lanes>;
 
-    // A workspace, made where it is needed first, and whether its matrices are those of all problems.
+    // A workspace, and whether its matrices are those of all problems.
     template <class V> struct Place {
-        std::optional<Borrowed<SparseWorkspace<V, PRICED>>> workspace;
+        Borrowed<SparseWorkspace<V, PRICED>> workspace;
         bool ready = false;
+
+        explicit Place(const SparseBatch& batch) : workspace(batch.shape, *batch.kkt) {
+            workspace->problem.parameters = batch.parameters;
+            workspace->problem.settings = &batch.settings;
+        }
     };
 
     const SparseBatch& batch;
     Queue& queue;
     bool calling;
     Place<double> one;
-    Place<Lanes> group;
-
-    // Return the problem of a place.
-    template <class V> SparseProblem<V, PRICED>& problem_of(Place<V>& place) {
-        if (!place.workspace) {
-            place.workspace.emplace(batch.shape, *batch.kkt);
-            (*place.workspace)->problem.parameters = batch.parameters;
-            (*place.workspace)->problem.settings = &batch.settings;
-        }
-        return (*place.workspace)->problem;
-    }
+    std::optional<Place<Lanes>> group;
 
     // Read the matrices of `size` problems from b on, where they are not those that are there; balance them. Return
     // whether they are valid.
@@ -99,7 +99,7 @@ template <bool PRICED> class SparseWorker {
 
     // Solve problem b; return false where an operand is not valid.
     bool solve_one(Index b) {
-        SparseProblem<double, PRICED>& matrices = problem_of(one);
+        SparseProblem<double, PRICED>& matrices = one.workspace->problem;
         Problem<sparse::Team<double, PRICED>>& o = matrices;
         load_vectors(o, batch.operands, b);
         if (!plausible(b) || !load_matrices(one, matrices, b, 1)) {
@@ -119,14 +119,14 @@ template <bool PRICED> class SparseWorker {
     // valid.
     bool solve_group(Index b, int size, bool* unsolved) {
         using Team = sparse::Team<Lanes, PRICED>;
-        SparseProblem<Lanes, PRICED>& matrices = problem_of(group);
+        SparseProblem<Lanes, PRICED>& matrices = group->workspace->problem;
         Problem<Team>& o = matrices;
         bool same_kinds = true, valid = true;
         for (int lane = 0; lane < LANES; lane++) {
             same_kinds &= load_vectors(o, batch.operands, b + std::min(lane, size - 1), lane);
             valid &= lane >= size || plausible(b + lane);
         }
-        if (!valid || !load_matrices(group, matrices, b, size)) {
+        if (!valid || !load_matrices(*group, matrices, b, size)) {
             return false;
         }
         if (!same_kinds) {
@@ -163,7 +163,8 @@ template <bool PRICED> class SparseWorker {
 // Solve a batch; return false where an operand is not valid or, with a Python error set, where it was interrupted.
 template <bool PRICED> bool solve_sparse_batch(const SparseBatch& batch, int workers, PyObject* progress) {
     Queue queue(batch.operands.count, batch.lanes ? entries<pack_of<double>> : 1, workers, progress);
-    return queue.run([&](bool calling) { SparseWorker<PRICED>(batch, queue, calling).run(); });
+    auto make = [&](bool calling) { return std::make_unique<SparseWorker<PRICED>>(batch, queue, calling); };
+    return queue.run(make, [](SparseWorker<PRICED>& worker, bool) { worker.run(); });
 }
 
 } // namespace qpdiff

@@ -2,7 +2,8 @@
 #pragma once
 #include <array>
 #include <atomic>
-#include <cstring>
+#include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <new>
 
@@ -45,17 +46,19 @@ class Memory {
     template <class F> explicit Memory(F lay_out) {
         Arena counting(nullptr);
         lay_out(counting);
-        memory = static_cast<char*>(::operator new(counting.used, std::align_val_t(LINE)));
-        std::memset(memory, 0, counting.used);
-        Arena arena(memory);
+        memory = std::calloc(counting.used + LINE, 1); // the system clears large blocks at the first access
+        if (!memory) {
+            throw std::bad_alloc();
+        }
+        Arena arena(reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(memory) + LINE - 1) / LINE * LINE));
         lay_out(arena);
     }
-    ~Memory() { ::operator delete(memory, std::align_val_t(LINE)); }
+    ~Memory() { std::free(memory); }
     Memory(const Memory&) = delete;
     Memory& operator=(const Memory&) = delete;
 
   private:
-    char* memory;
+    void* memory;
 };
 
 // Workspaces that no call uses at present, kept for later ones. Not one for each thread: where memory is short, the C
@@ -114,7 +117,6 @@ template <class Workspace> class Borrowed {
     }
     Borrowed(const Borrowed&) = delete;
     Workspace* operator->() { return workspace.get(); }
-    Workspace& operator*() { return *workspace; }
 
   private:
     std::unique_ptr<Workspace> workspace;
