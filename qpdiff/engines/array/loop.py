@@ -71,9 +71,10 @@ def iterate(
     ended, saved = [], [save_factor(problem, sub, index, None)] if sub.form.skips_rho else []
     while True:
         running = state.status == RUNNING
-        stuck = running & (state.without_progress >= DOUBLE.equal_steps_after)
-        masks = (running, running & state.refine, running & state.within_tolerance, stuck)
-        count, refine, close, some_stuck = backend.count(*masks)
+        masks = [running, running & state.refine, running & state.within_tolerance]
+        if state.implicit_x is not None:
+            masks.append(running & (state.without_progress >= DOUBLE.equal_steps_after))
+        count, refine, close, *stuck = backend.count(*masks)
         if verbose:
             print_progress(xp, state)
         if count == 0 or (2 * count <= sub.problem.batch and not sub.launch_bound):
@@ -87,7 +88,7 @@ def iterate(
                 return ended, saved
             sub, index = sub.select(rest), in_batch(backend, index, rest)
             state, ordinary = take_all(xp, (state, ordinary), rest)
-        if some_stuck and state.implicit_x is not None:
+        if any(stuck):
             advance, state = step, dual_space.leave(sub, state)
             ordinary = None if ordinary is None else dual_space.leave(sub, ordinary)
         factor = None  # the next one may take its memory
