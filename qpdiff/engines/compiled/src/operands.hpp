@@ -122,9 +122,9 @@ void gather_rows(const Problem<Team>& o, typename Team::Vector from, T* to, int 
 }
 
 // Copy D and E of one problem from an array of the caller's, and to one.
-template <class Team, class T> void scatter_scaling(const Problem<Team>& o, const T* from, int lane = 0) {
-    scatter<Team>(from, o.n, o.D.data, lane);
-    scatter_rows(o, from + o.n, o.E, lane);
+template <class Team, class T> void scatter_scaling(const Problem<Team>& o, const T* from) {
+    scatter<Team>(from, o.n, o.D.data);
+    scatter_rows(o, from + o.n, o.E);
 }
 template <class Team, class T> void gather_scaling(const Problem<Team>& o, T* to, int lane = 0) {
     gather<Team>(o.D.data, o.n, to, lane);

@@ -1,6 +1,5 @@
 // The workspace of a thread for problems with sparse matrices of one pattern, and reading their operands into it.
 #pragma once
-#include <memory>
 #include <optional>
 
 #include "method/sparse_derivative.hpp"
