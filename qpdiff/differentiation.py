@@ -320,13 +320,12 @@ def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsol
         u_x, u_v = r_x, r_v
         gradients: dict[str, Any] = {}
         if problem.batch:
-            matrices = [name for name in MATRICES if name in names]
-            u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, FILL[unsolved], matrices)
+            u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, FILL[unsolved], names)
             if problem.sparse:
-                operands = problem.operands
-                gradients = {name: with_array(operands[name], value) for name, value in gradients.items()}
-        rest = [name for name in names if name not in gradients]
-        if rest:
+                matrices = [name for name in MATRICES if name in gradients]
+                gradients |= {name: with_array(problem.operands[name], gradients[name]) for name in matrices}
+        if len(gradients) < len(names):
+            rest = [name for name in names if name not in gradients]
             gradients |= solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest, kappa)
         return u_x, u_v, gradients
 
@@ -395,6 +394,8 @@ def _sum(a, b):
 
 def in_given_shapes(problem: Problem, gradients: dict[str, Any]) -> dict[str, Any]:
     """Sum gradients (B or 1, core) over the axes that their operands lack, each in the caller's shape."""
+    if problem.flat:
+        return gradients
     shapes = problem.shapes
     return {
         name: value if value.shape == shapes[name] else _in_shape(problem, name, value, shapes[name])

@@ -96,8 +96,13 @@ class Layout(_Layout):
         blocks = _blocks(self.p, self.m, self.n * self.lower, self.n * self.upper)
         return {name: getattr(self, name) for name in names} | {
             "batch": math.prod(self.batch_shape), "shapes": dict(self.shapes), "blocks": blocks,
-            "rows": blocks["ub"].stop,
+            "rows": blocks["ub"].stop, "flat": self._flat,
         }  # fmt: skip
+
+    @property
+    def _flat(self) -> bool:
+        axes = all(len(shape) == 1 + len(CORES[name]) for name, shape in self.shapes)
+        return axes and len(self.batch_shape) == 1
 
     def problem(self, operands: dict[str, Any]) -> Problem:
         return Problem(self, operands)
@@ -187,6 +192,8 @@ class Problem:
         Constraint rows.
     shapes : dict
         The shape in which the caller gave each operand.
+    flat : bool
+        Whether the caller gave all operands with one batch axis, as they are here.
     """
 
     backend: Any
@@ -200,6 +207,7 @@ class Problem:
     sparse: bool
     batch: int
     shapes: dict[str, tuple[int, ...]]
+    flat: bool
     blocks: dict[str, slice]
     rows: int
 

@@ -80,7 +80,7 @@ class Factors(Protocol):
     """The factors that an engine saves of a batch to solve the KKT system at its solutions; they can be pickled."""
 
     def solve(
-        self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]
+        self, lin: Linearization, r_x, r_v, fill: float, names: Collection[str]
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Solve for right-hand sides (B, n) and (B, constraints).
 
@@ -90,9 +90,9 @@ class Factors(Protocol):
         -------
         u_x, u_v
         gradients : dict
-            Of the operands named in `matrices`, out of Q, A and G, those that come along at little cost, (B or 1, ·,
-            n), of sparse ones the values (B or 1, nnz): with the right-hand side as cotangents of the solution. The
-            others are for the caller to compute.
+            Of the operands that are named, those that come along at little cost, (B or 1, core), of sparse ones the
+            values (B or 1, nnz): with the right-hand side as cotangents of the solution. The others are for the caller
+            to compute.
         """
 
     def scaling(self, problem: Problem) -> Any:

@@ -37,9 +37,9 @@ class OfDense(NamedTuple):
     factors: Factors
 
     def solve(
-        self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]
+        self, lin: Linearization, r_x, r_v, fill: float, names: Collection[str]
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """Solve the KKT system; no gradients of matrices come along: the caller computes them on the pattern."""
+        """Solve the KKT system; no gradients come along: the caller computes those of matrices on the pattern."""
         dense = lin._replace(problem=lin.problem.made_dense(), factors=self.factors)
         u_x, u_v, _ = self.factors.solve(dense, r_x, r_v, fill, ())
         return u_x, u_v, {}

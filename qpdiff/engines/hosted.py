@@ -51,16 +51,16 @@ class OfHost(NamedTuple):
     factors: Any
 
     def solve(
-        self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]
+        self, lin: Linearization, r_x, r_v, fill: float, names: Collection[str]
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Solve the KKT system, as `engines.base.Factors` says."""
         backend = lin.problem.backend
         if any(map(backend.is_tracer, (*lin[2:], r_x, r_v))):  # they have no numbers yet, so that nothing moves
             dense = array.without_factor(lin.problem.made_dense(), self.scaling(lin.problem))
-            return OfDense(dense).solve(lin, r_x, r_v, fill, matrices)
+            return OfDense(dense).solve(lin, r_x, r_v, fill, names)
         x, v, s, status, r_x, r_v = map(backend.to_host, (*lin[2:], r_x, r_v))
         host = Linearization(self.problem, self.factors, x, v, s, status)
-        u_x, u_v, gradients = self.factors.solve(host, r_x, r_v, fill, matrices)
+        u_x, u_v, gradients = self.factors.solve(host, r_x, r_v, fill, names)
         back = backend.asarray
         return back(u_x), back(u_v), {name: back(value) for name, value in gradients.items()}
 

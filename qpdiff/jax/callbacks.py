@@ -201,8 +201,8 @@ class _Factors(NamedTuple):
     method: Compiled
     stored: Stored
 
-    def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices):
-        """Solve the KKT system, as `engines.base.Factors` says; no gradients of matrices come along."""
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, names):
+        """Solve the KKT system, as `engines.base.Factors` says; no gradients come along."""
         shapes = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in (r_x, r_v)]
         callback: Any = _KKTSolve(self.method, fill == 0)
         call = buffer_callback(callback, shapes, vmap_method="expand_dims")

@@ -92,8 +92,8 @@ class _KernelFactors(NamedTuple):
     method: Kernels
     stored: Any
 
-    def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices):
-        """Solve the KKT system, as `engines.base.Factors` says; no gradients of matrices come along."""
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, names):
+        """Solve the KKT system, as `engines.base.Factors` says; no gradients come along."""
         method, result = self.method, lin.x.dtype
 
         def solve(batch: int, operands, point, right):

@@ -149,15 +149,15 @@ class Factors(NamedTuple):
     form: Form
     stored: Stored
 
-    def solve(self, lin, r_x, r_v, fill, matrices):
+    def solve(self, lin, r_x, r_v, fill, names):
         problem, launch = lin.problem, DerivativeLaunch()
         self.engine.common(launch, problem, self.form, self.stored)
         status = np.ascontiguousarray(lin.status, np.int32)
         u_x, u_v = np.full_like(lin.x, np.nan), np.full_like(lin.v, np.nan)
         gradients = {
             name: np.full((problem.batch, *problem.operands[name].shape[1:]), np.nan, lin.x.dtype)
-            for name in matrices
-            if name in problem.operands and problem.operands[name].shape[0] == problem.batch
+            for name in MATRICES
+            if name in names and problem.operands[name].shape[0] == problem.batch
         }
         launch.fill, launch.status = fill, address(status)
         for name in ("x", "v", "s"):

@@ -397,7 +397,9 @@ def linearize(pattern, operands, count=B, **options):
     outcome, scaling = solve(pattern, operands, count, scaled=True, **options)
     of = {name: qpdiff.Sparse.of_pattern(operands[name], getattr(pattern, name)) for name in "QAG"}
     workers = SimpleNamespace(workers=options.get("workers", 1))
-    problem = SimpleNamespace(operands=operands | of, backend=workers, is_elastic=False)
+    bounded = operands["lb"] is not None and operands["ub"] is not None
+    fixed = operands["lb"] == operands["ub"] if bounded else None
+    problem = SimpleNamespace(operands=operands | of, backend=workers, is_elastic=False, fixed=fixed)
     factors = Factors(pattern, scaling, operands_of(problem))
     return Linearization(problem, factors, outcome.x, outcome.v, outcome.s, outcome.status)
 
@@ -436,11 +438,25 @@ def kkt_solution(d, x, v, s, r_x, r_v):
 def test_derivative(family, workers):
     """The solution of the KKT system, and the gradients that adjoint.py defines, on the entries of the patterns."""
     pattern, operands, dense = make_batch(list(family(np.random.default_rng(11))))
+    n, given = pattern.Q.shape[0], [name for name in NAMES if operands[name] is not None]
     lin = linearize(pattern, operands, workers=workers)
     assert (lin.status == qpdiff.Status.SOLVED).all()
     r_x, r_v = right_hand_sides(lin)
-    u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, np.nan, ("Q", "A", "G"))
+    u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, np.nan, given)
+    assert list(gradients) == given
     p, linear = pattern.A.shape[0], pattern.K.shape[0]
+    expected = {"q": -u_x, "b": u_v[:, :p], "h": u_v[:, p:linear]}
+    if "lb" in given:
+        expected["lb"] = -u_v[:, linear : linear + n]
+    if "ub" in given:  # one of lb = ub holds a variable against the cost
+        fixed = operands["lb"] == operands["ub"]
+        at_upper = fixed & (lin.v[:, linear : linear + n] < 0)
+        assert not fixed.any() or (at_upper.any() and (fixed & ~at_upper).any())
+        of_ub = np.where(fixed, 0.0, u_v[:, linear + n :])
+        expected["ub"] = np.where(at_upper, expected["lb"], of_ub)
+        expected["lb"] = np.where(at_upper, 0.0, expected["lb"])
+    for name, value in expected.items():
+        assert np.array_equal(gradients[name], value)
     for b in range(B):
         d = {name: a[b] for name, a in dense.items()}
         expected = kkt_solution(d, lin.x[b], lin.v[b], lin.s[b], r_x[b], r_v[b])
@@ -472,13 +488,7 @@ def test_derivative_is_that_of_the_solution():
     ]
     lin = linearize(pattern, operands, tol=1e-12)
     x_bar = rng.normal(size=lin.x.shape)
-    u_x, u_v, gradients = lin.factors.solve(lin, x_bar, np.zeros_like(lin.v), np.nan, ("Q", "A", "G"))
-    p, linear = pattern.A.shape[0], pattern.K.shape[0]
-    n = lin.x.shape[1]
-    gradients |= {
-        "q": -u_x, "b": u_v[:, :p], "h": u_v[:, p:linear], "lb": -u_v[:, linear : linear + n],
-        "ub": u_v[:, linear + n :],
-    }  # fmt: skip
+    gradients = lin.factors.solve(lin, x_bar, np.zeros_like(lin.v), np.nan, NAMES)[2]
     found = sum((gradients[name] * changes[name]).sum(-1) for name in operands)
     expected = (x_bar * (moved[1].x - moved[0].x)).sum(-1) / (2 * step)
     assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
@@ -542,16 +552,17 @@ def test_derivatives_where_x_is_not_unique_are_finite(count):
             assert abs(value).max() < 1e16
 
 
-def test_gradients_of_shared_matrices_are_sums():
+@pytest.mark.parametrize("shared", ["QAG", ["b", "lb", "ub"], ["q", "lb"], ["h"]], ids=str)
+def test_gradients_of_shared_operands_are_sums(shared):
     pattern, operands, _ = make_batch(list(mpc(np.random.default_rng(13))))
-    repeated = operands | {name: np.repeat(operands[name][:1], B, 0) for name in "QAG"}
+    repeated = operands | {name: np.repeat(operands[name][:1], B, 0) for name in shared}
     lin, other = (
-        linearize(pattern, operands | {name: operands[name][:1] for name in "QAG"}),
+        linearize(pattern, operands | {name: operands[name][:1] for name in shared}),
         linearize(pattern, repeated),
     )
     right = right_hand_sides(lin)
-    sums, each = (which.factors.solve(which, *right, np.nan, ("Q", "A", "G"))[2] for which in (lin, other))
-    for name in "QAG":
+    sums, each = (which.factors.solve(which, *right, np.nan, shared)[2] for which in (lin, other))
+    for name in shared:
         assert sums[name].shape == (1, each[name].shape[1])
         assert_allclose(sums[name][0], each[name].sum(0), rtol=1e-7, atol=1e-7)
 
@@ -576,7 +587,7 @@ def test_unsolved_problems_are_filled(fill):
     operands["h"][3] = -1e3
     lin = linearize(pattern, operands)
     assert lin.status[3] == qpdiff.Status.PRIMAL_INFEASIBLE
-    u_x, u_v, gradients = lin.factors.solve(lin, *right_hand_sides(lin), fill, ("Q", "A", "G"))
+    u_x, u_v, gradients = lin.factors.solve(lin, *right_hand_sides(lin), fill, ("Q", "A", "G", "q", "b", "h"))
     for value in (u_x, u_v, *gradients.values()):
         assert np.array_equal(value[3], np.full_like(value[3], fill), equal_nan=True)
         assert np.isfinite(np.delete(value, 3, 0)).all()

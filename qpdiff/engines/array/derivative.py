@@ -25,9 +25,9 @@ class Factors(NamedTuple):
     saved: list[SavedFactor]
 
     def solve(
-        self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]
+        self, lin: Linearization, r_x, r_v, fill: float, names: Collection[str]
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """Solve the KKT system, as `engines.base.Factors` says; no gradients of matrices come along."""
+        """Solve the KKT system, as `engines.base.Factors` says; no gradients come along."""
         backend: Any = lin.problem.backend
         if backend.traced:
             arrays, layout = pack(lin)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...backend import NumPyBackend, single_threaded_blas
-from ...problem import MATRICES, OPERANDS, PRICES, Problem
+from ...problem import OPERANDS, PRICES, Problem
 from ...validation import check_values
 from ..base import Linearization, Outcome, Settings, StartingPoint
 from ..parameters import DOUBLE, SINGLE
@@ -83,17 +83,18 @@ class Factors(NamedTuple):
     """The reduced form chosen by the shapes."""
     stored: Stored
 
-    def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]):
-        """Solve the KKT system, as `engines.base.Factors` says; the gradients of all that are named come along."""
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, names: Collection[str]):
+        """Solve the KKT system, as `engines.base.Factors` says; the gradients of all but prices come along."""
         problem, dtype = lin.problem, r_x.dtype
         count, allocate = problem.batch, np.empty if lin.x.size < FEW else empty
         u_x, u_v = allocate(lin.x.shape, dtype), allocate(lin.v.shape, dtype)
-        gradients = {name: allocate(problem.operands[name].shape, dtype) for name in matrices}
+        operands = problem.operands
+        gradients = {name: allocate(operands[name].shape, dtype) for name in names if name in OPERANDS}
         _core.solve_kkt(
             arrays_of(problem), self.stored,
             (lin.x, lin.v, lin.s, r_x, r_v, lin.status),
-            (u_x, u_v, *[gradients.get(name) for name in MATRICES]), PARAMETERS[dtype], self.form, fill,
-            workers_with_memory(problem, workers_for(problem, count, DERIVATIVE_COST)),
+            (u_x, u_v, *map(gradients.get, OPERANDS)), PARAMETERS[dtype], self.form, fill,
+            problem.fixed is not None, workers_with_memory(problem, workers_for(problem, count, DERIVATIVE_COST)),
         )  # fmt: skip
         if "Q" in gradients and problem.Q.shape[0] < count:
             gradients["Q"] = gradients["Q"] + gradients["Q"].mT

@@ -215,7 +215,7 @@ class Factors(NamedTuple):
     """The reduced form chosen by the shapes."""
     stored: Stored
 
-    def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]):
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, names: Collection[str]):
         """Solve the KKT system, as `engines.base.Factors` says.
 
         The gradients of matrices that each problem has its own of come along.
@@ -223,7 +223,7 @@ class Factors(NamedTuple):
         problem, form = lin.problem, Form(self.form)
         backend, dtype = problem.backend, problem.dtype
         u = backend.empty(lin.x.shape, dtype), backend.empty(lin.v.shape, dtype)
-        own = [name for name in MATRICES if name in matrices and getattr(problem, name).shape[0] == problem.batch]
+        own = [name for name in MATRICES if name in names and getattr(problem, name).shape[0] == problem.batch]
         gradients = {name: backend.empty(getattr(problem, name).shape, dtype) for name in own}
         needed = derivative_bytes(problem, cuda.device(backend.gpu), form)
         self.launch(lin, (r_x, r_v), fill, u, gradients, backend.empty((needed,), backend.xp.uint8))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...once import cached_property
-from ...problem import MATRICES, OPERANDS, Problem
+from ...problem import OPERANDS, Problem
 from ...sparse import LARGEST, stored
 from ...sparse import Pattern as MatrixPattern
 from ..base import Linearization, Outcome, Settings, StartingPoint
@@ -166,15 +166,11 @@ class Factors(NamedTuple):
     operands: tuple
     """Those of `operands_of`."""
 
-    def solve(self, lin: Linearization, r_x, r_v, fill: float, matrices: Collection[str]):
-        """Solve the KKT system, as `engines.base.Factors` says.
-
-        The gradients of all matrices that are named come along: of the entries (B or 1, nnz) of a sparse one, in the
-        order of its pattern, and of all (B or 1, ·, n) of a dense one.
-        """
-        pattern, operands, count = self.pattern, self.operands, len(lin.x)
+    def solve(self, lin: Linearization, r_x, r_v, fill: float, names: Collection[str]):
+        """Solve the KKT system, as `engines.base.Factors` says; the gradients of all but prices come along."""
+        problem, pattern, operands, count = lin.problem, self.pattern, self.operands, len(lin.x)
         u_x, u_v = np.empty(lin.x.shape), np.empty(lin.v.shape)
-        gradients = {name: np.empty(operands[PLACES[name]].shape) for name in matrices}
+        gradients = {name: np.empty(operands[PLACES[name]].shape) for name in names if name in PLACES}
         if count:
             lanes = pattern.in_lanes(count)
             if r_v.strides != (0, r_v.itemsize):  # that of cotangents of x alone is one row of zeros for all problems
@@ -182,8 +178,9 @@ class Factors(NamedTuple):
             x, v, s, r_x, status = [np.ascontiguousarray(a) for a in (lin.x, lin.v, lin.s, r_x, lin.status)]
             _core.solve_sparse_kkt(
                 pattern.kkt, operands, (x, v, s, r_x, r_v, status, self.equilibration),
-                (u_x, u_v, *map(gradients.get, MATRICES)), PARAMETERS[u_x.dtype], lanes, fill,
-                pattern.workers(lin.problem.backend.workers, count, lanes, DERIVATIVE_COST, 10),
+                (u_x, u_v, *map(gradients.get, OPERANDS)), PARAMETERS[u_x.dtype], lanes, fill,
+                problem.fixed is not None,
+                pattern.workers(problem.backend.workers, count, lanes, DERIVATIVE_COST, 10),
             )  # fmt: skip
         return u_x, u_v, gradients
 

@@ -144,17 +144,17 @@ bool solve_problems(nb::tuple operands, nb::tuple outcome, nb::tuple stored, nb:
                form, check, rounding, lanes, workers, progress);
 }
 
-// Read the gradients of Q, G and A that each problem has its own of, or with `summed` those that are sums over the
-// batch.
-template <class T> MatrixGradients<T> read_gradients(const Arrays& a, Index count, bool summed) {
+// Read the gradients of the operands that each problem has its own of, or with `summed` those that are sums over the
+// batch, in the order of qpdiff.problem.OPERANDS.
+template <class T> Gradients<T> read_gradients(const Arrays& a, Index count, bool summed) {
     auto rows = [&](const Array& array) { return (array.size(0) != count) == summed ? array.rows<T>() : Rows<T>{}; };
-    return {rows(a[2]), rows(a[3]), rows(a[4])};
+    return {rows(a[2]), rows(a[3]), rows(a[4]), rows(a[5]), rows(a[6]), rows(a[7]), rows(a[8]), rows(a[9])};
 }
 
 // Solve the KKT system in one floating point type.
 template <class T>
 void differentiate_as(const Operands& operands, const Arrays& stored, const Arrays& given, const Arrays& out,
-                      const Parameters& parameters, int form, double fill, int workers) {
+                      const Parameters& parameters, int form, double fill, bool fixed, int workers) {
     for (int i = 0; i < 5; i++) {
         if (given[i].itemsize() != sizeof(T)) {
             throw nb::type_error("solutions and right-hand sides of one type were expected");
@@ -165,7 +165,8 @@ void differentiate_as(const Operands& operands, const Arrays& stored, const Arra
     batch.stored = read_stored<T>(stored, batch.shape);
     batch.x = given[0].operand(), batch.v = given[1].operand(), batch.s = given[2].operand();
     batch.r_x = given[3].operand(), batch.r_v = given[4].operand(), batch.status = given[5].rows<const int>();
-    batch.u_x = out[0].rows<T>(), batch.u_v = out[1].rows<T>(), batch.fill = T(fill);
+    batch.u_x = out[0].rows<T>(), batch.u_v = out[1].rows<T>();
+    batch.fill = T(fill), batch.fixed = fixed;
     batch.own = read_gradients<T>(out, operands.count, false);
     batch.sums = read_gradients<T>(out, operands.count, true);
     auto run = operands.priced ? differentiate_batch<T, true> : differentiate_batch<T, false>;
@@ -175,12 +176,12 @@ void differentiate_as(const Operands& operands, const Arrays& stored, const Arra
 }
 
 // Solve the KKT system at the solutions. `given` has x, v, s, the right-hand sides r_x, r_v and the statuses; `out` has
-// u_x, u_v and the gradients of Q, G and A, with an entry for each problem or one for their sum.
+// u_x, u_v and the gradients of the operands, with an entry for each problem or one for their sum.
 void differentiate_problems(nb::tuple operands, nb::tuple stored, nb::tuple given, nb::tuple out,
-                            const Parameters& parameters, int form, double fill, int workers) {
+                            const Parameters& parameters, int form, double fill, bool fixed, int workers) {
     Arrays of_batch(operands, false), factors(stored, false), in(given, false), results(out, true);
     auto run = results[0].itemsize() == sizeof(double) ? differentiate_as<double> : differentiate_as<float>;
-    run(read_operands(of_batch, results[0].size(0)), factors, in, results, parameters, form, fill, workers);
+    run(read_operands(of_batch, results[0].size(0)), factors, in, results, parameters, form, fill, fixed, workers);
 }
 
 // Return how many numbers one problem stores: constants of the reduced system, and of its last factor.
@@ -247,15 +248,16 @@ bool solve_sparse_problems(const SparseKkt& kkt, nb::tuple operands, nb::tuple o
 }
 
 // Solve the KKT system at the solutions of problems with sparse matrices. `given` has x, v, s, the right-hand sides
-// r_x, r_v, the statuses and the scaling; `out` has u_x, u_v and the gradients of the entries of Q, G and A, with an
-// entry for each problem or one for their sum.
+// r_x, r_v, the statuses and the scaling; `out` has u_x, u_v and the gradients of the operands, of Q, G and A those of
+// the entries, with an entry for each problem or one for their sum.
 void differentiate_sparse_problems(const SparseKkt& kkt, nb::tuple operands, nb::tuple given, nb::tuple out,
-                                   const Parameters& parameters, bool lanes, double fill, int workers) {
+                                   const Parameters& parameters, bool lanes, double fill, bool fixed, int workers) {
     Arrays of_batch(operands, false), in(given, false), results(out, true);
     SparseDerivativeBatch batch{};
     batch.operands = read_sparse_operands(kkt, of_batch, results[0].size(0));
     batch.shape = read_shape(batch.operands, int(Form::sparse_kkt));
-    batch.kkt = &kkt, batch.parameters = &parameters, batch.lanes = lanes, batch.fill = fill;
+    batch.kkt = &kkt, batch.parameters = &parameters, batch.lanes = lanes;
+    batch.fill = fill, batch.fixed = fixed;
     batch.x = in[0].rows<const double>(), batch.v = in[1].rows<const double>(), batch.s = in[2].rows<const double>();
     batch.r_x = in[3].rows<const double>(), batch.r_v = in[4].rows<const double>();
     batch.status = in[5].rows<const int>(), batch.scaling = in[6].rows<const double>();

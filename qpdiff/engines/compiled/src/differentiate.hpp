@@ -1,15 +1,12 @@
-// Differentiating a batch: the KKT system at the solutions, problem by problem, and the gradients of the matrices,
-// −½ (u_x xᵀ + x u_xᵀ) for Q and −(v u_xᵀ + u_v xᵀ) for A and G, summed over the batch where a matrix is shared.
+// Differentiating a batch: the KKT system at the solutions, problem by problem, and the gradients of the operands, of
+// the matrices −½ (u_x xᵀ + x u_xᵀ) for Q and −(v u_xᵀ + u_v xᵀ) for A and G, summed over the batch where one is
+// shared.
 #pragma once
+#include "gradients.hpp"
 #include "method/derivative.hpp"
 #include "solve.hpp"
 
 namespace qpdiff {
-
-// Gradients of the matrices; without data where they are not wanted.
-template <class T> struct MatrixGradients {
-    Rows<T> Q, G, A;
-};
 
 template <class T> struct DerivativeBatch {
     Operands operands;
@@ -19,11 +16,13 @@ template <class T> struct DerivativeBatch {
     Operand x, v, s, r_x, r_v; // the solutions and the right-hand sides
     Rows<const int> status;
     Rows<T> u_x, u_v;
-    T fill;                       // the solution for problems that are not SOLVED
-    MatrixGradients<T> own, sums; // of each problem's own matrices, and of shared ones; of a shared Q, the gradient is
-                                  // the sum and its transpose
+    T fill;                 // the solution for problems that are not SOLVED
+    bool fixed;             // whether lb = ub may fix a variable
+    Gradients<T> own, sums; // of each problem's own operands, and of shared ones; of a shared Q, the gradient is the
+                            // sum and its transpose
 
     int m() const { return operands.m; }
+    T multiplier(Index b, int row) const { return entry<T>(v.at(b), v.column, row); }
 };
 
 // Prefetch contiguous numbers into the L2 cache. The arithmetic on one problem is bound by the latency of its
@@ -35,7 +34,7 @@ template <class T> QP_INLINE void prefetch(const T* numbers, Index count) {
     }
 }
 
-// Solves the KKT system for the problems that one thread claims, and computes the gradients of their own matrices.
+// Solves the KKT system for the problems that one thread claims, and computes the gradients of their own operands.
 template <class T, bool PRICED> class DerivativeWorker {
   public:
     DerivativeWorker(const DerivativeBatch<T>& batch, Queue& queue, bool calling)
@@ -82,7 +81,7 @@ template <class T, bool PRICED> class DerivativeWorker {
         d.numbers = arena.take<int>(o.lp + 1);
     }
 
-    // Solve for problem b and compute the gradients of its own matrices; meanwhile prefetch the vectors and the stored
+    // Solve for problem b and compute the gradients of its own operands; meanwhile prefetch the vectors and the stored
     // factors of problem `next`, unless that is negative.
     void differentiate(Index b, Index next) {
         bool own_factors = next >= 0 && batch.stored.sizes.F && batch.stored.constant.stride;
@@ -160,8 +159,9 @@ template <class T, bool PRICED> class DerivativeWorker {
         return accuracy.left <= T(P.factor_residual) && accuracy.moved <= T(P.factor_moved);
     }
 
-    // Compute the gradients of the matrices of problem b; meanwhile prefetch V of the next one.
+    // Compute the gradients of the operands of problem b; meanwhile prefetch V of the next one.
     void put_gradients(Index b, const Stored& next_factors) {
+        each_vector_gradient(batch, batch.own, b, [](T& gradient, T number) { gradient = number; });
         const T *u_x = d.u.x.data, *u_v = d.u.v.data, *x = d.x.data, *v = d.v.data;
         Index n = o.n;
         if (T* out = batch.own.Q.at(b)) {
@@ -324,6 +324,7 @@ template <class T, bool PRICED> bool differentiate_batch(const DerivativeBatch<T
     if (!problems.run(make, [](Worker& worker, bool) { worker.run(); })) {
         return false;
     }
+    sum_vector_gradients<T>(batch);
     int items = SumWorker<T>::items(batch);
     Queue sums(items, 1, std::min(workers, items), Py_None);
     auto make_sums = [&](bool) { return std::make_unique<SumWorker<T>>(batch); };

@@ -1,11 +1,12 @@
 // Differentiating a batch of problems with sparse matrices of one pattern: the KKT system at the solutions, in lane
-// groups or one by one, and the gradients of the entries of the matrices, −½ (u_i x_j + x_i u_j) for Q and
-// −(v_i u_j + u_i x_j) for A and G, summed over the batch where a matrix is shared.
+// groups or one by one, and the gradients of the operands, of the entries of the matrices −½ (u_i x_j + x_i u_j) for Q
+// and −(v_i u_j + u_i x_j) for A and G, summed over the batch where one is shared.
 #pragma once
 #include <array>
 #include <optional>
 
-#include "differentiate.hpp"
+#include "gradients.hpp"
+#include "queue.hpp"
 #include "sparse_workspace.hpp"
 
 namespace qpdiff {
@@ -20,10 +21,12 @@ struct SparseDerivativeBatch {
     Rows<const double> x, v, s, r_x, r_v; // the solutions and the right-hand sides
     Rows<const int> status;
     Rows<double> u_x, u_v;
-    double fill;                       // the solution and the gradients of problems that are not SOLVED
-    MatrixGradients<double> own, sums; // of each problem's own matrices, and of shared ones
+    double fill;                 // the solution and the gradients of problems that are not SOLVED
+    bool fixed;                  // whether lb = ub may fix a variable
+    Gradients<double> own, sums; // of each problem's own operands, and of shared ones
 
     bool solved(Index b) const { return *status.at(b) == SOLVED; }
+    double multiplier(Index b, int row) const { return v.at(b)[row]; }
 };
 
 // The gradients of one matrix: its rows in the pattern of Q, or in that of A and G together.
@@ -33,7 +36,7 @@ struct SparseGradients {
     int first, last;
 };
 
-inline std::array<SparseGradients, 3> gradients_by_matrix(const SparseKkt& kkt, const MatrixGradients<double>& to) {
+inline std::array<SparseGradients, 3> gradients_by_matrix(const SparseKkt& kkt, const Gradients<double>& to) {
     return {{{to.Q, true, 0, kkt.n}, {to.A, false, 0, kkt.p}, {to.G, false, kkt.p, kkt.linear}}};
 }
 
@@ -61,7 +64,7 @@ QP_INLINE void each_gradient(const SparseDerivativeBatch& batch, const SparseGra
     }
 }
 
-// Solves the KKT system for the problems that one thread claims, and computes the gradients of their own matrices.
+// Solves the KKT system for the problems that one thread claims, and computes the gradients of their own operands.
 template <bool PRICED> class SparseDerivativeWorker {
   public:
     SparseDerivativeWorker(const SparseDerivativeBatch& batch, Queue& queue, bool calling)
@@ -116,7 +119,7 @@ template <bool PRICED> class SparseDerivativeWorker {
     Place<double> one;
     std::optional<Place<Lanes>> group;
 
-    // Solve for problems that are SOLVED, and compute the gradients of their own matrices.
+    // Solve for problems that are SOLVED, and compute the gradients of their own operands.
     void differentiate(const Index* problems, int size) {
         if (size < 2 || !solve(*group, problems, size)) {
             for (int k = 0; k < size && !queue.interrupted(calling); k++) {
@@ -172,8 +175,9 @@ template <bool PRICED> class SparseDerivativeWorker {
         return true;
     }
 
-    // Compute the gradients of the matrices of problem b.
+    // Compute the gradients of the operands of problem b.
     void put_gradients(Index b) {
+        each_vector_gradient(batch, batch.own, b, [](double& gradient, double number) { gradient = number; });
         for (const SparseGradients& of : gradients_by_matrix(*batch.kkt, batch.own)) {
             if (double* out = of.out.at(b)) {
                 each_gradient(batch, of, of.first, of.last, b, [&](int e, double gradient) { out[e] = gradient; });
@@ -242,6 +246,7 @@ template <bool PRICED> bool differentiate_sparse_batch(const SparseDerivativeBat
     if (!problems.run(make, [](Worker& worker, bool) { worker.run(); })) {
         return false;
     }
+    sum_vector_gradients<double>(batch);
     SparseSums sums(batch);
     Queue items(sums.count(), 1, sums.workers(workers), Py_None);
     auto all = [&](bool) { return &sums; };
