@@ -312,6 +312,37 @@ def test_a_linear_program_in_other_units_is_not_unbounded(count):
         assert_allclose(done.objective, objective, atol=1e-6)
 
 
+def plants(rng, count, steps=15, states=6, inputs=2):
+    """Yield optimal control as `mpc` has it: of a stable plant with a target, and of an unstable one without, in turn.
+
+    The multipliers of the ordinary start are large for most; the start for a smaller cost is closer for some.
+    """
+    limit = np.tile(np.repeat([3.0, 40.0], [inputs, states]), steps)
+    limit[6 :: states + inputs] = np.inf
+    Q = sp.diags_array(np.tile(np.repeat([0.1, 1.0], [inputs, states]), steps))
+    for i in range(count):
+        move = np.eye(states) + 0.1 * rng.normal(size=(states, states)) / np.sqrt(states)
+        move *= (0.95, 1.25)[i % 2] / np.abs(np.linalg.eigvals(move)).max()
+        push = rng.normal(size=(states, inputs)) / np.sqrt(states)
+        A = np.kron(np.eye(steps), np.hstack([-push, np.eye(states)]))
+        A += np.kron(np.eye(steps, k=-1), np.hstack([np.zeros((states, inputs)), -move]))
+        b = np.zeros(steps * states)
+        b[:states] = move @ rng.uniform(-1, 1, states)
+        q = np.tile(np.r_[np.zeros(inputs), -0.5 * rng.normal(size=states)], steps) * (1 - i % 2)
+        yield Q, q, sp.csr_array(A), b, sp.csr_array((0, len(q))), np.zeros(0), -limit, limit
+
+
+def test_starts_of_a_lane_group_are_those_of_its_problems():
+    """Where the start for a smaller cost is closer for one problem, the others take the ordinary one again."""
+    pattern, operands, _ = make_batch(list(plants(np.random.default_rng(0), 24)), full=False)
+    together = solve(pattern, operands, 24)
+    assert (together.status == qpdiff.Status.SOLVED).all()
+    for b in range(24):
+        alone = solve(pattern, {name: a if a is None else a[b : b + 1] for name, a in operands.items()}, 1)
+        assert abs(int(alone.iterations[0, 0]) - int(together.iterations[b, 0])) <= 1
+        assert_allclose(alone.x[0], together.x[b], atol=1e-5 * abs(alone.x).max())
+
+
 def test_large_multipliers_do_not_look_like_an_unbounded_cost():
     """A start for a fraction of the cost takes the place of the ordinary one."""
     Q, q, A, b = flows_on_a_grid(100)

@@ -30,19 +30,6 @@ QP_INLINE Start<Team> begin_ordinary(Problem<Team>& o, Iterate<Team>& current, I
     }
 }
 
-// Copy the point of an iterate, without its products and residuals.
-template <class Team>
-QP_INLINE void copy_point(const Problem<Team>& o, const Iterate<Team>& from, const Iterate<Team>& to) {
-    copy<Team>(from.x, to.x, o.np);
-    copy<Team>(from.v, to.v, o.rows);
-    copy<Team>(from.s, to.s, o.rows);
-    if constexpr (Team::PRICED) {
-        copy<Team>(from.t, to.t, o.rows);
-        copy<Team>(from.z, to.z, o.rows);
-        copy<Team>(from.r, to.r, o.rows);
-    }
-}
-
 // Iterate on one problem until it has ended. `load_warm_start` fills an iterate with the solution of another problem to
 // start from and returns whether there is one; `interrupted` returns whether to give up.
 template <Form FORM, class Team, class LoadWarmStart, class Interrupted>
@@ -138,31 +125,14 @@ QP_NOINLINE Ended<Team> iterate(Problem<Team>& o, LoadWarmStart load_warm_start,
 
 // ---- lane groups
 
-// Exchange the entries of two vectors for the problems of a mask.
-template <class Team>
-QP_INLINE void exchange(typename Team::Truth where, typename Team::Vector a, typename Team::Vector b, int count) {
-    Team::each(count, [&](auto i) {
-        auto x = a[i], y = b[i];
-        a.set(i, select(where, y, x));
-        b.set(i, select(where, x, y));
-    });
-}
-
 // Exchange two iterates for the problems of a mask.
 template <class Team>
 QP_NOINLINE void exchange(const Problem<Team>& o, typename Team::Truth where, Iterate<Team>& a, Iterate<Team>& b) {
-    exchange<Team>(where, a.x, b.x, o.np);
+    exchange_points(o, where, a, b);
     exchange<Team>(where, a.r_x, b.r_x, o.np);
     exchange<Team>(where, a.Qx, b.Qx, o.np);
-    exchange<Team>(where, a.v, b.v, o.rows);
-    exchange<Team>(where, a.s, b.s, o.rows);
     exchange<Team>(where, a.r_v, b.r_v, o.rows);
     exchange<Team>(where, a.Kx, b.Kx, o.rows);
-    if constexpr (Team::PRICED) {
-        exchange<Team>(where, a.t, b.t, o.rows);
-        exchange<Team>(where, a.z, b.z, o.rows);
-        exchange<Team>(where, a.r, b.r, o.rows);
-    }
 }
 
 // Iterate on the problems of the first `size` lanes together. `load_warm_start` fills an iterate with solutions of
@@ -185,7 +155,7 @@ QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, LoadWarmStart load_wa
     if constexpr (CLOSER) {
         start = begin_closer<FORM>(o, *current, *previous);
     } else {
-        start = begin<FORM>(o, *current, *previous);
+        start = begin<FORM>(o, *current, *previous, false);
     }
     State<Team> state = start.state;
     S mu = start.mu;

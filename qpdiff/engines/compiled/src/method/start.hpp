@@ -220,18 +220,34 @@ QP_NOINLINE typename Team::Number multiplier_ratio(const Problem<Team>& o, const
     return v / select(x > S{}, x, as<S>(Real(1)));
 }
 
-// Start in the ordinary way: fill `current`, and `previous` with the origin.
+// Return whether a start for a smaller cost is to be tried.
+template <class Team> QP_INLINE auto has_large_multipliers(const Problem<Team>& o, const Start<Team>& start) {
+    return start.multiplier_ratio > as<typename Team::Number>(typename Team::Real(o.parameters->large_multipliers));
+}
+
+// Return where a starting point is kept: in vectors of the origin that nothing reads.
+template <class Team> QP_INLINE Iterate<Team> kept_in(const Iterate<Team>& origin) {
+    Iterate<Team> kept = origin;
+    kept.x = origin.r_x, kept.v = origin.r_v;
+    return kept;
+}
+
+// Start in the ordinary way: fill `current`, and `previous` with the origin. With `keep`, the point is kept beside that
+// where a start for a smaller cost is to be tried.
 template <Form FORM, class Team>
-QP_NOINLINE Start<Team> begin(Problem<Team>& o, Iterate<Team>& current, Iterate<Team>& previous) {
+QP_NOINLINE Start<Team> begin(Problem<Team>& o, Iterate<Team>& current, Iterate<Team>& previous, bool keep) {
     using Real = typename Team::Real;
     Start<Team> start{};
     start.factor_ok = starting_point<FORM>(o, current, start.mu);
     make_origin(o, previous);
-    start.state = assess<FORM>(o, current, previous, unknown_state<Team>(), 0, o.settings->max_iterations);
     // In float32 the regularisation, which a smaller cost makes larger against it, would outweigh it.
     if (FORM != Form::dense_dual && sizeof(Real) == 8 && (o.p > 0 || (o.lower && o.upper))) {
         start.multiplier_ratio = multiplier_ratio(o, current);
+        if (keep && some(has_large_multipliers(o, start))) {
+            copy_point(o, current, kept_in(previous));
+        }
     }
+    start.state = assess<FORM>(o, current, previous, unknown_state<Team>(), 0, o.settings->max_iterations);
     return start;
 }
 
@@ -245,13 +261,13 @@ QP_NOINLINE Start<Team> begin_closer(Problem<Team>& o, Iterate<Team>& current, I
     using E = typename Team::Exact;
     using Real = typename Team::Real;
     const Parameters& P = *o.parameters;
-    Start<Team> start = begin<FORM>(o, current, previous);
-    typename Team::Truth large = start.multiplier_ratio > as<S>(Real(P.large_multipliers));
+    Start<Team> start = begin<FORM>(o, current, previous, true);
+    typename Team::Truth large = has_large_multipliers(o, start);
     if (!some(large)) {
         return start;
     }
     scale_cost(o, select(large, as<S>(Real(P.smaller_cost)), Real(1)));
-    Start<Team> other = begin<FORM>(o, current, previous);
+    Start<Team> other = begin<FORM>(o, current, previous, false);
     typename Team::Truth closer = (other.state.primal < E(P.closer * start.state.primal)) &
                                   (other.multiplier_ratio < Real(P.less_multipliers) * start.multiplier_ratio),
                          farther = large & no(closer);
@@ -259,7 +275,16 @@ QP_NOINLINE Start<Team> begin_closer(Problem<Team>& o, Iterate<Team>& current, I
         return other;
     }
     scale_cost(o, select(farther, as<S>(Real(1 / P.smaller_cost)), Real(1)));
-    return begin<FORM>(o, current, previous);
+    first_diagonals<FORM>(o);
+    if constexpr (Team::lanes) {
+        exchange_points(o, farther, current, kept_in(previous));
+    } else {
+        copy_point(o, kept_in(previous), current);
+    }
+    State<Team> state = assess<FORM>(o, current, previous, unknown_state<Team>(), 0, o.settings->max_iterations);
+    typename Team::Truth factor_ok = (farther & start.factor_ok) | (no(farther) & other.factor_ok);
+    return {select(farther, start.mu, other.mu), choose<Team>(farther, state, other.state), factor_ok,
+            select(farther, start.multiplier_ratio, other.multiplier_ratio)};
 }
 
 // Center another problem's solution in `current`, a warm start; return the mean complementarity.

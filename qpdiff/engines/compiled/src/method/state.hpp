@@ -56,4 +56,43 @@ QP_INLINE State<Team> choose(typename Team::Truth where, const State<Team>& a, c
             select(where, a.without_progress, b.without_progress)};
 }
 
+// ---- points
+
+// Copy the point of an iterate, without its products and residuals.
+template <class Team>
+QP_INLINE void copy_point(const Problem<Team>& o, const Iterate<Team>& from, const Iterate<Team>& to) {
+    copy<Team>(from.x, to.x, o.np);
+    copy<Team>(from.v, to.v, o.rows);
+    copy<Team>(from.s, to.s, o.rows);
+    if constexpr (Team::PRICED) {
+        copy<Team>(from.t, to.t, o.rows);
+        copy<Team>(from.z, to.z, o.rows);
+        copy<Team>(from.r, to.r, o.rows);
+    }
+}
+
+// Exchange the entries of two vectors for the problems of a mask.
+template <class Team>
+QP_INLINE void exchange(typename Team::Truth where, typename Team::Vector a, typename Team::Vector b, int count) {
+    Team::each(count, [&](auto i) {
+        auto x = a[i], y = b[i];
+        a.set(i, select(where, y, x));
+        b.set(i, select(where, x, y));
+    });
+}
+
+// Exchange the points of two iterates for the problems of a mask.
+template <class Team>
+QP_INLINE void exchange_points(const Problem<Team>& o, typename Team::Truth where, const Iterate<Team>& a,
+                               const Iterate<Team>& b) {
+    exchange<Team>(where, a.x, b.x, o.np);
+    exchange<Team>(where, a.v, b.v, o.rows);
+    exchange<Team>(where, a.s, b.s, o.rows);
+    if constexpr (Team::PRICED) {
+        exchange<Team>(where, a.t, b.t, o.rows);
+        exchange<Team>(where, a.z, b.z, o.rows);
+        exchange<Team>(where, a.r, b.r, o.rows);
+    }
+}
+
 } // namespace qpdiff
