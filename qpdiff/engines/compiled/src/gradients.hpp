@@ -50,14 +50,16 @@ QP_NOINLINE void each_vector_gradient(const Batch& batch, const Gradients<T>& to
 template <class T, class Batch> void sum_vector_gradients(const Batch& batch) {
     const Operands& operands = batch.operands;
     const Gradients<T>& to = batch.sums;
-    auto clear = [](const Rows<T>& gradient, int count) {
+    bool shared = false;
+    auto clear = [&](const Rows<T>& gradient, int count) {
         if (gradient.data) {
             std::fill(gradient.data, gradient.data + count, T(0));
+            shared = true;
         }
     };
     clear(to.q, operands.n), clear(to.b, operands.p), clear(to.h, operands.m);
     clear(to.lb, operands.n), clear(to.ub, operands.n);
-    for (Index b = 0; b < operands.count; b++) {
+    for (Index b = 0; shared && b < operands.count; b++) {
         each_vector_gradient(batch, to, b, [](T& sum, T number) { sum += number; });
     }
 }
