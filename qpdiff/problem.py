@@ -96,13 +96,9 @@ class Layout(_Layout):
         blocks = _blocks(self.p, self.m, self.n * self.lower, self.n * self.upper)
         return {name: getattr(self, name) for name in names} | {
             "batch": math.prod(self.batch_shape), "shapes": dict(self.shapes), "blocks": blocks,
-            "rows": blocks["ub"].stop, "flat": self._flat,
+            "rows": blocks["ub"].stop,
+            "flat": all(len(shape) - len(CORES[name]) == 1 == len(self.batch_shape) for name, shape in self.shapes),
         }  # fmt: skip
-
-    @property
-    def _flat(self) -> bool:
-        axes = all(len(shape) == 1 + len(CORES[name]) for name, shape in self.shapes)
-        return axes and len(self.batch_shape) == 1
 
     def problem(self, operands: dict[str, Any]) -> Problem:
         return Problem(self, operands)

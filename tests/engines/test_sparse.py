@@ -41,14 +41,18 @@ def general(rng):
         yield F.T @ F + 0.1 * sp.eye_array(n), rng.normal(size=n), *rows, x - span[0], x + span[1]
 
 
+def dynamics(move, push, steps):
+    """Return the matrix of x_t − move x_{t−1} − push u_{t−1} = 0, for the variables u₀, x₁, u₁, x₂, ..."""
+    now = np.kron(np.eye(steps), np.hstack([-push, np.eye(len(move))]))
+    return now + np.kron(np.eye(steps, k=-1), np.hstack([np.zeros_like(push), -move]))
+
+
 def mpc(rng, steps=8, states=4, inputs=2):
     """Linear dynamics as equalities, all variables bounded."""
     n = steps * (states + inputs)
     for _ in range(B):
         move = np.eye(states) + 0.1 * rng.normal(size=(states, states))
-        push = rng.normal(size=(states, inputs))
-        A = np.kron(np.eye(steps), np.hstack([-push, np.eye(states)]))
-        A += np.kron(np.eye(steps, k=-1), np.hstack([np.zeros((states, inputs)), -move]))
+        A = dynamics(move, rng.normal(size=(states, inputs)), steps)
         b = np.zeros(steps * states)
         b[:states] = move @ rng.uniform(-1, 1, states)
         limit = np.tile(np.repeat([0.5, 5.0], [inputs, states]), steps)
@@ -323,9 +327,7 @@ def plants(rng, count, steps=15, states=6, inputs=2):
     for i in range(count):
         move = np.eye(states) + 0.1 * rng.normal(size=(states, states)) / np.sqrt(states)
         move *= (0.95, 1.25)[i % 2] / np.abs(np.linalg.eigvals(move)).max()
-        push = rng.normal(size=(states, inputs)) / np.sqrt(states)
-        A = np.kron(np.eye(steps), np.hstack([-push, np.eye(states)]))
-        A += np.kron(np.eye(steps, k=-1), np.hstack([np.zeros((states, inputs)), -move]))
+        A = dynamics(move, rng.normal(size=(states, inputs)) / np.sqrt(states), steps)
         b = np.zeros(steps * states)
         b[:states] = move @ rng.uniform(-1, 1, states)
         q = np.tile(np.r_[np.zeros(inputs), -0.5 * rng.normal(size=states)], steps) * (1 - i % 2)

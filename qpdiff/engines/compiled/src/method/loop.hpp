@@ -172,7 +172,7 @@ QP_NOINLINE void iterate_lanes(Problem<Team>& o, int size, LoadWarmStart load_wa
     }
     active &= start.factor_ok & (state.status == running);
     if constexpr (!CLOSER) {
-        active &= no(start.multiplier_ratio > as<S>(o.parameters->large_multipliers));
+        active &= no(has_large_multipliers(o, start));
     }
     for (int lane = 0; lane < size; lane++) {
         if (!active[lane]) {
