@@ -2,7 +2,7 @@
 #include <cstring>
 #include <memory>
 
-#include "linalg/sparse.hpp"
+#include "linalg/block_rows.hpp"
 
 using namespace qpdiff;
 
@@ -32,18 +32,35 @@ template <class V> struct Numbers {
     operator typename sparse::Team<V>::Vector() const { return {data.get()}; }
 };
 
-template <class V>
-int ldl(int n, const int* starts, const int* rows, const double* values, const double* signs, double* x) {
+sparse::LdlPattern analysed(int n, const int* starts, const int* rows) {
     sparse::LdlPattern p;
     p.analyse(n, {starts, starts + n + 1}, {rows, rows + starts[n]});
-    Numbers<V> M(starts[n], values), right(n, x), L(p.size()), inverse(n), work(n), units(n);
+    return p;
+}
+
+sparse::BlockRows block_rows(const sparse::LdlPattern& p) {
+    sparse::BlockRows r;
+    r.analyse(p);
+    return r;
+}
+
+// Factor and solve, one problem by block rows or without. Return the number of entries of L, −1 where a pivot is not
+// finite; −2 where one is not more than 10 rounding errors.
+template <class V, bool BLOCKS>
+int ldl(int n, const int* starts, const int* rows, const double* values, const double* signs, double* x) {
+    sparse::LdlPattern p = analysed(n, starts, rows);
+    sparse::BlockRows r = BLOCKS ? block_rows(p) : sparse::BlockRows();
+    Numbers<V> M(starts[n], values), right(n, x), L(BLOCKS ? r.size() : p.size()), inverse(n), units(n),
+        work(BLOCKS ? r.longest : n);
     std::fill(units.data.get(), units.data.get() + n, V{} + 1.0);
-    Numbers<V> of_rows(width<double> * n);
-    sparse::Factor<V> f{L, inverse, work, of_rows};
-    bool factor_ok = every(sparse::factor<false, V>(p, M, {signs, units, 1e-13, 1e-6, 100}, f).ok);
-    sparse::solve<V>(p, f, right);
+    sparse::Factor<V> f{L, inverse, work};
+    sparse::Pivots<V> pivots{signs, units, 1e-13, 1e-6, 100, 10};
+    auto compared = sparse::factor<true, V>(p, r, M, pivots, f);
+    auto factored = sparse::factor<false, V>(p, r, M, pivots, f);
+    sparse::solve<V>(p, r, f, right);
     right.give(x);
-    return factor_ok ? p.size() : -1;
+    mask_of<V> ok = factored.ok & compared.ok;
+    return !every(ok) ? -1 : !every(compared.significant) ? -2 : p.size();
 }
 
 template <class V>
@@ -69,22 +86,22 @@ int lanes_of_a_register() {
     return sizeof(pack_of<double>) / sizeof(double);
 }
 
-// Return the largest number of rows that one problem factors together.
-int rows_together(int n, const int* starts, const int* rows) {
-    sparse::LdlPattern p;
-    p.analyse(n, {starts, starts + n + 1}, {rows, rows + starts[n]});
-    int most = 0;
-    for (int group = 0; group + 1 < int(p.groups.rows.size()); group++) {
-        most = std::max(most, p.groups.rows[group + 1] - p.groups.rows[group]);
+// Count the block rows of each kind.
+void kinds_of_rows(int n, const int* starts, const int* rows, int* counts) {
+    for (auto kind : block_rows(analysed(n, starts, rows)).kinds) {
+        counts[kind]++;
     }
-    return most;
 }
 
 int ldl_one(int n, const int* starts, const int* rows, const double* values, const double* signs, double* x) {
-    return ldl<double>(n, starts, rows, values, signs, x);
+    return ldl<double, true>(n, starts, rows, values, signs, x);
+}
+int ldl_one_without_blocks(int n, const int* starts, const int* rows, const double* values, const double* signs,
+                           double* x) {
+    return ldl<double, false>(n, starts, rows, values, signs, x);
 }
 int ldl_lanes(int n, const int* starts, const int* rows, const double* values, const double* signs, double* x) {
-    return ldl<pack_of<double>>(n, starts, rows, values, signs, x);
+    return ldl<pack_of<double>, false>(n, starts, rows, values, signs, x);
 }
 
 void products_one(int rows, int columns, const int* starts, const int* of_columns, const double* values,

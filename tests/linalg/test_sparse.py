@@ -14,8 +14,11 @@ from .test_kernels import COMPILER, HERE, LEVELS, OPTIONS, SOURCES, engine
 
 PATTERNS = {
     "empty K": (5, 0, 0.3), "one": (1, 1, 1.0), "thin": (40, 12, 0.05), "square": (30, 30, 0.1), "full": (12, 9, 1.0),
-    "more rows": (20, 60, 0.08), "dense": (60, 30, 0.3),
+    "more rows": (20, 60, 0.08), "dense": (60, 30, 0.3), "large": (150, 90, 0.03),
 }  # fmt: skip
+TEAMS = ["one", "one_without_blocks", "lanes"]
+KINDS = ["wide", "mixed", "scalar", "chained"]
+NOT_FINITE, INSIGNIFICANT = -1, -2
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,11 @@ def call(function, *arguments):
     """Call a function with numbers and arrays."""
     pointers = [a.ctypes.data_as(ctypes.c_void_p) if isinstance(a, np.ndarray) else ctypes.c_int(a) for a in arguments]
     return function(*pointers)
+
+
+def count_of(library, teams):
+    """Return the number of problems that are factored together."""
+    return library.lanes_of_a_register() if teams == "lanes" else 1
 
 
 def quasidefinite(size, count):
@@ -68,10 +76,10 @@ def quasidefinite(size, count):
     return signs[order], upper[0], np.stack([U.data for U in upper]), matrices
 
 
-@pytest.mark.parametrize("teams", ["one", "lanes"])
+@pytest.mark.parametrize("teams", TEAMS)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_solves_as_scipy(library, teams, name):
-    count = 1 if teams == "one" else library.lanes_of_a_register()
+    count = count_of(library, teams)
     signs, U, values, matrices = quasidefinite(PATTERNS[name], count)
     x = np.random.default_rng(0).normal(size=(count, len(signs)))
     right = x.copy()
@@ -87,10 +95,10 @@ def test_solves_as_scipy(library, teams, name):
     assert size == np.tril(linked, -1).sum()
 
 
-@pytest.mark.parametrize("teams", ["one", "lanes"])
+@pytest.mark.parametrize("teams", TEAMS)
 def test_solves_chains(library, teams):
     """Most columns have an entry in the next row; some in others too, some in none."""
-    count, n = 1 if teams == "one" else library.lanes_of_a_register(), 40
+    count, n = count_of(library, teams), 40
     rng = np.random.default_rng(0)
     M = sp.diags_array([rng.normal(size=n - 1), np.zeros(n)], offsets=[1, 0]).tolil()
     M[np.arange(0, n, 5), n - 1] = 1.0
@@ -104,18 +112,64 @@ def test_solves_chains(library, teams):
     assert_allclose(x, np.linalg.solve(full, right.T).T, rtol=1e-12, atol=1e-14)
 
 
-def test_factors_rows_together_where_that_saves_time(library):
+def kinds_of_rows(library, U):
+    counts = np.zeros(4, np.int32)
+    call(library.kinds_of_rows, U.shape[0], U.indptr, U.indices, counts)
+    return dict(zip(KINDS, counts.tolist(), strict=True))
+
+
+def test_rows_are_wide_where_that_saves_time(library):
     """Rows of the same columns fill a register; those of a chain are factored one by one."""
-    _, dense, *_ = quasidefinite(PATTERNS["dense"], 1)
+    W = library.lanes_of_a_register()
+    full = sp.triu(np.ones((3 * W + 2, 3 * W + 2))).tocsc()
     chain = sp.diags_array([np.ones(29), np.ones(30)], offsets=[1, 0]).tocsc()
-    assert call(library.rows_together, 90, dense.indptr, dense.indices) == library.lanes_of_a_register()
-    assert call(library.rows_together, 30, chain.indptr, chain.indices) == 1
+    assert kinds_of_rows(library, full)["wide"] >= (2 if W > 2 else 0)
+    assert kinds_of_rows(library, chain) == {"wide": 0, "mixed": 0, "scalar": 2, "chained": 28}
+    found = [kinds_of_rows(library, quasidefinite(size, 1)[1]) for size in PATTERNS.values()]
+    assert all(any(counts[kind] for counts in found) for kind in KINDS if W > 2)
 
 
-@pytest.mark.parametrize("teams", ["one", "lanes"])
+@pytest.mark.parametrize("teams", ["one", "one_without_blocks"])
+@pytest.mark.parametrize("seed", range(10))
+def test_dense_rows_among_sparse_ones(library, teams, seed):
+    """Wide rows with columns of one another and of single rows; single rows before, between and after them."""
+    rng, W = np.random.default_rng(seed), library.lanes_of_a_register()
+    n = 12 * W
+    M = np.zeros((n, n))
+    for start in rng.choice(n - 2 * W, 4):
+        rows = np.arange(start, start + rng.integers(W, 2 * W))
+        columns = np.union1d(rng.choice(n, 6), rows)
+        M[np.ix_(rows, columns)] = rng.normal(size=(len(rows), len(columns)))
+    signs = rng.choice([-1.0, 1.0], n)
+    M = M + M.T + np.diag(n * signs)
+    U = sp.triu(sp.csc_array(M)).tocsc()
+    x = rng.normal(size=(1, n))
+    right = x.copy()
+    assert call(getattr(library, f"ldl_{teams}"), n, U.indptr, U.indices, U.data, signs, x) > 0
+    assert_allclose(x, np.linalg.solve(M, right.T).T, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("teams", TEAMS)
+@pytest.mark.parametrize("k", [1, 7, 20, 39])
+def test_tells_pivots_that_are_rounding_errors(library, teams, k):
+    """A pivot is what is left of the matrix's entry and a sum of terms, the more of them the later it comes."""
+    count, n = count_of(library, teams), 40
+    M = np.full((n, n), 0.5) + np.diag(np.full(n, 4.0))
+    terms = M[k, :k] @ np.linalg.solve(M[:k, :k], M[:k, k])
+    signs = np.where(np.arange(n) == k, -1.0, 1.0)
+    U = sp.csc_array(np.triu(M))
+    for left, significant in ((1e-10, True), (4e-16, False)):
+        values = np.tile(U.data, (count, 1))
+        values[:, U.indptr[k + 1] - 1] = terms * (1 - 1e-10)
+        values[-1, U.indptr[k + 1] - 1] = terms * (1 - left)
+        size = call(getattr(library, f"ldl_{teams}"), n, U.indptr, U.indices, values, signs, np.ones((count, n)))
+        assert (size != INSIGNIFICANT) == significant
+
+
+@pytest.mark.parametrize("teams", TEAMS)
 def test_replaces_pivots_of_the_wrong_sign(library, teams):
     """A pivot that cancels in one problem is replaced there, and the other problems do not see it."""
-    count = 1 if teams == "one" else library.lanes_of_a_register()
+    count = count_of(library, teams)
     U = sp.csc_array(np.triu([[1.0, 1.0], [1.0, 1.0]]))  # in the order of its columns: M_00, M_01, M_11
     values = np.tile([1.0, 1.0, 3.0], (count, 1))
     values[0, 2] = 1.0  # the second pivot becomes 1 − 1 = 0
@@ -125,31 +179,34 @@ def test_replaces_pivots_of_the_wrong_sign(library, teams):
     assert_allclose(x[1:], np.tile(np.linalg.solve([[1, 1], [1, 3]], [1.0, 2.0]), (count - 1, 1)))
 
 
-@pytest.mark.parametrize("teams", ["one", "lanes"])
+@pytest.mark.parametrize("teams", TEAMS)
 def test_rounding_in_place_of_pivots_does_not_grow(library, teams):
     """Of dependent rows the pivots are what rounding leaves of terms of 1e12: each may multiply what comes after it."""
-    count, n, rows = 1 if teams == "one" else library.lanes_of_a_register(), 5, 40
+    count, n, rows = count_of(library, teams), 5, 40
     rng = np.random.default_rng(0)
     K = np.outer(rng.normal(size=rows), rng.normal(size=n))
     U = sp.triu(sp.csc_array(np.block([[1e-12 * np.eye(n), K.T], [K, -1e-10 * np.eye(rows)]]))).tocsc()
     signs, x = np.repeat([1.0, -1.0], [n, rows]), np.ones((count, n + rows))
     values = np.tile(U.data, (count, 1))
-    assert call(getattr(library, f"ldl_{teams}"), n + rows, U.indptr, U.indices, values, signs, x) > 0
+    assert call(getattr(library, f"ldl_{teams}"), n + rows, U.indptr, U.indices, values, signs, x) == INSIGNIFICANT
     assert np.isfinite(x).all()
 
 
-@pytest.mark.parametrize("teams", ["one", "lanes"])
+@pytest.mark.parametrize("teams", TEAMS)
 def test_says_where_a_number_is_not_finite(library, teams):
-    count = 1 if teams == "one" else library.lanes_of_a_register()
+    count = count_of(library, teams)
     U = sp.csc_array(np.triu([[1.0, 1.0], [1.0, 3.0]]))
     values = np.tile([1.0, np.nan, 3.0], (count, 1))
-    assert call(getattr(library, f"ldl_{teams}"), 2, U.indptr, U.indices, values, np.ones(2), np.ones((count, 2))) == -1
+    assert (
+        call(getattr(library, f"ldl_{teams}"), 2, U.indptr, U.indices, values, np.ones(2), np.ones((count, 2)))
+        == NOT_FINITE
+    )
 
 
 @pytest.mark.parametrize("teams", ["one", "lanes"])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 4), (20, 33), (3, 0), (0, 3)])
 def test_products(library, teams, shape):
-    count = 1 if teams == "one" else library.lanes_of_a_register()
+    count = count_of(library, teams)
     rng = np.random.default_rng(shape[0])
     M = sp.random_array(shape, density=0.3, rng=rng).tocsr()
     M.sort_indices()

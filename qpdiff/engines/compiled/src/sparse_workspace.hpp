@@ -21,12 +21,12 @@ template <class V, bool PRICED> class SparseWorkspace {
               o.kkt = &kkt;
               o.Q = {&kkt.Q, arena.take<V>(of_Q)}, o.square_matrix = {&kkt.Q, arena.take<V>(of_Q)};
               o.K = {&kkt.K, arena.take<V>(of_K)}, o.scaled = {&kkt.K, arena.take<V>(of_K)};
-              o.matrix = arena.take<V>(Index(kkt.ldl.rows.size()));
+              o.matrix = arena.take<V>(Index(kkt.ldl.rows.size()) + 1);
               o.units = arena.take<V>(kkt.ldl.n), o.right = arena.take<V>(kkt.ldl.n);
-              o.ldl = {arena.take<V>(kkt.ldl.size()), arena.take<V>(kkt.ldl.n), arena.take<V>(kkt.ldl.n)};
-              if constexpr (!is_vector<V>) {
-                  o.ldl.of_rows = arena.take<V>(Index(width<V>) * kkt.ldl.n);
-              }
+              bool blocks = !is_vector<V> && kkt.block_rows.usable;
+              Index of_L = blocks ? kkt.block_rows.size() : kkt.ldl.size();
+              Index of_row = blocks ? kkt.block_rows.longest : kkt.ldl.n;
+              o.ldl = {arena.take<V>(of_L), arena.take<V>(kkt.ldl.n), arena.take<V>(of_row)};
           }) {
         for (int j = 0; j < problem.n; j++) {
             problem.exists.data[j] = as<V>(1.0);

@@ -125,6 +125,36 @@ template <class N> QP_INLINE scalar_of<N> total(N v) {
         return v[0] + v[1];
     }
 }
+
+// Return the sum of the entries of each of as many packs of float64 as one has entries: neighbours are added up, then
+// what has become neighbours.
+template <class N, int W = entries<N>> QP_INLINE N totals(const N (&v)[W]) {
+    static_assert(W == 2 || W == 4 || W == 8);
+    N t[W];
+    for (int k = 0; k < W; k += 2) {
+        N a = v[k], b = v[k + 1];
+        if constexpr (W == 8) {
+            t[k / 2] = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
+                       __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+        } else if constexpr (W == 4) {
+            t[k / 2] = __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
+        } else {
+            t[k / 2] = __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3);
+        }
+    }
+    if constexpr (W == 8) {
+        for (int k = 0; k < 4; k += 2) {
+            t[k / 2] = __builtin_shufflevector(t[k], t[k + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+                       __builtin_shufflevector(t[k], t[k + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+        return __builtin_shufflevector(t[0], t[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+               __builtin_shufflevector(t[0], t[1], 4, 5, 6, 7, 12, 13, 14, 15);
+    } else if constexpr (W == 4) {
+        return __builtin_shufflevector(t[0], t[1], 0, 1, 4, 5) + __builtin_shufflevector(t[0], t[1], 2, 3, 6, 7);
+    } else {
+        return t[0];
+    }
+}
 #endif
 
 // ---- masks: bool for one number, for packs and lanes a vector of integers with all bits set or none; whether some,

@@ -2,10 +2,11 @@
 //
 //     P M Pᵀ = L D Lᵀ,
 //
-// for one problem or for one in each lane. The symbolic analysis depends on the pattern alone and is made once for all
-// problems and all iterations; the numeric part is up-looking (Davis, Direct Methods for Sparse Linear Systems, SIAM
-// 2006, chapter 4), with the pattern of each row of L stored instead of found again. L exists for any order of a
-// quasidefinite matrix, with pivots of known signs (Vanderbei, 1995), so no order depends on numbers.
+// for one problem in each lane. The symbolic analysis depends on the pattern alone and is made once for all problems
+// and all iterations; the numeric part is up-looking (Davis, Direct Methods for Sparse Linear Systems, SIAM 2006,
+// chapter 4), with the pattern of each row of L stored instead of found again. L exists for any order of a
+// quasidefinite matrix, with pivots of known signs (Vanderbei, 1995), so no order depends on numbers. One problem is
+// factored by block rows (block_rows.hpp), or as here where that would take much memory.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -33,18 +34,6 @@ template <class V> struct Matrix {
 
 // ---- the factorisation
 
-// Consecutive rows of L that one problem computes together, one in each entry of a pack: those whose entries are in
-// about the same columns. For each group of several rows, the columns before it that have an entry in one of them.
-struct RowGroups {
-    static constexpr int MOST = width<double>;
-    struct Column {
-        int column, first, last; // the places of its entries in the group
-    };
-    std::vector<int> rows;   // the first row of each group, and the number of rows
-    std::vector<int> starts; // where the columns of each group begin; those of a single row are not listed
-    std::vector<Column> columns;
-};
-
 // The symbolic analysis of a matrix given by its upper triangle in compressed columns, which is the lower triangle in
 // compressed rows.
 class LdlPattern {
@@ -54,8 +43,7 @@ class LdlPattern {
     std::vector<int> L_starts, L_rows; // of L, likewise, without its diagonal of ones
     std::vector<int> R_starts, R_cols; // of the rows of L: the columns of their entries, ascending
     std::vector<int> R_places;         // where each of these entries is in the columns of L
-    RowGroups groups;
-    bool chained = false; // whether most columns have an entry in the next row
+    bool chained = false;              // whether most columns have an entry in the next row
 
     // Analyse a matrix that has a diagonal. Return whether the number of entries of L is within the range of `int`.
     bool analyse(int size, std::vector<int> column_starts, std::vector<int> entry_rows) {
@@ -99,7 +87,6 @@ class LdlPattern {
             next_rows += L_starts[j] < L_starts[j + 1] && L_rows[L_starts[j]] == j + 1;
         }
         chained = 2 * next_rows > n;
-        group_rows();
         return true;
     }
 
@@ -114,53 +101,6 @@ class LdlPattern {
         }
         return sum;
     }
-
-  private:
-    // The time of a loop over a column, of one for a group and of an operation there, in operations for one row.
-    static constexpr double COLUMN = 6, GROUP_COLUMN = 14, GROUP_OPERATION = 1.5, GROUP_ROW = 20;
-
-    // Divide the rows into groups. From each row on, as many are taken together as save most of the time that they take
-    // one by one.
-    void group_rows() {
-        std::vector<int> where(n, -1); // of the columns of a group
-        std::vector<RowGroups::Column> found, chosen;
-        groups.rows.assign(1, 0);
-        groups.starts.assign(1, 0);
-        for (int k = 0; k < n; k = groups.rows.back()) {
-            double alone = 0, together = 0, saved = 0;
-            int next = k + 1;
-            found.clear();
-            for (int row = k; row < std::min(n, k + RowGroups::MOST); row++) {
-                for (int entry = R_starts[row]; entry < R_starts[row + 1]; entry++) {
-                    int column = R_cols[entry], place = R_places[entry], above = place - L_starts[column];
-                    alone += COLUMN + above;
-                    together += GROUP_OPERATION;
-                    if (column < k && where[column] < 0) {
-                        where[column] = int(found.size());
-                        found.push_back({column, place, place + 1});
-                        together += GROUP_COLUMN + GROUP_OPERATION * above;
-                    } else if (column < k) {
-                        found[where[column]].last++;
-                    }
-                }
-                together += GROUP_ROW;
-                if (row > k && alone - together > saved) {
-                    saved = alone - together;
-                    next = row + 1;
-                    chosen = found;
-                }
-            }
-            for (const auto& each : found) {
-                where[each.column] = -1;
-            }
-            if (saved > 0) {
-                std::sort(chosen.begin(), chosen.end(), [](auto& a, auto& b) { return a.column < b.column; });
-                groups.columns.insert(groups.columns.end(), chosen.begin(), chosen.end());
-            }
-            groups.rows.push_back(next);
-            groups.starts.push_back(int(groups.columns.size()));
-        }
-    }
 };
 
 // The pivots that a factorisation has to end with, against rounding errors.
@@ -170,33 +110,47 @@ template <class V> struct Pivots {
     // A pivot below `least` units, or of the other sign, becomes `replacement` units, or `growth` times as large where
     // that is more: it is a rounding error, as large as those of the entries that it divides.
     scalar_of<V> least, replacement, growth;
+    scalar_of<V> errors = 0; // rounding errors of its terms that a significant pivot is larger than
 };
 
 // The arrays that a factorisation fills.
 template <class V> struct Factor {
-    V* L = nullptr;       // entries in the order of `LdlPattern::L_rows`
+    V* L = nullptr;       // entries in the order of `LdlPattern::L_rows`; of `BlockRows`, if that is used, in its order
     V* inverse = nullptr; // 1 / D
-    V* work = nullptr;    // n zeros, which are zeros again afterwards
-    V* of_rows = nullptr; // as many zeros for each entry of a pack, for one problem
+    V* work = nullptr;    // n zeros, which are zeros again afterwards; or memory for a row of `BlockRows`
 };
 
 // What the pivots of a factorisation turned out to be.
 template <class V> struct Factored {
-    mask_of<V> ok;          // whether all are finite
-    mask_of<V> significant; // whether all are above so many rounding errors of their terms as was asked for
+    mask_of<V> ok = truth<mask_of<V>>(true); // whether all are finite
+    mask_of<V> significant = ok; // whether all are above so many rounding errors of their terms as was asked for
+
+    // Take the next pivot, the sum of terms of a size; return it, or what takes its place.
+    template <bool COMPARED> QP_INLINE V take(const Pivots<V>& pivots, int k, V d, V size) {
+        using Real = scalar_of<V>;
+        auto sign = pivots.signs[k];
+        V unit = pivots.units[k];
+        if constexpr (COMPARED) {
+            significant &= (d * sign > pivots.errors * Real(EPS) * size) | truth<mask_of<V>>(sign > 0);
+        }
+        auto wrong = d * sign <= pivots.least * unit;
+        if (is_vector<V> || some(wrong)) { // a branch for one problem, whose next pivots wait for this one; NaN stays
+            V replacement = larger(pivots.replacement * unit, pivots.growth * absolute(d));
+            d = select(wrong, sign * replacement, d);
+        }
+        ok &= is_finite(d);
+        return d;
+    }
 };
 
-// A factorisation in progress.
-template <bool COMPARED, class V> class Factorization {
-  public:
-    using Real = scalar_of<V>;
-
-    Factorization(const LdlPattern& p, const V* M, const Pivots<V>& pivots, const Factor<V>& f, Real errors)
-        : p(p), L_starts(p.L_starts.data()), L_rows(p.L_rows.data()), M(M), pivots(pivots), f(f), errors(errors) {}
-
-    // Compute row k of L, and its pivot.
-    QP_INLINE void factor_row(int k) {
-        V* y = f.work;
+// Factor a matrix with entries in the order of `LdlPattern::rows`. With `COMPARED`, compare each pivot with rounding
+// errors of the terms that it is the sum of.
+template <bool COMPARED = false, class V>
+QP_NOINLINE Factored<V> factor(const LdlPattern& p, const V* M, const Pivots<V>& pivots, Factor<V> f) {
+    const int *L_starts = p.L_starts.data(), *L_rows = p.L_rows.data();
+    V* y = f.work;
+    Factored<V> all;
+    for (int k = 0; k < p.n; k++) {
         V d{}, size{};
         for (int entry = p.starts[k]; entry < p.starts[k + 1]; entry++) {
             int i = p.rows[entry];
@@ -216,103 +170,9 @@ template <bool COMPARED, class V> class Factorization {
             }
             f.L[end] = scaled;
         }
-        put_pivot(k, d, size);
+        f.inverse[k] = scalar_of<V>(1) / all.template take<COMPARED>(pivots, k, d, size);
     }
-
-    // Compute a group of rows of L, and their pivots, for one problem. An entry of a pack is a row.
-    QP_INLINE void factor_rows(int group)
-        requires(!is_vector<V>)
-    {
-        using Pack = pack_of<V>;
-        constexpr int W = width<V>;
-        const RowGroups& g = p.groups;
-        int first = g.rows[group], last = g.rows[group + 1];
-        V* y = f.of_rows;
-        for (int k = first; k < last; k++) {
-            for (int entry = p.starts[k]; entry < p.starts[k + 1]; entry++) {
-                y[W * p.rows[entry] + k - first] = M[entry];
-            }
-        }
-        Pack sizes{};
-        auto subtract = [&](int place, Pack value) {
-            V* to = y + W * L_rows[place];
-            store(to, load<Pack>(to) - f.L[place] * value);
-        };
-        for (int c = g.starts[group]; c < g.starts[group + 1]; c++) {
-            const auto& [column, begin, end] = g.columns[c];
-            Pack value = load<Pack>(y + W * column), scaled = value * f.inverse[column];
-            store(y + W * column, Pack{});
-            for (int place = begin; place < end; place++) {
-                f.L[place] = scaled[L_rows[place] - first];
-            }
-            for (int place = L_starts[column]; place < end; place++) {
-                subtract(place, value);
-            }
-            if constexpr (COMPARED) {
-                sizes += absolute(value * scaled);
-            }
-        }
-        for (int k = first; k < last; k++) {
-            Pack value = load<Pack>(y + W * k);
-            store(y + W * k, Pack{});
-            put_pivot(k, value[k - first], sizes[k - first]);
-            Pack scaled = value * f.inverse[k];
-            for (int place = L_starts[k]; place < L_starts[k + 1] && L_rows[place] < last; place++) {
-                f.L[place] = scaled[L_rows[place] - first];
-                subtract(place, value);
-            }
-            if constexpr (COMPARED) {
-                sizes += absolute(value * scaled);
-            }
-        }
-    }
-
-    Factored<V> result() const { return {factor_ok, significant}; }
-
-  private:
-    const LdlPattern& p;
-    const int *L_starts, *L_rows;
-    const V* M;
-    const Pivots<V>& pivots;
-    const Factor<V>& f;
-    Real errors;
-    mask_of<V> factor_ok = truth<mask_of<V>>(true), significant = factor_ok;
-
-    // Store a pivot, the sum of terms of a size.
-    QP_INLINE void put_pivot(int k, V d, V size) {
-        auto sign = pivots.signs[k];
-        V unit = pivots.units[k];
-        if constexpr (COMPARED) {
-            significant &= (d * sign > errors * Real(EPS) * size) | truth<mask_of<V>>(sign > 0);
-        }
-        V replacement = larger(pivots.replacement * unit, pivots.growth * absolute(d));
-        d = select(d * sign <= pivots.least * unit, sign * replacement, d); // NaN stays
-        factor_ok &= is_finite(d);
-        f.inverse[k] = Real(1) / d;
-    }
-};
-
-// Factor a matrix with entries in the order of `LdlPattern::rows`. With `COMPARED`, compare each pivot with so many
-// rounding errors of the terms that it is the sum of.
-template <bool COMPARED = false, class V>
-QP_NOINLINE Factored<V> factor(const LdlPattern& p, const V* M, const Pivots<V>& pivots, Factor<V> f,
-                               scalar_of<V> errors = 0) {
-    Factorization<COMPARED, V> work(p, M, pivots, f, errors);
-    if constexpr (is_vector<V>) {
-        for (int k = 0; k < p.n; k++) {
-            work.factor_row(k);
-        }
-    } else {
-        const std::vector<int>& rows = p.groups.rows;
-        for (int group = 0; group + 1 < int(rows.size()); group++) {
-            if (rows[group + 1] - rows[group] > 1) {
-                work.factor_rows(group);
-            } else {
-                work.factor_row(rows[group]);
-            }
-        }
-    }
-    return work.result();
+    return all;
 }
 
 // Solve with the factor, in place. With `CHAINED`, what goes from a column to the next one stays in a register; by way
@@ -374,11 +234,16 @@ struct Team : std::conditional_t<is_vector<V>, lanes::Team, serial::Team<V>> {
     // Compute out = M x.
     static QP_NOINLINE void product(Matrix M, int rows, int, Vector x, Vector out) {
         for (int i = 0; i < rows; i++) {
-            V sum{};
-            for (int e = M.begin(i); e < M.end(i); e++) {
+            V sum{}, other{}; // an addition need not wait for the one before
+            int e = M.begin(i), end = M.end(i);
+            for (; e + 2 <= end; e += 2) {
+                sum += M.data[e] * x.data[M.column(e)];
+                other += M.data[e + 1] * x.data[M.column(e + 1)];
+            }
+            if (e < end) {
                 sum += M.data[e] * x.data[M.column(e)];
             }
-            out.data[i] = sum;
+            out.data[i] = sum + other;
         }
         std::fill(out.data + rows, out.data + Base::padded(rows), V{});
     }

@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "../linalg/block_rows.hpp"
 #include "../linalg/minimum_degree.hpp"
-#include "../linalg/sparse.hpp"
 #include "reduced_forms.hpp"
 
 namespace qpdiff {
@@ -32,9 +32,10 @@ class SparseKkt {
     std::vector<int> diagonal; // where the diagonal is, of variables and rows
     std::vector<double> signs; // of the pivots
     sparse::LdlPattern ldl;
-    std::vector<int> component; // of each variable, then of each row of A and G: the number of one of its variables
-    int components;             // how many there are
-    bool fits;                  // whether the number of entries of L is within the range of `int`
+    sparse::BlockRows block_rows; // for one problem
+    std::vector<int> component;   // of each variable, then of each row of A and G: the number of one of its variables
+    int components;               // how many there are
+    bool fits;                    // whether the number of entries of L is within the range of `int`
 
     // Analyse symmetric Q and K given in compressed rows.
     SparseKkt(int p, std::vector<int> Q_starts_, std::vector<int> Q_columns_, std::vector<int> K_starts_,
@@ -44,6 +45,7 @@ class SparseKkt {
           Q{Q_starts.data(), Q_columns.data()}, K{K_starts.data(), K_columns.data()},
           place(sparse::MinimumDegree(neighbours()).order()), of_Q(Q_columns.size()), mirror(Q_columns.size()),
           of_K(K_columns.size()), diagonal(n + linear), signs(n + linear) {
+        eliminate_leaves_first();
         int size = n + linear;
         std::vector<int> starts(size + 1, 0);
         each_entry([&](int&, int, int column) { starts[column + 1]++; });
@@ -67,6 +69,9 @@ class SparseKkt {
             }
         }
         fits = ldl.analyse(size, std::move(starts), std::move(rows));
+        if (fits) {
+            block_rows.analyse(ldl);
+        }
         find_components();
     }
     SparseKkt(const SparseKkt&) = delete;
@@ -89,6 +94,23 @@ class SparseKkt {
             }
         }
         return of;
+    }
+
+    // Bring to the front what is eliminated before all that it has an entry with: it needs nothing of the others.
+    void eliminate_leaves_first() {
+        int size = n + linear, leaves = 0;
+        std::vector<int> is_leaf(size, 1), moved(size);
+        each_entry([&](int&, int row, int column) { is_leaf[column] &= row == column; });
+        for (int k = 0; k < size; k++) {
+            moved[k] = leaves;
+            leaves += is_leaf[k];
+        }
+        for (int k = 0; k < size; k++) {
+            moved[k] = is_leaf[k] ? moved[k] : leaves + k - moved[k];
+        }
+        for (int& k : place) {
+            k = moved[k];
+        }
     }
 
     // Find which variables rows of A and G link.
@@ -140,7 +162,7 @@ class SparseKkt {
 // A problem with sparse matrices, and its KKT matrix.
 template <class V, bool PRICED> struct SparseProblem : Problem<sparse::Team<V, PRICED>> {
     const SparseKkt* kkt = nullptr;
-    V* matrix = nullptr; // the entries of the KKT matrix, in the order of `kkt->ldl.rows`
+    V* matrix = nullptr; // the entries of the KKT matrix, in the order of `kkt->ldl.rows`, and a zero
     V* units = nullptr;  // what its pivots are measured in: 1/D², 1/E²
     V* right = nullptr;  // a right-hand side in the order of elimination
     sparse::Factor<V> ldl;
@@ -228,7 +250,8 @@ template <class V, bool PRICED> QP_NOINLINE mask_of<V> convex(SparseProblem<V, P
         o.matrix[place] = V{};
     }
     std::fill(o.units, o.units + kkt.ldl.n, as<V>(1.0));
-    auto factored = sparse::factor<false, V>(kkt.ldl, o.matrix, {kkt.signs.data(), o.units, 0, NOT_A_NUMBER, 1}, o.ldl);
+    sparse::Pivots<V> pivots{kkt.signs.data(), o.units, 0, NOT_A_NUMBER, 1};
+    auto factored = sparse::factor(kkt.ldl, kkt.block_rows, o.matrix, pivots, o.ldl);
     assemble(o);
     return factored.ok;
 }
@@ -254,8 +277,9 @@ template <bool COMPARED, class V, bool PRICED> QP_NOINLINE sparse::Factored<V> f
         o.matrix[kkt.diagonal[o.n + i]] = diagonal.data[i];
         o.units[kkt.place[o.n + i]] = o.per_E2.data[i];
     }
-    sparse::Pivots<V> pivots{kkt.signs.data(), o.units, P.least_sparse_pivot, P.sparse_pivot, P.sparse_pivot_growth};
-    return sparse::factor<COMPARED, V>(kkt.ldl, o.matrix, pivots, o.ldl, P.sparse_pivot_errors);
+    sparse::Pivots<V> pivots{kkt.signs.data(),     o.units, P.least_sparse_pivot, P.sparse_pivot, P.sparse_pivot_growth,
+                             P.sparse_pivot_errors};
+    return sparse::factor<COMPARED>(kkt.ldl, kkt.block_rows, o.matrix, pivots, o.ldl);
 }
 
 // Factor the KKT matrix for θ, ρ and δ; return whether its pivots are finite.
@@ -290,7 +314,7 @@ QP_NOINLINE void solve_multipliers(Problem<sparse::Team<V, PRICED>>& problem, Ve
     for (int i = 0; i < o.linear; i++) {
         o.right[kkt.place[n + i]] = r_v.data[i];
     }
-    sparse::solve<V>(kkt.ldl, o.ldl, o.right);
+    sparse::solve(kkt.ldl, kkt.block_rows, o.ldl, o.right);
     for (int j = 0; j < n; j++) {
         dx.data[j] = o.right[kkt.place[j]];
     }
