@@ -314,18 +314,17 @@ def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsol
     """
     _check_fill(unsolved)
     problem = lin.problem
-    if names:
-        lin = _at_solved(lin)
     with problem.reproducibly():
         u_x, u_v = r_x, r_v
         gradients: dict[str, Any] = {}
         if problem.batch:
             u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, FILL[unsolved], names)
             if problem.sparse:
-                matrices = [name for name in MATRICES if name in gradients]
-                gradients |= {name: with_array(problem.operands[name], gradients[name]) for name in matrices}
+                for name in MATRICES:
+                    if name in gradients:
+                        gradients[name] = with_array(problem.operands[name], gradients[name])
         if len(gradients) < len(names):
-            rest = [name for name in names if name not in gradients]
+            lin, rest = _at_solved(lin), [name for name in names if name not in gradients]
             gradients |= solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest, kappa)
         return u_x, u_v, gradients
 
@@ -442,7 +441,7 @@ def _cotangent(sol: Solution, name: str, value):
     problem, shape = sol.linearization.problem, getattr(sol, name).shape
     if value is None:
         return problem.backend.full((problem.batch, *shape[len(problem.batch_shape) :]), 0.0, problem.dtype)
-    return _flat(problem, f"cotangent of {name}", value, shape)
+    return _flat(problem, "cotangent of", name, value, shape)
 
 
 def _tangent(problem: Problem, name: str, value):
@@ -455,14 +454,14 @@ def _tangent(problem: Problem, name: str, value):
     operand = getattr(problem, name)
     if isinstance(operand, Sparse):
         return operand.with_values(_flat_values(problem, label, operand, value))
-    return _flat(problem, label, value, problem.batch_shape + operand.shape[1:])
+    return _flat(problem, "tangent of", name, value, problem.batch_shape + operand.shape[1:])
 
 
-def _flat(problem: Problem, label: str, value, shape: tuple[int, ...]):
-    """Return a tangent or cotangent that broadcasts to a shape as an array with one batch axis."""
+def _flat(problem: Problem, what: str, name: str, value, shape: tuple[int, ...]):
+    """Return a tangent or cotangent of a name that broadcasts to a shape as an array with one batch axis."""
     own = type(value) is np.ndarray is type(problem.q)  # CuPy has NumPy's types of numbers, but not its arrays
     if not (own and value.dtype == problem.dtype and value.shape == shape):
-        value = as_tangent(problem, label, value, shape)
+        value = as_tangent(problem, f"{what} {name}", value, shape)
     axes = len(problem.batch_shape)
     return value if axes == 1 else problem.backend.xp.reshape(value, (problem.batch, *shape[axes:]))
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from .backend import Backend
 from .once import cached_property
-from .sparse import Sparse, apply, gather, stored, to_dense
+from .sparse import Pattern, Sparse, apply, full_pattern, gather, stored, to_dense
 
 OPERANDS = {
     "Q": ("n", "n"),
@@ -44,8 +44,10 @@ INFINITE = 1e20
 
 
 def cached(function):
-    """Cache a function's values as `lru_cache` does, but not for arguments without a hash: sizes that torch traces."""
-    known = lru_cache(maxsize=256)(function)
+    """Cache a function's values as `lru_cache` does, by the types of arguments too, but not for arguments without a
+    hash: sizes that torch traces, and what is no number.
+    """
+    known = lru_cache(maxsize=256, typed=True)(function)
 
     @wraps(function)
     def call(*args):
@@ -94,9 +96,10 @@ class Layout(_Layout):
         """The attributes that all problems of this layout have alike."""
         names = ("backend", "dtype", "result", "rounding", "batch_shape", "n", "m", "p", "sparse")
         blocks = _blocks(self.p, self.m, self.n * self.lower, self.n * self.upper)
+        batch, longest = math.prod(self.batch_shape), max(self.n, self.m + self.p)
         return {name: getattr(self, name) for name in names} | {
-            "batch": math.prod(self.batch_shape), "shapes": dict(self.shapes), "blocks": blocks,
-            "rows": blocks["ub"].stop,
+            "batch": batch, "shapes": dict(self.shapes), "blocks": blocks, "rows": blocks["ub"].stop,
+            "products": self.n * longest * max(batch, longest),
             "flat": all(len(shape) - len(CORES[name]) == 1 == len(self.batch_shape) for name, shape in self.shapes),
         }  # fmt: skip
 
@@ -186,6 +189,8 @@ class Problem:
         Slices of the constraint rows by the operand that they come from: "A", "G", "lb", "ub".
     rows : int
         Constraint rows.
+    products : int
+        About how many products of numbers the largest matrix product takes.
     shapes : dict
         The shape in which the caller gave each operand.
     flat : bool
@@ -206,6 +211,7 @@ class Problem:
     flat: bool
     blocks: dict[str, slice]
     rows: int
+    products: int
 
     def __init__(self, layout: Layout, operands: dict[str, Any], row_data: RowData | None = None):
         self.layout = layout
@@ -254,6 +260,11 @@ class Problem:
             self._deferred = False
         return self._operands
 
+    @cached_property
+    def patterns(self) -> tuple[Pattern, Pattern, Pattern]:
+        """The patterns of Q, A and G; that of a dense matrix is full."""
+        return _pattern(self.Q, self.n), _pattern(self.A, self.n), _pattern(self.G, self.n)
+
     @property
     def entries(self) -> int:
         """Numbers in all operands."""
@@ -297,8 +308,7 @@ class Problem:
 
     def reproducibly(self):
         """Return the context of work whose results the number of threads must not change."""
-        longest = max(self.n, self.m + self.p)
-        return self.backend.reproducibly(self.dtype, self.n * longest * max(self.batch, longest))
+        return self.backend.reproducibly(self.dtype, self.products)
 
     # ---- a selection of the batch
 
@@ -560,6 +570,12 @@ def slack(xp, s, h):
 #
 # A fixed variable, lb = ub, is one equality in the row of lb. The sign of its multiplier tells which bound holds the
 # variable against the cost; that is the one whose multiplier, cotangent or gradient is not 0.
+
+
+def _pattern(matrix, n: int) -> Pattern:
+    if isinstance(matrix, Sparse):
+        return matrix.pattern
+    return full_pattern(0 if matrix is None else matrix.shape[1], n)
 
 
 def split_rows(problem: Problem, values, v):

@@ -13,7 +13,7 @@ import numpy as np
 from .engines.base import MAX_ITERATIONS, Linearization, Outcome, Settings, StartingPoint, make_settings
 from .engines.choice import check_engine, choose_engine, explain_choice
 from .prices import with_prices
-from .problem import INFINITE, Problem, join_rows, slack, split_rows
+from .problem import INFINITE, Problem, cached, join_rows, slack, split_rows
 from .solution import FIELDS, Solution, Status, whole_solution
 from .validation import broadcasts, make_problem, symmetrized
 
@@ -238,7 +238,7 @@ def check_names(function: str, options: Collection[str]) -> None:
 def check_options(function: str, options: dict[str, Any]) -> None:
     """Refuse options that a solve with them would refuse, whatever the problem."""
     check_names(function, options)
-    _check_limits(**{name: options[name] for name in ("tol", "rtol", "max_iterations") if name in options})
+    _check_limits(options.get("tol"), options.get("rtol"), options.get("max_iterations", MAX_ITERATIONS))
     _check_progress(options.get("progress"))
     check_engine(options.get("engine", "auto"))
 
@@ -264,7 +264,8 @@ def read_settings(problem: Problem, tol, rtol, max_iterations) -> Settings:
     return make_settings(problem, tol, rtol, min(int(max_iterations), MOST_ITERATIONS))
 
 
-def _check_limits(tol=None, rtol=None, max_iterations=MAX_ITERATIONS) -> None:
+@cached
+def _check_limits(tol, rtol, max_iterations) -> None:
     for name, value in (("tol", tol), ("rtol", rtol)):
         if value is None:
             continue

@@ -29,6 +29,7 @@ MOST_REMEMBERED = 8
 LARGEST_REMEMBERED = 10**7
 """as long as these have no more entries of L together, each of which takes 4 bytes and more; the last one in any case.
 """
+DOUBLES = PARAMETERS[np.dtype(np.float64)]
 PLACES = {name: place for place, name in enumerate(OPERANDS)}
 
 
@@ -150,7 +151,7 @@ def solve(
     valid = _core.solve_sparse(
         pattern.kkt, operands, (*outcome, scaling),
         (None, None, None) if start is None else tuple([np.ascontiguousarray(a) for a in start]), settings,
-        PARAMETERS[x.dtype], check, rounding, lanes, pattern.workers(workers, count, lanes, SOLVE_COST, 4), progress,
+        DOUBLES, check, rounding, lanes, pattern.workers(workers, count, lanes, SOLVE_COST, 4), progress,
     )  # fmt: skip
     return (outcome, scaling) if valid else None
 
@@ -178,7 +179,7 @@ class Factors(NamedTuple):
             x, v, s, r_x, status = [np.ascontiguousarray(a) for a in (lin.x, lin.v, lin.s, r_x, lin.status)]
             _core.solve_sparse_kkt(
                 pattern.kkt, operands, (x, v, s, r_x, r_v, status, self.equilibration),
-                (u_x, u_v, *map(gradients.get, OPERANDS)), PARAMETERS[u_x.dtype], lanes, fill,
+                (u_x, u_v, *map(gradients.get, OPERANDS)), DOUBLES, lanes, fill,
                 problem.fixed is not None,
                 pattern.workers(problem.backend.workers, count, lanes, DERIVATIVE_COST, 10),
             )  # fmt: skip

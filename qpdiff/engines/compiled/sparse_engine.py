@@ -8,8 +8,6 @@ import numpy as np
 
 from ...backend import NumPyBackend
 from ...problem import Problem
-from ...sparse import Pattern as MatrixPattern
-from ...sparse import Sparse, full_pattern
 from ...validation import check_values, indefinite_error
 from ..base import Factors, Outcome, Settings, StartingPoint
 from . import sparse
@@ -29,7 +27,9 @@ def refusal(problem: Problem, verbose: bool) -> str | None:
 def suits(problem: Problem) -> bool:
     """Return whether sparse problems take fewer operations sparse than dense."""
     try:
-        return pattern_of(problem).pays(problem.lb is not None or problem.ub is not None, problem.batch)
+        return sparse.pattern_of(*problem.patterns).pays(
+            problem.lb is not None or problem.ub is not None, problem.batch
+        )
     except ValueError:  # the factor is too large
         return False
 
@@ -52,7 +52,7 @@ def solve(
 
 def _solve(problem: Problem, settings: Settings, start, progress, check: bool, rounding: float):
     """Return the outcome and the factors; None where an operand may not be valid."""
-    pattern, operands = pattern_of(problem), sparse.operands_of(problem)
+    pattern, operands = sparse.pattern_of(*problem.patterns), sparse.operands_of(problem)
     done = sparse.solve(
         pattern, operands, problem.batch, settings, start, check=check, rounding=rounding,
         workers=problem.backend.workers, progress=progress,
@@ -62,16 +62,4 @@ def _solve(problem: Problem, settings: Settings, start, progress, check: bool, r
 
 def without_factor(problem: Problem, scaling) -> Factors:
     """Return factors that store the scaling alone, as `engines.base.Engine` says: no others are stored here."""
-    return sparse.Factors(pattern_of(problem), scaling, sparse.operands_of(problem))
-
-
-def pattern_of(problem: Problem) -> sparse.Pattern:
-    """Return the patterns of Q, A and G together; that of a dense one is full."""
-    n = problem.n
-    return sparse.pattern_of(_pattern(problem.Q, n), _pattern(problem.A, n), _pattern(problem.G, n))
-
-
-def _pattern(matrix, n: int) -> MatrixPattern:
-    if isinstance(matrix, Sparse):
-        return matrix.pattern
-    return full_pattern(0 if matrix is None else matrix.shape[1], n)
+    return sparse.Factors(sparse.pattern_of(*problem.patterns), scaling, sparse.operands_of(problem))
