@@ -314,17 +314,20 @@ def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsol
     """
     _check_fill(unsolved)
     problem = lin.problem
+    if names:
+        lin = _at_solved(lin)
     with problem.reproducibly():
         u_x, u_v = r_x, r_v
         gradients: dict[str, Any] = {}
         if problem.batch:
             u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, FILL[unsolved], names)
             if problem.sparse:
+                operands = problem.operands
                 for name in MATRICES:
                     if name in gradients:
-                        gradients[name] = with_array(problem.operands[name], gradients[name])
+                        gradients[name] = with_array(operands[name], gradients[name])
         if len(gradients) < len(names):
-            lin, rest = _at_solved(lin), [name for name in names if name not in gradients]
+            rest = [name for name in names if name not in gradients]
             gradients |= solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest, kappa)
         return u_x, u_v, gradients
 

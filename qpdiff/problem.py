@@ -96,10 +96,9 @@ class Layout(_Layout):
         """The attributes that all problems of this layout have alike."""
         names = ("backend", "dtype", "result", "rounding", "batch_shape", "n", "m", "p", "sparse")
         blocks = _blocks(self.p, self.m, self.n * self.lower, self.n * self.upper)
-        batch, longest = math.prod(self.batch_shape), max(self.n, self.m + self.p)
         return {name: getattr(self, name) for name in names} | {
-            "batch": batch, "shapes": dict(self.shapes), "blocks": blocks, "rows": blocks["ub"].stop,
-            "products": self.n * longest * max(batch, longest),
+            "batch": math.prod(self.batch_shape), "shapes": dict(self.shapes), "blocks": blocks,
+            "rows": blocks["ub"].stop,
             "flat": all(len(shape) - len(CORES[name]) == 1 == len(self.batch_shape) for name, shape in self.shapes),
         }  # fmt: skip
 
@@ -189,8 +188,6 @@ class Problem:
         Slices of the constraint rows by the operand that they come from: "A", "G", "lb", "ub".
     rows : int
         Constraint rows.
-    products : int
-        About how many products of numbers the largest matrix product takes.
     shapes : dict
         The shape in which the caller gave each operand.
     flat : bool
@@ -211,7 +208,6 @@ class Problem:
     flat: bool
     blocks: dict[str, slice]
     rows: int
-    products: int
 
     def __init__(self, layout: Layout, operands: dict[str, Any], row_data: RowData | None = None):
         self.layout = layout
@@ -308,7 +304,8 @@ class Problem:
 
     def reproducibly(self):
         """Return the context of work whose results the number of threads must not change."""
-        return self.backend.reproducibly(self.dtype, self.products)
+        longest = max(self.n, self.m + self.p)
+        return self.backend.reproducibly(self.dtype, self.n * longest * max(self.batch, longest))
 
     # ---- a selection of the batch
 

@@ -310,7 +310,7 @@ def apply(function, value):
 
 def with_array(operand, array):
     """Return an operand with another array in place of its own, in the same form."""
-    return operand.with_values(array) if isinstance(operand, Sparse) else array
+    return Sparse.of_pattern(array, operand.pattern) if type(operand) is Sparse else array
 
 
 def stored(value):
