@@ -21,18 +21,19 @@ KINDS = ["wide", "mixed", "scalar", "chained"]
 NOT_FINITE, INSIGNIFICANT = -1, -2
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """The functions of sparse_test.cpp, for the widest vectors of this processor."""
+@pytest.fixture(scope="module", params=LEVELS)
+def library(tmp_path_factory, request):
+    """The functions of sparse_test.cpp, for the vectors of one level of instructions."""
     if COMPILER is None or not SOURCES.exists() or platform.system() == "Windows":
         pytest.skip("no C++ compiler, or no sources")
     if engine is None:
         pytest.skip("the compiled engine was not built")
     from qpdiff.engines.compiled import _level
 
-    level = max(level for level in LEVELS if level <= _level.highest())
+    if request.param > _level.highest():
+        pytest.skip("this processor does not run them")
     path = tmp_path_factory.mktemp("sparse") / "sparse.so"
-    machine = [f"-march=x86-64-v{level}"] if level else []
+    machine = [f"-march=x86-64-v{request.param}"] if request.param else []
     command = [COMPILER, "-std=c++20", "-O2", "-shared", "-fPIC", *OPTIONS, "-Wno-psabi", *machine, f"-I{SOURCES}"]
     subprocess.run([*command, HERE / "sparse_test.cpp", "-o", path], check=True, timeout=300)
     return ctypes.CDLL(str(path))

@@ -112,7 +112,7 @@ class BlockRows {
   private:
     static constexpr size_t MOST_PRODUCTS = 16; // for each entry of L and each row
     // The time of an entry of L, of a wide row and of a pack in it, and of its products, in those of a single row.
-    static constexpr double ENTRY = 6, WIDE_ROW = 250, WIDE_COLUMN = 18, WIDE_PRODUCT = 0.5;
+    static constexpr double ENTRY = 6, WIDE_ROW = 30 * W, WIDE_COLUMN = 18, WIDE_PRODUCT = 0.5;
     std::vector<int> numbers; // of the block row that the columns of each block belong to
 
     // Choose the wide rows: those that together save the most time.
