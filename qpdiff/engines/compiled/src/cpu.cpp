@@ -2,6 +2,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
 
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#include <numpy/arrayobject.h>
+
 #include "block_problem.hpp"
 #include "differentiate.hpp"
 #include "solve.hpp"
@@ -13,49 +16,52 @@ using namespace qpdiff;
 
 namespace {
 
-// A Python array, with its buffer locked.
+// A NumPy array, or None, by NumPy's own C interface: to lock the buffer of each array of a call takes as long as to
+// differentiate a small problem.
 class Array {
   public:
     explicit Array(nb::handle object, bool writable = false) {
-        if (!object.is_none()) {
-            if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_STRIDES | (writable ? PyBUF_WRITABLE : 0)) != 0) {
-                throw nb::python_error();
-            }
+        if (object.is_none()) {
+            return;
+        }
+        if (!PyArray_Check(object.ptr())) {
+            throw nb::type_error("a NumPy array or None was expected");
+        }
+        array = reinterpret_cast<PyArrayObject*>(object.ptr());
+        if (writable && !PyArray_ISWRITEABLE(array)) {
+            throw nb::value_error("a writable array was expected");
         }
     }
-    ~Array() {
-        if (view.obj) {
-            PyBuffer_Release(&view);
-        }
-    }
-    Array(Array&& other) : view(other.view) { other.view.obj = nullptr; }
 
     // Return it as an operand with a batch axis.
     Operand operand() const {
-        if (!view.obj) {
+        if (!array) {
             return {};
         }
-        Index batch = view.shape[0] == 1 ? 0 : view.strides[0];
-        Index row = view.ndim == 3 ? view.strides[1] : 0;
-        return {static_cast<const char*>(view.buf), batch, row, view.strides[view.ndim - 1]};
+        int axes = PyArray_NDIM(array);
+        Index batch = size(0) == 1 ? 0 : stride(0);
+        Index row = axes == 3 ? stride(1) : 0;
+        return {PyArray_BYTES(array), batch, row, stride(axes - 1)};
     }
 
     // Return it as rows of contiguous numbers.
     template <class T> Rows<T> rows() const {
-        if (!view.obj || view.shape[0] == 0) {
+        if (!array || size(0) == 0) {
             return {};
         }
-        if (view.itemsize != sizeof(T)) {
+        if (itemsize() != sizeof(T)) {
             throw nb::type_error("an array of another type was expected");
         }
-        return {static_cast<T*>(view.buf), view.shape[0] == 1 ? 0 : view.strides[0] / Index(sizeof(T))};
+        return {static_cast<T*>(PyArray_DATA(array)), size(0) == 1 ? 0 : stride(0) / Index(sizeof(T))};
     }
 
-    Index size(int axis) const { return view.obj ? view.shape[axis] : 0; }
-    Index itemsize() const { return view.itemsize; }
+    Index size(int axis) const { return array ? PyArray_DIM(array, axis) : 0; }
+    Index itemsize() const { return array ? PyArray_ITEMSIZE(array) : 0; }
 
   private:
-    Py_buffer view{};
+    Index stride(int axis) const { return PyArray_STRIDE(array, axis); }
+
+    PyArrayObject* array = nullptr; // the caller's reference keeps it
 };
 
 // The arrays of a tuple.
@@ -293,6 +299,9 @@ void set_blas(nb::dict capsules) {
 #endif
 
 NB_MODULE(QP_MODULE, m) {
+    if (PyArray_ImportNumPyAPI() < 0) {
+        throw nb::python_error();
+    }
     nb::set_leak_warnings(false); // Python modules refer to `Parameters` until the process ends
     nb::class_<Parameters>(m, "Parameters").def("__init__", [](Parameters* self, nb::object numbers) {
         new (self) Parameters();
