@@ -11,7 +11,6 @@ import numpy as np
 from .adjoint import (
     cost_jvp,
     filled,
-    masked,
     objective_jvp,
     objective_vjp,
     price_gradients,
@@ -239,7 +238,7 @@ def jvp(
         given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
         given |= price_operands(problem.operands, "tangent of ", elastic=elastic, elastic_quadratic=elastic_quadratic)
         tangents = {name: _tangent(problem, name, value) for name, value in given.items() if value is not None}
-        at, kappa = _at_solved(lin), smoothing or 0.0
+        at, kappa = lin.at_solved(), smoothing or 0.0
         parts = right_hand_sides(problem, at.x, at.v, tangents, kappa)
         dx, dv = solve_kkt(lin, *[sum(r[1:], r[0]) for r in zip(*parts, strict=True)], unsolved=unsolved)
         if smoothing is None:
@@ -314,22 +313,20 @@ def solve_adjoint(lin: Linearization, r_x, r_v, names: Collection[str], *, unsol
     """
     _check_fill(unsolved)
     problem = lin.problem
-    if names:
-        lin = _at_solved(lin)
-    with problem.reproducibly():
-        u_x, u_v = r_x, r_v
-        gradients: dict[str, Any] = {}
-        if problem.batch:
-            u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, FILL[unsolved], names)
-            if problem.sparse:
-                operands = problem.operands
-                for name in MATRICES:
-                    if name in gradients:
-                        gradients[name] = with_array(operands[name], gradients[name])
-        if len(gradients) < len(names):
-            rest = [name for name in names if name not in gradients]
-            gradients |= solution_vjp(problem, lin.x, lin.v, u_x, u_v, rest, kappa)
-        return u_x, u_v, gradients
+    u_x, u_v = r_x, r_v
+    gradients: dict[str, Any] = {}
+    if problem.batch:
+        u_x, u_v, gradients = lin.factors.solve(lin, r_x, r_v, FILL[unsolved], names)
+        if problem.sparse:
+            operands = problem.operands
+            for name in MATRICES:
+                if name in gradients:
+                    gradients[name] = with_array(operands[name], gradients[name])
+    if len(gradients) < len(names):
+        rest, at = [name for name in names if name not in gradients], lin.at_solved()
+        with problem.reproducibly():
+            gradients |= solution_vjp(problem, at.x, at.v, u_x, u_v, rest, kappa)
+    return u_x, u_v, gradients
 
 
 def objective_gradients(
@@ -350,7 +347,7 @@ def objective_gradients(
         By name, (B or 1, core).
     """
     _check_fill(unsolved)
-    problem, xp, at = lin.problem, lin.problem.backend.xp, _at_solved(lin)
+    problem, xp, at = lin.problem, lin.problem.backend.xp, lin.at_solved()
     if at is not lin:
         g = filled(xp, lin.status == int(Status.SOLVED), g, FILL[unsolved])
     with problem.reproducibly():
@@ -359,14 +356,6 @@ def objective_gradients(
         _, of_w, of_sigma = relaxed_price_slopes(problem, at.x, at.v, kappa)
         gradients |= price_gradients(problem, g * of_w, g * of_sigma, names)
     return gradients
-
-
-def _at_solved(lin: Linearization) -> Linearization:
-    """Return a linearization with zeros for x and v of problems that are not SOLVED; the same one without such."""
-    if lin.problem.backend.known_all_false(lin.status):  # SOLVED is 0
-        return lin
-    x, v = masked(lin.problem.backend.xp, lin.status == int(Status.SOLVED), lin.x, lin.v)
-    return lin._replace(x=x, v=v)
 
 
 def _check_fill(unsolved: str) -> None:

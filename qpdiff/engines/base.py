@@ -10,7 +10,9 @@ from collections.abc import Collection
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
+from ..adjoint import masked
 from ..problem import Problem
+from ..solution import Status
 from .parameters import DOUBLE, parameters
 
 MAX_ITERATIONS = DOUBLE.max_iterations
@@ -75,6 +77,13 @@ class Linearization(NamedTuple):
     s: Any
     status: Any
 
+    def at_solved(self) -> Linearization:
+        """Return it with zeros for x and v of problems that are not SOLVED; itself where there are none such."""
+        if self.problem.backend.known_all_false(self.status):  # SOLVED is 0
+            return self
+        x, v = masked(self.problem.backend.xp, self.status == int(Status.SOLVED), self.x, self.v)
+        return self._replace(x=x, v=v)
+
 
 class Factors(Protocol):
     """The factors that an engine saves of a batch to solve the KKT system at its solutions; they can be pickled."""
@@ -84,7 +93,7 @@ class Factors(Protocol):
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Solve for right-hand sides (B, n) and (B, constraints).
 
-        Problems that are not SOLVED get the number `fill`.
+        Problems that are not SOLVED get the number `fill`; to gradients their x and v, which may be NaN, are zeros.
 
         Returns
         -------

@@ -150,6 +150,7 @@ class Factors(NamedTuple):
     stored: Stored
 
     def solve(self, lin, r_x, r_v, fill, names):
+        lin = lin.at_solved() if names else lin
         problem, launch = lin.problem, DerivativeLaunch()
         self.engine.common(launch, problem, self.form, self.stored)
         status = np.ascontiguousarray(lin.status, np.int32)

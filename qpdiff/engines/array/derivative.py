@@ -33,7 +33,8 @@ class Factors(NamedTuple):
             arrays, layout = pack(lin)
             u_x, u_v = backend.jit(_solve_traced)(arrays, (r_x, r_v), layout, None)
         else:
-            u_x, u_v = _solve(lin, r_x, r_v)
+            with lin.problem.reproducibly():
+                u_x, u_v = _solve(lin, r_x, r_v)
         xp, solved = backend.xp, lin.status == int(Status.SOLVED)
         return *(xp.where(solved, u, xp.full_like(u, fill)) for u in (u_x, u_v)), {}
 

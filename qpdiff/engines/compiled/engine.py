@@ -85,6 +85,7 @@ class Factors(NamedTuple):
 
     def solve(self, lin: Linearization, r_x, r_v, fill: float, names: Collection[str]):
         """Solve the KKT system, as `engines.base.Factors` says; the gradients of all but prices come along."""
+        lin = lin.at_solved() if names else lin
         problem, dtype = lin.problem, r_x.dtype
         count, allocate = problem.batch, np.empty if lin.x.size < FEW else empty
         u_x, u_v = allocate(lin.x.shape, dtype), allocate(lin.v.shape, dtype)

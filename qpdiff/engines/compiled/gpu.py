@@ -220,6 +220,7 @@ class Factors(NamedTuple):
 
         The gradients of matrices that each problem has its own of come along.
         """
+        lin = lin.at_solved() if names else lin
         problem, form = lin.problem, Form(self.form)
         backend, dtype = problem.backend, problem.dtype
         u = backend.empty(lin.x.shape, dtype), backend.empty(lin.v.shape, dtype)
