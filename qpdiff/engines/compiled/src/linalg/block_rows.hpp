@@ -81,8 +81,9 @@ class BlockRows {
             }
             int numbers = int(place - places[row]);
             place += height > 1 ? 2 * W * W : 0;
-            usable = place <= std::numeric_limits<int>::max() &&
-                     products.size() <= MOST_PRODUCTS * (size_t(p.size()) + size_t(p.n));
+            constexpr size_t LARGEST = std::numeric_limits<int>::max();
+            size_t most_products = std::min(LARGEST, MOST_PRODUCTS * (size_t(p.size()) + size_t(p.n)));
+            usable = size_t(place) <= LARGEST && products.size() <= most_products;
             if (!usable) {
                 *this = BlockRows();
                 return;
