@@ -10,7 +10,6 @@ from collections.abc import Collection
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
-from ..adjoint import masked
 from ..problem import Problem
 from ..solution import Status
 from .parameters import DOUBLE, parameters
@@ -81,8 +80,8 @@ class Linearization(NamedTuple):
         """Return it with zeros for x and v of problems that are not SOLVED; itself where there are none such."""
         if self.problem.backend.known_all_false(self.status):  # SOLVED is 0
             return self
-        x, v = masked(self.problem.backend.xp, self.status == int(Status.SOLVED), self.x, self.v)
-        return self._replace(x=x, v=v)
+        xp, solved = self.problem.backend.xp, self.status == int(Status.SOLVED)
+        return self._replace(x=xp.where(solved, self.x, 0.0), v=xp.where(solved, self.v, 0.0))
 
 
 class Factors(Protocol):

@@ -191,7 +191,7 @@ ALLOWED = {
     "adjoint": {"problem", "sparse"},
     "engines": set(),
     "engines.parameters": {"problem"},
-    "engines.base": {"problem", "engines.parameters"},
+    "engines.base": {"problem", "solution", "engines.parameters"},
     "engines.reduction": {"problem"},
     "engines.array": {"once", "problem", "validation", "solution", *BASE},
     "engines.compiled": {"backend", "once", "problem", "sparse", "validation", "solution", *BASE},
