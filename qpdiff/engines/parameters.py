@@ -178,6 +178,11 @@ class Parameters:
     """Factor on it where the matrix is not definite,"""
     afresh_attempts: int = 4
     """with so many attempts."""
+    afresh_levels: int = 3
+    """How many values of θ of the equalities are tried, each so many times the one before, until a residual is as small
+    as that of an accurate factor: beside a large 1/θ a small curvature is lost to rounding."""
+    afresh_better: float = 0.1
+    """A solution with a further one is taken where it leaves this share of what the best so far does."""
     afresh_rounds: int = 12
     """Rounds of refinement with it."""
     sparse_smallest: float = 1e-8
@@ -198,7 +203,8 @@ SINGLE = replace(
     DOUBLE, tolerance=1e-4, rho=3e-4, delta=1e-3, smallest=3e-4, certificate=1e5, tiny=1e-30, smallest_pivot=1e-2,
     diagonal_regularization=1e-5, row_rounding=5e-7, refined=EPS_SINGLE**0.625, factor_residual=0.1 * EPS_SINGLE**0.5,
     factor_moved=EPS_SINGLE**0.5, inactive=1e4, least_theta=1e-5, derivative_accuracy=1e-3, afresh_smallest=1e-4,
-    afresh_largest=1e-2, afresh_equality=1e-5, afresh_rho=1e-5, least_distance=least_distance(EPS_SINGLE),
+    afresh_largest=1e-2, afresh_equality=1e-5, afresh_levels=1,
+    afresh_rho=1e-5, least_distance=least_distance(EPS_SINGLE),
 )  # fmt: skip
 
 

@@ -150,6 +150,76 @@ def test_vjp_against_central_differences(shared):
             assert abs(np.sum(gradient * tangent) - expected) <= 1e-6 * size
 
 
+def equalities_beside_little_curvature(seed):
+    """A singular Q with a few entries and equalities: in the scaled problem, those outweigh the curvature that is left.
+
+    Also the matrix of the KKT system, which is well-conditioned; None where it is not.
+    """
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(4, 40))
+    p = int(rng.integers(n // 3, n + 1))
+    factor = rng.normal(size=(n - 1, n)) * (rng.random((n - 1, n)) < rng.choice([0.1, 0.3]))
+    A = rng.normal(size=(p, n)) * (rng.random((p, n)) < 0.3)
+    operands = {"Q": factor.T @ factor, "q": rng.normal(size=n), "A": A, "b": rng.normal(size=p)}
+    operands["Q"] = (operands["Q"] + operands["Q"].T) / 2
+    kkt = np.block([[operands["Q"], A.T], [A, np.zeros((p, p))]])
+    well_posed = np.linalg.svd(A, compute_uv=False)[-1] > 0.1 and np.linalg.cond(kkt) < 1e4
+    return operands, kkt if well_posed else None
+
+
+def test_equalities_beside_little_curvature():
+    """The seeds above 40 are those of gradients that were wrong, by up to eight times their size."""
+    for seed in (*range(40), 76, 1102, 1361, 1856, 2728, 3208, 3298, 4568, 6119):
+        operands, kkt = equalities_beside_little_curvature(seed)
+        if kkt is None:
+            continue
+        n, masks = len(operands["q"]), {name: operands[name] != 0 for name in "QA"}
+        cotangent = np.random.default_rng(1).normal(size=n)
+        right = np.concat([cotangent, np.zeros(len(operands["b"]))])
+        of_q, of_b = np.split(np.linalg.solve(kkt, right) * np.where(np.arange(len(right)) < n, -1, 1), [n])
+        for q in (operands["q"], np.tile(operands["q"], (9, 1))):  # one problem, and several in lanes
+            sol = qpdiff.solve_qp(**sparsely(operands | {"q": q}, masks))
+            gradients = qpdiff.vjp(sol, x=cotangent)
+            for found, expected in ((gradients.q, of_q), (gradients.b / (q.size // n), of_b)):
+                error = np.abs(found - expected).max()
+                assert error <= 1e-6 * max(np.abs(expected).max(), 0.01)
+
+
+def rank_deficient(seed):
+    """A strictly complementary problem whose Q is singular, in any units, and the matrix of its active constraints."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(4, 60))
+    p, m, rank = int(rng.integers(1, n // 2 + 1)), int(rng.integers(1, n + 10)), int(rng.integers(1, n + 1))
+    factor = rng.normal(size=(rank, n)) * (rng.random((rank, n)) < rng.choice([0.1, 0.3, 1.0]))
+    Q = 10.0 ** rng.integers(-3, 4) * (factor.T @ factor)
+    A, G = (rng.normal(size=(rows, n)) * (rng.random((rows, n)) < 0.3) for rows in (p, m))
+    x, y = rng.normal(size=n), rng.normal(size=p)
+    slack, over = (rng.choice([0, 1], size=k, p=[a, 1 - a]) * rng.uniform(0.1, 1, k) for k, a in ((m, 0.5), (n, 0.2)))
+    z, z_lb = (np.where(s == 0, rng.uniform(0.1, 1, len(s)), 0.0) for s in (slack, over))
+    Q = (Q + Q.T) / 2
+    operands = {"Q": Q, "q": z_lb - Q @ x - A.T @ y - G.T @ z, "A": A, "b": A @ x, "G": G, "h": G @ x + slack}
+    return operands | {"lb": x - over}, np.concat([A, G[slack == 0], -np.eye(n)[over == 0]])
+
+
+def test_rank_deficient_costs_in_any_units():
+    tested = 0
+    for seed in range(150):
+        operands, active = rank_deficient(seed)
+        n = len(operands["q"])
+        kkt = np.block([[operands["Q"], active.T], [active, np.zeros((len(active),) * 2)]])
+        if len(active) > n or np.linalg.svd(active, compute_uv=False)[-1] < 0.05 or np.linalg.cond(kkt) > 1e5:
+            continue
+        tested += 1
+        cotangent = np.random.default_rng(1).normal(size=n)
+        expected = -np.linalg.solve(kkt, np.concat([cotangent, np.zeros(len(active))]))[:n]
+        masks = {name: operands[name] != 0 for name in "QAG"}
+        for q in (operands["q"], np.tile(operands["q"], (9, 1))):  # one problem, and several in lanes
+            sol = qpdiff.solve_qp(**sparsely(operands | {"q": q}, masks), tol=1e-10, rtol=1e-10)
+            found = qpdiff.vjp(sol, x=cotangent).q[np.asarray(sol.status) == Status.SOLVED]
+            assert np.abs(found - expected).max(initial=0) <= 1e-5 * max(np.abs(expected).max(), 0.01)
+    assert tested > 20
+
+
 @pytest.mark.parametrize("shared", [(), ("Q", "A")], ids=lambda s: "shared-" + "".join(s))
 @pytest.mark.parametrize("smoothing", [None, 1e-2])
 def test_objective_and_smoothing(shared, smoothing):

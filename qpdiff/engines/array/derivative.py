@@ -275,7 +275,8 @@ def solve_afresh(problem: Problem, at: Point):
     Where active constraints are dependent, their multipliers share what is asked of them in proportion to 1/θ, and no
     inequality stands against an equality. That has to hold for the factor too, whose smallest θ must stay well above
     rounding: so the smallest θ are scaled up together, and equalities get a smaller one. The refinement takes the
-    result back to the system itself.
+    result back to the system itself. Beside the large 1/θ of equalities a small curvature can be lost to rounding, so
+    that it does not: then theirs is raised, and the solution stays that leaves by far the least.
     """
     xp, P = problem.backend.xp, parameters(problem)
     D, E, *_ = at.scaling
@@ -285,20 +286,31 @@ def solve_afresh(problem: Problem, at: Point):
     top = problem.backend.largest(xp.where(raised, scaled, zero))
     lift = P.afresh_largest / xp.where(top > 0, top, xp.ones_like(top))
     level = problem.backend.clip(scaled * lift, P.afresh_smallest, P.afresh_largest)
-    of_equality = problem.backend.clip(scaled, P.afresh_equality)
-    theta = xp.where(problem.equality, of_equality, xp.where(raised, level, scaled)) / E**2
-    form = PrimalForm(problem)
+    form, one = PrimalForm(problem), xp.ones_like(at.r_x[:, :1])
 
-    def factored(rho):
-        return *form.factor(Diagonals(theta, rho / D**2, zero)), rho
+    def factor(theta):
+        def factored(rho):
+            return *form.factor(Diagonals(theta, rho / D**2, zero)), rho
 
-    def failed(factor, factor_ok, rho):
-        return ~xp.all(factor_ok)
+        def failed(factor, factor_ok, rho):
+            return ~xp.all(factor_ok)
 
-    def again(factor, factor_ok, rho):
-        return factored(xp.where(factor_ok, rho, P.afresh_growth * rho))
+        def again(factor, factor_ok, rho):
+            return factored(xp.where(factor_ok, rho, P.afresh_growth * rho))
 
-    start = factored(xp.full_like(at.r_x[:, :1], P.afresh_rho))
-    factor, *_ = problem.backend.while_loop(failed, again, start, P.afresh_attempts - 1)
-    u_x, u_v, *_ = solve_with_inexact_factor(form, factor, at, P.afresh_rounds)
+        return problem.backend.while_loop(failed, again, factored(P.afresh_rho * one), P.afresh_attempts - 1)[0]
+
+    def inaccurate(u_x, u_v, left, equality):
+        return ~xp.all(left <= P.factor_residual)
+
+    def solve(u_x, u_v, left, equality):
+        theta = xp.where(problem.equality, xp.maximum(scaled, equality), xp.where(raised, level, scaled)) / E**2
+        now_x, now_v, now, _ = solve_with_inexact_factor(form, factor(theta), at, P.afresh_rounds)
+        keeps = (left <= P.factor_residual) | ((left < float("inf")) & ~(now < P.afresh_better * left))
+        pairs = ((u_x, now_x), (u_v, now_v), (left, now))
+        return *(xp.where(keeps, old, new) for old, new in pairs), P.afresh_growth * equality
+
+    start = xp.zeros_like(at.r_x), zero, float("inf") * one, P.afresh_equality * one
+    levels = P.afresh_levels if problem.p else 1
+    u_x, u_v, *_ = problem.backend.while_loop(inaccurate, solve, start, levels)
     return u_x, u_v

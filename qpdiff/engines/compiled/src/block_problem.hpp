@@ -106,10 +106,10 @@ template <class Of> QP_INLINE void lay_out_to_solve(Problem<Of>& o, Form form, A
 template <class Of> QP_INLINE void lay_out_to_differentiate(Problem<Of>& o, Derivative<Of>& d, Arena& arena) {
     int n = o.n, linear = o.linear, rows = o.rows;
     arena.vectors(n, o.q, o.lb, o.ub, o.D, o.diagonal_Q, o.diagonal, o.inverse, o.rho, o.forward, o.columns, d.right.x,
-                  d.u.x, d.x, d.per_D, d.eliminated.x, d.left.x, d.left_after.x, d.correction.x);
+                  d.u.x, d.x, d.per_D, d.eliminated.x, d.left.x, d.left_after.x, d.correction.x, d.best.x);
     arena.vectors(rows, o.k, o.E, o.weights, o.theta, o.delta, o.t, o.lengths, o.kind.kinds, d.right.v, d.u.v, d.u.Kx,
                   d.v, d.s, d.theta, d.weights, d.nearly_active, d.per_E, d.eliminated.v, d.left.v, d.left_after.v,
-                  d.correction.v, d.correction.Kx, d.of_inactive);
+                  d.correction.v, d.correction.Kx, d.of_inactive, d.best.v, d.best.Kx);
     if constexpr (Of::PRICED) {
         arena.vectors(rows, o.v_lower, o.v_upper, o.compliance);
     }

@@ -75,9 +75,10 @@ template <class T, bool PRICED> class DerivativeWorker {
     void lay_out(Arena& arena) {
         auto of_variables = [&](auto&... vectors) { ((vectors.data = arena.take<T>(o.np + ROWS)), ...); };
         auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<T>(o.rows + ROWS)), ...); };
-        of_variables(d.right.x, d.u.x, d.x, d.per_D, d.eliminated.x, d.left.x, d.left_after.x, d.correction.x);
+        of_variables(d.right.x, d.u.x, d.x, d.per_D, d.eliminated.x, d.left.x, d.left_after.x, d.correction.x,
+                     d.best.x);
         of_rows(d.right.v, d.u.v, d.u.Kx, d.v, d.s, d.theta, d.weights, d.nearly_active, d.per_E, d.eliminated.v,
-                d.left.v, d.left_after.v, d.correction.v, d.correction.Kx, d.of_inactive);
+                d.left.v, d.left_after.v, d.correction.v, d.correction.Kx, d.of_inactive, d.best.v, d.best.Kx);
         d.numbers = arena.take<int>(o.lp + 1);
     }
 

@@ -67,7 +67,7 @@ template <class V, bool PRICED> class SparseWorkspace {
         auto of_rows = [&](auto&... vectors) { ((vectors.data = arena.take<V>(o.rows)), ...); };
         of_variables(d.x, d.right.x, d.per_D, d.left.x, d.left_after.x);
         of_rows(d.right.v, d.v, d.s, d.theta, d.nearly_active, d.per_E, d.share, d.left.v, d.left_after.v);
-        for (auto* u : {&d.u, &d.correction, &d.first}) {
+        for (auto* u : {&d.u, &d.correction, &d.best}) {
             of_variables(u->x);
             of_rows(u->v, u->Kx);
         }

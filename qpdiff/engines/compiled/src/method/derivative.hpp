@@ -39,6 +39,7 @@ template <class Team> struct Derivative {
     RightHandSide<Team> left;       // the residual of `u`
     RightHandSide<Team> left_after; // the residual after the next correction
     KktSolution<Team> correction;
+    KktSolution<Team> best;           // the solution with another factor that left the least so far
     Vector of_inactive;               // the entries of a solution at the inactive constraints, else 0
     typename Team::Indices numbers{}; // the indices of the nearly active constraints
 };
@@ -320,11 +321,12 @@ QP_INLINE void raise_nearly_active(Problem<Team>& o, const Derivative<Team>& d, 
     });
 }
 
-// Solve with a new factor of the primal form, whose θ is raised.
-template <class Team> QP_NOINLINE void solve_afresh(Problem<Team>& o, Derivative<Team>& d) {
+// Solve with a new factor of the primal form, whose θ is raised to certain limits.
+template <class Team>
+QP_NOINLINE Accuracy<typename Team::Real> solve_raised(Problem<Team>& o, Derivative<Team>& d, const RaisedTheta& to) {
     using Real = typename Team::Real;
     const Parameters& P = *o.parameters;
-    raise_nearly_active(o, d, {P.afresh_smallest, P.afresh_largest, P.afresh_equality});
+    raise_nearly_active(o, d, to);
     Real rho = Real(P.afresh_rho);
     for (int attempt = 0; attempt < int(P.afresh_attempts); attempt++) {
         Team::each(o.np, [&](auto j) { o.rho.set(j, rho / square(o.D[j])); });
@@ -333,7 +335,29 @@ template <class Team> QP_NOINLINE void solve_afresh(Problem<Team>& o, Derivative
         }
         rho *= Real(P.afresh_growth);
     }
-    solve_with_inexact_factor<Form::primal>(o, d, int(P.afresh_rounds));
+    return solve_with_inexact_factor<Form::primal>(o, d, int(P.afresh_rounds));
+}
+
+// Return how many values of θ of the equalities are tried.
+template <class Team> QP_INLINE int afresh_levels(const Problem<Team>& o) {
+    return o.p > 0 ? int(o.parameters->afresh_levels) : 1;
+}
+
+// Solve with factors made for the purpose, until one is accurate enough.
+template <class Team> QP_NOINLINE void solve_afresh(Problem<Team>& o, Derivative<Team>& d) {
+    using Real = typename Team::Real;
+    const Parameters& P = *o.parameters;
+    Real equality = Real(P.afresh_equality), left = Real(INFINITY_);
+    for (int level = 0; level < afresh_levels(o) && !(left <= Real(P.factor_residual)); level++) {
+        std::swap(d.u, d.best);
+        Real now = solve_raised(o, d, {P.afresh_smallest, P.afresh_largest, equality}).left;
+        if (level > 0 && !(now < Real(P.afresh_better) * left)) {
+            std::swap(d.u, d.best);
+        } else {
+            left = now;
+        }
+        equality *= Real(P.afresh_growth);
+    }
 }
 
 } // namespace qpdiff

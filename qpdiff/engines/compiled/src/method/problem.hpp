@@ -29,7 +29,7 @@ constexpr double INFINITE = 1e20; // bounds from this magnitude on count as infi
     X(certificate_rounding) X(late_certificate) X(ray_violation) X(nearly_active) X(inactive) X(least_theta) \
     X(derivative_rounds) X(derivative_accuracy) X(refined) X(refined_moved) X(nearly_refined) X(well_refined) \
     X(factor_residual) X(factor_moved) X(afresh_smallest) X(afresh_largest) X(afresh_equality) X(afresh_rho) \
-    X(afresh_growth) X(afresh_attempts) X(afresh_rounds)
+    X(afresh_growth) X(afresh_attempts) X(afresh_levels) X(afresh_better) X(afresh_rounds)
 // clang-format on
 
 struct Parameters {

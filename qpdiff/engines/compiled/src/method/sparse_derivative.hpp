@@ -11,7 +11,6 @@ namespace qpdiff {
 template <class V, bool PRICED> struct SparseDerivative : Derivative<sparse::Team<V, PRICED>> {
     typename sparse::Team<V, PRICED>::Vector
         share; // factors on residuals of the constraints: E, less where a constraint is inactive
-    KktSolution<sparse::Team<V, PRICED>> first;
 };
 
 // Return the size of a right-hand side or a residual in the scaled problem. An inactive constraint counts with what its
@@ -97,14 +96,36 @@ QP_NOINLINE Refined<V> solve_with_nearby_factor(SparseProblem<V, PRICED>& o, Spa
     return {accurate, settled, left};
 }
 
+// Factor the KKT matrix with θ raised to certain limits, and with as large a ρ as significant pivots take; those of
+// problems that are `done` do not matter.
+template <class V, bool PRICED>
+QP_NOINLINE sparse::Factored<V> factor_raised(SparseProblem<V, PRICED>& o, const SparseDerivative<V, PRICED>& d,
+                                              const RaisedTheta& to, mask_of<V> done, int attempts) {
+    using Team = sparse::Team<V, PRICED>;
+    const Parameters& P = *o.parameters;
+    Problem<Team>& problem = o;
+    raise_nearly_active(problem, d, to);
+    V rho = as<V>(P.afresh_rho);
+    sparse::Factored<V> factored;
+    for (int attempt = 0; attempt < attempts; attempt++) {
+        Team::each(o.np, [&](auto j) { o.rho.set(j, rho * o.per_D2[j]); });
+        factored = factor_kkt<true>(o);
+        mask_of<V> usable = done | (factored.ok & factored.significant);
+        if (every(usable)) {
+            break;
+        }
+        rho = select(usable, rho, P.afresh_growth * rho);
+    }
+    return factored;
+}
+
 // Solve the KKT system at the solution that `set_point` has been called for.
 template <class V, bool PRICED>
 QP_NOINLINE void solve_kkt(SparseProblem<V, PRICED>& o, SparseDerivative<V, PRICED>& d) {
     using Team = sparse::Team<V, PRICED>;
+    using Mask = mask_of<V>;
     const Parameters& P = *o.parameters;
     Problem<Team>& problem = o;
-    V rho = as<V>(P.afresh_rho);
-    auto set_rho = [&] { Team::each(o.np, [&](auto j) { o.rho.set(j, rho * o.per_D2[j]); }); };
     Team::each(o.np, [&](auto j) {
         auto per_D = 1.0 / o.D[j];
         d.per_D.set(j, per_D);
@@ -116,31 +137,30 @@ QP_NOINLINE void solve_kkt(SparseProblem<V, PRICED>& o, SparseDerivative<V, PRIC
         d.share.set(i, E / larger(d.theta[i] * square(E), as<typename Team::Entry>(1.0)));
         o.per_E2.set(i, square(per_E));
     });
-    raise_nearly_active(problem, d, {P.sparse_smallest, P.sparse_largest, P.sparse_equality});
-    set_rho();
-    auto factored = factor_kkt<true>(o);
-    Refined<V> before = solve_with_nearby_factor(o, d, int(P.derivative_rounds));
+    Mask none = no(truth<Mask>(true));
+    auto factored = factor_raised(o, d, {P.sparse_smallest, P.sparse_largest, P.sparse_equality}, none, 1);
+    Refined<V> first = solve_with_nearby_factor(o, d, int(P.derivative_rounds));
     // Between dependent constraints the smallest pivots decide.
-    mask_of<V> accurate = (before.accurate | before.settled) & factored.significant;
-    if (every(accurate)) {
-        return;
-    }
-    std::swap(d.u, d.first);
-    raise_nearly_active(problem, d, {P.afresh_smallest, P.afresh_largest, P.afresh_equality});
-    for (int attempt = 0; attempt < int(P.afresh_attempts); attempt++) {
-        set_rho();
-        factored = factor_kkt<true>(o);
-        mask_of<V> usable = accurate | (factored.ok & factored.significant);
-        if (every(usable)) {
-            break;
+    Mask usable = first.accurate | first.settled, done = usable & factored.significant;
+    V left = first.left;
+    double equality = P.afresh_equality;
+    for (int level = 0; level < afresh_levels(problem) && !every(done); level++) {
+        std::swap(d.u, d.best);
+        factor_raised(o, d, {P.afresh_smallest, P.afresh_largest, equality}, done, int(P.afresh_attempts));
+        Refined<V> now = solve_with_nearby_factor(o, d, int(P.afresh_rounds));
+        Mask accurate = now.accurate | now.settled, keeps = no(now.left < P.afresh_better * left);
+        if (level == 0) {
+            // Where θ was raised too much for constraints that are nearly dependent, or ρ for a small curvature, the
+            // first solution is the better one.
+            keeps = (no(first.settled) & (first.left < P.sparse_better * now.left)) | (usable & no(accurate));
         }
-        rho = select(usable, rho, P.afresh_growth * rho);
+        keeps |= done;
+        Team::each(o.np, [&](auto j) { d.u.x.set(j, select(keeps, d.best.x[j], d.u.x[j])); });
+        Team::each(o.rows, [&](auto i) { d.u.v.set(i, select(keeps, d.best.v[i], d.u.v[i])); });
+        left = select(keeps, left, now.left);
+        done |= accurate | (left <= as<V>(P.factor_residual));
+        equality *= P.afresh_growth;
     }
-    // Where θ was raised too much for constraints that are nearly dependent, the first solution is the better one.
-    auto again = solve_with_nearby_factor(o, d, int(P.afresh_rounds));
-    accurate |= no(before.settled) & (before.left < P.sparse_better * again.left);
-    Team::each(o.np, [&](auto j) { d.u.x.set(j, select(accurate, d.first.x[j], d.u.x[j])); });
-    Team::each(o.rows, [&](auto i) { d.u.v.set(i, select(accurate, d.first.v[i], d.u.v[i])); });
 }
 
 } // namespace qpdiff
