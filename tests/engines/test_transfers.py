@@ -25,8 +25,9 @@ FORMS = {
 A_SOLVE = 8
 """On top of the iterations: two for the check, two to choose the form, for each form that all has ended and whether
 there are variables in no entry of Q, and one for a start in the rows alone."""
-A_DERIVATIVE = 19
-"""For problems that ended together: 3 rounds with the last factor, whether that did, a fresh factor and 12 rounds."""
+A_DERIVATIVE = 52
+"""For problems that ended together: 3 rounds with the last factor, whether that did, and up to 3 fresh factors, each
+with two attempts, 12 rounds and whether that did."""
 
 
 @pytest.fixture(params=[("float64", None), ("float32", None), ("float32", "float32")], ids=["64", "32 in 64", "32"])
